@@ -1,0 +1,31 @@
+# Two commands do everything: `make example` and `make test`. Both set up .venv first if it is not ready.
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: help setup example test check lint types clean
+
+help:
+	@echo "make example [ARGS='max_steps=10']   watch GSPO learn on this machine"
+	@echo "make test [ARGS='-k ratio']          run the test suite"
+	@echo "make check                           lint, types and tests"
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+example: setup
+	.venv/bin/python -m roll_gspo.run --config-name example_gspo $(ARGS)
+
+test: setup
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: setup
+	.venv/bin/pyright
+
+check: lint types test
+
+clean:
+	rm -rf .venv build dist *.egg-info output

@@ -1,0 +1,95 @@
+"""From a loss per token to one number: `loss_agg_mode`, over denominators of the whole mini-batch.
+
+A micro-batch returns its share: its partial sum over the global denominator. Shares add up to the same loss
+and gradient for every micro-batch size, data-parallel size, padding and order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from roll_gspo.algorithms.choice import choose
+from roll_gspo.algorithms.masking import zero_masked
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """What a mini-batch is averaged over, all micro-batches and ranks together.
+
+    Attributes:
+        num_tokens: valid tokens.
+        num_sequences: samples with at least one valid token.
+    """
+
+    num_tokens: int
+    num_sequences: int
+
+    @staticmethod
+    def of(response_mask: Tensor) -> Denominators:
+        """Count over `response_mask` [B, T] of the whole mini-batch."""
+        return Denominators(int(response_mask.sum()), int(response_mask.any(-1).sum()))
+
+
+# (sum over the valid tokens of each sample [B], n_i [B], denominators, response_length) -> shares [B]
+AggregateFunction = Callable[[Tensor, Tensor, Denominators, int], Tensor]
+
+
+def token_mean(sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int) -> Tensor:
+    """`sum_t L_it / N_tok`."""
+    return sums / max(denominators.num_tokens, 1)
+
+
+def seq_mean_token_sum(
+    sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int
+) -> Tensor:
+    """`sum_t L_it / N_seq`."""
+    return sums / max(denominators.num_sequences, 1)
+
+
+def seq_mean_token_mean(
+    sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int
+) -> Tensor:
+    """`(sum_t L_it / n_i) / N_seq`: the aggregation of the GSPO paper (eqs. 5 and 13)."""
+    return sums / lengths.clamp(min=1) / max(denominators.num_sequences, 1)
+
+
+def seq_mean_token_sum_norm(
+    sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int
+) -> Tensor:
+    """`sum_t L_it / (N_seq response_length)`: a constant divisor, not the padded width (arXiv 2503.20783)."""
+    return sums / (max(denominators.num_sequences, 1) * response_length)
+
+
+LOSS_AGG_MODES: Mapping[str, AggregateFunction] = {
+    "token-mean": token_mean,
+    "seq-mean-token-sum": seq_mean_token_sum,
+    "seq-mean-token-mean": seq_mean_token_mean,
+    "seq-mean-token-sum-norm": seq_mean_token_sum_norm,
+}
+
+
+def aggregate(
+    token_values: Tensor,
+    response_mask: Tensor,
+    denominators: Denominators,
+    loss_agg_mode: str,
+    response_length: int,
+    sample_weights: Tensor | None = None,
+) -> Tensor:
+    """This micro-batch's share (scalar) of the mini-batch's aggregated `token_values`.
+
+    Args:
+        token_values: [B, T], anything where masked.
+        response_mask: [B, T] bool.
+        denominators: of the whole mini-batch.
+        loss_agg_mode: a name in `LOSS_AGG_MODES`.
+        response_length: the longest response the run allows; only `seq-mean-token-sum-norm` divides by it.
+        sample_weights: [B] factors of the samples; they do not enter the denominators.
+    """
+    sums = zero_masked(token_values, response_mask).sum(-1)
+    mode = choose(LOSS_AGG_MODES, "loss_agg_mode", loss_agg_mode)
+    shares = mode(sums, response_mask.sum(-1), denominators, response_length)
+    return shares.sum() if sample_weights is None else (shares * sample_weights).sum()

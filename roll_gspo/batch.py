@@ -1,0 +1,221 @@
+"""What flows between the parts of a training step: frozen dataclasses of named tensors.
+
+Legend: B samples, S positions of prompt + response (right-padded), T response positions.
+Response tensors are aligned to the response: column t belongs to the t-th generated token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as it is sent to the generation engine.
+
+    Attributes:
+        token_ids: the templated prompt.
+        text: what `token_ids` says, for rollout dumps.
+        row: the data row it came from (`ground_truth`, `domain`, `tag`, ...), for the rewards.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response.
+
+    Attributes:
+        token_ids: the generated tokens, the end-of-sequence token included where it was sampled.
+        log_probs: log-probability of each of them under the sampling distribution.
+        finish_reason: `stop` (end-of-sequence or stop string) or `length`.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences with a known prompt/response border: all that log-probabilities need.
+
+    Attributes:
+        input_ids: [B, S] int64, prompt followed by response, right-padded.
+        prompt_lengths: [B] int64, at least 1.
+        response_mask: [B, T] bool, true on the tokens of the response.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    response_mask: Tensor
+
+    def __post_init__(self) -> None:
+        batch, width = self.input_ids.shape
+        if self.prompt_lengths.shape != (batch,) or self.response_mask.shape[0] != batch:
+            raise ValueError("input_ids, prompt_lengths and response_mask disagree about B")
+        if batch and int((self.prompt_lengths + self.response_mask.sum(-1)).max()) > width:
+            raise ValueError("a prompt and its response are longer than input_ids is wide")
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] prompt plus response, without padding."""
+        return self.prompt_lengths + self.response_mask.sum(-1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, S] bool, true on tokens, false on padding."""
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None]
+
+    @property
+    def predicting_positions(self) -> Tensor:
+        """[B, T] the position in S whose logits predict response token t (0 where masked)."""
+        offsets = torch.arange(self.response_mask.shape[1], device=self.input_ids.device)
+        positions = self.prompt_lengths[:, None] - 1 + offsets
+        return torch.where(self.response_mask, positions, torch.zeros_like(positions))
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[B, T] the response tokens (an arbitrary valid id where masked)."""
+        following = torch.where(self.response_mask, self.predicting_positions + 1, 0)
+        return self.input_ids.gather(1, following)
+
+    def rows(self, index: Tensor) -> Sequences:
+        """The samples of `index`, trimmed to the widths that they need."""
+        width, response_width = self.trimmed_widths(index)
+        return Sequences(
+            self.input_ids[index, :width],
+            self.prompt_lengths[index],
+            self.response_mask[index, :response_width],
+        )
+
+    def trimmed_widths(self, index: Tensor) -> tuple[int, int]:
+        """(S, T) that hold the samples of `index`; both at least 1."""
+        width = int(self.lengths[index].max())
+        return max(width, 1), max(int(self.response_mask[index].sum(-1).max()), 1)
+
+    @staticmethod
+    def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Sequences:
+        """Pad `prompt + response` pairs to the right into one batch."""
+        width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+        response_width = max(1, max(len(r) for r in responses))
+        input_ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            tokens = torch.tensor([*prompt, *response], dtype=torch.int64)
+            input_ids[row, : len(tokens)] = tokens
+        response_lengths = torch.tensor([len(r) for r in responses])
+        mask = torch.arange(response_width) < response_lengths[:, None]
+        return Sequences(input_ids, torch.tensor([len(p) for p in prompts]), mask)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A whole rollout: every sample that the generation engine returned for a step.
+
+    Attributes:
+        sequences: tokens and masks.
+        rollout_log_probs: [B, T] float32 as reported by the engine, 0 where masked.
+        group_ids: [B] int64; samples of one prompt share a group.
+        prompts: the prompt of each sample, B long (one object per group, repeated).
+        completions: B long.
+        weights_version: of the policy that sampled them.
+    """
+
+    sequences: Sequences
+    rollout_log_probs: Tensor
+    group_ids: Tensor
+    prompts: tuple[Prompt, ...]
+    completions: tuple[Completion, ...]
+    weights_version: int
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @staticmethod
+    def collate(
+        prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], pad: int, weights_version: int
+    ) -> Rollouts:
+        """Flatten `[prompt][sample]` completions into one batch, groups kept by id."""
+        flat = [c for group in completions for c in group]
+        owners = [p for p, group in zip(prompts, completions, strict=True) for _ in group]
+        group_ids = [g for g, group in enumerate(completions) for _ in group]
+        sequences = Sequences.collate([p.token_ids for p in owners], [c.token_ids for c in flat], pad)
+        log_probs = torch.zeros(sequences.response_mask.shape)
+        for row, completion in enumerate(flat):
+            log_probs[row, : len(completion.log_probs)] = torch.tensor(completion.log_probs)
+        return Rollouts(
+            sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), weights_version
+        )
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What the policy loss of some samples is computed from: a whole rollout, a mini- or a micro-batch.
+
+    Attributes:
+        sequences: tokens and masks; `sequences.response_mask` is the loss mask.
+        sample_ids: [B] int64, the sample's row in the rollout; named when an update is skipped.
+        advantages: [B, T] float32.
+        old_log_probs: [B, T] float32, of the policy that the ratio is taken against.
+        rollout_log_probs: [B, T] float32, of the generation engine.
+        ref_log_probs: [B, T] float32 of the frozen reference, or None without one.
+    """
+
+    sequences: Sequences
+    sample_ids: Tensor
+    advantages: Tensor
+    old_log_probs: Tensor
+    rollout_log_probs: Tensor
+    ref_log_probs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool."""
+        return self.sequences.response_mask
+
+    def rows(self, index: Tensor) -> TrainBatch:
+        """The samples of `index`, trimmed to the widths that they need."""
+        _, width = self.sequences.trimmed_widths(index)
+        changes: dict[str, Any] = {
+            "sequences": self.sequences.rows(index),
+            "sample_ids": self.sample_ids[index],
+        }
+        for field in fields(self):
+            tensor = self.__dict__[field.name]
+            if field.name not in changes and tensor is not None:
+                changes[field.name] = tensor[index, :width]
+        return replace(self, **changes)
+
+    def split(self, size: int) -> list[TrainBatch]:
+        """Consecutive pieces of at most `size` samples."""
+        return [self.rows(index) for index in torch.arange(len(self)).split(size)]
+
+    def to(self, device: torch.device | str) -> TrainBatch:
+        """The same batch on another device."""
+        moved = {f.name: self.__dict__[f.name] for f in fields(self)}
+        s = self.sequences
+        moved["sequences"] = Sequences(
+            s.input_ids.to(device), s.prompt_lengths.to(device), s.response_mask.to(device)
+        )
+        return TrainBatch(
+            **{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()}
+        )
+
+
+def pad_rows(parts: Sequence[Tensor], width: int) -> Tensor:
+    """Stack `[b_i, t_i]` pieces into `[sum b_i, width]`, zero-padded on the right."""
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])

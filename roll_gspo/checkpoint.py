@@ -1,0 +1,145 @@
+"""Checkpoints that are complete or absent: written aside, synced, marked, renamed.
+
+A checkpoint is a folder `step_000020` with the parts that its writer put there and a marker that lists them
+with their sizes. A folder without the marker, or with a part missing or cut short, is never resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from roll_gspo.errors import CheckpointError
+
+MARKER = "COMPLETE.json"
+_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    step: int
+    folder: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: made with the first checkpoint.
+        max_to_keep: older ones are deleted after a new one is complete; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, max_to_keep: int) -> None:
+        self.folder = folder
+        self._max_to_keep = max_to_keep
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """Yield a folder to fill; on leaving without an error it becomes the checkpoint of `step`.
+
+        Raises:
+            CheckpointError: the disk refuses; earlier checkpoints are untouched.
+        """
+        target = self.folder / f"step_{step:06d}"
+        aside = self.folder / f".{target.name}.{os.getpid()}.tmp"
+        try:
+            self._remove_leftovers()
+            aside.mkdir(parents=True)
+            yield aside
+            _seal(aside, step)
+            if target.exists():
+                shutil.rmtree(target)
+            aside.rename(target)
+            _sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"{target}: cannot be written ({error}); free space or set checkpoint_config.output_dir. "
+                "Earlier checkpoints are untouched"
+            ) from error
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self._prune()
+
+    def _remove_leftovers(self) -> None:
+        """Delete what a killed process left half-written."""
+        for leftover in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _prune(self) -> None:
+        if self._max_to_keep:
+            for old in complete_checkpoints(self.folder)[: -self._max_to_keep]:
+                shutil.rmtree(old.folder, ignore_errors=True)
+
+
+def complete_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Every complete checkpoint of a folder, oldest step first."""
+    found = []
+    for candidate in folder.glob("step_*"):
+        match = _NAME.fullmatch(candidate.name)
+        if match and is_complete(candidate):
+            found.append(Checkpoint(int(match[1]), candidate))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the marker is there and every part has the size that it lists."""
+    try:
+        parts = json.loads((folder / MARKER).read_text(encoding="utf-8"))["parts"]
+        return all((folder / name).stat().st_size == size for name, size in parts.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at a path that a user gave: its folder, or a run or `checkpoints` folder (then its newest).
+
+    Raises:
+        CheckpointError: there is none, or it is incomplete.
+    """
+    match = _NAME.fullmatch(path.name)
+    if match and is_complete(path):
+        return Checkpoint(int(match[1]), path)
+    found = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
+    if found:
+        return found[-1]
+    state = "is incomplete" if path.is_dir() else "does not exist"
+    raise CheckpointError(
+        f"resume_from_checkpoint: {path} {state}; give a folder such as RUN/checkpoints/step_000020, or true"
+    )
+
+
+def newest_checkpoint(experiment_folder: Path, run_name: str | None) -> Checkpoint | None:
+    """The last completed checkpoint of an experiment (of its run `run_name`, if given), or None."""
+    runs = [experiment_folder / run_name] if run_name else list(experiment_folder.glob("*"))
+    found = [c for run in runs for c in complete_checkpoints(run / "checkpoints")]
+    return max(found, key=lambda c: ((c.folder / MARKER).stat().st_mtime_ns, c.step), default=None)
+
+
+def _seal(folder: Path, step: int) -> None:
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    for file in files:
+        _sync(file)
+    parts = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    marker = folder / MARKER
+    marker.write_text(json.dumps({"step": step, "parts": parts}, indent=1), encoding="utf-8")
+    _sync(marker)
+    for sub in {file.parent for file in files} | {folder}:
+        _sync(sub)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

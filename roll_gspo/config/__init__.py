@@ -1,0 +1,1 @@
+"""What a run may say: pydantic schema over composed YAML. Never imports torch."""

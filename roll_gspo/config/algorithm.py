@@ -1,0 +1,141 @@
+"""The algorithm's own keys, flat at the top level of the YAML, and the rules between them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from roll_gspo.config.base import Schema
+
+AdvEstimator = Literal["reinforce", "grpo"]
+ImportanceSampling = Literal["token", "seq", "seq_token"]
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+KlEstimator = Literal["kl", "abs", "mse", "k3"]
+ClipFraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class AlgorithmConfig(Schema):
+    """What is optimised, exactly; `docs/algorithms.md` has the formulas."""
+
+    adv_estimator: AdvEstimator = "reinforce"
+    """How rewards become advantages: `reinforce` (reward-to-go) or `grpo` (group-normalised reward)."""
+    importance_sampling: ImportanceSampling = "token"
+    """Level of the importance ratio: `token` (PPO, GRPO), `seq` (GSPO), `seq_token` (GSPO-token)."""
+    loss_agg_mode: LossAggMode = "seq-mean-token-mean"
+    """How token losses become one number, with denominators over the whole mini-batch."""
+    ppo_epochs: PositiveInt = 1
+    """Passes over a rollout."""
+
+    pg_clip: ClipFraction = 0.2
+    """Symmetric clip range of the ratio, used unless `use_pg_clip_range`."""
+    use_pg_clip_range: bool = False
+    """Clip to [1 - pg_clip_low, 1 + pg_clip_high] instead of 1 ± pg_clip."""
+    pg_clip_low: ClipFraction | None = None
+    """Lower clip range; acts with `use_pg_clip_range` only."""
+    pg_clip_high: Annotated[float, Field(gt=0)] | None = None
+    """Upper clip range; acts with `use_pg_clip_range` only."""
+    dual_clip_loss: bool = False
+    """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage."""
+    dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
+    """Constant of the dual clip; null: 1 + 2 * pg_clip."""
+
+    reward_norm: Literal["group", "batch", "running"] | None = None
+    """Normalise scores over their group, the batch or all of the run; null: not at all."""
+    reward_shift: bool = False
+    """With `reward_norm`: subtract the mean only."""
+    reward_scale: bool = False
+    """With `reward_norm`: divide by the standard deviation only."""
+    reward_clip: PositiveFloat | None = None
+    """Clamp rewards to ± this, after normalisation."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of the reward-to-go."""
+    whiten_advantages: bool = False
+    """Zero mean and unit variance of advantages over all valid tokens of the batch."""
+    advantage_clip: PositiveFloat | None = None
+    """Clamp advantages to ± this."""
+
+    use_kl_loss: bool = False
+    """Add `kl_loss_coef` times the divergence from the reference model to the loss."""
+    kl_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the KL loss."""
+    kl_loss_type: KlEstimator = "k3"
+    """Estimator of the KL loss."""
+    add_token_level_kl: bool = False
+    """Subtract beta times the divergence from the reference model from the reward of every token."""
+    init_kl_coef: PositiveFloat | None = None
+    """beta at the start; acts with `add_token_level_kl` only."""
+    target_kl: PositiveFloat | None = None
+    """Adapt beta towards this divergence; null keeps it fixed."""
+    kl_horizon: PositiveInt = 10000
+    """How slowly an adaptive beta moves, in samples."""
+    kl_penalty: KlEstimator = "kl"
+    """Estimator of the token-level KL."""
+    entropy_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+
+    enable_old_logprobs_recompute: bool = True
+    """Old log-probs from the trainer before its first update; false: the generation engine's own."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Clip the gradient to this norm."""
+    max_consecutive_skipped_steps: PositiveInt = 3
+    """Stop after this many steps in a row whose updates were all skipped as not finite."""
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(low, high) around 1 that the ratio is clipped to."""
+        if self.use_pg_clip_range:
+            assert self.pg_clip_low is not None and self.pg_clip_high is not None  # held by the rules below
+            return self.pg_clip_low, self.pg_clip_high
+        return self.pg_clip, self.pg_clip
+
+    @property
+    def effective_dual_clip_ratio(self) -> float | None:
+        """Constant of the dual clip, or None where it is off."""
+        if not self.dual_clip_loss:
+            return None
+        return self.dual_clip_ratio or 1 + 2 * self.pg_clip
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any quantity of the loss or the reward reads reference log-probs."""
+        return self.use_kl_loss or self.add_token_level_kl
+
+    @model_validator(mode="after")
+    def _clip_range_is_complete(self) -> AlgorithmConfig:
+        given = [self.pg_clip_low is not None, self.pg_clip_high is not None]
+        if self.use_pg_clip_range and not all(given):
+            raise ValueError("use_pg_clip_range: true needs both pg_clip_low and pg_clip_high; set them")
+        if not self.use_pg_clip_range and any(given):
+            raise ValueError(
+                "pg_clip_low/pg_clip_high act with use_pg_clip_range: true only; set that flag or remove them"
+            )
+        if self.dual_clip_ratio is not None and not self.dual_clip_loss:
+            raise ValueError("dual_clip_ratio acts with dual_clip_loss: true only; set that flag or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _reward_normalisation_is_consistent(self) -> AlgorithmConfig:
+        if self.reward_shift and self.reward_scale:
+            raise ValueError(
+                "reward_shift and reward_scale are both true: they mean 'only subtract the mean' and 'only "
+                "divide by the deviation'; set both false for (r - mean) / std"
+            )
+        if self.reward_norm is None and (self.reward_shift or self.reward_scale):
+            flag = "reward_shift" if self.reward_shift else "reward_scale"
+            raise ValueError(f"{flag}: true needs reward_norm: group, batch or running; set one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _kl_settings_are_complete(self) -> AlgorithmConfig:
+        if self.use_kl_loss and self.kl_loss_coef == 0:
+            raise ValueError("use_kl_loss: true needs kl_loss_coef above 0; set it, or use_kl_loss: false")
+        if self.kl_loss_coef and not self.use_kl_loss:
+            raise ValueError("kl_loss_coef acts with use_kl_loss: true only; set that flag or remove it")
+        if self.add_token_level_kl and self.init_kl_coef is None:
+            raise ValueError("add_token_level_kl: true needs init_kl_coef; set it")
+        if not self.add_token_level_kl and (self.init_kl_coef or self.target_kl):
+            raise ValueError(
+                "init_kl_coef/target_kl act with add_token_level_kl: true only; set that flag or remove them"
+            )
+        return self

@@ -1,0 +1,65 @@
+"""The rules every block of the configuration follows."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+class Schema(BaseModel):
+    """One YAML block: unknown keys are errors, types are not coerced, values never change afterwards."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+def parse_device_mapping(value: Any) -> tuple[int, ...] | None:
+    """Read ROLL's ways to name devices; nothing is evaluated.
+
+    `list(range(0, 8))`, `range(0, 8)`, `[0, 1, 2]` (list or string), `"0-7"`, `"0,2,4"`, or null for one
+    worker on whatever the machine has.
+    """
+    if value is None or isinstance(value, tuple):
+        return value
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        devices = tuple(value)
+    elif isinstance(value, str):
+        devices = _devices_of_text(value)
+    else:
+        raise ValueError(_EXPECTED_DEVICES.format(value=value))
+    if not devices or len(set(devices)) != len(devices) or min(devices) < 0:
+        raise ValueError(_EXPECTED_DEVICES.format(value=value))
+    return devices
+
+
+_EXPECTED_DEVICES = "expected device numbers such as '0-7', [0, 1, 2] or list(range(0, 8)), got {value!r}"
+
+
+def _devices_of_text(text: str) -> tuple[int, ...]:
+    compact = re.sub(r"\s", "", text)
+    inner = re.sub(r"^list\((.*)\)$", r"\1", compact)
+    if match := re.fullmatch(r"range\((?:(\d+),)?(\d+)\)", inner):
+        return tuple(range(int(match[1] or 0), int(match[2])))
+    devices: list[int] = []
+    for part in inner.strip("[]").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise ValueError(_EXPECTED_DEVICES.format(value=text))
+        devices.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(devices)
+
+
+DeviceMapping = Annotated[tuple[int, ...] | None, BeforeValidator(parse_device_mapping)]
+
+
+def parse_names(value: Any) -> Any:
+    """One string or a list of strings, as a tuple."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]

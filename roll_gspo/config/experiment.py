@@ -1,0 +1,204 @@
+"""The root of the configuration, and the rules that span its blocks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from roll_gspo.config.algorithm import AlgorithmConfig
+from roll_gspo.config.base import Schema
+from roll_gspo.config.roles import (
+    ActorInferConfig,
+    ActorTrainConfig,
+    CheckpointConfig,
+    ReferenceConfig,
+    RewardConfig,
+    TrackerKwargs,
+    ValidationConfig,
+    WarmStart,
+)
+from roll_gspo.config.strategy import MegatronTrainArgs
+
+
+class BatchConfig(Schema):
+    """How much is generated a step, and how long it may be."""
+
+    rollout_batch_size: PositiveInt
+    """Prompts a step."""
+    num_return_sequences_in_group: PositiveInt = 1
+    """Samples a prompt: the group."""
+    prompt_length: PositiveInt = 1024
+    """Longest prompt in tokens; longer ones are dropped and counted, never cut."""
+    response_length: PositiveInt | None = None
+    """Longest response in tokens."""
+    sequence_length: PositiveInt | None = None
+    """prompt_length + response_length; give this or `response_length`."""
+
+    @property
+    def max_response_length(self) -> int:
+        """Longest response in tokens, whichever key gave it."""
+        if self.response_length is not None:
+            return self.response_length
+        assert self.sequence_length is not None  # held by the rule below
+        return self.sequence_length - self.prompt_length
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Longest prompt plus longest response in tokens."""
+        return self.prompt_length + self.max_response_length
+
+    @property
+    def samples_per_rollout(self) -> int:
+        """Prompts times group size."""
+        return self.rollout_batch_size * self.num_return_sequences_in_group
+
+    @model_validator(mode="after")
+    def _one_length_decides(self) -> BatchConfig:
+        total, response = self.sequence_length, self.response_length
+        if total is None and response is None:
+            raise ValueError("one of response_length and sequence_length is needed; set response_length")
+        if total is not None and response is not None and total != self.prompt_length + response:
+            raise ValueError(
+                f"sequence_length {total} is not prompt_length {self.prompt_length} + response_length "
+                f"{response}; remove one of the three"
+            )
+        if total is not None and total <= self.prompt_length:
+            raise ValueError(f"sequence_length {total} leaves no room after prompt_length {self.prompt_length}")
+        return self
+
+
+class RunConfig(Schema):
+    """The run itself: name, length, output, tracking, state."""
+
+    exp_name: str = "roll_gspo"
+    """Name of the experiment: its runs lie in `output_dir/exp_name`."""
+    run_name: str | None = None
+    """Folder of this run below `output_dir/exp_name`; null: date and time."""
+    seed: NonNegativeInt = 42
+    """Of data order, sampling and initialisation."""
+    pipeline: Literal["rlvr"] = "rlvr"
+    """Which training loop."""
+    execution: Literal["local", "ray"] = "local"
+    """Where roles live: in this process, or as Ray actors."""
+    pretrain: str
+    """Hugging Face name or folder of the model to start from, or `builtin:NAME` (made on the spot)."""
+    warm_start: WarmStart | None = None
+    """Supervised start of a `builtin:` model."""
+    max_steps: PositiveInt = 500
+    """Rollouts of the whole run."""
+    save_steps: PositiveInt = 50
+    """Steps between checkpoints; the last step is always saved."""
+    eval_steps: PositiveInt = 10
+    """Steps between validations."""
+    logging_steps: PositiveInt = 1
+    """Steps between lines on a console that is not a terminal."""
+    output_dir: str = "./output"
+    """Folder of all experiments."""
+    logging_dir: str | None = None
+    """Folder of `run.log`; null: the run's folder."""
+    resume_from_checkpoint: bool | str = False
+    """`true`: go on from the newest complete checkpoint of `exp_name`; or the path of one."""
+    checkpoint_config: CheckpointConfig = CheckpointConfig()
+    """How checkpoints are kept."""
+    track_with: Literal["tensorboard", "stdout", "none"] = "tensorboard"
+    """Tracker beside `metrics.jsonl`, which is always written."""
+    tracker_kwargs: TrackerKwargs = TrackerKwargs()
+    """Options of the tracker."""
+    system_envs: dict[str, str] = {}
+    """Environment variables, set before any engine is imported."""
+    num_gpus_per_node: NonNegativeInt = 8
+    """Devices of one machine; device numbers beyond it are on the next machine."""
+
+
+class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
+    """Everything one YAML file may say."""
+
+    actor_train: ActorTrainConfig
+    """The policy that is trained."""
+    actor_infer: ActorInferConfig
+    """The policy that generates."""
+    reference: ReferenceConfig | None = None
+    """The frozen policy; needed where a KL term is switched on."""
+    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    """Reward domains by name."""
+    validation: ValidationConfig | None = None
+    """Held-out prompts."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the trained model."""
+        ranks = len(self.actor_train.device_mapping or (0,))
+        return ranks // self._model_parallel_size
+
+    @property
+    def _model_parallel_size(self) -> int:
+        args = self.actor_train.strategy_args
+        return args.strategy_config.model_parallel_size if isinstance(args, MegatronTrainArgs) else 1
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.actor_train.training_args.mini_batch_size_per_rank * self.data_parallel_size
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.samples_per_rollout * self.ppo_epochs // self.mini_batch_size
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> ExperimentConfig:
+        ranks = len(self.actor_train.device_mapping or (0,))
+        if ranks % self._model_parallel_size:
+            raise ValueError(
+                f"actor_train.device_mapping names {ranks} devices, not a multiple of the "
+                f"{self._model_parallel_size} that one copy of the model takes (tensor * pipeline * context)"
+            )
+        if self.samples_per_rollout % self.mini_batch_size:
+            args = self.actor_train.training_args
+            raise ValueError(
+                f"rollout_batch_size {self.rollout_batch_size} * num_return_sequences_in_group "
+                f"{self.num_return_sequences_in_group} = {self.samples_per_rollout} samples are not a multiple of "
+                f"the mini-batch of {self.mini_batch_size} (per_device_train_batch_size "
+                f"{args.per_device_train_batch_size} * gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps} * data-parallel size {self.data_parallel_size}); change one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_groups(self) -> ExperimentConfig:
+        group_size = self.num_return_sequences_in_group
+        if group_size == 1 and (self.adv_estimator == "grpo" or self.reward_norm == "group"):
+            key = "adv_estimator: grpo" if self.adv_estimator == "grpo" else "reward_norm: group"
+            raise ValueError(
+                f"{key} compares the samples of a prompt, and there is one; set "
+                "num_return_sequences_in_group to 2 or more"
+            )
+        sampling = self.actor_infer.generating_args
+        if sampling.num_return_sequences not in (None, group_size):
+            raise ValueError(
+                f"actor_infer.generating_args.num_return_sequences is {sampling.num_return_sequences}, but "
+                f"num_return_sequences_in_group is {group_size}; remove the first"
+            )
+        if sampling.max_new_tokens not in (None, self.max_response_length):
+            raise ValueError(
+                f"actor_infer.generating_args.max_new_tokens is {sampling.max_new_tokens}, but response_length is "
+                f"{self.max_response_length}; remove the first"
+            )
+        if sampling.temperature == 0:
+            raise ValueError(
+                "actor_infer.generating_args.temperature: 0 is greedy, and equal answers teach nothing; set it above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _references_are_given(self) -> ExperimentConfig:
+        if self.needs_reference and self.reference is None:
+            flag = "use_kl_loss" if self.use_kl_loss else "add_token_level_kl"
+            raise ValueError(f"{flag}: true needs the reference block; add it")
+        if self.warm_start and not self.pretrain.startswith("builtin:"):
+            raise ValueError(
+                f"warm_start makes a builtin: model ready for its task, but pretrain is '{self.pretrain}'; "
+                "set warm_start: null"
+            )
+        return self

@@ -1,0 +1,187 @@
+"""Role blocks, named as in ROLL: `actor_train`, `actor_infer`, `reference`, `rewards`, `validation`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from roll_gspo.config.base import DeviceMapping, Names, Schema
+from roll_gspo.config.strategy import GenerateStrategyArgs, ScoreStrategyArgs, TrainStrategyArgs
+
+UnitInterval = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelArgs(Schema):
+    """Which model a role holds."""
+
+    model_name_or_path: str | None = None
+    """Hugging Face name or folder; null: `pretrain`."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of parameters and activations; CPU runs want `fp32`."""
+
+
+class TrainingArgs(Schema):
+    """Optimizer and mini-batches.
+
+    A mini-batch, i.e. one optimizer step, has `per_device_train_batch_size * gradient_accumulation_steps`
+    samples on every data-parallel rank.
+    """
+
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes from its peak to `min_learning_rate` at the last step."""
+    min_learning_rate: NonNegativeFloat = 0.0
+    """Learning rate at the end of a decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up."""
+    warmup_ratio: UnitInterval = 0.0
+    """Warm-up as a share of all optimizer steps; used where `warmup_steps` is 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: UnitInterval = 0.9
+    """Decay of the first moment."""
+    adam_beta2: UnitInterval = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    per_device_train_batch_size: PositiveInt = 1
+    """Samples in one forward and backward pass (a micro-batch)."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches in one optimizer step."""
+    save_hf_model: bool = True
+    """Beside each checkpoint, export the actor in Hugging Face layout."""
+
+    @property
+    def mini_batch_size_per_rank(self) -> int:
+        """Samples that one rank contributes to an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class GeneratingArgs(Schema):
+    """How responses are sampled."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Softmax temperature; 0 is greedy (validation only)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the smallest set of tokens with this mass."""
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    """Keep this many tokens; 0 or -1 keeps all."""
+    max_new_tokens: PositiveInt | None = None
+    """Limit of a response; null: `response_length`, and any other value than that is refused for training."""
+    num_return_sequences: PositiveInt | None = None
+    """Samples a prompt; null: the group size in training, 1 in validation."""
+
+
+class DataArgs(Schema):
+    """Where prompts come from."""
+
+    file_name: Names
+    """JSONL or JSON files, or `builtin:column_addition` (generated on the spot)."""
+    num_rows: PositiveInt | None = None
+    """Use (or generate) at most this many rows."""
+    template: Literal["native"] | None = None
+    """Chat template: the tokenizer's own."""
+    system_prompt: str | None = None
+    """Put before every conversation that has no system message."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row does: stop the run with file and line, or be counted and left out."""
+
+
+class ActorTrainConfig(Schema):
+    """The policy that is trained."""
+
+    training_args: TrainingArgs
+    """Optimizer and mini-batches."""
+    data_args: DataArgs
+    """Training prompts."""
+    strategy_args: TrainStrategyArgs
+    """Engine."""
+    model_args: ModelArgs = ModelArgs()
+    """Model."""
+    device_mapping: DeviceMapping = None
+    """Devices, one rank each; null: one rank on what this machine has."""
+    infer_batch_size: PositiveInt = 16
+    """Samples in one forward pass of the old log-probs."""
+
+
+class ActorInferConfig(Schema):
+    """The policy that generates."""
+
+    strategy_args: GenerateStrategyArgs
+    """Engine."""
+    generating_args: GeneratingArgs = GeneratingArgs()
+    """Sampling of training responses."""
+    model_args: ModelArgs = ModelArgs()
+    """Model."""
+    device_mapping: DeviceMapping = None
+    """Devices; null: one engine on what this machine has."""
+
+
+class ReferenceConfig(Schema):
+    """The frozen policy that KL terms are taken against; built only where one is switched on."""
+
+    strategy_args: ScoreStrategyArgs
+    """Engine."""
+    model_args: ModelArgs = ModelArgs()
+    """Model."""
+    device_mapping: DeviceMapping = None
+    """Devices; null: one rank on what this machine has."""
+    infer_batch_size: PositiveInt = 16
+    """Samples in one forward pass."""
+
+
+class RewardConfig(Schema):
+    """One reward domain: rows of this `domain`, or with one of these tags, are judged by this worker."""
+
+    worker_cls: str
+    """`exact_match`, `math_rule`, or the dotted path of your own `(prompt, response, ground_truth, **row)`."""
+    worker_args: dict[str, JsonValue] = {}
+    """Keyword arguments of the worker."""
+    tag_included: Names = ()
+    """Tags of the data rows that belong here, beside those whose domain has this block's name."""
+    world_size: PositiveInt = 1
+    """Worker processes."""
+    timeout_s: PositiveFloat = 10.0
+    """Seconds that one sample may take before it is marked failed and its worker replaced."""
+
+
+class ValidationConfig(Schema):
+    """Held-out prompts, scored before the first step, every `eval_steps`, and after the last."""
+
+    data_args: DataArgs
+    """Validation prompts."""
+    generating_args: GeneratingArgs = GeneratingArgs()
+    """Sampling of validation responses."""
+
+
+class WarmStart(Schema):
+    """Supervised start of a `builtin:` model on demonstrations of its task; cached in `output_dir`."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Demonstrations a step."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate of AdamW, cosine decay."""
+    slip_probability: UnitInterval = 0.25
+    """Chance that the demonstrator errs in a column: what leaves reinforcement learning something to do."""
+    seed: int = 0
+    """Of weights and demonstrations; the same start serves every `seed` of a comparison."""
+
+
+class CheckpointConfig(Schema):
+    """How checkpoints are kept."""
+
+    output_dir: str | None = None
+    """Folder of the checkpoints; null: `checkpoints/` of the run."""
+    max_ckpt_to_keep: NonNegativeInt = 2
+    """Older ones are deleted; 0 keeps all."""
+
+
+class TrackerKwargs(Schema):
+    """Options of the tracker that `track_with` names."""
+
+    log_dir: str | None = None
+    """Folder of the TensorBoard files; null: `tensorboard/` of the run."""

@@ -1,0 +1,88 @@
+"""Where a key of the composed configuration was written: file and line, or the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files a configuration was composed of, the one that wins first, and its command-line overrides."""
+
+    files: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    def locate(self, path: tuple[str, ...]) -> str:
+        """`file:line: ` or `command line: ` of the nearest enclosing key that is written anywhere, or ''."""
+        dotted = ".".join(path)
+        for override in self.overrides:
+            key = override.lstrip("+~").partition("=")[0]
+            if key == dotted or dotted.startswith(key + ".") or key.startswith(dotted + "."):
+                return f"command line ({override.lstrip('+')}): "
+        for depth in range(len(path), 0, -1):
+            for file in self.files:
+                line = _line_of(file, path[:depth])
+                if line is not None:
+                    return f"{_short(file)}:{line}: "
+        return ""
+
+
+def collect(primary: Path | None, folders: Iterable[Path], choices: dict[str, str], overrides: Iterable[str]) -> Sources:
+    """The primary file, the configs its defaults list names (recursively), and every chosen group file."""
+    folders = list(folders)
+    files: list[Path] = []
+
+    def find(name: str) -> Path | None:
+        candidates = (folder / f"{name}.yaml" for folder in folders)
+        return next((c for c in candidates if c.is_file()), None)
+
+    def follow(file: Path | None) -> None:
+        if file is None or file in files:
+            return
+        files.append(file)
+        for item in reversed(_defaults_of(file)):
+            if isinstance(item, str) and item != "_self_":
+                follow(find(item.removeprefix("/")))
+
+    follow(primary)
+    for group, choice in choices.items():
+        if choice and not group.startswith("hydra/"):
+            follow(find(f"{group}/{choice}"))
+    return Sources(tuple(files), tuple(overrides))
+
+
+def _defaults_of(file: Path) -> list[Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    defaults = document.get("defaults", []) if isinstance(document, dict) else []
+    return defaults if isinstance(defaults, list) else []
+
+
+def _line_of(file: Path, path: tuple[str, ...]) -> int | None:
+    try:
+        node: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, yaml.YAMLError):
+        return None
+    line = None
+    for part in path:
+        if not isinstance(node, yaml.MappingNode):
+            return None
+        pair = next(((k, v) for k, v in node.value if k.value == part), None)
+        if pair is None:
+            return None
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return line
+
+
+def _short(file: Path) -> str:
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)

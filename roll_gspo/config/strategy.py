@@ -1,0 +1,143 @@
+"""Engines: one class per `strategy_name`, each with the `strategy_config` keys that it honours."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from roll_gspo.config.base import Schema
+
+
+class MegatronConfig(Schema):
+    """`strategy_config` of `megatron_train` and `megatron_infer`; names are megatron-core's."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each weight matrix."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Ranks that share the stack of layers."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Interleaved pipeline chunks a rank."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of a mixture-of-experts layer."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share each expert's matrices; null: as `tensor_model_parallel_size`."""
+    sequence_parallel: bool = False
+    """Cut norms and dropouts over the tensor-parallel ranks too."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass instead of keeping them."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """How layers are chosen for `recompute_granularity: full`."""
+    recompute_num_layers: PositiveInt | None = None
+    """How many layers a recomputed unit has."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to their experts."""
+    moe_grouped_gemm: bool = False
+    """Run the experts of a layer as one grouped matrix product; needs TransformerEngine."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    @model_validator(mode="after")
+    def _recompute_is_complete(self) -> MegatronConfig:
+        if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
+            raise ValueError(
+                "recompute_granularity: full needs recompute_method and recompute_num_layers; "
+                "add 'recompute_method: uniform' and 'recompute_num_layers: 1'"
+            )
+        if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
+            raise ValueError(
+                "recompute_method and recompute_num_layers act with recompute_granularity: full only; "
+                "add that or remove them"
+            )
+        return self
+
+
+class HfConfig(Schema):
+    """`strategy_config` of `hf_train` and `hf_infer`: plain transformers and torch."""
+
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention kernel of the transformers model."""
+    generate_batch_size: PositiveInt = 256
+    """Samples that are decoded together when this engine generates."""
+
+
+class VllmConfig(Schema):
+    """`strategy_config` of `vllm`; names are vLLM's."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Devices that share one engine."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of GPU memory for weights and KV cache; means nothing on a CPU."""
+    kv_cache_memory_mb: PositiveInt | None = None
+    """Fixed size of the KV cache; null: on a CPU what `max_num_seqs` full sequences need, else vLLM's own."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded together."""
+    max_num_batched_tokens: PositiveInt | None = None
+    """Tokens in one engine step; null: vLLM's default."""
+    enforce_eager: bool | None = None
+    """Skip graph capture and compilation; null: true on a CPU, false on a GPU."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV cache of shared prompt prefixes within one weights version."""
+    load_format: Literal["dummy", "auto"] = "dummy"
+    """`dummy` starts with random weights, so that a tensor the first transfer misses cannot go unnoticed."""
+
+
+class MegatronTrainArgs(Schema):
+    """Train with megatron-core."""
+
+    strategy_name: Literal["megatron_train"]
+    """Engine."""
+    strategy_config: MegatronConfig = MegatronConfig()
+    """Layout and memory of the engine."""
+
+
+class MegatronInferArgs(Schema):
+    """Score tokens with megatron-core."""
+
+    strategy_name: Literal["megatron_infer"]
+    """Engine."""
+    strategy_config: MegatronConfig = MegatronConfig()
+    """Layout and memory of the engine."""
+
+
+class HfTrainArgs(Schema):
+    """Train with plain transformers: the readable reference implementation."""
+
+    strategy_name: Literal["hf_train"]
+    """Engine."""
+    strategy_config: HfConfig = HfConfig()
+    """Options of the engine."""
+
+
+class HfInferArgs(Schema):
+    """Score or generate with plain transformers."""
+
+    strategy_name: Literal["hf_infer"]
+    """Engine."""
+    strategy_config: HfConfig = HfConfig()
+    """Options of the engine."""
+
+
+class VllmArgs(Schema):
+    """Generate with vLLM."""
+
+    strategy_name: Literal["vllm"]
+    """Engine."""
+    strategy_config: VllmConfig = VllmConfig()
+    """Size and behaviour of the engine."""
+
+
+TrainStrategyArgs = Annotated[MegatronTrainArgs | HfTrainArgs, Field(discriminator="strategy_name")]
+ScoreStrategyArgs = Annotated[MegatronInferArgs | HfInferArgs, Field(discriminator="strategy_name")]
+GenerateStrategyArgs = Annotated[VllmArgs | HfInferArgs, Field(discriminator="strategy_name")]

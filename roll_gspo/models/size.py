@@ -1,0 +1,54 @@
+"""How large a model is, from its config.json alone (no torch)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts; `num_expert_parameters` of them are in experts. `source` says where they come from."""
+
+    num_parameters: int
+    num_expert_parameters: int
+    source: str
+
+
+def size_of(pretrain: str) -> ModelSize | None:
+    """Size of a builtin model, of a local checkpoint, or as a name such as `Qwen2.5-7B` tells; None if unknown."""
+    if pretrain.startswith(BUILTIN):
+        spec = TINY_MODELS.get(pretrain.removeprefix(BUILTIN))
+        return None if spec is None else _count(spec.hf_config, "builtin")
+    config_file = Path(pretrain) / "config.json"
+    if config_file.is_file():
+        return _count(json.loads(config_file.read_text(encoding="utf-8")), "config.json")
+    if match := re.search(r"(\d+(?:\.\d+)?)B(?:-A(\d+(?:\.\d+)?)B)?", pretrain):
+        total = float(match[1]) * 1e9
+        # Nearly all parameters that a token does not use are experts'; the shared part is about half of the rest.
+        experts = total - float(match[2]) * 1e9 / 2 if match[2] else 0.0
+        return ModelSize(int(total), int(experts), "from its name")
+    return None
+
+
+def _count(config: Mapping[str, Any], source: str) -> ModelSize:
+    hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head_dim * (heads + groups)
+    num_experts = config.get("num_experts") or config.get("num_local_experts") or 0
+    if num_experts:
+        experts = layers * num_experts * 3 * hidden * config["moe_intermediate_size"]
+        dense = hidden * num_experts
+    else:
+        experts, dense = 0, 3 * hidden * config["intermediate_size"]
+    embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    total = embeddings + layers * (attention + dense + 2 * hidden) + hidden + experts
+    return ModelSize(total, experts, source)

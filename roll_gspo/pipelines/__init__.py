@@ -1,0 +1,5 @@
+"""Training loops by name."""
+
+from roll_gspo.registry import Registry
+
+PIPELINES = Registry("pipeline", {"rlvr": "roll_gspo.pipelines.rlvr:run"})

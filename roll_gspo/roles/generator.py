@@ -1,0 +1,53 @@
+"""The policy that generates: prompts to groups of responses, at a known version of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from roll_gspo.batch import Prompt, Rollouts
+from roll_gspo.strategies.base import GenerateStrategy, Sampling, WeightSource
+
+
+class Generator:
+    """`actor_infer`.
+
+    Args:
+        strategy: the generation engine.
+        pad_token_id: fills up `input_ids`; never attended to.
+        seed: of the sampling.
+    """
+
+    def __init__(self, strategy: GenerateStrategy, pad_token_id: int, seed: int) -> None:
+        self._strategy = strategy
+        self._pad_token_id = pad_token_id
+        self._seed = seed
+        self.weights_version = -1
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        purpose: str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Rollouts:
+        """Sample `sampling.num_samples` responses a prompt.
+
+        Args:
+            purpose: e.g. `step 12`; with the run's seed it decides every sample, so that a resumed run repeats them.
+        """
+        digest = hashlib.sha256(f"{self._seed}/{purpose}".encode()).digest()
+        first = int.from_bytes(digest[:6], "big")
+        # Sample j of a prompt is drawn with its seed + j, so seeds of prompts stand a group apart.
+        seeds = [first + i * sampling.num_samples for i in range(len(prompts))]
+        completions = self._strategy.generate([p.token_ids for p in prompts], sampling, seeds, progress)
+        return Rollouts.collate(prompts, completions, self._pad_token_id, self.weights_version)
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Generate with these weights from now on."""
+        self._strategy.update_weights(source, version)
+        self.weights_version = version
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._strategy.shutdown()

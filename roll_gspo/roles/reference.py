@@ -1,0 +1,22 @@
+"""The frozen policy that KL terms are taken against."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from roll_gspo.batch import Sequences
+from roll_gspo.strategies.base import ScoringStrategy
+
+
+class Reference:
+    """`reference`."""
+
+    def __init__(self, strategy: ScoringStrategy) -> None:
+        self._strategy = strategy
+
+    def log_probs(self, sequences: Sequences) -> Tensor:
+        """[B, T] log-probabilities of the response tokens."""
+        return self._strategy.score(sequences).log_probs
+
+    def close(self) -> None:
+        """The engine lives as long as the process."""

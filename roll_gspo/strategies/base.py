@@ -1,0 +1,176 @@
+"""What an engine must do: train a policy, score tokens, or generate them. Roles know nothing else of it.
+
+Legend: B samples, T response positions (see `roll_gspo.batch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from roll_gspo.batch import Completion, Sequences, TrainBatch
+from roll_gspo.metrics import Metric
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """Which model an engine holds and how it scores.
+
+    Attributes:
+        checkpoint: folder in Hugging Face layout (config.json, safetensors, tokenizer).
+        dtype: of parameters and activations.
+        micro_batch_size: samples per forward pass when only log-probabilities are wanted.
+        temperature: log-probabilities are those of `softmax(logits / temperature)`.
+        seed: of every random choice the engine makes itself.
+    """
+
+    checkpoint: Path
+    dtype: torch.dtype
+    micro_batch_size: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class OptimizerSetup:
+    """AdamW and its learning-rate schedule; `total_steps` counts optimizer steps of the whole run."""
+
+    learning_rate: float
+    total_steps: int
+    max_grad_norm: float
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+
+class TokenScores(NamedTuple):
+    """Log-probability of each response token and entropy of its distribution, both [B, T] float32.
+
+    Masked positions hold 0. `entropy` is None where it was not asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
+
+
+# (log_probs [b, t], entropy [b, t] or None, the micro-batch) -> (loss, metrics). The loss is this
+# micro-batch's share of the mini-batch loss: shares are summed, never averaged, by every engine.
+LossFunction = Callable[[TokenScores, TrainBatch], tuple[Tensor, dict[str, Metric]]]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step.
+
+    Attributes:
+        loss: of the whole mini-batch.
+        grad_norm: before clipping.
+        learning_rate: that the step used.
+        applied: false where loss or gradient were not finite and so no parameter changed.
+        metrics: of the loss function, merged over the micro-batches.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+
+class WeightSource(Protocol):
+    """The policy's weights under their Hugging Face names; iterating again gives the current values.
+
+    The tied output head is left out. Tensors may be views: whoever keeps them clones them.
+    """
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class ScoringStrategy(Protocol):
+    """A frozen or trained model that scores given tokens."""
+
+    def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
+        """Score every sample without gradient, in micro-batches; result on the CPU."""
+        ...
+
+
+class TrainStrategy(ScoringStrategy, Protocol):
+    """A model with an optimizer."""
+
+    def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
+        """Forward and backward over all micro-batches, then one optimizer step (skipped if not finite)."""
+        ...
+
+    def weights(self) -> WeightSource:
+        """The live weights, for the generation engine."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, optimizer, schedule and RNG state into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote."""
+        ...
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the model in Hugging Face layout (config, safetensors, tokenizer)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Attributes:
+        num_samples: per prompt.
+        max_new_tokens: hard limit of a response.
+        temperature: 0 is greedy.
+        top_p, top_k: 1.0 and 0 keep the whole distribution (`top_k` -1 too).
+        stop_token_ids: generation ends with (and keeps) one of these.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class GenerateStrategy(Protocol):
+    """A generation engine whose weights can be replaced while it lives."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample `num_samples` responses a prompt; sample j of prompt i is drawn with seed `seeds[i] + j`.
+
+        Log-probabilities are those of the distribution sampled from (temperature, top-p, top-k applied).
+        `progress` is called with (finished samples, all samples).
+        """
+        ...
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Take the weights of `source`; nothing computed with older weights is used afterwards.
+
+        Raises:
+            WeightTransferError: with the engine's own error, or what differs from the manifest.
+        """
+        ...
+
+    def shutdown(self) -> None:
+        """Free the engine; it cannot be used afterwards."""
+        ...

