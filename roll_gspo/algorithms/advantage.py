@@ -74,9 +74,7 @@ def token_rewards(rewards: Tensor, response_mask: Tensor, penalties: Tensor | No
 AdvantageEstimator = Callable[[Tensor, Tensor, Tensor, AdvantageSettings], Tensor]
 
 
-def reinforce(
-    rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings
-) -> Tensor:
+def reinforce(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings) -> Tensor:
     """Reward-to-go `G_t = r_t + gamma G_t+1`; only valid tokens discount, gaps of the mask do not."""
     if settings.gamma == 1.0:
         return rewards.flip(-1).cumsum(-1).flip(-1)
@@ -119,9 +117,7 @@ def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
     return zero_masked(whitened, response_mask).to(advantages.dtype)
 
 
-def clip_advantages(
-    advantages: Tensor, response_mask: Tensor, advantage_clip: float | None
-) -> tuple[Tensor, float]:
+def clip_advantages(advantages: Tensor, response_mask: Tensor, advantage_clip: float | None) -> tuple[Tensor, float]:
     """[B, T] clamped to +-`advantage_clip` (None: as they are), and the fraction of valid tokens beyond."""
     if advantage_clip is None or not bool(response_mask.any()):
         return advantages, 0.0

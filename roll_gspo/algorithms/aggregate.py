@@ -42,23 +42,17 @@ def token_mean(sums: Tensor, lengths: Tensor, denominators: Denominators, respon
     return sums / max(denominators.num_tokens, 1)
 
 
-def seq_mean_token_sum(
-    sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int
-) -> Tensor:
+def seq_mean_token_sum(sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int) -> Tensor:
     """`sum_t L_it / N_seq`."""
     return sums / max(denominators.num_sequences, 1)
 
 
-def seq_mean_token_mean(
-    sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int
-) -> Tensor:
+def seq_mean_token_mean(sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int) -> Tensor:
     """`(sum_t L_it / n_i) / N_seq`: the aggregation of the GSPO paper (eqs. 5 and 13)."""
     return sums / lengths.clamp(min=1) / max(denominators.num_sequences, 1)
 
 
-def seq_mean_token_sum_norm(
-    sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int
-) -> Tensor:
+def seq_mean_token_sum_norm(sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int) -> Tensor:
     """`sum_t L_it / (N_seq response_length)`: a constant divisor, not the padded width (arXiv 2503.20783)."""
     return sums / (max(denominators.num_sequences, 1) * response_length)
 

@@ -12,9 +12,7 @@ from roll_gspo.metrics import Metric, mean_of
 
 
 @torch.no_grad()
-def mismatch_metrics(
-    old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor
-) -> dict[str, Metric]:
+def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor) -> dict[str, Metric]:
     """Figures of `d = old_log_probs - rollout_log_probs` (trainer minus engine), all inputs [B, T].
 
     * `mismatch/log_prob_diff_mean`, `_max`: `|d|` over the valid tokens.

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def clipped_objective(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
+def clipped_objective(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
     """`-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)` (GSPO eq. 5; eq. 13 with `seq_token`).
 
     Returns:

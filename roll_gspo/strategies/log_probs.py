@@ -26,9 +26,7 @@ class _ChosenTokens(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
         log_totals, chosen, entropies = [], [], []
         for part, ids in _chunks(logits, tokens):
             scaled = part.float() / temperature

@@ -46,9 +46,7 @@ def test_advantages_grpo_hand_computed():
 def test_advantages_grpo_does_not_normalise_a_second_time():
     scores, groups = torch.tensor([0.0, 1.0, 1.0, 5.0]), torch.tensor([1, 2, 1, 2])
     mask = torch.ones(4, 2, dtype=torch.bool)
-    shifted, _ = advantages(
-        scores, groups, mask, AdvantageSettings("grpo", reward_norm="group", reward_shift=True)
-    )
+    shifted, _ = advantages(scores, groups, mask, AdvantageSettings("grpo", reward_norm="group", reward_shift=True))
     assert shifted[:, 0].tolist() == [-0.5, -2.0, 0.5, 2.0]
     once, _ = advantages(scores, groups, mask, AdvantageSettings("grpo", reward_norm="group"))
     alone, _ = advantages(scores, groups, mask, AdvantageSettings("grpo"))

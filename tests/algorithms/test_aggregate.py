@@ -44,9 +44,7 @@ def test_aggregate_of_nothing_is_zero(mode):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10**6), batch=st.integers(1, 6), width=st.integers(1, 8), mode=st.sampled_from(MODES)
-)
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 6), width=st.integers(1, 8), mode=st.sampled_from(MODES))
 def test_aggregate_equals_the_reference_with_sample_weights(seed, batch, width, mode):
     case = random_case(seed, batch, width)
     weights = case.old[:, 0].abs()

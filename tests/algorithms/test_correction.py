@@ -36,9 +36,7 @@ def test_mismatch_hand_computed():
 def test_mismatch_ess_equals_the_reference_and_survives_extremes():
     case = random_case(4, batch=6, width=9, spread=2.0)
     figures = to_floats(mismatch_metrics(case.log_probs, case.old, case.mask))
-    expected = reference.effective_sample_fraction(
-        case.log_probs.tolist(), case.old.tolist(), case.mask.tolist()
-    )
+    expected = reference.effective_sample_fraction(case.log_probs.tolist(), case.old.tolist(), case.mask.tolist())
     assert figures["mismatch/ess"] == pytest.approx(expected, rel=1e-6)
     extreme = to_floats(mismatch_metrics(torch.full((3, 3), -900.0), torch.zeros(3, 3), MASK))
     assert all(math.isfinite(value) for value in extreme.values())

@@ -24,9 +24,7 @@ def loss_and_gradient(case: Case, chosen: PolicyLossSettings, denominators: Deno
     log_probs = case.log_probs.clone().requires_grad_()
     kept = torch.where(case.mask, log_probs, 0.0)
     entropy = torch.where(case.mask, -kept * kept.exp(), math.nan)
-    loss, metrics = policy_loss(
-        log_probs, entropy, case.batch(), denominators or Denominators.of(case.mask), chosen
-    )
+    loss, metrics = policy_loss(log_probs, entropy, case.batch(), denominators or Denominators.of(case.mask), chosen)
     loss.backward()
     return loss.detach(), log_probs.grad, metrics
 
@@ -103,9 +101,7 @@ def test_policy_loss_equals_the_reference(seed, batch, width, spread, clip, dual
     ]
     figures = to_floats(metrics)
     assert figures["actor/clip_fraction"] == pytest.approx(sum(map(sum, flags)) / sum(map(sum, mask)))
-    assert figures["actor/clip_fraction_sequence"] == pytest.approx(
-        sum(map(any, flags)) / sum(map(any, mask))
-    )
+    assert figures["actor/clip_fraction_sequence"] == pytest.approx(sum(map(any, flags)) / sum(map(any, mask)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -225,9 +221,7 @@ def test_policy_loss_gradient_at_ratio_one_is_the_policy_gradient():
 
 def test_policy_loss_bf16_is_computed_in_float32():
     case = random_case(6, dtype=torch.bfloat16)
-    raised = Case(
-        case.log_probs.float(), case.old.float(), case.advantages.float(), case.mask, case.ref.float()
-    )
+    raised = Case(case.log_probs.float(), case.old.float(), case.advantages.float(), case.mask, case.ref.float())
     low = case.log_probs.clone().requires_grad_()
     denominators = Denominators.of(case.mask)
     loss, _ = policy_loss(low, None, case.batch(), denominators, without_entropy(FULL))

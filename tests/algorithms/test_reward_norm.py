@@ -68,9 +68,7 @@ def test_normalise_rewards_equals_the_reference_in_any_order(rows, norm, form):
     torch.testing.assert_close(normalised, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("norm", "shift", "scale"), [("group", True, True), (None, True, False), (None, False, True)]
-)
+@pytest.mark.parametrize(("norm", "shift", "scale"), [("group", True, True), (None, True, False), (None, False, True)])
 def test_normalise_rewards_refuses_contradictions(norm, shift, scale):
     with pytest.raises(ValueError, match="reward_shift"):
         normalise_rewards(SCORES, GROUPS, norm, shift, scale)

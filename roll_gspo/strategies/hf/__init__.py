@@ -1,0 +1,6 @@
+"""Train, score and generate with plain transformers and torch: the readable reference of the other engines."""
+
+from roll_gspo.strategies.hf.infer import HfInfer
+from roll_gspo.strategies.hf.train import HfTrain
+
+__all__ = ["HfInfer", "HfTrain"]

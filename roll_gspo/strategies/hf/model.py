@@ -1,0 +1,82 @@
+"""A transformers model: how it is loaded, how it scores response tokens, and its weights under checkpoint names.
+
+Legend: B samples, S positions, T response positions, N response tokens of a micro-batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from roll_gspo.batch import Sequences
+from roll_gspo.errors import ConfigError
+from roll_gspo.models.weight_mapping import split_fused
+from roll_gspo.strategies.base import TokenScores
+from roll_gspo.strategies.device import local_device
+from roll_gspo.strategies.log_probs import place, token_log_probs
+
+
+def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """Load onto the local device, in evaluation mode: no dropout, in training either.
+
+    Raises:
+        ConfigError: the folder cannot be loaded.
+    """
+    transformers_logging.disable_progress_bar()  # the console belongs to the run
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attn_implementation)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{checkpoint}: transformers cannot load it: {error}") from error
+    model.to(device=local_device())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    return model.eval()
+
+
+def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: float, entropy: bool) -> TokenScores:
+    """Log-probabilities (and entropies) [B, T] of the response tokens; differentiable.
+
+    Padding lies to the right of causal attention, so it is never seen and no mask is passed.
+    """
+    mask, positions = sequences.response_mask, sequences.predicting_positions
+    first = int(positions[mask].min()) if bool(mask.any()) else 0
+    kept = torch.arange(first, int(positions.max()) + 1, device=mask.device)
+    logits = model(input_ids=sequences.input_ids, use_cache=False, logits_to_keep=kept).logits
+    samples = torch.arange(len(sequences), device=mask.device)[:, None].expand_as(mask)[mask]
+    rows = logits[samples, positions[mask] - first]
+    log_probs, entropies = token_log_probs(rows, sequences.response_ids[mask], temperature, entropy)
+    return TokenScores(place(log_probs, mask), None if entropies is None else place(entropies, mask))
+
+
+class HfWeights:
+    """The live weights under checkpoint names, as views (see `WeightSource`).
+
+    transformers 5 keeps the experts of a layer in one tensor; the checkpoint has one tensor an expert and projection.
+
+    Args:
+        model: whose weights.
+        dtype: that they are shown in; None for their own (then the tensors are views that may be written to).
+
+    Raises:
+        ConfigError: the model fuses weights in a way whose checkpoint names are not known here.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        self._model = model
+        self._dtype = dtype
+        for name, parameter in model.named_parameters():
+            known = model.config.model_type == "qwen3_moe" and split_fused(name, parameter)[0][0] != name
+            if parameter.dim() == 3 and not known:
+                raise ConfigError(
+                    f"model_type '{model.config.model_type}': the checkpoint names of '{name}' are not known; "
+                    "use a dense model or Qwen3-MoE"
+                )
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        # a tied head is not listed: named_parameters names each tensor once, the embedding first
+        for name, parameter in self._model.named_parameters():
+            for hf_name, tensor in split_fused(name, parameter.detach()):
+                yield hf_name, tensor if self._dtype is None else tensor.to(self._dtype)

@@ -1,0 +1,24 @@
+"""A frozen megatron-core model that scores given tokens: the reference of a KL term."""
+
+from __future__ import annotations
+
+from roll_gspo.batch import Sequences
+from roll_gspo.config.strategy import MegatronConfig
+from roll_gspo.strategies.base import ModelSetup, TokenScores
+from roll_gspo.strategies.megatron.model import build_model
+
+
+class MegatronInfer:
+    """`ScoringStrategy` of a checkpoint.
+
+    Raises:
+        ConfigError: a layout or a model that is not supported.
+    """
+
+    def __init__(self, model: ModelSetup, strategy_config: MegatronConfig) -> None:
+        self._model = build_model(model, strategy_config)
+        self._model.gpt.requires_grad_(False)
+
+    def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
+        """Score every sample without gradient; float32 on the CPU."""
+        return self._model.score(sequences, entropy)

@@ -1,0 +1,228 @@
+"""vLLM as generation engine: token ids in, token ids and log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import psutil
+from vllm import LLM, SamplingParams
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+
+from roll_gspo.batch import Completion
+from roll_gspo.config.strategy import VllmConfig
+from roll_gspo.errors import ConfigError, DataError, WeightTransferError
+from roll_gspo.strategies.base import ModelSetup, Sampling, WeightSource
+from roll_gspo.strategies.vllm.host_process import close_engine, global_rng_kept, open_engine
+from roll_gspo.strategies.vllm.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
+
+_CPU_BLOCK_TOKENS = 128
+_CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache costs some two seconds a GiB when the engine starts
+
+
+class VllmGenerate:
+    """`GenerateStrategy` on a vLLM engine in this process (one device).
+
+    A trainer in the same process that needs `torch.distributed` must have initialised it before.
+    The global random state of python, numpy and torch is left as it was by every method.
+
+    Args:
+        model: which model; `temperature` and `micro_batch_size` are not used.
+        strategy_config: size and behaviour of the engine.
+        max_model_len: longest prompt plus response, in tokens.
+
+    Raises:
+        ConfigError: vLLM does not accept the settings.
+    """
+
+    def __init__(self, model: ModelSetup, strategy_config: VllmConfig, max_model_len: int) -> None:
+        config = strategy_config
+        if config.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"strategy_config.tensor_parallel_size: {config.tensor_parallel_size} does not fit an engine "
+                "inside the trainer's process, which holds one device; set 1"
+            )
+        self._max_model_len = max_model_len
+        # Dummy weights are no policy's; those of the checkpoint are the initial policy's.
+        self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
+        try:
+            llm = open_engine(**_engine_args(model, config, max_model_len))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
+        self._vocab_size = llm.model_config.get_vocab_size()
+        transfer = WeightTransfer(llm, InProcessTrainerInitInfo(rank=0))
+        self._engine: tuple[LLM, WeightTransfer] | None = (llm, transfer)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `GenerateStrategy`; results are in the order of `prompts`.
+
+        In float32 a sample depends on its prompt, its seed and the weights only, not on what else is in the batch.
+        A response ends at `max_model_len` too (`finish_reason` is `length`). With temperature 0 the
+        log-probabilities are those of temperature 1.
+
+        Raises:
+            DataError: no prompts, or one that is empty, too long, or holds an id outside the vocabulary.
+            WeightTransferError: the engine does not hold the weights of any version.
+        """
+        llm, _ = self._open_engine()
+        if self._unusable:
+            raise WeightTransferError(f"generate: {self._unusable}; call update_weights first")
+        self._check(prompts, seeds)
+        with global_rng_kept():
+            completions = _run(llm, prompts, sampling, seeds, progress)
+        size = sampling.num_samples
+        return [completions[start : start + size] for start in range(0, len(completions), size)]
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """See `GenerateStrategy`; after an error the engine refuses to generate until an update succeeds."""
+        _, transfer = self._open_engine()
+        self._unusable = f"the transfer of version {version} failed"
+        with global_rng_kept():
+            transfer.send(source, version)
+        self._unusable = ""
+
+    def shutdown(self) -> None:
+        """Free the engine; calling it again does nothing."""
+        if self._engine is not None:
+            close_engine(self._engine[0])
+            self._engine = None
+
+    def _open_engine(self) -> tuple[LLM, WeightTransfer]:
+        if self._engine is None:
+            raise RuntimeError("vllm: the engine was shut down; build a new one")
+        return self._engine
+
+    def _check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+        if not prompts:
+            raise DataError("generate: no prompts were given; give at least one")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+        if min(seeds) < 0:  # -1 would mean "no seed" to vLLM
+            raise ValueError(f"generate: seed {min(seeds)} is negative; give seeds from 0")
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self._max_model_len:
+                raise DataError(
+                    f"generate: prompt {index} has {len(prompt)} tokens, but 1 to {self._max_model_len - 1} fit a "
+                    "model length that includes a response; drop the prompt or allow longer sequences"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
+                raise DataError(
+                    f"generate: prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
+                    f"vocabulary ends at {self._vocab_size - 1}; use the model's own tokenizer"
+                )
+
+
+def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> dict[str, object]:
+    on_cpu = current_platform.is_cpu()
+    args: dict[str, object] = {
+        "model": str(model.checkpoint),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": model.seed,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "load_format": config.load_format,
+        # Sampling defaults of the checkpoint (its top-p, its end-of-sequence ids) must not slip in.
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": {"backend": IN_PROCESS},
+        "use_tqdm_on_load": False,
+    }
+    if config.kv_cache_memory_mb is not None:
+        args["kv_cache_memory_bytes"] = config.kv_cache_memory_mb << 20
+    if on_cpu:
+        model_config = EngineArgs(**args).create_model_config()  # pyright: ignore[reportArgumentType]
+        _check_cpu_head_size(model_config)
+        args.setdefault("kv_cache_memory_bytes", _cpu_kv_cache_bytes(model_config, config.max_num_seqs, max_model_len))
+    return args
+
+
+def _check_cpu_head_size(model_config: ModelConfig) -> None:
+    """vLLM would fail at the first forward pass only."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # a module for CPU builds
+
+    size, supported = model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in supported:
+        raise ConfigError(
+            f"vllm: attention heads of size {size} are not among those that vLLM computes on a CPU ({supported}); "
+            "take another model, or generate with strategy_name hf_infer"
+        )
+
+
+def _cpu_kv_cache_bytes(model_config: ModelConfig, max_num_seqs: int, max_model_len: int) -> int:
+    """Room for `max_num_seqs` full sequences within 4 GiB and a quarter of the free memory; vLLM would take nearly all.
+
+    More sequences than fit wait for their turn.
+    """
+    width = model_config.get_total_num_kv_heads() * model_config.get_head_size()
+    token_bytes = 2 * model_config.get_total_num_hidden_layers() * width * model_config.dtype.itemsize
+    blocks = max_num_seqs * -(-max_model_len // _CPU_BLOCK_TOKENS) + 1
+    limit = min(_CPU_KV_CACHE_LIMIT, psutil.virtual_memory().available // 4)
+    return min(blocks * _CPU_BLOCK_TOKENS * token_bytes, limit)
+
+
+def _run(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    progress: Callable[[int, int], None] | None,
+) -> list[Completion]:
+    """All samples as requests of their own (vLLM splits `n` samples into such anyway), flat."""
+    samples = [(list(p), seed + j) for p, seed in zip(prompts, seeds, strict=True) for j in range(sampling.num_samples)]
+    request_ids = llm.enqueue(
+        [{"prompt_token_ids": prompt} for prompt, _ in samples],
+        [_sampling_params(sampling, seed) for _, seed in samples],
+        use_tqdm=False,
+    )
+    engine = llm.llm_engine
+    finished: dict[int, Completion] = {}  # vLLM numbers its requests in the order they are added
+    try:
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            for output in outputs:
+                assert isinstance(output, RequestOutput)
+                finished[int(output.request_id)] = _completion(output.outputs[0])
+            if progress is not None and outputs:
+                progress(len(finished), len(samples))
+    finally:  # an interrupt must not leave requests that the next call would go on with
+        if engine.has_unfinished_requests():
+            engine.abort_request(request_ids, internal=True)
+    return [finished[key] for key in sorted(finished)]
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    return SamplingParams(
+        seed=seed,
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # `stop_token_ids` says where a response ends, nothing else does
+        logprobs=0,
+        detokenize=False,
+    )
+
+
+def _completion(output: CompletionOutput) -> Completion:
+    token_ids, positions = tuple(output.token_ids), output.logprobs
+    if positions is None or output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vllm: a response ended with '{output.finish_reason}'; see the engine's log")
+    log_probs = (known[token].logprob for known, token in zip(positions, token_ids, strict=True) if known)
+    return Completion(token_ids, tuple(log_probs), output.finish_reason)

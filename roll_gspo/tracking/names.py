@@ -1,0 +1,181 @@
+"""Every metric by name, with what it means; `docs/metrics.md` is generated from this table.
+
+`python -m roll_gspo.tracking.names` prints the page.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class MetricInfo(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+        meaning: one sentence.
+        unit: of the figure.
+        reduction: over what it is a mean, maximum, ... within one step.
+    """
+
+    meaning: str
+    unit: str
+    reduction: str
+
+
+_TOKENS = "mean over response tokens"
+_SEQUENCES = "mean over sequences"
+_UPDATES = "mean over optimizer steps"
+_SAMPLES = "mean over samples"
+_STEP = "value of the step"
+_SUM = "sum over the step"
+
+METRICS: dict[str, MetricInfo] = {
+    name: MetricInfo(*info)
+    for name, info in {
+        "actor/pg_loss": ("Policy-gradient loss, clipped and aggregated.", "loss", _UPDATES),
+        "actor/kl_loss": ("KL loss to the reference before its coefficient.", "loss", _UPDATES),
+        "actor/total_loss": ("What the optimizer minimises.", "loss", _UPDATES),
+        "actor/clip_fraction": (
+            "Tokens whose gradient the clip took away; with `importance_sampling: seq` all tokens of a "
+            "clipped sequence. The figure that the GSPO paper plots.",
+            "fraction",
+            _TOKENS,
+        ),
+        "actor/clip_fraction_sequence": (
+            "Sequences whose gradient the clip took away; a sequence counts once.",
+            "fraction",
+            _SEQUENCES,
+        ),
+        "actor/clip_fraction_high": (
+            "Tokens clipped at the upper bound (positive advantage, ratio too large).",
+            "fraction",
+            _TOKENS,
+        ),
+        "actor/clip_fraction_low": (
+            "Tokens clipped at the lower bound (negative advantage, ratio too small).",
+            "fraction",
+            _TOKENS,
+        ),
+        "actor/dual_clip_fraction": ("Tokens whose loss the dual clip bounds.", "fraction", _TOKENS),
+        "actor/ratio_mean": ("Importance ratio of current to old policy.", "ratio", _TOKENS),
+        "actor/ratio_max": ("Largest importance ratio.", "ratio", "max over response tokens"),
+        "actor/ratio_min": ("Smallest importance ratio.", "ratio", "min over response tokens"),
+        "actor/ratio_deviation": (
+            "Distance of the importance ratio from 1, |ratio - 1|.",
+            "ratio",
+            _TOKENS,
+        ),
+        "actor/approx_kl": ("KL(old policy || current policy), k3 estimate.", "nats a token", _TOKENS),
+        "actor/kl_ref": (
+            "KL of the current policy to the frozen reference, estimated as `kl_loss_type` says.",
+            "nats a token",
+            _TOKENS,
+        ),
+        "actor/entropy": ("Entropy of the policy's next-token distribution.", "nats", _TOKENS),
+        "actor/log_prob_mean": ("Log-probability of the sampled tokens.", "nats", _TOKENS),
+        "actor/grad_norm": ("Global gradient norm before clipping.", "norm", _UPDATES),
+        "actor/lr": ("Learning rate of the last optimizer step.", "1", _STEP),
+        "actor/skipped_updates": (
+            "Optimizer steps skipped: loss or gradient not finite, or nothing left to learn from.",
+            "optimizer steps",
+            _SUM,
+        ),
+        "actor/num_updates": ("Optimizer steps taken.", "optimizer steps", _SUM),
+        "mismatch/log_prob_diff_mean": (
+            "|log-probability of the trainer - of the generation engine|, same weights.",
+            "nats",
+            _TOKENS,
+        ),
+        "mismatch/log_prob_diff_max": (
+            "Largest such difference.",
+            "nats",
+            "max over response tokens",
+        ),
+        "mismatch/kl": ("KL(generation engine || trainer), k3 estimate.", "nats a token", _TOKENS),
+        "mismatch/ess": (
+            "Effective sample size of the weights trainer / generation engine; 1 is a perfect match.",
+            "fraction",
+            _STEP,
+        ),
+        "reward/score_mean": ("Score of the reward workers, before normalisation.", "score", _SAMPLES),
+        "reward/score_std": ("Spread of the scores.", "score", "standard deviation over samples"),
+        "reward/score_min": ("Lowest score.", "score", "min over samples"),
+        "reward/score_max": ("Highest score.", "score", "max over samples"),
+        "reward/failed": ("Samples whose reward could not be computed.", "samples", _SUM),
+        "reward/clip_fraction": ("Normalised rewards cut by `reward_clip`.", "fraction", _SAMPLES),
+        "reward/groups_without_spread": (
+            "Groups whose scores are all equal, so that they teach nothing.",
+            "fraction",
+            "mean over groups",
+        ),
+        "advantage/mean": ("Advantage.", "advantage", _TOKENS),
+        "advantage/std": (
+            "Spread of the advantages.",
+            "advantage",
+            "standard deviation over response tokens",
+        ),
+        "advantage/min": ("Lowest advantage.", "advantage", "min over response tokens"),
+        "advantage/max": ("Highest advantage.", "advantage", "max over response tokens"),
+        "advantage/clip_fraction": ("Advantages cut by `advantage_clip`.", "fraction", _TOKENS),
+        "kl/coef": ("Coefficient of the token-level KL penalty in the reward.", "1", _STEP),
+        "rollout/response_length_mean": ("Length of the responses.", "tokens", _SAMPLES),
+        "rollout/response_length_max": ("Longest response.", "tokens", "max over samples"),
+        "rollout/response_length_min": ("Shortest response.", "tokens", "min over samples"),
+        "rollout/prompt_length_mean": ("Length of the prompts.", "tokens", _SAMPLES),
+        "rollout/truncated_fraction": (
+            "Responses that ended at the length limit, without an end of sequence.",
+            "fraction",
+            _SAMPLES,
+        ),
+        "rollout/num_tokens": ("Response tokens generated.", "tokens", _SUM),
+        "rollout/tokens_per_s": ("Response tokens a second of `time/generate`.", "tokens/s", _STEP),
+        "rollout/weights_version": ("Version of the weights that sampled the rollout.", "version", _STEP),
+        "data/epoch": ("Passes over the training data so far.", "epochs", _STEP),
+        "data/prompts_dropped": (
+            "Prompts left out, e.g. because they are longer than `prompt_length`.",
+            "prompts",
+            _SUM,
+        ),
+        "validation/score_mean": ("Score on the validation set.", "score", "mean over validation samples"),
+        "validation/num_samples": ("Validation samples scored.", "samples", _SUM),
+        "time/step": ("Whole step; the sum of the stages below.", "s", _SUM),
+        "time/generate": ("Sampling the responses.", "s", _SUM),
+        "time/score": ("Reward workers.", "s", _SUM),
+        "time/reference_log_probs": ("Forward passes of the reference.", "s", _SUM),
+        "time/old_log_probs": ("Forward passes for the old log-probabilities.", "s", _SUM),
+        "time/advantages": ("Rewards to advantages.", "s", _SUM),
+        "time/update": ("Optimizer steps: forward, backward, update.", "s", _SUM),
+        "time/sync_weights": ("Moving the new weights into the generation engine.", "s", _SUM),
+        "time/validate": ("Validation.", "s", _SUM),
+        "time/log": ("Writing metrics, rollouts and the report.", "s", _SUM),
+        "time/save": ("Writing checkpoints.", "s", _SUM),
+        "time/other": ("Everything outside of the stages.", "s", _SUM),
+        "memory/rss_mb": ("Resident memory of the controlling process.", "MiB", _STEP),
+    }.items()
+}
+
+
+_HEAD = """# Metrics
+
+Every step writes one line of `metrics.jsonl` with these names, those that apply to the run. A figure that
+is not finite is `null` there. What is called a mean over tokens or sequences never counts padding. What
+happens after a step is logged (its checkpoint, its report) is timed in the next line, so that the
+`time/step` of all lines add up to the time of the run.
+
+Generated from `roll_gspo/tracking/names.py`: `python -m roll_gspo.tracking.names > docs/metrics.md`."""
+
+
+def metrics_page() -> str:
+    """`docs/metrics.md` as Markdown."""
+    lines = [_HEAD]
+    family = ""
+    for name, info in METRICS.items():
+        if name.partition("/")[0] != family:
+            family = name.partition("/")[0]
+            lines += ["", f"## {family}", "", "| name | meaning | unit | reduction |", "|---|---|---|---|"]
+        lines.append(f"| `{name}` | {info.meaning.replace('|', chr(92) + '|')} | {info.unit} | {info.reduction} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(metrics_page(), end="")

@@ -1,0 +1,72 @@
+"""Batches, setups and a policy-gradient-like loss that every engine's tests run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tiny_models import VOCAB
+from torch import Tensor
+
+from roll_gspo.batch import Sequences, TrainBatch
+from roll_gspo.metrics import Metric, mean_of
+from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, TokenScores, TrainStrategy
+
+Checkpoints = Callable[[str], Path]
+
+PROMPT_LENGTHS = (3, 7, 1, 12, 5, 4)
+RESPONSE_LENGTHS = (9, 4, 15, 0, 2, 11)
+
+
+def model_setup(folder: Path, dtype: torch.dtype = torch.float32, micro_batch_size: int = 4) -> ModelSetup:
+    return ModelSetup(folder, dtype, micro_batch_size, temperature=0.7, seed=0)
+
+
+def optimizer_setup(**changes: object) -> OptimizerSetup:
+    values = {
+        "learning_rate": 1e-2,
+        "total_steps": 10,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.95),
+        "epsilon": 1e-6,
+    }
+    return OptimizerSetup(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def sequences(seed: int = 1) -> Sequences:
+    """Six samples of unequal lengths, one of them with an empty response."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+
+    return Sequences.collate([tokens(n) for n in PROMPT_LENGTHS], [tokens(n) for n in RESPONSE_LENGTHS], pad=0)
+
+
+def train_batch(seed: int = 1) -> TrainBatch:
+    """Six samples whose masked positions hold NaN: whoever reads them is found out."""
+    tokens = sequences(seed)
+    mask = tokens.response_mask
+    generator = torch.Generator().manual_seed(seed)
+
+    def values() -> Tensor:
+        return torch.randn(mask.shape, generator=generator).masked_fill(~mask, torch.nan)
+
+    return TrainBatch(tokens, torch.arange(len(tokens)), values(), values(), values())
+
+
+def policy_loss(scores: TokenScores, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
+    """Advantage-weighted log-probabilities minus an entropy bonus, over a global token count."""
+    mask = batch.response_mask
+    gain = torch.where(mask, scores.log_probs * batch.advantages, 0.0).sum()
+    assert scores.entropy is not None
+    loss = -(gain + 0.1 * scores.entropy.sum()) / sum(RESPONSE_LENGTHS)
+    return loss, {"entropy": mean_of(scores.entropy.detach(), mask)}
+
+
+def weights_of(engine: TrainStrategy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.weights()}

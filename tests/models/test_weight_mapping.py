@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roll_gspo.errors import ConfigError
+from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.weight_mapping import fused_slice, recipe, split_fused
+
+LAYER = "decoder.layers.3."
+NAMES = {
+    "embedding.word_embeddings.weight": ["model.embed_tokens.weight"],
+    "output_layer.weight": ["lm_head.weight"],
+    "decoder.final_layernorm.weight": ["model.norm.weight"],
+    LAYER + "input_layernorm.weight": ["model.layers.3.input_layernorm.weight"],
+    LAYER + "self_attention.linear_qkv.layer_norm_weight": ["model.layers.3.input_layernorm.weight"],
+    LAYER + "pre_mlp_layernorm.weight": ["model.layers.3.post_attention_layernorm.weight"],
+    LAYER + "mlp.linear_fc1.layer_norm_weight": ["model.layers.3.post_attention_layernorm.weight"],
+    LAYER + "self_attention.linear_qkv.bias": [f"model.layers.3.self_attn.{x}_proj.bias" for x in "qkv"],
+    LAYER + "self_attention.q_layernorm.weight": ["model.layers.3.self_attn.q_norm.weight"],
+    LAYER + "self_attention.linear_proj.weight": ["model.layers.3.self_attn.o_proj.weight"],
+    LAYER + "mlp.linear_fc2.weight": ["model.layers.3.mlp.down_proj.weight"],
+    LAYER + "mlp.router.weight": ["model.layers.3.mlp.gate.weight"],
+    LAYER + "mlp.experts.local_experts.11.linear_fc1.weight": [
+        "model.layers.3.mlp.experts.11.gate_proj.weight",
+        "model.layers.3.mlp.experts.11.up_proj.weight",
+    ],
+    LAYER + "mlp.experts.linear_fc1.weight11": [
+        "model.layers.3.mlp.experts.11.gate_proj.weight",
+        "model.layers.3.mlp.experts.11.up_proj.weight",
+    ],
+    LAYER + "mlp.experts.local_experts.0.linear_fc2.weight": ["model.layers.3.mlp.experts.0.down_proj.weight"],
+    LAYER + "mlp.experts.linear_fc2.weight0": ["model.layers.3.mlp.experts.0.down_proj.weight"],
+}
+
+
+@pytest.fixture
+def model() -> Architecture:
+    return Architecture("qwen3", 4, 24, 20, 6, 2, 8, 13, 64, 1e-6, 1e4, False, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_names(name: str) -> None:
+    assert list(recipe(name).hf_names) == NAMES[name]
+
+
+def test_unknown_parameter_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'decoder\.layers\.3\.mlp\.shared_experts\.linear_fc1\.weight'"):
+        recipe(LAYER + "mlp.shared_experts.linear_fc1.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "vocab_rows"),
+    [
+        (LAYER + "self_attention.linear_qkv.weight", [(48, 24), (16, 24), (16, 24)], 13),
+        (LAYER + "self_attention.linear_qkv.bias", [(48,), (16,), (16,)], 13),
+        (LAYER + "mlp.linear_fc1.weight", [(20, 24), (20, 24)], 13),
+        (LAYER + "mlp.linear_fc2.weight", [(24, 20)], 13),
+        ("embedding.word_embeddings.weight", [(13, 24)], 16),
+    ],
+)
+def test_unpack_reverses_pack(model: Architecture, name: str, shapes: list[tuple[int, ...]], vocab_rows: int) -> None:
+    tensors = [torch.randn(shape) for shape in shapes]
+    made_of = recipe(name)
+    packed = made_of.pack(tensors, model, vocab_rows)
+    # a megatron parameter has the packed values with gate and up one below the other
+    parameter = packed.flatten(0, 1) if made_of.packing == "gate_up" else packed
+    unpacked = made_of.unpack(parameter, model)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, unpacked, strict=True))
+
+
+def _cut(name: str, tensors: list[Tensor], model: Architecture, ranks: int) -> list[Tensor]:
+    made_of = recipe(name)
+    packed = made_of.pack(tensors, model, model.vocab_size)
+    assert made_of.cut_axis is not None
+    return list(packed.chunk(ranks, made_of.cut_axis))
+
+
+def test_cut_axis_gives_each_rank_a_whole_feed_forward_share(model: Architecture) -> None:
+    gate, up, down, x = (torch.randn(shape, dtype=torch.float64) for shape in ((20, 24), (20, 24), (24, 20), (5, 24)))
+    whole = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    parts = zip(
+        _cut(LAYER + "mlp.linear_fc1.weight", [gate, up], model, 2),
+        _cut(LAYER + "mlp.linear_fc2.weight", [down], model, 2),
+        strict=True,
+    )
+    shares = [F.linear(F.silu(F.linear(x, fc1[0])) * F.linear(x, fc1[1]), fc2) for fc1, fc2 in parts]
+    torch.testing.assert_close(sum(shares), whole)
+
+
+def test_cut_axis_gives_each_rank_whole_query_groups(model: Architecture) -> None:
+    query, key, value = torch.randn(48, 24), torch.randn(16, 24), torch.randn(16, 24)
+    ranks = _cut(LAYER + "self_attention.linear_qkv.weight", [query, key, value], model, 2)
+    for rank, part in enumerate(ranks):
+        # 3 query heads, one key head, one value head of size 8
+        assert torch.equal(part[:24], query[24 * rank : 24 * (rank + 1)])
+        assert torch.equal(part[24:32], key[8 * rank : 8 * (rank + 1)])
+        assert torch.equal(part[32:], value[8 * rank : 8 * (rank + 1)])
+
+
+def test_fused_experts_and_their_names_agree() -> None:
+    prefix = "model.layers.0.mlp.experts"
+    gate_up, down = torch.randn(3, 10, 4), torch.randn(3, 4, 5)
+    named = dict(split_fused(f"{prefix}.gate_up_proj", gate_up) + split_fused(f"{prefix}.down_proj", down))
+    assert len(named) == 9
+    for name, tensor in named.items():
+        place = fused_slice(name)
+        assert place is not None
+        fused = gate_up if place.name.endswith("gate_up_proj") else down
+        assert torch.equal(place.cut(fused[place.expert]), tensor)
+    assert torch.equal(named[f"{prefix}.2.up_proj.weight"], gate_up[2, 5:])
+    assert fused_slice("model.layers.0.mlp.gate_proj.weight") is None
+    assert split_fused("model.norm.weight", down) == [("model.norm.weight", down)]
