@@ -14,7 +14,6 @@ CORE = [
     "math-verify>=0.8,<0.10",
     "numpy>=2.0,<3",
     "omegaconf>=2.3,<2.4",
-    "plotly>=6.0,<8",
     "psutil>=6,<8",
     "pydantic>=2.11,<3",
     "PyYAML>=6.0",

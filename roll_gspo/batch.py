@@ -206,13 +206,15 @@ class TrainBatch:
 
     def to(self, device: torch.device | str) -> TrainBatch:
         """The same batch on another device."""
-        moved = {f.name: self.__dict__[f.name] for f in fields(self)}
         s = self.sequences
-        moved["sequences"] = Sequences(
-            s.input_ids.to(device), s.prompt_lengths.to(device), s.response_mask.to(device)
-        )
+        reference = self.ref_log_probs
         return TrainBatch(
-            **{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()}
+            sequences=Sequences(s.input_ids.to(device), s.prompt_lengths.to(device), s.response_mask.to(device)),
+            sample_ids=self.sample_ids.to(device),
+            advantages=self.advantages.to(device),
+            old_log_probs=self.old_log_probs.to(device),
+            rollout_log_probs=self.rollout_log_probs.to(device),
+            ref_log_probs=None if reference is None else reference.to(device),
         )
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from roll_gspo.errors import CheckpointError
+from roll_gspo.errors import CheckpointError, RollGspoError
 
 MARKER = "COMPLETE.json"
 _NAME = re.compile(r"step_(\d+)")
@@ -59,15 +59,15 @@ class CheckpointStore:
                 shutil.rmtree(target)
             aside.rename(target)
             _sync(self.folder)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
+            # Not only OSError: torch and safetensors report a full disk with errors of their own.
+            if isinstance(error, RollGspoError) or not isinstance(error, Exception):
+                raise
             raise CheckpointError(
                 f"{target}: cannot be written ({error}); free space or set checkpoint_config.output_dir. "
                 "Earlier checkpoints are untouched"
             ) from error
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
         self._prune()
 
     def _remove_leftovers(self) -> None:
@@ -96,7 +96,7 @@ def is_complete(folder: Path) -> bool:
     try:
         parts = json.loads((folder / MARKER).read_text(encoding="utf-8"))["parts"]
         return all((folder / name).stat().st_size == size for name, size in parts.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # torn, or not this JSON at all
         return False
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Schema
 
@@ -79,7 +80,7 @@ class AlgorithmConfig(Schema):
     max_grad_norm: PositiveFloat = 1.0
     """Clip the gradient to this norm."""
     max_consecutive_skipped_steps: PositiveInt = 3
-    """Stop after this many steps in a row whose updates were all skipped as not finite."""
+    """Stop after this many optimizer steps in a row that were skipped as not finite."""
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -101,41 +102,40 @@ class AlgorithmConfig(Schema):
         """Whether any quantity of the loss or the reward reads reference log-probs."""
         return self.use_kl_loss or self.add_token_level_kl
 
-    @model_validator(mode="after")
-    def _clip_range_is_complete(self) -> AlgorithmConfig:
+    def broken_rules(self) -> Iterator[str]:
+        """Flags without their keys, keys without their flags, and flags against each other."""
+        yield from super().broken_rules()
+        yield from self._broken_clip_rules()
+        yield from self._broken_reward_rules()
+        yield from self._broken_kl_rules()
+
+    def _broken_clip_rules(self) -> Iterator[str]:
         given = [self.pg_clip_low is not None, self.pg_clip_high is not None]
         if self.use_pg_clip_range and not all(given):
-            raise ValueError("use_pg_clip_range: true needs both pg_clip_low and pg_clip_high; set them")
+            yield "use_pg_clip_range: true needs both pg_clip_low and pg_clip_high; set them"
         if not self.use_pg_clip_range and any(given):
-            raise ValueError(
-                "pg_clip_low/pg_clip_high act with use_pg_clip_range: true only; set that flag or remove them"
-            )
+            key = "pg_clip_low" if given[0] else "pg_clip_high"
+            yield f"{key} acts with use_pg_clip_range: true only; set that flag or remove it"
         if self.dual_clip_ratio is not None and not self.dual_clip_loss:
-            raise ValueError("dual_clip_ratio acts with dual_clip_loss: true only; set that flag or remove it")
-        return self
+            yield "dual_clip_ratio acts with dual_clip_loss: true only; set that flag or remove it"
 
-    @model_validator(mode="after")
-    def _reward_normalisation_is_consistent(self) -> AlgorithmConfig:
+    def _broken_reward_rules(self) -> Iterator[str]:
         if self.reward_shift and self.reward_scale:
-            raise ValueError(
+            yield (
                 "reward_shift and reward_scale are both true: they mean 'only subtract the mean' and 'only "
                 "divide by the deviation'; set both false for (r - mean) / std"
             )
         if self.reward_norm is None and (self.reward_shift or self.reward_scale):
             flag = "reward_shift" if self.reward_shift else "reward_scale"
-            raise ValueError(f"{flag}: true needs reward_norm: group, batch or running; set one of them")
-        return self
+            yield f"{flag}: true needs reward_norm: group, batch or running; set one of them"
 
-    @model_validator(mode="after")
-    def _kl_settings_are_complete(self) -> AlgorithmConfig:
+    def _broken_kl_rules(self) -> Iterator[str]:
         if self.use_kl_loss and self.kl_loss_coef == 0:
-            raise ValueError("use_kl_loss: true needs kl_loss_coef above 0; set it, or use_kl_loss: false")
+            yield "use_kl_loss: true needs kl_loss_coef above 0; set it, or use_kl_loss: false"
         if self.kl_loss_coef and not self.use_kl_loss:
-            raise ValueError("kl_loss_coef acts with use_kl_loss: true only; set that flag or remove it")
+            yield "kl_loss_coef acts with use_kl_loss: true only; set that flag or remove it"
         if self.add_token_level_kl and self.init_kl_coef is None:
-            raise ValueError("add_token_level_kl: true needs init_kl_coef; set it")
-        if not self.add_token_level_kl and (self.init_kl_coef or self.target_kl):
-            raise ValueError(
-                "init_kl_coef/target_kl act with add_token_level_kl: true only; set that flag or remove them"
-            )
-        return self
+            yield "add_token_level_kl: true needs init_kl_coef; set it"
+        for key, value in (("init_kl_coef", self.init_kl_coef), ("target_kl", self.target_kl)):
+            if value is not None and not self.add_token_level_kl:
+                yield f"{key} acts with add_token_level_kl: true only; set that flag or remove it"

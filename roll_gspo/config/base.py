@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+MAX_DEVICES = 2**16  # a slip such as range(0, 80000000000) must not fill the memory
 
 
 class Schema(BaseModel):
@@ -14,6 +17,16 @@ class Schema(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    def broken_rules(self) -> Iterator[str]:
+        """What is wrong between the keys of this block, one text a rule; each begins with the key to look at."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _hold_rules(self) -> Self:
+        if broken := list(self.broken_rules()):
+            raise ValueError("\n".join(broken))
+        return self
 
 
 def parse_device_mapping(value: Any) -> tuple[int, ...] | None:
@@ -40,26 +53,33 @@ _EXPECTED_DEVICES = "expected device numbers such as '0-7', [0, 1, 2] or list(ra
 
 def _devices_of_text(text: str) -> tuple[int, ...]:
     compact = re.sub(r"\s", "", text)
-    inner = re.sub(r"^list\((.*)\)$", r"\1", compact)
+    inner = re.sub(r"^(?:list\((.*)\)|\[(.*)\])$", r"\1\2", compact)
     if match := re.fullmatch(r"range\((?:(\d+),)?(\d+)\)", inner):
-        return tuple(range(int(match[1] or 0), int(match[2])))
+        return tuple(_span(int(match[1] or 0), int(match[2]), text))
     devices: list[int] = []
-    for part in inner.strip("[]").split(","):
+    for part in inner.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
             raise ValueError(_EXPECTED_DEVICES.format(value=text))
-        devices.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        devices.extend(_span(int(match[1]), int(match[2] or match[1]) + 1, text))
     return tuple(devices)
+
+
+def _span(start: int, end: int, text: str) -> range:
+    if end > MAX_DEVICES:
+        raise ValueError(f"device numbers are below {MAX_DEVICES}, got {text!r}")
+    return range(start, end)
 
 
 DeviceMapping = Annotated[tuple[int, ...] | None, BeforeValidator(parse_device_mapping)]
 
 
-def parse_names(value: Any) -> Any:
+def parse_names(value: Any) -> tuple[str, ...]:
     """One string or a list of strings, as a tuple."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected a string or a list of strings, got {value!r}")
+    return tuple(names)
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]

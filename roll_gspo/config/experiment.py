@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.base import Schema
@@ -53,19 +54,19 @@ class BatchConfig(Schema):
         """Prompts times group size."""
         return self.rollout_batch_size * self.num_return_sequences_in_group
 
-    @model_validator(mode="after")
-    def _one_length_decides(self) -> BatchConfig:
+    def broken_rules(self) -> Iterator[str]:
+        """Exactly one length decides, and leaves room."""
+        yield from super().broken_rules()
         total, response = self.sequence_length, self.response_length
         if total is None and response is None:
-            raise ValueError("one of response_length and sequence_length is needed; set response_length")
+            yield "response_length: missing; add it, or sequence_length"
         if total is not None and response is not None and total != self.prompt_length + response:
-            raise ValueError(
+            yield (
                 f"sequence_length {total} is not prompt_length {self.prompt_length} + response_length "
                 f"{response}; remove one of the three"
             )
-        if total is not None and total <= self.prompt_length:
-            raise ValueError(f"sequence_length {total} leaves no room after prompt_length {self.prompt_length}")
-        return self
+        elif total is not None and total <= self.prompt_length:
+            yield f"sequence_length {total} leaves no room after prompt_length {self.prompt_length}; raise it"
 
 
 class RunConfig(Schema):
@@ -105,7 +106,7 @@ class RunConfig(Schema):
     """Tracker beside `metrics.jsonl`, which is always written."""
     tracker_kwargs: TrackerKwargs = TrackerKwargs()
     """Options of the tracker."""
-    system_envs: dict[str, str] = {}
+    system_envs: dict[str, str] = Field(default_factory=dict)
     """Environment variables, set before any engine is imported."""
     num_gpus_per_node: NonNegativeInt = 8
     """Devices of one machine; device numbers beyond it are on the next machine."""
@@ -146,59 +147,64 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         """Optimizer steps a rollout."""
         return self.samples_per_rollout * self.ppo_epochs // self.mini_batch_size
 
-    @model_validator(mode="after")
-    def _batches_divide(self) -> ExperimentConfig:
-        ranks = len(self.actor_train.device_mapping or (0,))
-        if ranks % self._model_parallel_size:
-            raise ValueError(
-                f"actor_train.device_mapping names {ranks} devices, not a multiple of the "
-                f"{self._model_parallel_size} that one copy of the model takes (tensor * pipeline * context)"
-            )
-        if self.samples_per_rollout % self.mini_batch_size:
-            args = self.actor_train.training_args
-            raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} * num_return_sequences_in_group "
-                f"{self.num_return_sequences_in_group} = {self.samples_per_rollout} samples are not a multiple of "
-                f"the mini-batch of {self.mini_batch_size} (per_device_train_batch_size "
-                f"{args.per_device_train_batch_size} * gradient_accumulation_steps "
-                f"{args.gradient_accumulation_steps} * data-parallel size {self.data_parallel_size}); change one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _groups_are_groups(self) -> ExperimentConfig:
-        group_size = self.num_return_sequences_in_group
-        if group_size == 1 and (self.adv_estimator == "grpo" or self.reward_norm == "group"):
-            key = "adv_estimator: grpo" if self.adv_estimator == "grpo" else "reward_norm: group"
-            raise ValueError(
-                f"{key} compares the samples of a prompt, and there is one; set "
-                "num_return_sequences_in_group to 2 or more"
-            )
-        sampling = self.actor_infer.generating_args
-        if sampling.num_return_sequences not in (None, group_size):
-            raise ValueError(
-                f"actor_infer.generating_args.num_return_sequences is {sampling.num_return_sequences}, but "
-                f"num_return_sequences_in_group is {group_size}; remove the first"
-            )
-        if sampling.max_new_tokens not in (None, self.max_response_length):
-            raise ValueError(
-                f"actor_infer.generating_args.max_new_tokens is {sampling.max_new_tokens}, but response_length is "
-                f"{self.max_response_length}; remove the first"
-            )
-        if sampling.temperature == 0:
-            raise ValueError(
-                "actor_infer.generating_args.temperature: 0 is greedy, and equal answers teach nothing; set it above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _references_are_given(self) -> ExperimentConfig:
+    def broken_rules(self) -> Iterator[str]:
+        """The rules that span blocks."""
+        yield from super().broken_rules()
+        yield from self._broken_batch_rules()
+        yield from self._broken_group_rules()
+        yield from self._broken_sampling_rules()
         if self.needs_reference and self.reference is None:
             flag = "use_kl_loss" if self.use_kl_loss else "add_token_level_kl"
-            raise ValueError(f"{flag}: true needs the reference block; add it")
+            yield f"{flag}: true needs the reference block; add it"
         if self.warm_start and not self.pretrain.startswith("builtin:"):
-            raise ValueError(
+            yield (
                 f"warm_start makes a builtin: model ready for its task, but pretrain is '{self.pretrain}'; "
                 "set warm_start: null"
             )
-        return self
+
+    def _broken_batch_rules(self) -> Iterator[str]:
+        ranks = len(self.actor_train.device_mapping or (0,))
+        args = self.actor_train.training_args
+        if ranks % self._model_parallel_size:
+            yield (
+                f"actor_train.device_mapping names {ranks} device(s), not a multiple of the "
+                f"{self._model_parallel_size} that one copy of the model takes (tensor * pipeline * context parallel "
+                "size in actor_train.strategy_args.strategy_config); change one"
+            )
+        elif self.samples_per_rollout % self.mini_batch_size:
+            yield (
+                f"rollout_batch_size {self.rollout_batch_size} * num_return_sequences_in_group "
+                f"{self.num_return_sequences_in_group} = {self.samples_per_rollout} samples are not a multiple of "
+                f"the mini-batch of {self.mini_batch_size} (actor_train.training_args.per_device_train_batch_size "
+                f"{args.per_device_train_batch_size} * actor_train.training_args.gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps} * data-parallel size {self.data_parallel_size}); change one"
+            )
+
+    def _broken_group_rules(self) -> Iterator[str]:
+        if self.num_return_sequences_in_group > 1:
+            return
+        for key, value, needs_group in (
+            ("adv_estimator", self.adv_estimator, "grpo"),
+            ("reward_norm", self.reward_norm, "group"),
+        ):
+            if value == needs_group:
+                yield (
+                    f"{key}: {value} compares the samples of a prompt, and there is one; set "
+                    "num_return_sequences_in_group to 2 or more"
+                )
+
+    def _broken_sampling_rules(self) -> Iterator[str]:
+        sampling, block = self.actor_infer.generating_args, "actor_infer.generating_args"
+        if sampling.num_return_sequences not in (None, self.num_return_sequences_in_group):
+            yield (
+                f"{block}.num_return_sequences is {sampling.num_return_sequences}, but "
+                f"num_return_sequences_in_group is {self.num_return_sequences_in_group}; remove the first"
+            )
+        length_is_known = self.response_length is not None or self.sequence_length is not None
+        if length_is_known and sampling.max_new_tokens not in (None, self.max_response_length):
+            yield (
+                f"{block}.max_new_tokens is {sampling.max_new_tokens}, but response_length is "
+                f"{self.max_response_length}; remove the first"
+            )
+        if sampling.temperature == 0:
+            yield f"{block}.temperature: 0 is greedy, and equal answers teach nothing; set it above 0"

@@ -1,46 +1,119 @@
 """Keys of ROLL that mean nothing here, or that a later version will honour. Every other unknown key is an error.
 
-Both tables are matched against the dotted key path, `*` standing for one name.
+The tables hold dotted key paths; `*.` at the start stands for any role, `rewards.*` for any reward domain.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Any
 
+ROLES = ("actor_train", "actor_infer", "reference", "validation")
+NEVER_READ = "ROLL never reads it"
+OVERWRITTEN = "ROLL overwrites it"
+ALONE = "it acts with {} only, which is not supported yet"
+
 IGNORED: dict[str, str] = {
-    "*.data_args.dataset_dir": "ROLL never reads it; file_name is a path as it stands",
-    "*.data_args.interleave_probs": "ROLL never reads it",
-    "*.data_args.preprocessing_num_workers": "prompts are tokenized once, in this process",
-    "*.data_args.prompt": "columns are recognised by name: messages, prompt or question",
-    "*.data_args.messages": "columns are recognised by name: messages, prompt or question",
+    # run
+    **dict.fromkeys(
+        ("base_dir", "local_rank", "report_length_and_rewards", "length_profiler_dir", "val_batch_size"), NEVER_READ
+    ),
+    **dict.fromkeys(("is_offload_states", "is_offload_optimizer_states_in_train_step"), NEVER_READ),
+    "num_nodes": "device_mapping and num_gpus_per_node decide",
+    "rpc_timeout": "roles live in this process; rewards have timeout_s",
+    "model_download_type": "transformers reads the Hugging Face hub, or a local folder",
+    "model_update_buffer_size_mb": "the size of transfer buckets is not a choice",
+    "checkpoint_config.type": "checkpoints are folders on a file system",
+    "checkpoint_config.async_upload": "checkpoints are written in place and renamed when complete",
+    "profiler_output_dir": ALONE.format("profiler_timeline or profiler_memory"),
+    "otlp_output_dir": ALONE.format("OpenTelemetry tracing"),
+    "offload_nccl": OVERWRITTEN,
+    # rollout scheduling: how fast, not what
+    "max_running_requests": "max_num_seqs of actor_infer's strategy_config decides how many are decoded together",
+    "max_additional_running_prompts": ALONE.format("is_use_additional_prompts"),
+    "router_args": "one engine answers all requests",
+    "dataset_filter": NEVER_READ,
+    # algorithm
+    **dict.fromkeys(
+        ("critic", "critic_warmup", "value_clip", "lambd", "reward_pretrain"), ALONE.format("a value or reward model")
+    ),
+    **dict.fromkeys(("difficulty_low_threshold", "difficulty_high_threshold"), ALONE.format("difficulty_mask")),
+    "error_max_len_threshold": ALONE.format("error_max_len_clip"),
+    **dict.fromkeys(
+        (
+            *("postive_loss_coef", "positive_loss_coef", "use_topr_neg_loss_coef", "use_policy_loss_type"),
+            *("use_topr_loss", "l2", "use_reward_scaling", "use_reward_norm", "add_len_reward", "val_greedy"),
+            *("val_n_sample", "mask_type", "balance_length", "minibatch_data_iter_num", "reward"),
+        ),
+        NEVER_READ,
+    ),
+    # roles
     "actor_infer.data_args": "prompts come from actor_train.data_args",
     "reference.data_args": "the reference scores what actor_infer generated",
     "reference.generating_args": "the reference does not generate",
-    "actor_infer.infer_batch_size": "max_num_seqs of strategy_config decides how many are decoded together",
+    "actor_train.generating_args": "actor_infer.generating_args decides how responses are sampled",
     "actor_infer.training_args": "the generation engine does not train",
     "reference.training_args": "the reference does not train",
-    "actor_train.generating_args": "actor_infer.generating_args decides how responses are sampled",
-    "*.model_args.flash_attn": "ROLL never reads it",
+    "actor_infer.infer_batch_size": "max_num_seqs of strategy_config decides how many are decoded together",
+    **dict.fromkeys(("*.name", "*.offload_nccl"), OVERWRITTEN),
+    **dict.fromkeys(("*.backend_timeout", "*.max_concurrency"), "roles live in this process"),
+    "*.num_gpus_per_worker": "the parallel sizes of strategy_config decide",
+    "*.logits_in_fp32": "log-probs and entropies are always computed in float32",
+    **dict.fromkeys(
+        (
+            *("*.max_tokens_per_microbatch_in_train", "*.max_tokens_per_microbatch_in_infer"),
+            *("*.sequence_length_round_in_train", "*.sequence_length_round_in_infer"),
+        ),
+        ALONE.format("dynamic batching"),
+    ),
+    "*.sequence_packing_args": ALONE.format("use_sequence_packing"),
+    **dict.fromkeys(("*.topr_positive_weight", "*.topr_negative_weight"), ALONE.format("pg_variant")),
+    "*.model_args.flash_attn": NEVER_READ,
+    "*.model_args.attn_implementation": "the engine chooses (hf: attn_implementation of strategy_config)",
     "*.model_args.disable_gradient_checkpointing": "recompute_granularity of strategy_config decides",
+    "*.model_args.gradient_checkpointing_use_reentrant": "recompute_granularity of strategy_config decides",
+    "*.model_args.device_map": "device_mapping decides",
+    **dict.fromkeys(
+        (
+            *("*.model_args.lora_rank", "*.model_args.lora_alpha", "*.model_args.lora_dropout"),
+            *("*.model_args.additional_target", "*.model_args.autocast_adapter_dtype"),
+        ),
+        ALONE.format("lora_target"),
+    ),
     "*.training_args.num_train_epochs": "it has no effect in ROLL either; max_steps and ppo_epochs decide",
     "*.training_args.dataloader_num_workers": "there is no data loader: rollouts are already in memory",
+    **dict.fromkeys(("*.training_args.output_dir", "*.training_args.max_steps", "*.training_args.seed"), OVERWRITTEN),
+    "*.training_args.data_seed": "the top-level seed decides",
+    **dict.fromkeys(("*.training_args.bf16", "*.training_args.fp16"), "model_args.dtype decides"),
+    **dict.fromkeys(("*.data_args.dataset_dir", "*.data_args.interleave_probs"), NEVER_READ),
+    **dict.fromkeys(("*.data_args.id", "*.data_args.response", "*.data_args.eval_file_name"), NEVER_READ),
+    "*.data_args.preprocessing_num_workers": "prompts are tokenized once, in this process",
+    **dict.fromkeys(
+        ("*.data_args.prompt", "*.data_args.messages"), "columns are recognised by name: messages, prompt or question"
+    ),
+    "*.generating_args.max_length": "max_new_tokens and response_length decide",
+    "*.generating_args.include_stop_str_in_output": ALONE.format("stop_strings"),
     "validation.eval_steps": "ROLL never reads it; the top-level eval_steps decides",
+    "*.strategy_args.strategy_config.max_model_len": "prompt_length and response_length decide",
+    **dict.fromkeys(
+        (
+            *("*.strategy_args.strategy_config.block_size", "*.strategy_args.strategy_config.VLLM_USE_V1"),
+            "*.strategy_args.strategy_config.disable_custom_all_reduce",
+        ),
+        "vLLM chooses",
+    ),
+    "*.strategy_args.strategy_config.sleep_level": "nothing is offloaded",
+    # rewards
     "rewards.*.model_args": "rule-based workers hold no model",
     "rewards.*.data_args": "rows are routed by domain and tag",
     "rewards.*.infer_batch_size": "samples are scored one by one, each with its own timeout",
     "rewards.*.strategy_args": "rule-based workers have no engine",
+    "rewards.*.generating_args": "rule-based workers do not generate",
     "rewards.*.device_mapping": "rule-based workers run on the CPU",
-    "rpc_timeout": "roles live in this process; rewards have timeout_s",
-    "base_dir": "ROLL never reads it here",
-    "num_nodes": "device_mapping and num_gpus_per_node decide",
-    "reward_pretrain": "no shipped reward worker holds a model yet",
-    "checkpoint_config.type": "checkpoints are folders on a file system",
-    "checkpoint_config.async_upload": "checkpoints are written in place and renamed when complete",
-    "offload_nccl": "ROLL overwrites it",
-    "model_download_type": "transformers reads the Hugging Face hub, or a local folder",
-    "hydra": "Hydra's own block",
+    "rewards.*.num_gpus_per_worker": "rule-based workers run on the CPU",
+    "rewards.*.name": OVERWRITTEN,
+    "rewards.*.response_filter_config": NEVER_READ,
+    "rewards.*.format_pattern": "ROLL discards the format reward that it computes with it",
 }
 
 
@@ -52,83 +125,93 @@ class Later:
     off: tuple[Any, ...] = (None, False)
 
 
+_MASKS, _OBJECTIVES = Later("sample masks"), Later("objectives other than the clip", (None, "clip"))
+_DISTILLATION, _JUDGES = Later("on-policy distillation"), Later("judge models")
+
 NOT_SUPPORTED_YET: dict[str, Later] = {
-    "critic": Later("a value model"),
-    "critic_warmup": Later("a value model", (None, 0)),
-    "value_clip": Later("a value model"),
-    "lambd": Later("generalised advantage estimation"),
+    "max_ckpt_to_keep": Later("this place (write checkpoint_config.max_ckpt_to_keep)", (None,)),
+    "force_disable_old_logprobs_recompute": Later("this name (write enable_old_logprobs_recompute: false)"),
+    **dict.fromkeys(
+        ("norm_mean_type", "norm_std_type"), Later("separate kinds of reward mean and deviation (use reward_norm)")
+    ),
     "whiten_rewards": Later("reward whitening"),
-    "norm_mean_type": Later("separate kinds of reward mean and deviation (use reward_norm)"),
-    "norm_std_type": Later("separate kinds of reward mean and deviation (use reward_norm)"),
-    "rl_loss_coef": Later("weights of several losses", (None, 1, 1.0)),
-    "max_len_mask": Later("sample masks"),
-    "difficulty_mask": Later("sample masks"),
-    "difficulty_low_threshold": Later("sample masks", (None, 0, 0.0)),
-    "difficulty_high_threshold": Later("sample masks", (None, 1, 1.0)),
-    "error_max_len_clip": Later("sample masks"),
-    "error_max_len_threshold": Later("sample masks", (None, 9999999999)),
-    "difficulty_loss_weight": Later("sample weights"),
-    "length_loss_weight": Later("sample weights"),
+    "rl_loss_coef": Later("weights of several losses", (None, 1)),
+    **dict.fromkeys(("max_len_mask", "difficulty_mask", "error_max_len_clip"), _MASKS),
+    **dict.fromkeys(("difficulty_loss_weight", "length_loss_weight"), Later("sample weights")),
     "train_infer_correction": Later("correction of the trainer/engine mismatch"),
-    "policy_loss": Later("objectives other than the clip", (None, "clip")),
-    "postive_loss_coef": Later("objectives other than the clip"),
-    "positive_loss_coef": Later("objectives other than the clip"),
-    "use_topr_neg_loss_coef": Later("objectives other than the clip"),
-    "async_generation_ratio": Later("asynchronous generation", (None, 0, 0.0)),
+    **dict.fromkeys(("policy_loss", "pg_variant", "*.pg_variant"), _OBJECTIVES),
+    **dict.fromkeys(
+        ("is_pure_opd", "use_opd", "teacher", "student_train", "student_infer", "pure_opd_pipeline_type"), _DISTILLATION
+    ),
+    "*.opd_kl_coef": _DISTILLATION,
+    "async_generation_ratio": Later("asynchronous generation", (None, 0)),
     "is_num_return_sequences_expand": Later("request-level scheduling"),
-    "is_use_additional_prompts": Later("dynamic sampling"),
-    "max_additional_running_prompts": Later("dynamic sampling"),
-    "max_running_requests": Later("request-level scheduling"),
     "generate_opt_level": Later("request-level scheduling", (None, 0, 1)),
-    "query_filter_config": Later("dynamic sampling"),
-    "rewards.*.query_filter_config": Later("dynamic sampling"),
-    "rewards.*.reward_type": Later("soft and hard reward variants"),
-    "rewards.*.judge_prompt": Later("judge models"),
-    "rewards.*.judge_model_type": Later("judge models"),
-    "rewards.*.judge_model_name": Later("judge models"),
-    "rewards.*.judge_api_url": Later("judge models"),
-    "rewards.*.judge_api_key": Later("judge models"),
-    "rewards.*.code_url": Later("code execution"),
-    "rewards.*.use_local": Later("code execution"),
-    "rewards.*.format_pattern": Later("format rewards"),
-    "global_template": Later("named chat templates"),
-    "tag_to_template": Later("named chat templates", (None, {})),
-    "*.data_args.domain_interleave_probs": Later("mixing of domains"),
+    "user_defined_rollout_loop_cls": Later("rollout loops of your own", (None,)),
+    "is_use_additional_prompts": Later("dynamic sampling"),
+    **dict.fromkeys(
+        ("query_filter_config", "rewards.*.query_filter_config"), Later("dynamic sampling", (None, "no_filter"))
+    ),
+    "enable_reference": Later("a reference without a KL term"),
+    **dict.fromkeys(("val_prompt_length", "val_sequence_length"), Later("other lengths in validation", (None,))),
+    "global_template": Later("named chat templates", (None, "native")),
+    "tag_to_template": Later("named chat templates"),
+    "max_restarts": Later("automatic restarts", (None, 0)),
+    **dict.fromkeys(("profiler_timeline", "profiler_memory"), Later("profiling")),
+    "rollout_mock": Later("record and replay of rollouts"),
+    "rollout_dump_dir": Later("another folder for rollouts (they lie in the run's rollouts/)", (None,)),
+    "save_logging_board_dir": Later("dumps of single tokens", (None,)),
+    "transfer_backend": Later("lazy transfer of batches", (None,)),
+    "*.worker_cls": Later("worker classes of your own for roles", (None,)),
+    "*.world_size": Later("several CPU workers of a role", (None, 1)),
+    "*.system_envs": Later("environment variables of a role (use the top-level system_envs)"),
+    "*.data_args.domain_interleave_probs": Later("mixing of domains", (None, 1)),
     "*.data_args.dataset_type": Later("formats other than JSON", (None, "json")),
-    "*.model_args.model_type": Later("models other than causal language models"),
-    "*.model_args.lora_target": Later("LoRA"),
-    "*.model_args.lora_rank": Later("LoRA"),
-    "*.model_args.lora_alpha": Later("LoRA"),
-    "*.model_args.attn_implementation": Later("a choice of attention kernel per role"),
-    "*.model_args.freeze_module_prefix": Later("frozen modules"),
+    "*.data_args.tag": Later("another name for the column 'tag'", (None, "tag")),
+    "*.model_args.model_type": Later("models other than causal language models", (None,)),
+    "*.model_args.num_labels": Later("models other than causal language models", (None, 1)),
+    "*.model_args.model_config_kwargs": Later("changes to the model's configuration"),
+    "*.model_args.moe_aux_loss_coef": Later("auxiliary losses of routers", (None, 0)),
+    "*.model_args.ulysses_size": Later("sequence parallelism of FSDP", (None, 1)),
+    **dict.fromkeys(("*.model_args.lora_target", "*.model_args.adapter_name_or_path"), Later("LoRA", (None,))),
+    "*.model_args.freeze_module_prefix": Later("frozen modules", (None,)),
+    "*.training_args.tf32": Later("a choice of TF32"),
     "*.generating_args.num_beams": Later("beam search", (None, 1)),
-    "*.generating_args.repetition_penalty": Later("repetition penalty", (None, 1, 1.0)),
-    "*.generating_args.stop_strings": Later("stop strings"),
+    "*.generating_args.repetition_penalty": Later("repetition penalty", (None, 1)),
+    "*.generating_args.length_penalty": Later("length penalty", (None, 1)),
+    "*.generating_args.stop_strings": Later("stop strings", (None,)),
     "*.generating_args.do_sample": Later("greedy decoding by do_sample (use temperature: 0)", (None, True)),
     "*.generating_args.logprobs": Later("more than the sampled token's log-prob", (None, 0, 1)),
-    "*.use_dynamic_batching_in_train": Later("batching by token budget"),
-    "*.use_dynamic_batching_in_infer": Later("batching by token budget"),
-    "*.max_tokens_per_microbatch_in_train": Later("batching by token budget"),
-    "*.max_tokens_per_microbatch_in_infer": Later("batching by token budget"),
+    **dict.fromkeys(
+        ("*.use_dynamic_batching_in_train", "*.use_dynamic_batching_in_infer"), Later("batching by token budget")
+    ),
     "*.use_sequence_packing": Later("sequence packing"),
-    "*.router_replay": Later("routing replay"),
-    "*.pg_variant": Later("objectives other than the clip"),
+    "*.apply_loss_scale": Later("other loss scales", (None, True)),
+    "*.router_replay": Later("routing replay", (None, "disable")),
+    "*.mtp_training_mode": Later("multi-token prediction", (None, "disabled")),
     "*.model_update_frequency": Later("rarer weight transfer", (None, 1)),
-    "actor_train.worker_cls": Later("worker classes of your own for roles"),
-    "actor_infer.worker_cls": Later("worker classes of your own for roles"),
-    "reference.worker_cls": Later("worker classes of your own for roles"),
-    "model_update_buffer_size_mb": Later("bucketed weight transfer"),
-    "enable_reference": Later("a reference without a KL term"),
-    "max_restarts": Later("automatic restarts"),
-    "profiler_timeline": Later("profiling"),
-    "profiler_memory": Later("profiling"),
-    "rollout_mock": Later("record and replay of rollouts"),
-    "rollout_dump_dir": Later("another folder for rollouts (they lie in the run's rollouts/)"),
+    "rewards.*.reward_type": Later("soft and hard reward variants", (None,)),
+    "rewards.*.response_length_penalty_coef": Later("length shaping", (None, 0)),
+    "rewards.*.reward_manager_config": Later("remote reward systems"),
+    "rewards.*.system_envs": Later("environment variables of a role (use the top-level system_envs)"),
+    **dict.fromkeys(
+        (
+            *("rewards.*.judge_prompt", "rewards.*.judge_model_type", "rewards.*.judge_model_name"),
+            *("rewards.*.judge_api_url", "rewards.*.judge_api_key"),
+        ),
+        _JUDGES,
+    ),
+    "rewards.*.code_url": Later("code execution", (None,)),
+    "rewards.*.use_local": Later("code execution", (None, True)),
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {
     "adv_estimator": dict.fromkeys(
-        ("gae", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"), "this estimator"
+        (
+            *("gae", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gigpo"),
+            *("step_reinforce", "agentic_reinforce"),
+        ),
+        "this estimator",
     ),
     "importance_sampling": {"segment": "a ratio per assistant turn"},
     "pipeline": {"sft": "supervised training", "evaluate": "evaluation alone", "agentic": "multi-turn rollouts"},
@@ -141,7 +224,8 @@ class Sifted:
     """A configuration without ROLL's foreign keys, the warnings they give, and what is refused."""
 
     values: dict[str, Any]
-    warnings: tuple[str, ...]
+    warnings: tuple[tuple[str, str], ...]
+    """(key path, why it is ignored)"""
     refusals: tuple[tuple[str, str], ...]
     """(key path, message)"""
 
@@ -151,7 +235,7 @@ def sift(values: dict[str, Any]) -> Sifted:
 
     An ignored key gives a warning; one that asks for a missing feature is refused, unless its value says 'off'.
     """
-    warnings: list[str] = []
+    warnings: list[tuple[str, str]] = []
     refusals: list[tuple[str, str]] = []
 
     def visit(node: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -161,11 +245,12 @@ def sift(values: dict[str, Any]) -> Sifted:
             reason = _lookup(IGNORED, path)
             later = _lookup(NOT_SUPPORTED_YET, path)
             if reason is not None:
-                if path != "hydra":
-                    warnings.append(f"{path}: ignored: {reason}; delete it")
+                if value is not None:
+                    warnings.append((path, reason))
             elif later is not None:
-                if value not in later.off:
-                    refusals.append((path, f"not supported yet: {later.feature} (value {value!r})"))
+                if not _is_off(value, later.off):
+                    shown = f" (value {value!r})" if _is_fit_to_print(key, value) else ""
+                    refusals.append((path, f"not supported yet: {later.feature}{shown}"))
             elif isinstance(value, dict):
                 kept[key] = visit(value, f"{path}.")
             else:
@@ -175,9 +260,22 @@ def sift(values: dict[str, Any]) -> Sifted:
     return Sifted(visit(values, ""), tuple(warnings), tuple(refusals))
 
 
+def _is_fit_to_print(key: str, value: Any) -> bool:
+    return not isinstance(value, dict | list) and not key.endswith(("_key", "token", "password"))
+
+
+def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
+    """A block is off where its switch is, or else everything in it."""
+    if isinstance(value, dict):
+        switches = [value[key] for key in ("enable", "enabled") if key in value]
+        return all(_is_off(item, off) for item in switches or value.values())
+    if isinstance(value, list):
+        return all(_is_off(item, off) for item in value)
+    return value in off
+
+
 def _lookup(table: dict[str, Any], path: str) -> Any:
-    if path in table:
-        return table[path]
-    depth = path.count(".")
-    matches = (p for p in table if "*" in p and p.count(".") == depth and fnmatch.fnmatchcase(path, p))
-    return next((table[p] for p in matches), None)
+    head, _, rest = path.partition(".")
+    if head == "rewards" and "." in rest:
+        rest = "*." + rest.partition(".")[2]
+    return table.get(path) or table.get(f"{'*' if head in ROLES else head}.{rest}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.legacy import LATER_VALUES, sift
 from roll_gspo.config.sources import Sources
+from roll_gspo.config.strategy import STRATEGY_NAMES
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import did_you_mean
 
@@ -38,36 +39,60 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     Raises:
         ConfigError: its message has one line a problem: where, key path, what is wrong, what to do.
     """
+    values = _resolved(composed, sources)
+    sifted = sift(values)
+    problems = [f"{sources.locate(tuple(p.split('.')))}{p}: {text}" for p, text in sifted.refusals]
+    problems += _overridden_choices(sifted.values, choices, sources)
+    config = None
     try:
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        config = ExperimentConfig.model_validate(sifted.values)
+    except ValidationError as error:
+        problems += _problems_of(error, sources)
+    if config is None or problems:
+        raise ConfigError("\n".join(sorted(set(problems), key=_by_line)))
+    return Loaded(config, tuple(_ignored(sifted.warnings, sources)))
+
+
+def _ignored(warnings: tuple[tuple[str, str], ...], sources: Sources) -> Iterator[str]:
+    """One warning for each reason, not for each key: ROLL's own examples carry dozens."""
+    keys: dict[str, list[str]] = {}
+    for path, reason in warnings:
+        where = sources.locate(tuple(path.split("."))).removesuffix(": ")
+        keys.setdefault(reason, []).append(f"{path} ({where})" if where else path)
+    for reason, paths in keys.items():
+        yield f"ignored, delete it: {', '.join(paths)}: {reason}"
+
+
+def _resolved(composed: DictConfig, sources: Sources) -> dict[str, Any]:
+    try:
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            lines = (f"{sources.locate(tuple(p.split('.')))}{p}: must be set ('???')" for p in missing)
+            raise ConfigError("\n".join(lines))
+        values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         path = tuple(str(error.full_key or "").split("."))
         text = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{sources.locate(path)}{'.'.join(path)}: {text}") from error
     if not isinstance(values, dict):
         raise ConfigError("the configuration is not a mapping of keys")
-    sifted = sift({str(k): v for k, v in values.items()})
-    problems = [f"{sources.locate(tuple(p.split('.')))}{p}: {text}" for p, text in sifted.refusals]
-    problems += _overridden_choices(sifted.values, choices, sources)
-    try:
-        config = ExperimentConfig.model_validate(sifted.values)
-    except ValidationError as error:
-        problems += _problems_of(error, sources)
-        raise ConfigError("\n".join(sorted(dict.fromkeys(problems)))) from error
-    if problems:
-        raise ConfigError("\n".join(sorted(dict.fromkeys(problems))))
-    return Loaded(config, sifted.warnings)
+    return {str(key): value for key, value in values.items()}
+
+
+def _by_line(problem: str) -> list[str | int]:
+    """Sorts `file:9` before `file:10`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", problem)]
 
 
 def _overridden_choices(values: Mapping[str, Any], choices: Mapping[str, str], sources: Sources) -> list[str]:
     """A group option that a later line of the body overrides would be ignored silently: refuse it."""
     problems = []
     for group, chosen in choices.items():
-        value = values.get(group)
+        key = "track_with" if group == "tracker" else group
+        value = values.get(key)
         if isinstance(value, str) and chosen is not None and value != chosen:
             problems.append(
-                f"{sources.locate((group,))}{group}: the defaults list or the command line chose '{chosen}', but "
-                f"this line says '{value}' and would win; remove it"
+                f"{sources.in_files((key,))}{key}: the defaults list or the command line chose '{group}: {chosen}', "
+                f"but this line says '{value}' and would win; remove it"
             )
     return problems
 
@@ -75,88 +100,94 @@ def _overridden_choices(values: Mapping[str, Any], choices: Mapping[str, str], s
 def _problems_of(error: ValidationError, sources: Sources) -> list[str]:
     problems = []
     details = error.errors(include_url=False)
-    missing = {tuple(d["loc"]) for d in details if d["type"] == "missing"}
     for detail in details:
         path = _yaml_path(detail["loc"])
+        dotted = ".".join(path)
         if detail["type"] == "extra_forbidden":
-            text = _unknown_key(path, missing)
+            problems.append(f"{sources.locate(path)}{dotted}: {_unknown_key(detail['loc'])}")
         elif detail["type"] == "missing":
-            if any(_is_near(d, detail) for d in details if d["type"] == "extra_forbidden"):
-                continue  # the misspelt key beside it says the same
-            text = f"{'.'.join(path)}: missing; add it"
+            if not any(_is_near(d, detail) for d in details if d["type"] == "extra_forbidden"):
+                problems.append(f"{sources.locate(path)}{dotted}: missing; add it")
+        elif detail["type"] == "value_error":
+            for text in str(detail.get("ctx", {}).get("error")).splitlines():
+                keys = [(*path, *key) for key in _keys_named(text)]
+                problems.append(f"{sources.locate_any(keys or [path])}{f'{dotted}: ' if path else ''}{text}")
         else:
-            text = _wrong_value(path, dict(detail))
-        where = sources.locate(path or _first_key(text))
-        problems.append(f"{where}{text}")
+            key, text = _wrong_value(path, dict(detail))
+            problems.append(f"{sources.locate(key)}{'.'.join(key)}: {text}")
     return problems
 
 
 def _is_near(extra: Any, missing: Any) -> bool:
+    """Whether the unknown key `extra` is the `missing` one, misspelt: one line says both."""
     same_block = extra["loc"][:-1] == missing["loc"][:-1]
     return same_block and bool(did_you_mean(str(extra["loc"][-1]), [str(missing["loc"][-1])]))
 
 
 def _yaml_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
     """A pydantic location without the tags of discriminated unions, which are not YAML keys."""
-    tags = {"megatron_train", "megatron_infer", "hf_train", "hf_infer", "vllm"}
-    path = []
-    for part in location:
-        if part in tags and path and path[-1] == "strategy_args":
-            continue
-        path.append(str(part))
-    return tuple(path)
+    pairs = zip(("", *location), location, strict=False)
+    return tuple(str(part) for previous, part in pairs if not _is_tag(previous, part))
 
 
-def _unknown_key(path: tuple[str, ...], missing: set[tuple[int | str, ...]]) -> str:
-    known = known_keys(path[:-1])
-    hint = did_you_mean(path[-1], known)
-    listed = "" if hint else f" (known here: {', '.join(known)})" if len(known) <= 30 else ""
-    return f"{'.'.join(path)}: unknown key{hint}{listed}"
+def _is_tag(previous: int | str, part: int | str) -> bool:
+    return previous == "strategy_args" and part in STRATEGY_NAMES
 
 
-def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> str:
-    dotted, value = ".".join(path), detail["input"]
-    if detail["type"] == "value_error":
-        text = str(detail["ctx"]["error"])
-        return f"{dotted}: {text}" if path else text
-    if isinstance(value, str) and value in LATER_VALUES.get(dotted, {}):
-        return f"{dotted}: not supported yet: {LATER_VALUES[dotted][value]} ('{value}')"
-    if detail["type"] == "literal_error":
-        options = [o.strip("' ") for o in re.split(r", | or ", detail["ctx"]["expected"])]
-        hint = did_you_mean(str(value), options)
-        return f"{dotted}: expected one of {', '.join(options)}, got {value!r}{hint}"
-    if detail["type"] == "union_tag_invalid":
-        return f"{dotted}.strategy_name: expected one of {detail['ctx']['expected_tags']}, got {detail['ctx']['tag']!r}"
-    if detail["type"] == "union_tag_not_found":
-        return f"{dotted}.strategy_name: missing; add it"
-    message = detail["msg"]
-    return f"{dotted}: {message[0].lower()}{message[1:]}, got {value!r} ({type(value).__name__})"
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    known = known_keys(location[:-1])
+    hint = did_you_mean(str(location[-1]), known)
+    listed = "" if hint else f" (known here: {', '.join(known)})" if 0 < len(known) <= 30 else ""
+    return f"unknown key{hint}{listed}"
 
 
-def _first_key(text: str) -> tuple[str, ...]:
-    """The first key that a rule's message names: where to look first."""
-    match = re.match(r"[a-z_]+(\.[a-z_]+)*", text)
-    return tuple(match[0].split(".")) if match else ()
+def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> tuple[tuple[str, ...], str]:
+    """The key to look at, and what is wrong with its value."""
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if isinstance(value, str) and value in LATER_VALUES.get(".".join(path), {}):
+        return path, f"not supported yet: {LATER_VALUES['.'.join(path)][value]} ('{value}')"
+    if kind == "literal_error":
+        options = [o.strip("' ") for o in re.split(r", | or ", context["expected"])]
+        return path, f"expected one of {', '.join(options)}, got {value!r}{did_you_mean(str(value), options)}"
+    if kind == "union_tag_invalid":
+        options = [o.strip("' ") for o in context["expected_tags"].split(",")]
+        hint = did_you_mean(str(context["tag"]), options)
+        return (*path, "strategy_name"), f"expected one of {', '.join(options)}, got {context['tag']!r}{hint}"
+    if kind == "union_tag_not_found":
+        return (*path, "strategy_name"), "missing; add it"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return path, f"expected a block of keys, got {value!r}"
+    if kind == "too_short":
+        return path, f"expected at least one, got {value!r}"
+    quote = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    message = detail["msg"].removeprefix("Input ")
+    return path, f"{message[0].lower()}{message[1:]}, got {value!r} ({type(value).__name__}){quote}"
 
 
-def known_keys(path: tuple[str, ...]) -> list[str]:
-    """The keys that the block at `path` may have."""
+def _keys_named(text: str) -> list[tuple[str, ...]]:
+    """The keys that a rule's message names, the one to look at first in front."""
+    first = re.match(r"[a-z_]+(\.[a-z_]+)*", text)
+    others = re.finditer(r"[a-z]+[_.][a-z_]+(\.[a-z_]+)*", text)
+    return list(dict.fromkeys(tuple(match[0].split(".")) for match in (*filter(None, [first]), *others)))
+
+
+def known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the block at a pydantic location, where union tags tell which class of block it is."""
     models: list[type[BaseModel]] = [ExperimentConfig]
-    for part in path:
-        found: list[type[BaseModel]] = []
-        for model in models:
-            if part in model.model_fields:
-                found += _models_in(model.model_fields[part].annotation)
-            elif len(models) == 1 and not found:
-                found = models  # a name the user chose, such as a reward domain
-        models = found or models
+    for previous, part in zip(("", *location), location, strict=False):
+        if _is_tag(previous, part):
+            models = [m for m in models if get_args(m.model_fields["strategy_name"].annotation) == (part,)]
+            continue
+        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        if fields:  # otherwise a name the user chose, such as a reward domain
+            models = [model for field in fields for model in models_in(field.annotation)]
     return sorted({key for model in models for key in model.model_fields})
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The blocks that an annotation mentions: those of a union, of a dict's values, or the block itself."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    origin = get_origin(annotation)
-    if origin in (Union, UnionType, Annotated, dict):
-        return [model for part in get_args(annotation) for model in _models_in(part)]
+    if get_origin(annotation) in (Union, UnionType, Annotated, dict):
+        return [model for part in get_args(annotation) for model in models_in(part)]
     return []

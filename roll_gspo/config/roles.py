@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import DeviceMapping, Names, Schema
 from roll_gspo.config.strategy import GenerateStrategyArgs, ScoreStrategyArgs, TrainStrategyArgs
+from roll_gspo.registry import did_you_mean
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
+REWARD_WORKERS = ("exact_match", "math_rule")
+ROLL_REWARD_WORKERS = {"roll.pipeline.rlvr.rewards.math_rule_reward_worker.MathRuleRewardWorker": "math_rule"}
+
+
+def _reward_worker(name: str) -> str:
+    """A shipped name (ROLL's class of the same rule stands for it), or the dotted path of a user's own."""
+    name = ROLL_REWARD_WORKERS.get(name, name)
+    known = ", ".join(REWARD_WORKERS)
+    if name.startswith("roll."):
+        raise ValueError(f"not supported yet: ROLL's {name.rpartition('.')[2]} (this package has {known})")
+    if name not in REWARD_WORKERS and not {".", ":"} & set(name):
+        hint = did_you_mean(name, list(REWARD_WORKERS))
+        raise ValueError(f"expected {known} or the dotted path of a worker of yours, got '{name}'{hint}")
+    return name
 
 
 class ModelArgs(Schema):
@@ -58,6 +74,13 @@ class TrainingArgs(Schema):
         """Samples that one rank contributes to an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def broken_rules(self) -> Iterator[str]:
+        """A decay goes down."""
+        yield from super().broken_rules()
+        if self.min_learning_rate > self.learning_rate:
+            peak, end = self.learning_rate, self.min_learning_rate
+            yield f"min_learning_rate {end:g} is above learning_rate {peak:g}; lower it"
+
 
 class GeneratingArgs(Schema):
     """How responses are sampled."""
@@ -77,7 +100,7 @@ class GeneratingArgs(Schema):
 class DataArgs(Schema):
     """Where prompts come from."""
 
-    file_name: Names
+    file_name: Annotated[Names, Field(min_length=1)]
     """JSONL or JSON files, or `builtin:column_addition` (generated on the spot)."""
     num_rows: PositiveInt | None = None
     """Use (or generate) at most this many rows."""
@@ -135,9 +158,9 @@ class ReferenceConfig(Schema):
 class RewardConfig(Schema):
     """One reward domain: rows of this `domain`, or with one of these tags, are judged by this worker."""
 
-    worker_cls: str
+    worker_cls: Annotated[str, AfterValidator(_reward_worker)]
     """`exact_match`, `math_rule`, or the dotted path of your own `(prompt, response, ground_truth, **row)`."""
-    worker_args: dict[str, JsonValue] = {}
+    worker_args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the worker."""
     tag_included: Names = ()
     """Tags of the data rows that belong here, beside those whose domain has this block's name."""

@@ -19,11 +19,23 @@ class Sources:
 
     def locate(self, path: tuple[str, ...]) -> str:
         """`file:line: ` or `command line: ` of the nearest enclosing key that is written anywhere, or ''."""
+        return self._on_command_line(path) or self.in_files(path)
+
+    def locate_any(self, paths: list[tuple[str, ...]]) -> str:
+        """Where the first of several keys is written, one that stands on the command line going before."""
+        found = (self._on_command_line(path) for path in paths)
+        return next(filter(None, found), "") or next(filter(None, map(self.in_files, paths)), "")
+
+    def _on_command_line(self, path: tuple[str, ...]) -> str:
         dotted = ".".join(path)
-        for override in self.overrides:
+        for override in reversed(self.overrides):
             key = override.lstrip("+~").partition("=")[0]
             if key == dotted or dotted.startswith(key + ".") or key.startswith(dotted + "."):
                 return f"command line ({override.lstrip('+')}): "
+        return ""
+
+    def in_files(self, path: tuple[str, ...]) -> str:
+        """`file:line: ` of the nearest enclosing key, or ''."""
         for depth in range(len(path), 0, -1):
             for file in self.files:
                 line = _line_of(file, path[:depth])
@@ -32,7 +44,9 @@ class Sources:
         return ""
 
 
-def collect(primary: Path | None, folders: Iterable[Path], choices: dict[str, str], overrides: Iterable[str]) -> Sources:
+def collect(
+    primary: Path | None, folders: Iterable[Path], choices: dict[str, str], overrides: Iterable[str]
+) -> Sources:
     """The primary file, the configs its defaults list names (recursively), and every chosen group file."""
     folders = list(folders)
     files: list[Path] = []

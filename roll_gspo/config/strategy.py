@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from roll_gspo.config.base import Schema
 
@@ -44,23 +45,22 @@ class MegatronConfig(Schema):
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model together."""
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
-    @model_validator(mode="after")
-    def _recompute_is_complete(self) -> MegatronConfig:
+    def broken_rules(self) -> Iterator[str]:
+        """Full recomputation needs its two keys, and they need it."""
+        yield from super().broken_rules()
         if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
-            raise ValueError(
+            yield (
                 "recompute_granularity: full needs recompute_method and recompute_num_layers; "
                 "add 'recompute_method: uniform' and 'recompute_num_layers: 1'"
             )
-        if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
-            raise ValueError(
-                "recompute_method and recompute_num_layers act with recompute_granularity: full only; "
-                "add that or remove them"
-            )
-        return self
+        for key, value in (
+            ("recompute_method", self.recompute_method),
+            ("recompute_num_layers", self.recompute_num_layers),
+        ):
+            if value and self.recompute_granularity != "full":
+                yield f"{key} acts with recompute_granularity: full only; set that or remove it"
 
 
 class HfConfig(Schema):
@@ -141,3 +141,4 @@ class VllmArgs(Schema):
 TrainStrategyArgs = Annotated[MegatronTrainArgs | HfTrainArgs, Field(discriminator="strategy_name")]
 ScoreStrategyArgs = Annotated[MegatronInferArgs | HfInferArgs, Field(discriminator="strategy_name")]
 GenerateStrategyArgs = Annotated[VllmArgs | HfInferArgs, Field(discriminator="strategy_name")]
+STRATEGY_NAMES = ("megatron_train", "hf_train", "megatron_infer", "hf_infer", "vllm")

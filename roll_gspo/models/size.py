@@ -43,6 +43,10 @@ def _count(config: Mapping[str, Any], source: str) -> ModelSize:
     groups = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     attention = 2 * hidden * head_dim * (heads + groups)
+    if config.get("model_type") == "qwen2":
+        attention += head_dim * (heads + 2 * groups)  # biases of query, key and value
+    elif str(config.get("model_type")).startswith("qwen3"):
+        attention += 2 * head_dim  # norms of query and key
     num_experts = config.get("num_experts") or config.get("num_local_experts") or 0
     if num_experts:
         experts = layers * num_experts * 3 * hidden * config["moe_intermediate_size"]

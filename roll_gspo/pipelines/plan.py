@@ -57,7 +57,7 @@ def make_plan(config: ExperimentConfig, config_warnings: tuple[str, ...] = ()) -
         ("run", _run_text(config)),
     ]
     title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
-    return Plan(title, tuple(rows), config_warnings + tuple(_warnings(config)), tuple(_not_runnable(config)))
+    return Plan(title, tuple(rows), tuple(_warnings(config)) + config_warnings, tuple(_not_runnable(config)))
 
 
 def _model_text(config: ExperimentConfig, size: ModelSize | None) -> str:
@@ -119,8 +119,8 @@ def _updates_text(config: ExperimentConfig) -> str:
     return (
         f"{config.samples_per_rollout} samples × {config.ppo_epochs} epoch(s) → mini-batches of "
         f"{config.mini_batch_size} ({args.gradient_accumulation_steps} micro-batch(es) of "
-        f"{args.per_device_train_batch_size} × DP {config.data_parallel_size}) → {config.updates_per_rollout} optimizer "
-        f"steps a rollout, {config.updates_per_rollout * config.max_steps} in all"
+        f"{args.per_device_train_batch_size} × DP {config.data_parallel_size}) → {config.updates_per_rollout} "
+        f"optimizer steps a rollout, {config.updates_per_rollout * config.max_steps} in all"
     )
 
 
@@ -164,10 +164,11 @@ def _memory_text(config: ExperimentConfig, size: ModelSize | None) -> str:
         reference = config.reference
         dtype = BYTES_PER_PARAMETER[reference.model_args.dtype]
         total += _parameters_per_rank(size, reference.strategy_args) * dtype
-    infer = config.actor_infer
-    tensor = infer.strategy_args.strategy_config.tensor_parallel_size if isinstance(infer.strategy_args, VllmArgs) else 1
+    infer, args = config.actor_infer, config.actor_infer.strategy_args
+    tensor = args.strategy_config.tensor_parallel_size if isinstance(args, VllmArgs) else 1
     total += size.num_parameters / tensor * BYTES_PER_PARAMETER[infer.model_args.dtype]
-    return f"about {total / GIB:.3g} GiB a device for weights, gradients and optimizer; activations and KV cache come on top"
+    figure = f"about {total / GIB:.3g} GiB a device"
+    return f"{figure} for weights, gradients and optimizer; activations and KV cache come on top"
 
 
 def _parameters_per_rank(size: ModelSize, args: object) -> float:

@@ -36,10 +36,7 @@ class Generator:
         Args:
             purpose: e.g. `step 12`; with the run's seed it decides every sample, so that a resumed run repeats them.
         """
-        digest = hashlib.sha256(f"{self._seed}/{purpose}".encode()).digest()
-        first = int.from_bytes(digest[:6], "big")
-        # Sample j of a prompt is drawn with its seed + j, so seeds of prompts stand a group apart.
-        seeds = [first + i * sampling.num_samples for i in range(len(prompts))]
+        seeds = sample_seeds(self._seed, purpose, len(prompts), sampling.num_samples)
         completions = self._strategy.generate([p.token_ids for p in prompts], sampling, seeds, progress)
         return Rollouts.collate(prompts, completions, self._pad_token_id, self.weights_version)
 
@@ -51,3 +48,9 @@ class Generator:
     def close(self) -> None:
         """Free the engine."""
         self._strategy.shutdown()
+
+
+def sample_seeds(seed: int, purpose: str, num_prompts: int, num_samples: int) -> list[int]:
+    """One seed a prompt, a group apart: sample j of a prompt is drawn with its seed + j."""
+    first = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6], "big")
+    return [first + i * num_samples for i in range(num_prompts)]

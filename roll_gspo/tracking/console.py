@@ -44,6 +44,7 @@ class Console:
         stream: where to write; stdout by default.
         interval_s: between two lines about a long stage where there is no terminal.
         log_folder: of `run.log`; by default `output`.
+        logging_steps: steps between lines where there is no terminal; run.log has them all.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class Console:
         stream: TextIO | None = None,
         interval_s: float = 10.0,
         log_folder: Path | None = None,
+        logging_steps: int = 1,
     ) -> None:
         self.timer = StageTimer()
         self._view = RunView(name, output, num_steps, headline)
         self._rich = RichConsole(file=stream)
         self._live: Live | None = None
         self._interval_s = interval_s
+        self._logging_steps = logging_steps
         self._run_log = (log_folder or output) / "run.log"
         self._context = ExitStack()
         self._over = threading.Event()
@@ -137,7 +140,8 @@ class Console:
         self._view.steps_done = step
         self._view.metrics = dict(metrics)
         self._remember(step, metrics)
-        self._line(step_line(self._view), shown=self._live is None)
+        due = step % self._logging_steps == 0 or step == self._view.num_steps
+        self._line(step_line(self._view), shown=due and self._live is None)
 
     def message(self, text: str) -> None:
         """Show `text` (above the panel) and keep it in run.log."""

@@ -101,6 +101,12 @@ METRICS: dict[str, MetricInfo] = {
         "reward/score_std": ("Spread of the scores.", "score", "standard deviation over samples"),
         "reward/score_min": ("Lowest score.", "score", "min over samples"),
         "reward/score_max": ("Highest score.", "score", "max over samples"),
+        "reward/mean": ("Reward: the score after `reward_norm` and `reward_clip`.", "reward", _SAMPLES),
+        "reward/kl": (
+            "KL of the old policy to the reference, by `kl_penalty`; what an adaptive `kl/coef` follows.",
+            "nats a token",
+            _TOKENS,
+        ),
         "reward/failed": ("Samples whose reward could not be computed.", "samples", _SUM),
         "reward/clip_fraction": ("Normalised rewards cut by `reward_clip`.", "fraction", _SAMPLES),
         "reward/groups_without_spread": (

@@ -1,0 +1,125 @@
+"""The checkpoint that a run starts from: a local folder, a download, or a tiny model made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.roles import WarmStart
+from roll_gspo.errors import ConfigError
+from roll_gspo.models import tiny
+from roll_gspo.registry import did_you_mean
+from roll_gspo.tracking.console import Console
+
+MAKER_VERSION = 1  # raise when the recipe below changes what it makes
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def prepare_checkpoint(config: ExperimentConfig, name: str, console: Console) -> Path:
+    """A folder in Hugging Face layout (config.json, safetensors, tokenizer) for a `pretrain` or `model_name_or_path`.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be downloaded.
+    """
+    check_model_name(name)
+    if name.startswith(tiny.BUILTIN):
+        return _builtin(config, name.removeprefix(tiny.BUILTIN), console)
+    if Path(name).is_dir():
+        return Path(name)
+    with console.stage(f"download {name}"):
+        return _download(name)
+
+
+def check_model_name(name: str) -> None:
+    """See that `name` can be a model: a `builtin:` one, a folder with one, or a name `organisation/model` on the hub.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    local = Path(name)
+    if name.startswith(tiny.BUILTIN):
+        known = sorted(tiny.TINY_MODELS)
+        if (builtin := name.removeprefix(tiny.BUILTIN)) not in known:
+            raise ConfigError(
+                f"pretrain: unknown builtin model '{builtin}'{did_you_mean(builtin, known)} (known: {', '.join(known)})"
+            )
+    elif local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ConfigError(f"pretrain: {local} has no config.json; give a folder in Hugging Face layout")
+    elif local.exists():
+        raise ConfigError(f"pretrain: {local} is a file; give a folder in Hugging Face layout")
+    elif not HUB_NAME.fullmatch(name):
+        raise ConfigError(f"pretrain: no folder '{name}'; give one in Hugging Face layout, or a name on the hub")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"pretrain: '{name}' is neither a local folder nor to be had from the Hugging Face hub ({first_line}); "
+            "check the name, or download it and give the folder"
+        ) from error
+
+
+def _builtin(config: ExperimentConfig, name: str, console: Console) -> Path:
+    spec, warm = tiny.TINY_MODELS[name], config.warm_start
+    mark = tiny.fingerprint(
+        MAKER_VERSION,
+        dict(spec.hf_config),
+        tiny.SPECIAL_TOKENS,
+        tiny.CHAT_TEMPLATE,
+        warm.model_dump() if warm else None,
+    )
+    folder = Path(config.output_dir) / "pretrained" / f"{name}-{mark}"
+    if folder.is_dir():
+        console.message(f"model: {folder} (made by an earlier run)")
+        return folder
+    with console.stage("import torch and transformers"):
+        tokenizer = tiny.byte_tokenizer()
+        model = tiny.build_model(spec, warm.seed if warm else 0)
+    if warm is not None:
+        with console.stage("warm start") as progress:
+            loss = _warm_start(model, tokenizer, warm, progress)
+        console.message(f"warm start: {warm.steps} steps, loss {loss:.3f} nats a token")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    tiny.save(model, tokenizer, aside)
+    (aside / "made_by.json").write_text(json.dumps({"warm_start": warm.model_dump() if warm else None}))
+    try:
+        aside.rename(folder)
+    except OSError:  # another run made it meanwhile
+        shutil.rmtree(aside)
+    return folder
+
+
+def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) -> float:
+    from roll_gspo.data.column_addition import demonstrations
+    from roll_gspo.data.prompts import encode_chat
+    from roll_gspo.models.warm_start import Demonstration, train
+
+    pairs = demonstrations(settings.steps * settings.batch_size, settings.seed, settings.slip_probability)
+    encoded = []
+    for question, answer in pairs:
+        prompt_ids = encode_chat(tokenizer, [{"role": "user", "content": question}])
+        answer_ids = tokenizer.encode(answer, add_special_tokens=False)
+        encoded.append(Demonstration(tuple(prompt_ids), (*answer_ids, tokenizer.eos_token_id)))
+    return train(
+        model,
+        encoded,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        pad=tokenizer.pad_token_id,
+        progress=progress,
+    )

@@ -1,0 +1,182 @@
+"""Reinforcement learning from verifiable rewards: the training loop.
+
+sample prompts -> generate groups -> score -> log-probs (reference, old) -> advantages -> policy updates
+-> hand the weights to the generation engine -> validate, log, save
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from roll_gspo.batch import Rollouts
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.pipelines.build import Parts, build_parts
+from roll_gspo.pipelines.experience import mismatch, rollout_metrics, train_batch
+from roll_gspo.pipelines.interrupt import Interrupt, graceful_interrupt
+from roll_gspo.pipelines.output import Output
+from roll_gspo.pipelines.plan import Plan
+from roll_gspo.pipelines.run_folder import open_run_folder
+from roll_gspo.pipelines.state import TrainerState
+from roll_gspo.pipelines.transfer_check import check_transfer
+from roll_gspo.rewards.base import RewardResult
+from roll_gspo.tracking.console import Console, Progress
+from roll_gspo.tracking.memory import rss_mb
+
+logger = logging.getLogger(__name__)
+SIGNALLED = 128  # plus the signal's number is a shell's exit status: 130 after Ctrl-C
+
+
+def run(config: ExperimentConfig, plan: Plan) -> int:
+    """Run the whole training; returns the process's exit status."""
+    folder = open_run_folder(config, plan)
+    console = Console(
+        config.exp_name,
+        config.max_steps,
+        folder.path,
+        log_folder=folder.log_folder,
+        logging_steps=config.logging_steps,
+    )
+    with console:
+        parts = build_parts(config, folder, console)
+        try:
+            with graceful_interrupt(console.warning) as interrupt:
+                return Rlvr(config, parts, console, interrupt).train()
+        finally:
+            parts.output.close()
+            parts.executor.close()
+
+
+class Rlvr:
+    """One run: its parts, its state, and the loop over steps."""
+
+    def __init__(self, config: ExperimentConfig, parts: Parts, console: Console, interrupt: Interrupt) -> None:
+        self._config = config
+        self._parts = parts
+        self._console = console
+        self._interrupt = interrupt
+        self._state: TrainerState = parts.state
+        self._output: Output = parts.output
+        self._first_step = parts.state.step + 1
+        self._checked_transfer = False
+
+    def train(self) -> int:
+        """Every step that is left; a checkpoint follows the last one, or the one that Ctrl-C interrupted."""
+        config, state = self._config, self._state
+        with self._console.stage("sync_weights"):
+            self._parts.actor_infer.update_weights(self._parts.actor_train.weights(), state.step)
+        if state.step == 0:
+            self._output.before_training(self._validate())
+        self._console.start_steps(self._first_step)
+        while state.step < config.max_steps and not self._interrupt.requested:
+            step = state.step + 1
+            metrics = self._step(step)
+            state.step = step
+            last = step == config.max_steps
+            if last or step % config.eval_steps == 0:
+                metrics |= self._validate()
+            # Logged before it is saved: a run killed in between is resumed from the checkpoint before, and the
+            # line is written again.
+            self._output.log(step, metrics | self._costs(metrics["rollout/num_tokens"]))
+            if last or self._interrupt.requested or step % config.save_steps == 0:
+                with self._console.stage("save"):
+                    self._output.save(step, self._parts.actor_train, state)
+        return self._finish()
+
+    def _step(self, step: int) -> dict[str, float]:
+        parts, stage = self._parts, self._console.stage
+        prompts = parts.state.sampler.next_batch(self._config.rollout_batch_size)
+        with stage("generate") as progress:
+            rollouts = parts.actor_infer.generate(prompts, parts.sampling, f"step {step}", progress)
+        with stage("score") as progress:
+            results = self._score(rollouts, progress)
+        metrics = rollout_metrics(rollouts, results)
+        ref_log_probs = None
+        if parts.reference is not None:
+            with stage("reference_log_probs"):
+                ref_log_probs = parts.reference.log_probs(rollouts.sequences)
+        with stage("old_log_probs"):
+            old_log_probs = self._old_log_probs(rollouts, metrics)
+        with stage("advantages"):
+            scores = torch.tensor([r.score for r in results])
+            batch, statistics = train_batch(
+                rollouts,
+                scores,
+                old_log_probs,
+                ref_log_probs,
+                parts.advantage_settings,
+                parts.state.kl_controller,
+                parts.state.running_moments,
+            )
+        metrics |= statistics
+        with stage("log"):  # before the update, which may fail and names samples of this file
+            self._output.write_rollouts(step, rollouts, results, batch.advantages)
+        if bool((scores == scores[0]).all()):
+            logger.warning("step %d: every reward is %g; nothing to learn from, the update is skipped", step, scores[0])
+            metrics |= {"actor/num_updates": 0.0, "actor/skipped_updates": float(self._config.updates_per_rollout)}
+        else:
+            with stage("update") as progress:
+                metrics |= parts.actor_train.update(batch, step, progress)
+            with stage("sync_weights"):
+                parts.actor_infer.update_weights(parts.actor_train.weights(), step)
+        return metrics | parts.state.metrics() | {"data/prompts_dropped": float(parts.num_prompts_dropped)}
+
+    def _score(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:
+        responses = [self._parts.text_of(completion) for completion in rollouts.completions]
+        return self._parts.rewards.score(rollouts, responses, progress)
+
+    def _old_log_probs(self, rollouts: Rollouts, metrics: dict[str, float]) -> torch.Tensor:
+        """Of the policy that the ratio is taken against; the first rollout also shows whether the engines agree."""
+        recompute = self._config.enable_old_logprobs_recompute
+        if not recompute and self._checked_transfer:
+            return rollouts.rollout_log_probs
+        own = self._parts.actor_train.log_probs(rollouts.sequences)
+        if recompute:  # else only the first rollout of a process would have these figures
+            metrics |= mismatch(rollouts, own)
+        if not self._checked_transfer:
+            check_transfer(rollouts, own, self._parts.sampling, self._config.actor_train.model_args.dtype)
+            self._checked_transfer = True
+        return own if recompute else rollouts.rollout_log_probs
+
+    def _validate(self) -> dict[str, float]:
+        parts = self._parts
+        if not parts.validation_prompts or parts.validation_sampling is None:
+            return {}
+        with self._console.stage("validate") as progress:
+            rollouts = parts.actor_infer.generate(
+                parts.validation_prompts, parts.validation_sampling, "validation", progress
+            )
+            results = self._score(rollouts)
+        scores = [r.score for r in results]
+        return {
+            "validation/score_mean": sum(scores) / len(scores),
+            "validation/num_samples": float(len(scores)),
+        }
+
+    def _costs(self, num_tokens: float) -> dict[str, float]:
+        """Time and memory of the step that ends here."""
+        times = self._console.timings()
+        return {
+            **times,
+            "rollout/tokens_per_s": num_tokens / times["time/generate"],
+            "memory/rss_mb": rss_mb(),
+        }
+
+    def _finish(self) -> int:
+        self._output.close()
+        with self._console.stage("report"):
+            report = self._output.report()
+        if report is not None:
+            self._console.message(f"report: {report}")
+        step, max_steps = self._state.step, self._config.max_steps
+        if self._interrupt.signal is None or step == max_steps:
+            return 0
+        if step < self._first_step:
+            self._console.message("stopped before a step was done; nothing was saved")
+        else:
+            self._console.message(
+                f"stopped after step {step} of {max_steps} and saved; the same command with "
+                "resume_from_checkpoint=true goes on"
+            )
+        return SIGNALLED + self._interrupt.signal

@@ -1,0 +1,107 @@
+"""The folder of a run: where it lies, what is written into it first, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from roll_gspo.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.errors import CheckpointError, ConfigError
+from roll_gspo.pipelines.plan import Plan
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes.
+
+    Attributes:
+        path: the run's own folder.
+        checkpoints: its checkpoints.
+        log_folder: of `run.log`.
+        resumed_from: the checkpoint to go on from, or None.
+    """
+
+    path: Path
+    checkpoints: Path
+    log_folder: Path
+    resumed_from: Checkpoint | None
+
+
+def open_run_folder(config: ExperimentConfig, plan: Plan) -> RunFolder:
+    """Make the folder, or find that of the run to be resumed, and write `config.yaml` and `plan.txt` into it.
+
+    `resume_from_checkpoint: true` goes on in the folder of the run whose checkpoint is newest; a path starts a
+    new folder, so that what the old run did afterwards stays as it is.
+
+    Raises:
+        ConfigError: a folder cannot be written, or holds another run's results; or the checkpoint that was asked for
+            is not there or not complete.
+    """
+    experiment = Path(config.output_dir) / config.exp_name
+    saved = Path(config.checkpoint_config.output_dir or config.output_dir) / config.exp_name
+    name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
+    checkpoint = None
+    if config.resume_from_checkpoint is True:
+        checkpoint = newest_checkpoint(saved, config.run_name)
+        if checkpoint is not None:
+            name = checkpoint.folder.parent.parent.name
+    elif config.resume_from_checkpoint:
+        try:
+            checkpoint = open_checkpoint(Path(str(config.resume_from_checkpoint)))
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+    path = experiment / name
+    if config.run_name is None and checkpoint is None:
+        path = _unused(path)
+    folder = RunFolder(
+        path,
+        saved / path.name / "checkpoints",
+        Path(config.logging_dir) / config.exp_name / path.name if config.logging_dir else path,
+        checkpoint,
+    )
+    if config.resume_from_checkpoint is not True:
+        _refuse_to_overwrite(folder)
+    _make(folder.path, "output_dir")
+    _make(folder.checkpoints, "checkpoint_config.output_dir")
+    _make(folder.log_folder, "logging_dir")
+    (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+    (path / "plan.txt").write_text(plan.text() + "\n", encoding="utf-8")
+    return folder
+
+
+def config_yaml(config: ExperimentConfig) -> str:
+    """The whole configuration, defaults included, as YAML that runs again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist: two runs may start in one second."""
+    candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 1000))
+    return path if not path.exists() else next(c for c in candidates if not c.exists())
+
+
+def _refuse_to_overwrite(folder: RunFolder) -> None:
+    """The trackers drop what a folder holds from the first new step on: right for the run that is resumed only."""
+    source = folder.resumed_from
+    goes_on = source is not None and source.folder.parent.resolve() == folder.checkpoints.resolve()
+    if not goes_on and (folder.path / METRICS).exists():
+        raise ConfigError(
+            f"run_name: {folder.path} holds the results of a run already; choose another run_name, or go on with it: "
+            "resume_from_checkpoint=true"
+        )
+
+
+def _make(folder: Path, key: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder} cannot be written ({error}); choose another folder") from error

@@ -1,0 +1,41 @@
+"""Do trainer and generation engine compute the same policy? Asked once, of the first rollout."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+
+from roll_gspo.batch import Rollouts
+from roll_gspo.errors import WeightTransferError
+from roll_gspo.strategies.base import Sampling
+
+logger = logging.getLogger(__name__)
+
+# Mean |difference| of log-probs (nats). Right weights differ by rounding: measured about 1e-5 in float32 and
+# 1e-2 in bfloat16; one stale tensor of a trained model moves them by far more than these bounds.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
+
+
+def check_transfer(rollouts: Rollouts, trainer_log_probs: Tensor, sampling: Sampling, dtype: str) -> None:
+    """Compare the log-probs of the rollout's tokens as the two engines see them.
+
+    With top-p or top-k the engine's are of a truncated distribution, and there is nothing to compare.
+
+    Raises:
+        WeightTransferError: they differ by more than rounding explains.
+    """
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        logger.info("weight transfer not checked: top_p/top_k make the engine's log-probs differ by design")
+        return
+    mask = rollouts.sequences.response_mask
+    difference = (trainer_log_probs - rollouts.rollout_log_probs)[mask].abs()
+    mean, largest = float(difference.mean()), float(difference.max())
+    if not mean <= TOLERANCE[dtype]:
+        raise WeightTransferError(
+            "after the first weight transfer the trainer's log-probs differ from the generation engine's by "
+            f"{mean:.3g} nats on average ({largest:.3g} at most), where rounding explains {TOLERANCE[dtype]:g}: the "
+            "engine does not compute with the trainer's weights; please report this with the versions of vllm and "
+            "megatron-core"
+        )
+    logger.info("weight transfer checked: log-probs differ by %.2g on average, %.2g at most", mean, largest)

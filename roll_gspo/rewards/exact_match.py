@@ -1,0 +1,24 @@
+"""`exact_match`: the final answer, character by character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ExactMatch:
+    """1 where the stripped text after the last `delimiter` is the ground truth, else 0.
+
+    A class, so that an unknown argument is an error instead of one more column of the row.
+
+    Args:
+        delimiter: what the answer follows; a response without it scores 0. "" compares the whole response.
+    """
+
+    def __init__(self, delimiter: str = ":") -> None:
+        self._delimiter = delimiter
+
+    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> float:
+        if self._delimiter not in response:
+            return 0.0
+        answer = response.rpartition(self._delimiter)[2] if self._delimiter else response
+        return float(answer.strip() == ground_truth.strip())

@@ -1,0 +1,228 @@
+"""A pool of reusable, killable worker processes that compute one reward."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from roll_gspo.errors import RewardError
+from roll_gspo.rewards.base import RewardRequest, RewardResult
+from roll_gspo.rewards.catalog import RewardSpec
+from roll_gspo.rewards.process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+# Enough requests in a message that its cost does not count, few enough that no worker idles at the end.
+_MAX_CHUNK = 32
+_CHUNKS_PER_WORKER = 4
+
+
+@dataclass
+class _Round:
+    """The state of one call of `score`."""
+
+    requests: Sequence[RewardRequest]
+    pending: deque[int] = field(init=False)
+    results: dict[int, RewardResult] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pending = deque(range(len(self.requests)))
+
+    @property
+    def finished(self) -> bool:
+        return len(self.results) == len(self.requests)
+
+
+class RewardPool:
+    """Scores responses in `num_workers` processes, started when first needed and kept until `close`.
+
+    A sample whose reward raises, returns no finite number, hangs or kills its process is marked as failed; no other
+    sample is touched. The processes end with the pool, and with this process, however that ends.
+
+    Args:
+        spec: of the reward, which is built once in each process.
+        num_workers: processes.
+        timeout_s: for one sample, by the clock; the process that takes longer is killed and replaced.
+        where: key path of the reward's block, for errors and warnings.
+        start_timeout_s: for importing and building the reward.
+    """
+
+    def __init__(
+        self, spec: RewardSpec, num_workers: int, timeout_s: float, where: str, start_timeout_s: float = 120.0
+    ) -> None:
+        if num_workers < 1 or timeout_s <= 0:
+            raise RewardError(f"{where}: {num_workers} workers with {timeout_s:g} s a sample; both must be positive")
+        self._spec = spec
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._where = where
+        self._start_timeout_s = start_timeout_s
+        self._workers: list[WorkerProcess] = []
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that are there now; each is also the id of its process group."""
+        return [worker.pid for worker in self._workers]
+
+    def check(self) -> None:
+        """Start every process and wait until its reward is built, so that problems show before training.
+
+        Raises:
+            ConfigError, MissingDependencyError: the reward's target or arguments are wrong.
+            RewardError: the reward cannot be built, its process died, or it was not ready in time.
+        """
+        with self._lock, self._killing_on_error():
+            self._start_up_to(self._num_workers)
+            while not all(worker.ready for worker in self._workers):
+                for worker in self._wait(WorkerProcess.raise_not_ready):
+                    if worker.ready:  # it has nothing to say: it died
+                        self._remove(worker)
+                    else:
+                        worker.receive_ready()
+
+    def score(
+        self, requests: Sequence[RewardRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[RewardResult]:
+        """Score all requests, in order.
+
+        Args:
+            requests: any number.
+            progress: called with (finished samples, all samples).
+
+        Raises:
+            ConfigError, MissingDependencyError, RewardError: a process cannot be started (see `check`).
+        """
+        work = _Round(requests)
+        with self._lock, self._killing_on_error():
+            while not work.finished:
+                self._start_up_to(min(self._num_workers, len(requests) - len(work.results)))
+                self._hand_out(work)
+                for worker in self._wait(lambda late: self._give_up(late, work)):
+                    self._take_message(worker, work)
+                if progress is not None:
+                    progress(len(work.results), len(requests))
+        results = [work.results[index] for index in range(len(requests))]
+        self._warn_of_failures(requests, results)
+        return results
+
+    def close(self) -> None:
+        """End all processes; the pool cannot be used afterwards."""
+        with self._lock:
+            self._closed = True
+            self._kill_workers()
+            self._selector.close()
+        self._finalizer.detach()
+
+    def _start_up_to(self, num_workers: int) -> None:
+        if self._closed:
+            raise RewardError(f"{self._where}: the pool is closed; make a new one")
+        while len(self._workers) < num_workers:
+            worker = WorkerProcess(self._spec, self._where, self._start_timeout_s)
+            self._workers.append(worker)
+            self._selector.register(worker, selectors.EVENT_READ, worker)
+
+    def _hand_out(self, work: _Round) -> None:
+        for worker in [w for w in self._workers if w.idle]:
+            if not work.pending:
+                return
+            share = -(-len(work.pending) // (_CHUNKS_PER_WORKER * self._num_workers))
+            taken = [work.pending.popleft() for _ in range(min(share, _MAX_CHUNK))]
+            try:
+                worker.assign(taken, [work.requests[i] for i in taken], self._timeout_s)
+            except OSError:  # it died while it had nothing to do: no sample's fault
+                work.pending.extendleft(reversed(taken))
+                self._remove(worker)
+
+    def _wait(self, on_late: Callable[[WorkerProcess], None]) -> list[WorkerProcess]:
+        """Workers that have a message, once one has; `on_late` is called for each whose time is up without one."""
+        waited_for = [w for w in self._workers if not w.idle]
+        if not waited_for:
+            return []
+        speaking = self._poll(max(0.0, min(w.deadline for w in waited_for) - time.monotonic()))
+        now = time.monotonic()
+        for worker in waited_for:
+            # A worker whose message is there is not late, however busy this process was meanwhile.
+            if now >= worker.deadline and worker not in speaking and worker not in self._poll(0):
+                on_late(worker)
+        return speaking
+
+    def _give_up(self, late: WorkerProcess, work: _Round) -> None:
+        if not late.ready:
+            late.raise_not_ready()
+        self._fail_current(late, work, f"timeout after {self._timeout_s:g} s")
+
+    def _poll(self, timeout_s: float) -> list[WorkerProcess]:
+        return [key.data for key, _ in self._selector.select(timeout_s)]
+
+    def _take_message(self, worker: WorkerProcess, work: _Round) -> None:
+        if not worker.ready:
+            worker.receive_ready()
+        elif worker.idle:  # it can only have died
+            self._remove(worker)
+        else:
+            try:
+                index, result = worker.receive_result(self._timeout_s)
+                work.results[index] = result
+            except (EOFError, OSError):
+                self._fail_current(worker, work)
+
+    def _fail_current(self, worker: WorkerProcess, work: _Round, reason: str | None = None) -> None:
+        """Mark the sample that the worker was at (by default: it died), and give back its others to be scored."""
+        ended = self._remove(worker)
+        current, *others = worker.assigned
+        work.results[current] = RewardResult(0.0, reason or f"its worker process {ended}")
+        work.pending.extendleft(reversed(others))
+
+    def _remove(self, worker: WorkerProcess) -> str:
+        self._selector.unregister(worker)
+        self._workers.remove(worker)
+        return worker.kill()
+
+    def _kill_workers(self) -> None:
+        for worker in list(self._workers):
+            self._remove(worker)
+
+    @contextlib.contextmanager
+    def _killing_on_error(self) -> Iterator[None]:
+        """After an error or Ctrl-C no worker may be left that still answers the interrupted call."""
+        try:
+            yield
+        except BaseException:
+            self._kill_workers()
+            raise
+
+    def _warn_of_failures(self, requests: Sequence[RewardRequest], results: Sequence[RewardResult]) -> None:
+        failures = [(r, request) for r, request in zip(results, requests, strict=True) if r.failed]
+        if failures:
+            first, request = failures[0]
+            logger.warning(
+                "%s: %d of %d samples failed, first (row %s): %s",
+                self._where, len(failures), len(results), request.row.get("id", "?"), first.failed,
+            )  # fmt: skip
+
+
+def _kill_all(workers: list[WorkerProcess], owner_pid: int) -> None:
+    if os.getpid() == owner_pid:  # a fork of this process must not end its parent's workers
+        for worker in workers:
+            worker.kill()

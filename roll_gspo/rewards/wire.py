@@ -1,0 +1,33 @@
+"""Length-prefixed messages between the pool and its worker processes."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+_HEADER = struct.Struct("!Q")
+
+
+def send(connection: socket.socket, payload: bytes) -> None:
+    """Write one message; the socket's timeout holds."""
+    connection.sendall(_HEADER.pack(len(payload)) + payload)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """Read one message.
+
+    Raises:
+        EOFError: the other side is gone.
+    """
+    (length,) = _HEADER.unpack(_read(connection, _HEADER.size))
+    return _read(connection, length)
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        part = connection.recv(min(size - len(parts), 1 << 20))
+        if not part:
+            raise EOFError("the connection was closed")
+        parts += part
+    return bytes(parts)

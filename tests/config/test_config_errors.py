@@ -1,0 +1,408 @@
+"""What a wrong configuration is answered with: every problem, where it is written, and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from composed import load_config
+
+from roll_gspo.config.base import parse_device_mapping
+from roll_gspo.config.legacy import IGNORED, NOT_SUPPORTED_YET
+from roll_gspo.config.load import known_keys
+from roll_gspo.errors import ConfigError
+
+HERE = Path(__file__).parent
+
+
+def problems_of(name: str, *overrides: str, config_dir: Path | None = None) -> list[str]:
+    """The lines of the ConfigError that a configuration is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(name, *overrides, config_dir=config_dir)
+    return str(caught.value).splitlines()
+
+
+def problem_of(*overrides: str) -> str:
+    """The one problem that example_gspo has with these overrides."""
+    (problem,) = problems_of("example_gspo", *overrides)
+    return problem
+
+
+def written(folder: Path, text: str) -> Path:
+    """`mine.yaml` in `folder`: example_gspo, then the lines of `text` from line 3 on."""
+    (folder / "mine.yaml").write_text(f"defaults: [example_gspo, _self_]\n\n{text}", encoding="utf-8")
+    return folder
+
+
+def test_unknown_key_in_a_file_has_line_path_and_nearest_key(tmp_path: Path) -> None:
+    folder = written(tmp_path, "exp_name: mine\nactor_train:\n  training_args:\n    learnin_rate: 1e-4\n")
+    (problem,) = problems_of("mine", config_dir=folder)
+    assert problem.endswith(
+        "mine.yaml:6: actor_train.training_args.learnin_rate: unknown key; did you mean 'learning_rate'?"
+    )
+
+
+def test_missing_key_beside_its_misspelt_twin_is_one_problem(tmp_path: Path) -> None:
+    text = "rewards:\n  column_addition:\n    worker_clas: exact_match\n"
+    (tmp_path / "mine.yaml").write_text(f"defaults:\n  - example_gspo\n  - override data: gsm8k\n  - _self_\n{text}")
+    (problem,) = problems_of("mine", config_dir=tmp_path)
+    assert problem.endswith("mine.yaml:7: rewards.column_addition.worker_clas: unknown key; did you mean 'worker_cls'?")
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_unknown_key_on_the_command_line_is_located_there(prefix: str) -> None:
+    problem = problem_of(f"{prefix}importance_samplin=token")
+    assert problem == (
+        "command line (importance_samplin=token): importance_samplin: unknown key; did you mean 'importance_sampling'?"
+    )
+
+
+def test_unknown_key_without_a_near_one_lists_the_known_ones() -> None:
+    assert "unknown key (known here: dtype, model_name_or_path)" in problem_of("actor_infer.model_args.quux=1")
+
+
+def test_unknown_engine_key_names_only_keys_of_that_engine() -> None:
+    problem = problem_of("actor_train.strategy_args.strategy_config.attn_implementation=eager")
+    assert "did you mean" not in problem and "recompute_granularity" in problem and "generate_batch_size" not in problem
+    location = ("actor_train", "strategy_args", "hf_train", "strategy_config")
+    assert known_keys(location) == ["attn_implementation", "generate_batch_size"]
+
+
+def test_reward_domain_may_be_named_like_an_engine() -> None:
+    problem = problem_of("rewards.vllm.worker_cls=exact_match", "rewards.vllm.wrld_size=2")
+    assert "rewards.vllm.wrld_size: unknown key; did you mean 'world_size'?" in problem
+
+
+def test_problems_come_together_in_the_order_of_lines(tmp_path: Path) -> None:
+    lines = [f"unknown_{i}: 1" for i in range(9)]
+    folder = written(tmp_path, "\n".join([*lines, "max_steps: many", "pg_clip: 2"]))
+    problems = problems_of("mine", config_dir=folder)
+    numbers = [int(problem.split(":")[1]) for problem in problems]
+    assert numbers == sorted(numbers) == list(range(3, 14))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("max_steps=a", "max_steps: should be a valid integer, got 'a' (str)"),
+        ("max_steps=1.5", "max_steps: should be a valid integer, got 1.5 (float)"),
+        ("max_steps=true", "max_steps: should be a valid integer, got True (bool)"),
+        ("max_steps=0", "max_steps: should be greater than 0, got 0 (int)"),
+        ("use_kl_loss=1", "use_kl_loss: should be a valid boolean, got 1 (int)"),
+        ("exp_name=2024", "exp_name: should be a valid string, got 2024 (int); put it in quotes"),
+        ("pg_clip=1", "pg_clip: should be less than 1, got 1 (int)"),
+        ("gamma=0", "gamma: should be greater than 0, got 0 (int)"),
+        ("actor_infer=3", "actor_infer: expected a block of keys, got 3"),
+        ("actor_train.strategy_args=hf_train", "actor_train.strategy_args: expected a block of keys, got 'hf_train'"),
+        ("actor_train.data_args.file_name=[]", "file_name: expected at least one, got []"),
+        ("actor_train.data_args.file_name=3", "file_name: expected a string or a list of strings, got 3"),
+        ("warm_start.slip_probability=1.0", "warm_start.slip_probability: should be less than 1"),
+        ("actor_infer.generating_args.top_k=-2", "top_k: should be greater than or equal to -1"),
+        ("kl_loss_type=k2", "kl_loss_type: expected one of kl, abs, mse, k3, got 'k2'"),
+        ("kl_penalty=full", "kl_penalty: expected one of kl, abs, mse, k3, got 'full'"),
+    ],
+)
+def test_wrong_values_are_named_with_what_is_expected(override: str, expected: str) -> None:
+    problem = problem_of(override)
+    assert expected in problem and problem.startswith("command line (")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "actor_train.strategy_args.strategy_name=vlm",
+            "actor_train.strategy_args.strategy_name: expected one of megatron_train, hf_train, got 'vlm'",
+        ),
+        (
+            "actor_infer.strategy_args.strategy_name=vlm",
+            "actor_infer.strategy_args.strategy_name: expected one of vllm, hf_infer, got 'vlm'; did you mean 'vllm'?",
+        ),
+        ("~actor_train.strategy_args.strategy_name", "actor_train.strategy_args.strategy_name: missing; add it"),
+    ],
+)
+def test_engines_are_chosen_by_a_known_name(override: str, expected: str) -> None:
+    assert expected in problem_of(override)
+
+
+def test_missing_keys_are_named_with_the_block_they_belong_to() -> None:
+    problems = problems_of("example_gspo", "~pretrain", "~rollout_batch_size", "~rewards", "~actor_train.data_args")
+    assert [p.rpartition(": missing")[0].rpartition(": ")[2] for p in problems] == [
+        *("actor_train.data_args", "pretrain", "rewards", "rollout_batch_size"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "devices"),
+    [
+        ("list(range(0,4))", (0, 1, 2, 3)),
+        ("list(range(4))", (0, 1, 2, 3)),
+        ("range(2, 4)", (2, 3)),
+        ("[0, 1,2]", (0, 1, 2)),
+        ([0, 3], (0, 3)),
+        ("0-3", (0, 1, 2, 3)),
+        ("0-1,4-5,7", (0, 1, 4, 5, 7)),
+        ("6", (6,)),
+        (None, None),
+    ],
+)
+def test_device_mapping_forms(value: object, devices: tuple[int, ...] | None) -> None:
+    assert parse_device_mapping(value) == devices
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "list(range(0,__import__('os').cpu_count()))",
+        "__import__('pathlib').Path('evaluated').touch()",
+        *(
+            "",
+            "[]",
+            "a",
+            "1,,2",
+            "3-1",
+            "0,0",
+            "-1",
+            "range(0)",
+            "range(0,8,2)",
+            "[0",
+            "list(range(0,2))+[5]",
+            "list([5])",
+        ),
+        *([], [0, 0], [-1], [True], ["0"], 3, 1.5, {}, "0-99999999999", "list(range(0,80000000000))"),
+    ],
+)
+def test_device_mapping_refuses_everything_else_and_evaluates_nothing(
+    value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="device"):
+        parse_device_mapping(value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_group_choice_that_the_body_overrides_is_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path, "importance_sampling: seq\ntrack_with: stdout\n")
+    sampling, tracker = problems_of("mine", "importance_sampling=token", "tracker=none", config_dir=folder)
+    assert "mine.yaml:3: importance_sampling: the defaults list or the command line chose" in sampling
+    assert "'importance_sampling: token', but this line says 'seq' and would win; remove it" in sampling
+    assert "mine.yaml:4: track_with: " in tracker and "'tracker: none'" in tracker
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("~pg_clip_low",), "use_pg_clip_range: true needs both pg_clip_low and pg_clip_high"),
+        (("use_pg_clip_range=false",), "pg_clip_low acts with use_pg_clip_range: true only"),
+        (("dual_clip_loss=false", "dual_clip_ratio=3"), "dual_clip_ratio acts with dual_clip_loss: true only"),
+        (("kl_loss_coef=0",), "use_kl_loss: true needs kl_loss_coef above 0"),
+        (("use_kl_loss=false",), "kl_loss_coef acts with use_kl_loss: true only"),
+        (("add_token_level_kl=true",), "add_token_level_kl: true needs init_kl_coef"),
+        (("init_kl_coef=0.2",), "init_kl_coef acts with add_token_level_kl: true only"),
+        (("target_kl=0.1",), "target_kl acts with add_token_level_kl: true only"),
+        (("reward_shift=true",), "reward_shift: true needs reward_norm"),
+        (("reward_norm=batch", "reward_shift=true", "reward_scale=true"), "reward_shift and reward_scale are both"),
+        (("sequence_length=100",), "sequence_length 100 is not prompt_length 16 + response_length 48"),
+        (("~response_length",), "response_length: missing; add it, or sequence_length"),
+        (("~response_length", "sequence_length=16"), "sequence_length 16 leaves no room after prompt_length 16"),
+        (("reference=null",), "use_kl_loss: true needs the reference block"),
+        (("pretrain=Qwen/Qwen3-0.6B",), "warm_start makes a builtin: model ready"),
+        (("actor_infer.generating_args.temperature=0",), "actor_infer.generating_args.temperature: 0 is greedy"),
+        (("actor_infer.generating_args.max_new_tokens=9",), "max_new_tokens is 9, but response_length is 48"),
+        (("actor_infer.generating_args.num_return_sequences=2",), "num_return_sequences is 2, but"),
+        (
+            ("actor_train.training_args.min_learning_rate=1",),
+            "actor_train.training_args: min_learning_rate 1 is above learning_rate 0.0001",
+        ),
+        (
+            ("actor_train.strategy_args.strategy_config.recompute_granularity=full",),
+            "recompute_granularity: full needs recompute_method and recompute_num_layers",
+        ),
+        (
+            ("actor_train.strategy_args.strategy_config.recompute_num_layers=1",),
+            "recompute_num_layers acts with recompute_granularity: full only",
+        ),
+        (
+            ("actor_train.strategy_args.strategy_config.tensor_model_parallel_size=3",),
+            "actor_train.device_mapping names 1 device(s), not a multiple of the 3",
+        ),
+        (
+            ("actor_train.training_args.gradient_accumulation_steps=3",),
+            "256 samples are not a multiple of the mini-batch of 96",
+        ),
+        (("actor_train.device_mapping='0-2'",), "are not a multiple of the mini-batch of 192"),
+    ],
+)
+def test_rules_between_keys(overrides: tuple[str, ...], expected: str) -> None:
+    problem = problem_of(*overrides)
+    assert expected in problem
+    assert problem.startswith(("command line (", "conf/", "examples/")) or "missing" in problem, "says where"
+
+
+def test_groups_of_one_sample_refuse_both_group_baselines() -> None:
+    problems = problems_of(
+        "example_grpo", "num_return_sequences_in_group=1", "reward_norm=group", "model=tiny_qwen3_moe"
+    )
+    assert any("): adv_estimator: grpo compares" in problem for problem in problems)
+    assert any("): reward_norm: group compares" in problem for problem in problems)
+
+
+def test_broken_rules_of_several_blocks_are_reported_together() -> None:
+    problems = problems_of(
+        "example_gspo",
+        *("use_pg_clip_range=false", "sequence_length=3", "reference=null", "pretrain=Qwen/Qwen3-0.6B"),
+        *("init_kl_coef=0.2", "actor_infer.generating_args.temperature=0"),
+    )
+    assert len(problems) == 6
+
+
+def test_rule_is_located_at_the_key_given_on_the_command_line() -> None:
+    problem = problem_of("actor_train.training_args.gradient_accumulation_steps=3")
+    assert problem.startswith(
+        "command line (actor_train.training_args.gradient_accumulation_steps=3): rollout_batch_size"
+    )
+
+
+def test_rule_inside_a_block_is_located_at_its_line(tmp_path: Path) -> None:
+    text = "actor_train:\n  strategy_args:\n    strategy_config:\n      recompute_method: block\n"
+    (problem,) = problems_of("mine", config_dir=written(tmp_path, text))
+    assert "mine.yaml:6: actor_train.strategy_args.strategy_config: recompute_method acts" in problem
+
+
+def test_interpolation_of_an_unknown_key_is_located(tmp_path: Path) -> None:
+    (problem,) = problems_of("mine", config_dir=written(tmp_path, "exp_name: a\nrun_name: ${nope.x}\n"))
+    assert "mine.yaml:4: run_name: " in problem and "nope.x" in problem
+
+
+def test_environment_variable_that_is_not_set_is_named(tmp_path: Path) -> None:
+    (problem,) = problems_of("mine", config_dir=written(tmp_path, "run_name: ${oc.env:ROLL_GSPO_NOT_SET}\n"))
+    assert "mine.yaml:3: run_name: " in problem and "ROLL_GSPO_NOT_SET" in problem
+
+
+def test_values_left_open_are_all_named(tmp_path: Path) -> None:
+    problems = problems_of("mine", config_dir=written(tmp_path, "run_name: ???\nwarm_start:\n  seed: ???\n"))
+    assert len(problems) == 2 and all("must be set ('???')" in problem for problem in problems)
+    assert "mine.yaml:3: run_name" in problems[0] and "mine.yaml:5: warm_start.seed" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pipeline=agentic", "pipeline: not supported yet: multi-turn rollouts ('agentic')"),
+        ("async_generation_ratio=1", "async_generation_ratio: not supported yet: asynchronous generation (value 1)"),
+        ("actor_infer.generating_args.num_beams=4", "not supported yet: beam search (value 4)"),
+        ("actor_train.model_args.lora_target=all-linear", "not supported yet: LoRA (value 'all-linear')"),
+        ("max_ckpt_to_keep=3", "write checkpoint_config.max_ckpt_to_keep"),
+        ("rewards.column_addition.judge_api_key=secret", "not supported yet: judge models"),
+        ("+rollout_mock={enable:true,mode:dump}", "not supported yet: record and replay of rollouts"),
+    ],
+)
+def test_features_of_later_versions_are_refused_by_name(override: str, expected: str) -> None:
+    problem = problem_of(override)
+    assert expected in problem
+
+
+def test_secrets_are_not_printed_with_the_problem() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("example_gspo", "rewards.column_addition.judge_api_key=secret")
+    assert "secret" not in str(caught.value).partition("): ")[2]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("async_generation_ratio=0", "rl_loss_coef=1.0", "max_len_mask=false", "generate_opt_level=1"),
+        *("++policy_loss=clip", "+rollout_mock={enable:false,mode:dump}", "+query_filter_config={type:no_filter}"),
+        *("+train_infer_correction={is_weight:{enabled:false,upper_bound:1.2},filters:[{enabled:false}]}",),
+        *("+actor_train.router_replay={mode:disable}", "actor_train.apply_loss_scale=true", "+tag_to_template={}"),
+        *("+actor_train.data_args.domain_interleave_probs={column_addition:1.0}", "critic=null"),
+    ],
+)
+def test_features_of_later_versions_may_be_written_when_off(override: str) -> None:
+    assert load_config("example_gspo", override).warnings == ()
+
+
+def test_ignored_keys_of_roll_give_one_warning_a_reason_with_their_lines(tmp_path: Path) -> None:
+    text = "base_dir: x\nactor_train:\n  model_args: {flash_attn: fa2}\nnum_nodes: 1\n"
+    first, second = sorted(load_config("mine", config_dir=written(tmp_path, text)).warnings)
+    assert "base_dir (" in first and "mine.yaml:3)" in first and "mine.yaml:5)" in first
+    assert first.endswith(": ROLL never reads it")
+    assert second.startswith("ignored, delete it: num_nodes (") and "num_gpus_per_node decide" in second
+
+
+def test_environment_variables_are_not_taken_for_keys_of_roll() -> None:
+    loaded = load_config("example_gspo", "+system_envs={name: a, world_size: b, max_concurrency: c}")
+    assert loaded.config.system_envs == {"name": "a", "world_size": "b", "max_concurrency": "c"}
+    assert loaded.warnings == ()
+
+
+def test_tables_of_roll_keys_do_not_shadow_keys_of_the_schema() -> None:
+    for path in {*IGNORED, *NOT_SUPPORTED_YET}:
+        block, _, key = path.replace("rewards.*", "rewards.domain").rpartition(".")
+        blocks = ["actor_train", "actor_infer", "reference", "validation"] if block.startswith("*") else [block]
+        for role in blocks:
+            location = tuple((role + block[1:] if block.startswith("*") else block).split("."))
+            assert key not in known_keys(location if location != ("",) else ()), path
+    assert not set(IGNORED) & set(NOT_SUPPORTED_YET)
+
+
+def test_configuration_is_frozen() -> None:
+    config = load_config("example_gspo").config
+    for block, key in ((config, "max_steps"), (config.actor_train.training_args, "learning_rate")):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(block, key, 1)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0e-3"])
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path, text: str) -> None:
+    folder = written(tmp_path, f"actor_train:\n  training_args:\n    learning_rate: {text}\n")
+    assert load_config("mine", config_dir=folder).config.actor_train.training_args.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mathrule", "did you mean 'math_rule'?"),
+        ("roll.pipeline.rlvr.rewards.code_sandbox_reward_worker.CodeSandboxRewardWorker", "not supported yet: ROLL's"),
+    ],
+)
+def test_reward_workers_that_do_not_exist_are_refused_before_anything_is_built(name: str, expected: str) -> None:
+    assert expected in problem_of(f"rewards.column_addition.worker_cls={name}")
+
+
+def test_rolls_math_worker_stands_for_math_rule() -> None:
+    worker = "roll.pipeline.rlvr.rewards.math_rule_reward_worker.MathRuleRewardWorker"
+    config = load_config("example_gspo", f"rewards.column_addition.worker_cls={worker}").config
+    assert config.rewards["column_addition"].worker_cls == "math_rule"
+
+
+def test_flat_yaml_of_roll_is_understood_as_it_is() -> None:
+    loaded = load_config("roll_example_gspo", config_dir=HERE)
+    config = loaded.config
+    assert (config.importance_sampling, config.clip_range, config.max_response_length) == ("seq", (3e-4, 4e-4), 4096)
+    assert config.actor_train.device_mapping == tuple(range(16)) and config.data_parallel_size == 16
+    assert config.actor_infer.generating_args.num_return_sequences == 8
+    assert config.rewards["math_rule"].worker_cls == "math_rule"
+    assert config.checkpoint_config.output_dir == "/data/checkpoints/rlvr_gspo"
+    warned = " ".join(loaded.warnings)
+    for key in ("critic", "value_clip", "actor_train.model_args.flash_attn", "rewards.math_rule.model_args", "lambd"):
+        assert f"{key} (" in warned
+
+
+def test_flat_yaml_takes_a_group_option_with_a_plus() -> None:
+    config = load_config("roll_example_gspo", "+importance_sampling=token", config_dir=HERE).config
+    assert (config.importance_sampling, config.clip_range) == ("token", (0.2, 0.27))
+
+
+def test_flat_yaml_of_roll_that_asks_for_too_much_names_all_of_it() -> None:
+    problems = problems_of("roll_example_refused", config_dir=HERE)
+    keys = [problem.split(": ")[1] for problem in problems]
+    assert keys == [
+        *("adv_estimator", "max_ckpt_to_keep", "difficulty_mask", "async_generation_ratio", "norm_mean_type"),
+        *("norm_std_type", "track_with", "token_level_loss", "train_infer_correction", "actor_train.worker_cls"),
+        *("actor_train.data_args.template", "actor_train.data_args.domain_interleave_probs"),
+        *("actor_train.strategy_args.strategy_name", "actor_train.device_mapping"),
+        *("actor_infer.strategy_args.strategy_name", "rewards.math_rule.query_filter_config"),
+        *("rewards.code_sandbox.worker_cls", "rewards.llm_judge.judge_model_type", "rewards.llm_judge.judge_api_key"),
+    ]
+    assert all("roll_example_refused.yaml:" in problem for problem in problems)

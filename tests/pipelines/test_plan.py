@@ -1,0 +1,199 @@
+"""The plan: its arithmetic, its warnings, and what it says cannot run yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from composed import load_config
+
+from roll_gspo.models.size import size_of
+from roll_gspo.models.tiny import TINY_MODELS, build_model
+from roll_gspo.pipelines.plan import GIB, Plan, make_plan
+
+
+def plan_of(name: str, *overrides: str) -> Plan:
+    """The plan of a shipped example with overrides."""
+    loaded = load_config(name, *overrides)
+    return make_plan(loaded.config, loaded.warnings)
+
+
+def row(plan: Plan, label: str) -> str:
+    """The text of every row of this label."""
+    return "\n".join(text for name, text in plan.rows if name == label)
+
+
+def test_example_gspo_warns_of_the_length_weighting_alone() -> None:
+    plan = plan_of("example_gspo")
+    (warning,) = plan.warnings
+    assert warning.startswith("loss_agg_mode: seq-mean-token-sum weighs sequences by length")
+    assert plan.not_runnable == ()
+
+
+def test_example_grpo_and_the_papers_gspo_warn_of_nothing() -> None:
+    assert plan_of("example_grpo").warnings == ()
+    assert plan_of("example_gspo", "loss_agg_mode=seq-mean-token-mean").warnings == ()
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize("level", ["seq", "seq_token"])
+def test_sequence_ratio_with_length_weighting_is_warned_of(level: str, mode: str) -> None:
+    (warning,) = plan_of("example_gspo", f"importance_sampling={level}", f"loss_agg_mode={mode}").warnings
+    assert f"loss_agg_mode: {mode} weighs" in warning
+
+
+def test_token_ratio_may_be_aggregated_in_any_way() -> None:
+    assert plan_of("example_grpo", "loss_agg_mode=token-mean").warnings == ()
+
+
+@pytest.mark.parametrize(
+    "overrides", [("pg_clip_high=0.27",), ("use_pg_clip_range=false", "~pg_clip_low", "~pg_clip_high")]
+)
+def test_token_scale_clip_with_a_sequence_ratio_is_warned_of(overrides: tuple[str, ...]) -> None:
+    (warning,) = plan_of("example_gspo", "loss_agg_mode=seq-mean-token-mean", *overrides).warnings
+    assert "it never clips; the paper's is 3e-4/4e-4" in warning
+
+
+def test_sequence_scale_clip_with_a_token_ratio_is_warned_of() -> None:
+    (warning,) = plan_of("example_grpo", "pg_clip_low=3e-4", "pg_clip_high=4e-4").warnings
+    assert "importance_sampling: token with the clip range (0.0003, 0.0004)" in warning and "0.2/0.27" in warning
+
+
+def test_group_option_switches_the_clip_range_with_the_level() -> None:
+    plan = plan_of("example_gspo", "adv_estimator=grpo", "importance_sampling=token")
+    assert row(plan, "ratio").startswith(
+        "token, clip 0.2/0.27 (to [0.8, 1.27]), dual clip 1.4, seq-mean-token-sum, grpo"
+    )
+    assert row(plan_of("example_gspo"), "ratio").startswith("seq, clip 0.0003/0.0004 (to [0.9997, 1.0004])")
+
+
+def test_one_update_a_rollout_is_warned_of() -> None:
+    overrides = ("actor_train.training_args.gradient_accumulation_steps=8", "loss_agg_mode=seq-mean-token-mean")
+    plan = plan_of("example_gspo", *overrides)
+    (warning,) = plan.warnings
+    assert warning.startswith("one optimizer step a rollout") and "the ratio is 1" in warning
+    assert plan_of("example_gspo", *overrides, "ppo_epochs=2").warnings == ()
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 20)])
+def test_truncated_sampling_with_the_engines_log_probs_is_warned_of(key: str, value: float) -> None:
+    sampling = f"actor_infer.generating_args.{key}={value}"
+    (warning,) = plan_of("example_grpo", sampling, "enable_old_logprobs_recompute=false").warnings
+    assert warning.startswith("top_p/top_k with enable_old_logprobs_recompute: false")
+    assert plan_of("example_grpo", sampling).warnings == ()
+    assert plan_of("example_grpo", "enable_old_logprobs_recompute=false").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mini_batch", "a_rollout"),
+    [
+        ((), 64, 4),
+        (("ppo_epochs=3",), 64, 12),
+        (("actor_train.training_args.per_device_train_batch_size=1",), 2, 128),
+        (("actor_train.device_mapping=[0,1]",), 128, 2),
+        (("rollout_batch_size=8", "num_return_sequences_in_group=16"), 64, 2),
+    ],
+)
+def test_optimizer_steps_are_counted(overrides: tuple[str, ...], mini_batch: int, a_rollout: int) -> None:
+    text = row(plan_of("example_gspo", *overrides), "updates")
+    assert f"mini-batches of {mini_batch} (" in text
+    assert text.endswith(f"{a_rollout} optimizer steps a rollout, {60 * a_rollout} in all")
+
+
+def test_unused_reference_is_not_built() -> None:
+    plan = plan_of("example_gspo", "use_kl_loss=false", "kl_loss_coef=0")
+    assert "reference    not built: no KL term is switched on" in row(plan, "roles")
+    assert "reference: none" in row(plan, "log-probs")
+    assert "reference: megatron_infer" in row(plan_of("example_gspo"), "log-probs")
+
+
+def test_old_log_probs_are_said_to_be_the_engines_own() -> None:
+    text = row(plan_of("example_gspo", "enable_old_logprobs_recompute=false"), "log-probs")
+    assert text.startswith("old: those of vllm")
+
+
+@pytest.mark.parametrize("name", sorted(TINY_MODELS))
+def test_size_of_a_builtin_model_is_that_of_the_real_one(name: str) -> None:
+    size = size_of(f"builtin:{name}")
+    model = build_model(TINY_MODELS[name], seed=0)
+    assert size is not None
+    assert size.num_parameters == sum(p.numel() for p in model.parameters())
+    assert size.num_expert_parameters == sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+
+
+def test_size_of_a_checkpoint_is_read_from_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(dict(TINY_MODELS["tiny_qwen3"].hf_config)))
+    size = size_of(str(tmp_path))
+    assert size is not None and size.source == "config.json"
+    assert size.num_parameters == size_of("builtin:tiny_qwen3").num_parameters  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "experts"),
+    [("Qwen/Qwen2.5-7B", 7e9, 0), ("Qwen/Qwen3-0.6B", 6e8, 0), ("Qwen/Qwen3-30B-A3B-Base", 30e9, 28.5e9)],
+)
+def test_size_of_a_name_is_what_it_says(name: str, total: float, experts: float) -> None:
+    size = size_of(name)
+    assert size is not None
+    assert (size.num_parameters, size.num_expert_parameters, size.source) == (total, experts, "from its name")
+
+
+def test_unknown_size_is_said_to_be_unknown() -> None:
+    plan = plan_of("example_gspo", "pretrain=some/model", "warm_start=null")
+    assert "size unknown until it is read" in row(plan, "model")
+    assert row(plan, "memory").startswith("unknown")
+    assert size_of("builtin:none") is None
+
+
+def memory_gib(plan: Plan) -> float:
+    """The figure of the memory row."""
+    return float(row(plan, "memory").removeprefix("about ").partition(" ")[0])
+
+
+def test_memory_of_a_float32_model_counts_each_copy() -> None:
+    size = size_of("builtin:tiny_qwen3")
+    assert size is not None
+    trained = 4 + 4 + 8  # parameter, gradient, two moments
+    with_reference = size.num_parameters * (trained + 4 + 4) / GIB
+    assert memory_gib(plan_of("example_gspo")) == pytest.approx(with_reference, rel=0.01)
+    without = plan_of("example_gspo", "use_kl_loss=false", "kl_loss_coef=0")
+    assert memory_gib(without) == pytest.approx(size.num_parameters * (trained + 4) / GIB, rel=0.01)
+
+
+def test_memory_of_a_7b_model_is_cut_by_parallel_sizes() -> None:
+    per_rank = 7e9 / 4
+    trained = per_rank * (2 + 4 + 12 / 2)  # bf16, float32 gradient; main copy and moments over two ranks
+    expected = (trained + per_rank * 2 + 7e9 * 2) / GIB  # and the reference, and a whole engine
+    assert memory_gib(plan_of("qwen2.5_7b_gspo")) == pytest.approx(expected, rel=0.01)
+
+
+def test_memory_of_experts_is_cut_by_the_expert_parallel_size() -> None:
+    dense, experts = 1.5e9 / (4 * 2), 28.5e9 / (8 * 1 * 2)
+    expected = ((dense + experts) * (2 + 4 + 12 / 2) + (dense + experts) * 2 + 30e9 / 4 * 2) / GIB
+    assert memory_gib(plan_of("qwen3_30b_a3b_gspo")) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("example", "devices"), [("qwen2.5_7b_gspo", 8), ("qwen3_30b_a3b_gspo", 16)])
+def test_layout_of_large_examples_cannot_run_yet(example: str, devices: int) -> None:
+    refused = plan_of(example).not_runnable
+    for role in ("actor_train", "actor_infer", "reference"):
+        assert any(f"{role}.device_mapping: {devices} devices are not supported yet" in text for text in refused)
+    for key in ("tensor_model_parallel_size", "sequence_parallel"):
+        assert any(f"actor_train.strategy_args.strategy_config.{key}" in text for text in refused)
+    moe = [text for text in refused if "expert_model_parallel_size: 8" in text]
+    assert len(moe) == (2 if example.startswith("qwen3") else 0)
+
+
+def test_text_has_every_row_warning_and_refusal() -> None:
+    plan = plan_of("qwen2.5_7b_gspo", "execution=ray")
+    text = plan.text()
+    for part in (*(text for _, text in plan.rows), *plan.warnings, *plan.not_runnable):
+        assert part in text
+    assert "execution: ray is not supported yet" in text
+    assert text.splitlines()[0].endswith("plan of qwen2.5_7b_gspo")
+
+
+def test_devices_that_are_not_contiguous_are_listed() -> None:
+    text = row(plan_of("example_gspo", "actor_infer.device_mapping=[0,2]"), "roles")
+    assert "devices 0,2, TP 1 · 2 engine(s)" in text

@@ -1,0 +1,219 @@
+"""The house rules that a machine can hold: what may import what, sizes, names, docstrings."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "roll_gspo"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = {
+    **dict.fromkeys(("errors", "registry", "metrics", "batch"), 0),
+    **dict.fromkeys(("config", "algorithms"), 1),
+    **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
+    "strategies": 3,
+    "roles": 4,
+    "pipelines": 5,
+    "run": 6,
+}
+BOTTOM = ("metrics", "batch", "registry", "errors")  # the lowest layer may import downwards within itself
+ALLOWED = {"config": ("registry", "errors"), "algorithms": ("batch", "metrics", "errors")}  # less than their layer
+ENGINES = {
+    "megatron": "roll_gspo/strategies/megatron",
+    "vllm": "roll_gspo/strategies/vllm",
+    "ray": "roll_gspo/execution/ray",
+}
+MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 400, 60
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    """Path below the repository, and syntax tree, of every file of the package."""
+    for file in FILES:
+        yield str(file.relative_to(ROOT)), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports_of(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, wherever in the file; relative ones are made absolute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: imports are absolute here"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if is_module(name)}
+            yield from ((node.lineno, name) for name in sorted(modules))
+            if names - modules:
+                yield node.lineno, str(node.module)
+
+
+def is_module(name: str) -> bool:
+    """Whether `name` is a module or package of this package."""
+    file = ROOT.joinpath(*name.split("."))
+    return name.startswith("roll_gspo.") and (file.with_suffix(".py").is_file() or file.is_dir())
+
+
+def part(name: str) -> str:
+    """`roll_gspo.roles.actor` or `roll_gspo/roles/actor.py`: roles."""
+    pieces = name.removesuffix(".py").replace("/", ".").split(".")
+    return pieces[1] if len(pieces) > 1 and pieces[1] != "__init__" else ""
+
+
+def own_imports() -> Iterator[tuple[str, int, str]]:
+    """(path, line, imported module) of every import of the package by the package."""
+    for path, tree in trees():
+        yield from ((path, line, name) for line, name in imports_of(path, tree) if name.split(".")[0] == "roll_gspo")
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """Whether a part may import another."""
+    if not imported or importer == imported:  # the root holds the version alone
+        return True
+    if importer in ALLOWED:
+        return imported in ALLOWED[importer]
+    if importer in BOTTOM and imported in BOTTOM:
+        return BOTTOM.index(importer) < BOTTOM.index(imported)
+    return LAYERS[importer] > LAYERS[imported]
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {part(path) for path, _ in trees()} - {""} == set(LAYERS)
+
+
+def test_imports_point_down() -> None:
+    wrong = [
+        f"{path}:{line} imports {name} (layer {LAYERS[part(name)]}) from layer {LAYERS[part(path)]}"
+        for path, line, name in own_imports()
+        if part(path) and not may_import(part(path), part(name))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        *(("roles", "strategies", True), ("strategies", "roles", False), ("pipelines", "roles", True)),
+        *(("data", "rewards", False), ("rewards", "data", False), ("config", "algorithms", False)),
+        *(("config", "registry", True), ("config", "batch", False), ("algorithms", "registry", False)),
+        *(("metrics", "batch", True), ("batch", "metrics", False), ("errors", "registry", False)),
+        *(("run", "pipelines", True), ("pipelines", "run", False), ("models", "config", True)),
+    ],
+)
+def test_rule_of_imports(importer: str, imported: str, allowed: bool) -> None:
+    assert may_import(importer, imported) is allowed
+
+
+def test_no_import_cycles() -> None:
+    graph: dict[str, set[str]] = {}
+    for path, _, name in own_imports():
+        module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        if is_module(name) and name != module:
+            graph.setdefault(module, set()).add(name)
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for imported in sorted(graph.get(module, ())):
+                visit(imported, (*above, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_engines_are_imported_in_one_folder_each() -> None:
+    wrong = [
+        f"{path}:{line} imports {name}; only {ENGINES[name.split('.')[0]]} may"
+        for path, tree in trees()
+        for line, name in imports_of(path, tree)
+        if name.split(".")[0] in ENGINES and not path.startswith(ENGINES[name.split(".")[0]])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_algorithms_import_torch_and_nothing_else_from_outside() -> None:
+    standard = {"__future__", "collections", "dataclasses", "enum", "functools", "math", "typing"}
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path, tree in trees()
+        for line, name in imports_of(path, tree)
+        if part(path) == "algorithms" and name.split(".")[0] not in {"torch", "roll_gspo", *standard}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_and_functions_stay_small() -> None:
+    wrong = []
+    for path, tree in trees():
+        lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        if lines > MAX_LINES_OF_FILE:
+            wrong.append(f"{path}: {lines} lines, more than {MAX_LINES_OF_FILE}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_LINES_OF_FUNCTION:
+                    wrong.append(f"{path}:{node.lineno}: {node.name} has {length} lines")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_attributes_are_known_and_not_probed() -> None:
+    wrong = [
+        f"{path}:{node.lineno}: {node.func.id}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and (node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) > 2))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not [str(file) for file in PACKAGE.rglob("*") if file.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def test_public_names_have_docstrings() -> None:
+    wrong = []
+    for path, tree in trees():
+        if not ast.get_docstring(tree):
+            wrong.append(f"{path}:1: the module")
+        for node in public_definitions(tree):
+            if not ast.get_docstring(node):
+                wrong.append(f"{path}:{node.lineno}: {node.name}")
+    assert not wrong, "no docstring:\n" + "\n".join(wrong)
+
+
+def public_definitions(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Public classes, functions, and methods of public classes that are not declared elsewhere."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef) and not node.bases:  # what a base class declares is documented there
+                yield from (
+                    item
+                    for item in node.body
+                    if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) and not item.name.startswith("_")
+                )
+
+
+def test_module_level_imports_need_no_engine() -> None:
+    """Engines, torch and transformers are not reached from run.py by module-level imports."""
+    heavy = {"torch", "transformers", "vllm", "megatron", "ray", "tensorboard", "plotly"}
+    todo, seen, wrong = ["roll_gspo.run", "roll_gspo.pipelines.plan"], set(), []
+    while todo:
+        module = todo.pop()
+        file = ROOT.joinpath(*module.split("."))
+        file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for line, name in imports_of(str(file), tree):
+            if name.split(".")[0] in heavy:
+                wrong.append(f"{file.relative_to(ROOT)}:{line} imports {name}")
+            elif is_module(name) and name not in seen:
+                seen.add(name)
+                todo.append(name)
+    assert not wrong, "\n".join(wrong)
