@@ -153,6 +153,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         yield from self._broken_batch_rules()
         yield from self._broken_group_rules()
         yield from self._broken_sampling_rules()
+        yield from self._broken_model_rules()
         if self.needs_reference and self.reference is None:
             flag = "use_kl_loss" if self.use_kl_loss else "add_token_level_kl"
             yield f"{flag}: true needs the reference block; add it"
@@ -161,6 +162,19 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
                 f"warm_start makes a builtin: model ready for its task, but pretrain is '{self.pretrain}'; "
                 "set warm_start: null"
             )
+
+    def _broken_model_rules(self) -> Iterator[str]:
+        trained = self.actor_train.model_args.model_name_or_path or self.pretrain
+        generates = self.actor_infer.model_args.model_name_or_path
+        if generates not in (None, trained):
+            yield (
+                f"actor_infer.model_args.model_name_or_path is '{generates}', but actor_train starts from '{trained}' "
+                "and hands it every weight; remove the first"
+            )
+        for role in ("actor_train", "reference"):
+            block = self.actor_train if role == "actor_train" else self.reference
+            if block is not None and block.model_args.dtype == "fp16":
+                yield f"{role}.model_args.dtype: fp16 is not supported yet; set bf16 or fp32"
 
     def _broken_batch_rules(self) -> Iterator[str]:
         ranks = len(self.actor_train.device_mapping or (0,))

@@ -83,7 +83,7 @@ def _role_rows(config: ExperimentConfig) -> list[tuple[str, str]]:
     rows = []
     for name, role in roles:
         args = role.strategy_args
-        devices = "this machine" if role.device_mapping is None else f"devices {_ranges(role.device_mapping)}"
+        devices = _devices_text(role.device_mapping, config.num_gpus_per_node)
         layout = ""
         if isinstance(args, MegatronTrainArgs | MegatronInferArgs):
             c = args.strategy_config
@@ -99,6 +99,13 @@ def _role_rows(config: ExperimentConfig) -> list[tuple[str, str]]:
     if not config.needs_reference:
         rows.append(("roles", f"{'reference':<12} not built: no KL term is switched on"))
     return rows
+
+
+def _devices_text(devices: tuple[int, ...] | None, num_gpus_per_node: int) -> str:
+    if devices is None:
+        return "this machine"
+    num_nodes = max(devices) // num_gpus_per_node + 1 if num_gpus_per_node else 1
+    return f"devices {_ranges(devices)}" + (f" of {num_nodes} machines" if num_nodes > 1 else "")
 
 
 def _ranges(devices: tuple[int, ...]) -> str:
@@ -236,6 +243,11 @@ def _not_runnable(config: ExperimentConfig) -> list[str]:
         if role.device_mapping and len(role.device_mapping) > 1:
             found.append(
                 f"{name}.device_mapping: {len(role.device_mapping)} devices are not supported yet; set it to null"
+            )
+        elif role.device_mapping and role.device_mapping != (0,):
+            found.append(
+                f"{name}.device_mapping: a choice of device is not supported yet; set it to null and choose with "
+                "CUDA_VISIBLE_DEVICES"
             )
         settings = role.strategy_args.strategy_config.model_dump()
         for key, value in settings.items():

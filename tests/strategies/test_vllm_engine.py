@@ -164,6 +164,19 @@ def test_dummy_weights_generate_nothing_and_the_trainers_process_group_stays(
     _assert_process_group_works()
 
 
+def test_long_prompts_that_do_not_fit_into_one_engine_step_are_sampled_with_their_seeds(dense: Tiny) -> None:
+    # Cut into chunks, a seeded prompt would end vLLM on a CPU: see `_engine_args`.
+    engine = _build(dense.folder, max_num_batched_tokens=MAX_MODEL_LEN)
+    try:
+        engine.update_weights(Weights(dense.weights(3)), 1)
+        prompts = [[3 + (i * n) % 50 for n in range(150)] for i in range(1, 6)]
+        sampling = Sampling(num_samples=2, max_new_tokens=4)
+        together = engine.generate(prompts, sampling, [10 * i for i in range(5)])
+        assert engine.generate(prompts[4:], sampling, [40]) == together[4:]
+    finally:
+        engine.shutdown()
+
+
 def test_shutdown_keeps_other_engines(dense: Tiny) -> None:
     expected = dense.engine.generate(PROMPTS, Sampling(1, 8), SEEDS)
     other = _build(dense.folder, load_format="auto")

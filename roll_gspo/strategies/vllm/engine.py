@@ -19,6 +19,7 @@ from roll_gspo.strategies.vllm.host_process import close_engine, global_rng_kept
 from roll_gspo.strategies.vllm.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
 
 _CPU_BLOCK_TOKENS = 128
+_CPU_BATCHED_TOKENS = 8192
 _CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache costs some two seconds a GiB when the engine starts
 
 
@@ -146,6 +147,10 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
     if config.kv_cache_memory_mb is not None:
         args["kv_cache_memory_bytes"] = config.kv_cache_memory_mb << 20
     if on_cpu:
+        # A prompt prefilled in several chunks makes vLLM wind back the request's random generator by an offset
+        # that generators of a CPU do not have ("CPU Generator does not use offset").
+        args["enable_chunked_prefill"] = False
+        args["max_num_batched_tokens"] = max(config.max_num_batched_tokens or _CPU_BATCHED_TOKENS, max_model_len)
         model_config = EngineArgs(**args).create_model_config()  # pyright: ignore[reportArgumentType]
         _check_cpu_head_size(model_config)
         args.setdefault("kv_cache_memory_bytes", _cpu_kv_cache_bytes(model_config, config.max_num_seqs, max_model_len))

@@ -1,0 +1,88 @@
+"""What the documentation says runs: its commands (as --dry-run), its YAML, its Python, and its links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+STOPS_BY_ITSELF = {"--dry-run", "--cfg", "--help"}
+BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every fenced block in a language."""
+    return [
+        (page.name, text) for page in PAGES for tag, text in BLOCK.findall(page.read_text(encoding="utf-8")) if tag == language
+    ]
+
+
+def commands() -> list[str]:
+    """Every documented run, once."""
+    lines = (line.split("  #")[0].strip() for _, text in blocks("bash") for line in text.splitlines())
+    return sorted({line for line in lines if line.startswith(("python -m roll_gspo.run", "roll-gspo "))})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with the files that the pages show, each under the name in its first line."""
+    folder = tmp_path_factory.mktemp("user")
+    for language in ("yaml", "python"):
+        for _, text in blocks(language):
+            name = re.match(r"\s*# (\S+\.(?:yaml|py))\n", text)
+            if name:
+                path = folder / name[1]
+                path.parent.mkdir(exist_ok=True)
+                indent = len(text) - len(text.lstrip(" "))
+                path.write_text("\n".join(line[indent:] for line in text.splitlines()) + "\n")
+    (folder / "my").mkdir()
+    (folder / "my/train.jsonl").write_text('{"question": "What is 2 + 2?", "answer": "#### 4"}\n')
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_command_is_a_valid_run(command: str, folder: Path) -> None:
+    words = shlex.split(command)
+    arguments = words[3:] if words[0] == "python" else words[1:]
+    if not STOPS_BY_ITSELF & set(arguments):
+        arguments = [*arguments, "--dry-run"]
+    result = subprocess.run(
+        [sys.executable, "-m", "roll_gspo.run", *arguments],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_documented_commands_are_found() -> None:
+    assert len(commands()) >= 8
+
+
+def test_documented_reward_is_a_reward(folder: Path) -> None:
+    scope: dict[str, object] = {}
+    exec((folder / "my_rewards.py").read_text(), scope)
+    short = scope["short"]
+    assert callable(short)
+    assert short(prompt="", response="brief", ground_truth="", id="1") == 1.0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+def test_no_page_promises_a_make_target_that_is_not_there() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {t for _, text in blocks("bash") for t in re.findall(r"^make ([a-z]+)", text, re.MULTILINE)}
+    assert named <= targets
