@@ -154,9 +154,7 @@ class Rollouts:
         log_probs = torch.zeros(sequences.response_mask.shape)
         for row, completion in enumerate(flat):
             log_probs[row, : len(completion.log_probs)] = torch.tensor(completion.log_probs)
-        return Rollouts(
-            sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), weights_version
-        )
+        return Rollouts(sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), weights_version)
 
 
 @dataclass(frozen=True)

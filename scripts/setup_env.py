@@ -28,8 +28,10 @@ CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 def main() -> None:
     """Install what is missing, then check the result."""
-    if sys.version_info < (3, 11):
-        sys.exit(f"roll_gspo needs Python 3.11 or later, this is {platform.python_version()}; run make PYTHON=python3.11")
+    if sys.version_info < (3, 11):  # noqa: UP036 - any Python may be what `python3` names
+        sys.exit(
+            f"roll_gspo needs Python 3.11 or later, this is {platform.python_version()}; run make PYTHON=python3.11"
+        )
     gpu = has_gpu()
     wanted = fingerprint(gpu)
     if PYTHON.exists() and STAMP.is_file() and json.loads(STAMP.read_text()) == wanted:
@@ -88,10 +90,11 @@ def remove_cuda_companions() -> None:
 def check(gpu: bool) -> None:
     """Import what a run needs, and see that torch fits the machine."""
     program = (
-        "import torch, transformers, megatron.core, importlib.util as u\n"
-        "assert u.find_spec('vllm'), 'vllm is missing'\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import torch, transformers, megatron.core, importlib.util\n"
+        "assert importlib.util.find_spec('vllm'), 'vllm is missing'\n"
         f"assert torch.cuda.is_available() == {gpu}, f'torch {{torch.__version__}} does not fit this machine'\n"
-        "print('torch', torch.__version__, 'transformers', transformers.__version__, 'megatron-core', megatron.core.__version__)"
+        "for m in (torch, transformers, megatron.core): print('setup:', m.__name__, m.__version__)"
     )
     say("checking the installation")
     run(str(PYTHON), "-c", program)

@@ -19,7 +19,10 @@ BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 def blocks(language: str) -> list[tuple[str, str]]:
     """(page, text) of every fenced block in a language."""
     return [
-        (page.name, text) for page in PAGES for tag, text in BLOCK.findall(page.read_text(encoding="utf-8")) if tag == language
+        (page.name, text)
+        for page in PAGES
+        for tag, text in BLOCK.findall(page.read_text(encoding="utf-8"))
+        if tag == language
     ]
 
 

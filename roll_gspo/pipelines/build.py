@@ -231,9 +231,7 @@ def _generator(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) ->
     return Generator(strategy, pad_token_id, config.seed)
 
 
-def _sampling(
-    config: ExperimentConfig, args: GeneratingArgs, num_samples: int, stop_ids: tuple[int, ...]
-) -> Sampling:
+def _sampling(config: ExperimentConfig, args: GeneratingArgs, num_samples: int, stop_ids: tuple[int, ...]) -> Sampling:
     return Sampling(
         num_samples=args.num_return_sequences or num_samples,
         max_new_tokens=args.max_new_tokens or config.max_response_length,

@@ -73,18 +73,19 @@ class Actor:
         return _summary(results)
 
     def _mini_batches(self, batch: TrainBatch, step: int) -> Iterator[Tensor]:
+        lengths = batch.sequences.lengths
         for epoch in range(self._num_epochs):
             # A generator of its own for each (seed, step, epoch): a resumed run draws the same mini-batches.
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1_009 + epoch)
-            yield from torch.randperm(len(batch), generator=generator).split(self._mini_batch_size)
+            for index in torch.randperm(len(batch), generator=generator).split(self._mini_batch_size):
+                # Which samples meet in an optimizer step is random; those of like length share a micro-batch.
+                yield index[lengths[index].argsort(stable=True)]
 
     def _optimizer_step(self, mini_batch: TrainBatch) -> UpdateResult:
         denominators = Denominators.of(mini_batch.response_mask)
 
         def loss(scores: TokenScores, micro_batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
-            return policy_loss(
-                scores.log_probs, scores.entropy, micro_batch, denominators, self._loss_settings
-            )
+            return policy_loss(scores.log_probs, scores.entropy, micro_batch, denominators, self._loss_settings)
 
         wants_entropy = self._loss_settings.entropy_loss_coef != 0
         return self._strategy.update(mini_batch.split(self._micro_batch_size), loss, wants_entropy)
@@ -142,6 +143,4 @@ def _summary(results: Iterable[UpdateResult]) -> dict[str, float]:
 def _mean_over_updates(result: UpdateResult) -> dict[str, Metric]:
     """Shares of one mini-batch's loss sum up to it; over mini-batches it is a mean."""
     one = torch.ones(())
-    return {
-        name: Metric(m.value, one, "mean") if m.reduction == "sum" else m for name, m in result.metrics.items()
-    }
+    return {name: Metric(m.value, one, "mean") if m.reduction == "sum" else m for name, m in result.metrics.items()}

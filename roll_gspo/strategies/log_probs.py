@@ -98,7 +98,7 @@ def place(values: Tensor, response_mask: Tensor) -> Tensor:
 def score_in_micro_batches(
     sequences: Sequences, micro_batch_size: int, forward: Callable[[Sequences], TokenScores]
 ) -> TokenScores:
-    """Score consecutive trimmed pieces and put them together; float32 on the CPU, [B, T].
+    """Score trimmed pieces of samples that are about equally long; float32 on the CPU, [B, T] in the order given.
 
     Args:
         sequences: all samples.
@@ -106,8 +106,9 @@ def score_in_micro_batches(
         forward: scores one piece (the caller turns gradients off).
     """
     width = sequences.response_mask.shape[1]
-    indices = torch.arange(len(sequences), device=sequences.input_ids.device).split(micro_batch_size)
-    parts = [forward(sequences.rows(index)) for index in indices]
-    log_probs = pad_rows([part.log_probs.cpu() for part in parts], width)
+    order = sequences.lengths.argsort(stable=True)  # next to samples of their own length they need the least padding
+    parts = [forward(sequences.rows(index)) for index in order.split(micro_batch_size)]
+    back = order.argsort().cpu()
+    log_probs = pad_rows([part.log_probs.cpu() for part in parts], width)[back]
     entropies = [part.entropy.cpu() for part in parts if part.entropy is not None]
-    return TokenScores(log_probs, pad_rows(entropies, width) if entropies else None)
+    return TokenScores(log_probs, pad_rows(entropies, width)[back] if entropies else None)

@@ -212,7 +212,7 @@ def test_group_choice_that_the_body_overrides_is_refused(tmp_path: Path) -> None
         (("actor_infer.generating_args.num_return_sequences=2",), "num_return_sequences is 2, but"),
         (
             ("actor_train.training_args.min_learning_rate=1",),
-            "actor_train.training_args: min_learning_rate 1 is above learning_rate 0.0001",
+            "actor_train.training_args: min_learning_rate 1 is above learning_rate",
         ),
         (
             ("actor_train.strategy_args.strategy_config.recompute_granularity=full",),

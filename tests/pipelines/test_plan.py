@@ -96,7 +96,7 @@ def test_truncated_sampling_with_the_engines_log_probs_is_warned_of(key: str, va
     ],
 )
 def test_optimizer_steps_are_counted(overrides: tuple[str, ...], mini_batch: int, a_rollout: int) -> None:
-    text = row(plan_of("example_gspo", *overrides), "updates")
+    text = row(plan_of("example_gspo", "max_steps=60", *overrides), "updates")
     assert f"mini-batches of {mini_batch} (" in text
     assert text.endswith(f"{a_rollout} optimizer steps a rollout, {60 * a_rollout} in all")
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from roll_gspo.batch import Sequences
 from roll_gspo.strategies import log_probs
-from roll_gspo.strategies.log_probs import place, token_log_probs
+from roll_gspo.strategies.base import TokenScores
+from roll_gspo.strategies.log_probs import place, score_in_micro_batches, token_log_probs
 
 
 def _reference(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,3 +56,20 @@ def test_token_log_probs_of_no_token_can_be_differentiated() -> None:
 def test_token_log_probs_refuses_temperature_zero() -> None:
     with pytest.raises(ValueError, match="temperature above 0, not 0"):
         token_log_probs(torch.randn(1, 3), torch.tensor([0]), 0.0, entropy=False)
+
+
+def test_score_in_micro_batches_gives_samples_back_in_order_and_pads_like_lengths_together() -> None:
+    responses = [[7], [1, 2, 3, 4, 5, 6], [8, 9], [3, 1, 4, 1, 5]]
+    sequences = Sequences.collate([[1, 1]] * 4, responses, pad=0)
+    widths = []
+
+    def forward(part: Sequences) -> TokenScores:
+        widths.append(part.input_ids.shape[1])
+        values = torch.where(part.response_mask, part.response_ids, 0).float()
+        return TokenScores(values, values + part.response_mask)
+
+    scores = score_in_micro_batches(sequences, 2, forward)
+    assert widths == [4, 8]
+    assert [row[row > 0].tolist() for row in scores.log_probs] == responses
+    assert scores.entropy is not None
+    assert torch.equal(scores.entropy, scores.log_probs + sequences.response_mask)

@@ -1,0 +1,177 @@
+"""Where the seconds of a training step go, against the same work done bare.
+
+    python benchmarks/step_breakdown.py [--config-name example_gspo] [--rounds 9] [key=value ...]
+
+Bare is what a script without this framework would do in the same process, on the same engine, model and batch:
+`LLM.generate`; megatron's `GPTModel`, DDP and optimizer in a plain loop over as large mini- and micro-batches with a
+minimal GSPO loss; the reward function called directly; weights handed over by vLLM's own reload. No logs, no
+metrics, no files, no checks. Each round does one step of either kind from the same weights on the same prompts and
+seeds, in turn first and second; a first round is not counted.
+
+Wall time is what a user waits; CPU time (of this process, all threads) is the fairer figure on a busy machine. The
+reward workers are processes of their own: their CPU time is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from hydra import compose, initialize
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from omegaconf import open_dict
+
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.run import ShippedConfigs, hydra_arguments, load_composed, set_environment
+from roll_gspo.tracking.timing import StageTimer
+
+if TYPE_CHECKING:
+    from bare_step import BareStep
+
+    from roll_gspo.pipelines.build import Parts
+    from roll_gspo.pipelines.rlvr import Rlvr
+    from roll_gspo.strategies.base import WeightSource
+
+ENGINES = {"actor_train": "megatron_train", "actor_infer": "vllm", "reference": "megatron_infer"}
+# Row of the table -> stages that count to it; what is left is the row "own".
+ROWS = {
+    "generation": ("generate",),
+    "rewards": ("score",),
+    "reference log-probs": ("reference_log_probs",),
+    "old log-probs": ("old_log_probs",),
+    "update": ("update",),
+    "weight sync": ("sync_weights",),
+}
+Seconds = dict[str, float]
+
+
+class Round(NamedTuple):
+    """(wall, CPU) seconds by row of one step of either kind."""
+
+    ours: tuple[Seconds, Seconds]
+    bare: tuple[Seconds, Seconds]
+
+
+class TwoClocks(StageTimer):
+    """A `StageTimer` of wall time with another one of CPU time beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpu = StageTimer(time.process_time)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        with self.cpu.stage(name), super().stage(name):
+            yield
+
+    def laps(self) -> tuple[Seconds, Seconds]:
+        """Wall and CPU seconds of each row since the last call."""
+        return _by_row(self.lap()), _by_row(self.cpu.lap())
+
+
+def _by_row(lap: Seconds) -> Seconds:
+    rows = {row: sum(lap.get(f"time/{stage}", 0.0) for stage in stages) for row, stages in ROWS.items()}
+    return {**rows, "own": lap["time/step"] - sum(rows.values()), "step": lap["time/step"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config-name", default="example_gspo")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    config = _compose(options.config_name, [*options.overrides, "exp_name=step_breakdown"])
+    set_environment(config.system_envs)
+    _print_table(config, _measure(config, options.rounds))
+
+
+def _compose(name: str, overrides: list[str]) -> ExperimentConfig:
+    Plugins.instance().register(ShippedConfigs)
+    with initialize(config_path=None, version_base="1.3"):
+        arguments = hydra_arguments(overrides, scratch="unused")
+        composed = compose(config_name=name, overrides=arguments, return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+        config = load_composed(composed).config
+    for role, engine in ENGINES.items():
+        if config.model_dump()[role]["strategy_args"]["strategy_name"] != engine:
+            raise SystemExit(f"step_breakdown: {role} must be {engine}, the only engine that a bare step exists for")
+    if len(config.rewards) != 1 or not config.needs_reference:
+        raise SystemExit(
+            "step_breakdown: the bare step knows one reward block and a reference; choose such a configuration"
+        )
+    return config
+
+
+def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
+    from bare_step import BareStep
+
+    from roll_gspo.pipelines.build import build_parts
+    from roll_gspo.pipelines.interrupt import Interrupt
+    from roll_gspo.pipelines.plan import make_plan
+    from roll_gspo.pipelines.rlvr import Rlvr
+    from roll_gspo.pipelines.run_folder import open_run_folder
+    from roll_gspo.tracking.console import Console
+
+    folder = open_run_folder(config, make_plan(config))
+    with Console(config.exp_name, rounds, folder.path, stream=io.StringIO()) as console:
+        timer = console.timer = TwoClocks()
+        parts = build_parts(config, folder, console)
+        try:
+            bare = BareStep(config, parts, console)
+            loop = Rlvr(config, parts, console, Interrupt(console.warning))
+            measured = [_round(loop, bare, parts, timer, step) for step in range(1, rounds + 2)]
+        finally:
+            parts.executor.close()
+    return measured[1:]
+
+
+def _round(loop: Rlvr, bare: BareStep, parts: Parts, timer: TwoClocks, step: int) -> Round:
+    """One step of either kind from the same state."""
+    place = parts.state.sampler.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        parts.actor_train.save(Path(folder))
+        bare.load(Path(folder))
+
+    def timed(weights: WeightSource, run: Callable[[int], None]) -> tuple[Seconds, Seconds]:
+        parts.state.sampler.load_state_dict(place)
+        parts.actor_infer.update_weights(weights, step - 1)
+        timer.laps()
+        run(step)
+        return timer.laps()
+
+    def ours(step: int) -> None:
+        loop._output.log(step, loop._step(step))
+
+    if step % 2:
+        theirs = timed(bare.weights(), bare.step)
+        return Round(timed(parts.actor_train.weights(), ours), theirs)
+    return Round(timed(parts.actor_train.weights(), ours), timed(bare.weights(), bare.step))
+
+
+def _print_table(config: ExperimentConfig, rounds: list[Round]) -> None:
+    samples = config.rollout_batch_size * config.num_return_sequences_in_group
+    print(
+        f"{samples} samples a step, {len(rounds)} rounds; seconds (medians), ratio ours / bare (median of the rounds')"
+    )
+    print(f"{'':<20} {'wall: ours':>11} {'bare':>7} {'ratio':>6}   {'CPU: ours':>11} {'bare':>7} {'ratio':>6}")
+    for row in [*ROWS, "own", "step"]:
+        cells = []
+        for clock in (0, 1):
+            ours, bare = ([lap[clock][row] for lap in side] for side in zip(*rounds, strict=True))
+            ratio = statistics.median(a / b if b else float("nan") for a, b in zip(ours, bare, strict=True))
+            cells.append(f"{statistics.median(ours):>11.3f} {statistics.median(bare):>7.3f} {ratio:>6.2f}")
+        print(f"{row:<20} {'   '.join(cells)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Ctrl-C, kills and full disks, on plain transformers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Outcome, checkpoints_of, computed, metrics_of, rollouts_of, spawn
+
+pytestmark = pytest.mark.e2e
+
+Command = Callable[..., Outcome]
+HF = ("--config-name", "example_gspo", "strategy=hf")
+REWARD_ARGS = "rewards.column_addition.worker_args"
+RUNS = Path("out/example_gspo")
+IN_STEP_2 = 16 + 32 + 5  # samples scored by then: a validation, a step, and some
+
+
+def _interrupted(command: Command, small: tuple[str, ...], name: str, number: signal.Signals) -> Outcome:
+    return command(*HF, *small, f"run_name={name}", f"{REWARD_ARGS}={{at: [{IN_STEP_2}], number: {number:d}}}")
+
+
+def test_interrupted_run_saves_its_step_and_goes_on_as_if_nothing_had_happened(
+    command: Command, small: tuple[str, ...]
+) -> None:
+    assert command(*HF, *small, "run_name=whole").code == 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        name = number.name
+        outcome = _interrupted(command, small, name, number)
+        assert outcome.code == 128 + number
+        assert f"{name}: finishing this step and saving; once more stops at once" in outcome.out
+        assert "stopped after step 2 of 4 and saved; the same command with resume_from_checkpoint=true" in outcome.out
+        assert [row["step"] for row in metrics_of(RUNS / name)] == [0, 1, 2]
+        assert checkpoints_of(RUNS / name) == ["step_000002"]
+        resumed = command(*HF, *small, f"run_name={name}", "resume_from_checkpoint=true")
+        assert resumed.code == 0 and "resumed after step 2" in resumed.out
+        assert computed(RUNS / name) == computed(RUNS / "whole")
+        assert rollouts_of(RUNS / name) == rollouts_of(RUNS / "whole")
+        assert (RUNS / name / "report.html").is_file()
+    finished = command(*HF, *small, "run_name=whole", "resume_from_checkpoint=true")
+    assert finished.code == 0 and "resumed after step 4" in finished.out
+    assert len(metrics_of(RUNS / "whole")) == 5, "a finished run that is resumed has nothing left to do"
+
+
+def test_checkpoint_of_another_run_starts_a_folder_of_its_own(command: Command, small: tuple[str, ...]) -> None:
+    _interrupted(command, small, "a", signal.SIGINT)
+    assert command(*HF, *small, "run_name=a", "resume_from_checkpoint=true").code == 0
+    before = computed(RUNS / "a")
+    outcome = command(*HF, *small, "run_name=b", f"resume_from_checkpoint={RUNS}/a/checkpoints/step_000002")
+    assert outcome.code == 0
+    assert computed(RUNS / "b") == before[3:], "steps 3 and 4 again, in the new folder"
+    assert computed(RUNS / "a") == before
+    refused = command(*HF, *small, "run_name=b", f"resume_from_checkpoint={RUNS}/a")
+    assert refused.code == 2 and "holds the results of a run already" in refused.err
+
+
+def test_newest_run_is_resumed_where_none_is_named(command: Command, small: tuple[str, ...]) -> None:
+    _interrupted(command, small, "old", signal.SIGINT)
+    _interrupted(command, small, "new", signal.SIGINT)
+    outcome = command(*HF, *small, "resume_from_checkpoint=true", "max_steps=3")
+    assert outcome.code == 0 and f"{RUNS}/new/checkpoints/step_000002" in outcome.out
+    assert [path.name for path in sorted(RUNS.iterdir())] == ["new", "old"]
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(
+    command: Command, small: tuple[str, ...]
+) -> None:
+    outcome = command(*HF, *small, "run_name=fresh", "resume_from_checkpoint=true", "max_steps=1")
+    assert outcome.code == 0
+    assert "no complete checkpoint was found; starting from the beginning" in outcome.out
+
+
+def test_run_folder_with_results_is_not_overwritten(command: Command, small: tuple[str, ...]) -> None:
+    assert command(*HF, *small, "run_name=done", "max_steps=1").code == 0
+    before = {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
+    outcome = command(*HF, *small, "run_name=done")
+    assert outcome.code == 2
+    assert "choose another run_name, or go on with it: resume_from_checkpoint=true" in outcome.err
+    assert {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()} == before
+
+
+def test_second_ctrl_c_stops_at_once(workplace: Path, small: tuple[str, ...]) -> None:
+    twice = f"{{at: [{IN_STEP_2}, {IN_STEP_2 + 1}], number: {signal.SIGINT:d}, group: true}}"
+    outcome = spawn(*HF, *small, "run_name=twice", f"{REWARD_ARGS}={twice}", folder=workplace)
+    assert outcome.code == 130
+    assert "finishing this step" in outcome.out and "stopped after step" not in outcome.out
+    assert "stopped at once" in outcome.err and "Traceback" not in outcome.out + outcome.err
+    assert checkpoints_of(workplace / RUNS / "twice") == []
+    assert [row["step"] for row in metrics_of(workplace / RUNS / "twice")] == [0, 1]
+
+
+def test_ctrl_c_during_start_up_stops_at_once(workplace: Path, small: tuple[str, ...]) -> None:
+    (workplace / "eager.py").write_text(
+        "import os, signal\nos.kill(os.getppid(), signal.SIGINT)\ndef f(*a, **k): ...\n"
+    )
+    outcome = spawn(*HF, *small, "rewards.column_addition={worker_cls: eager.f}", folder=workplace)
+    assert outcome.code == 130, outcome.err
+    assert "stopped at once" in outcome.err and "Traceback" not in outcome.out + outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kib", "message"),
+    [(1024, "step_000004: cannot be written"), (8, "File too large")],
+    ids=["while saving", "while logging"],
+)
+def test_full_disk_leaves_the_last_checkpoint(
+    command: Command, small: tuple[str, ...], workplace: Path, kib: int, message: str
+) -> None:
+    _interrupted(command, small, "full", signal.SIGINT)
+    checkpoint = RUNS / "full/checkpoints/step_000002"
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    arguments = (*HF, *small, "run_name=full", "resume_from_checkpoint=true")
+    outcome = spawn(*arguments, folder=workplace, limits=f"-f {kib}")
+    assert outcome.code == 1
+    assert message in outcome.err and "Traceback" not in outcome.out + outcome.err
+    assert checkpoints_of(RUNS / "full") == ["step_000002"]
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+    # with room again it goes on
+    assert command(*arguments).code == 0
+    assert [row["step"] for row in metrics_of(RUNS / "full")] == [0, 1, 2, 3, 4]

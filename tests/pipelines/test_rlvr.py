@@ -1,0 +1,149 @@
+"""The training loop with every switch, on plain transformers in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Outcome, computed, metrics_of, rollouts_of
+
+from roll_gspo.tracking.names import METRICS
+
+Command = Callable[..., Outcome]
+HF = ("--config-name", "example_gspo", "strategy=hf")
+RUN = Path("out/example_gspo/run")
+TWO_STEPS = ("max_steps=2", "run_name=run")
+
+
+def _train(command: Command, *arguments: str) -> Outcome:
+    outcome = command(*arguments, *TWO_STEPS)
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "Traceback" not in outcome.out + outcome.err
+    return outcome
+
+
+SWITCHES = {
+    "default": ((), ()),
+    "token level, GRPO advantages": (
+        ("importance_sampling=token", "adv_estimator=grpo", "loss_agg_mode=token-mean"),
+        (),
+    ),
+    "GSPO-token": (("importance_sampling=seq_token",), ()),
+    "two epochs": (("ppo_epochs=2",), ()),
+    "entropy bonus": (("entropy_loss_coef=0.01",), ("actor/entropy",)),
+    "running reward norm": (("reward_norm=running",), ()),
+    "adaptive token-level KL": (
+        ("use_kl_loss=false", "kl_loss_coef=0", "add_token_level_kl=true", "init_kl_coef=0.1", "target_kl=0.1"),
+        ("kl/coef", "reward/kl"),
+    ),
+}
+
+
+# Sequence-level and token-wise GSPO have the same gradient where a sequence has one advantage, and whitening undoes
+# what any affine norm of the rewards did.
+AS_DEFAULT = ("GSPO-token", "running reward norm")
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, dict[str, Any]]:
+    """The second step of each switch: what its first update made of the same first rollout."""
+    return {}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switch_trains(command: Command, small: tuple[str, ...], seen: dict[str, dict[str, Any]], switch: str) -> None:
+    arguments, adds = SWITCHES[switch]
+    _train(command, *HF, *small, *arguments)
+    rows = metrics_of(RUN)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows[1:]:
+        assert set(adds) <= set(row) <= {"step", *METRICS}
+        assert None not in row.values(), "everything is finite"
+        assert row["actor/num_updates"] == (8 if switch == "two epochs" else 4)
+        assert row["actor/grad_norm"] > 0
+    if "kl/coef" in adds:
+        assert rows[1]["kl/coef"] == 0.1 != rows[2]["kl/coef"], "the coefficient adapts"
+    seen[switch] = rows[2]
+    if switch in AS_DEFAULT and "default" in seen:
+        assert rows[2]["actor/grad_norm"] == pytest.approx(seen["default"]["actor/grad_norm"], rel=1e-3)
+    elif "default" in seen and switch != "default":
+        assert rows[2]["actor/grad_norm"] != pytest.approx(seen["default"]["actor/grad_norm"], rel=1e-3)
+
+
+def test_grpo_example_trains(command: Command, small: tuple[str, ...]) -> None:
+    _train(command, "--config-name", "example_grpo", "strategy=hf", *small)
+    rows = metrics_of(Path("out/example_grpo/run"))
+    assert all(row["actor/num_updates"] == 4 for row in rows[1:])
+    # 64 samples of a group-normalised reward: whatever the group, it has mean 0
+    assert abs(rows[1]["advantage/mean"]) < 0.1 and rows[1]["advantage/std"] > 0.3
+
+
+def test_without_kl_term_no_reference_is_built(command: Command, small: tuple[str, ...]) -> None:
+    outcome = _train(command, *HF, *small, "use_kl_loss=false", "kl_loss_coef=0")
+    assert "start reference" not in outcome.out
+    for row in metrics_of(RUN)[1:]:
+        assert {"actor/kl_loss", "actor/kl_ref", "time/reference_log_probs"}.isdisjoint(row)
+
+
+def test_without_recomputed_old_log_probs_the_engines_own_are_used(command: Command, small: tuple[str, ...]) -> None:
+    outcome = _train(command, *HF, *small, "enable_old_logprobs_recompute=false")
+    assert "weight transfer checked" in outcome.out
+    first, second = metrics_of(RUN)[1:]
+    assert not any(name.startswith("mismatch/") for name in first)
+    assert second["time/old_log_probs"] < 0.01, "the trainer scores the first rollout only, for the check"
+
+
+def test_greedy_validation_is_the_same_each_time(command: Command, small: tuple[str, ...]) -> None:
+    greedy = "validation.generating_args={temperature: 0}"
+    # a learning rate of nearly nothing: the policy stays, and so does a greedy answer
+    still = "actor_train.training_args.learning_rate=1e-30"
+    _train(command, *HF, *small, greedy, still, "eval_steps=1")
+    scores = [row["validation/score_mean"] for row in metrics_of(RUN)]
+    assert len(scores) == 3 and len(set(scores)) == 1 and scores[0] > 0
+
+
+def test_rollouts_and_metrics_tell_the_same_story(command: Command, small: tuple[str, ...]) -> None:
+    _train(command, *HF, *small)
+    row = metrics_of(RUN)[2]
+    samples = [json.loads(line) for line in rollouts_of(RUN)["step_000002.jsonl"].splitlines()]
+    assert len(samples) == 32 and len({s["group"] for s in samples}) == 8
+    lengths = [len(s["response_token_ids"]) for s in samples]
+    assert row["reward/score_mean"] == pytest.approx(sum(s["score"] for s in samples) / 32, rel=1e-6)
+    assert row["rollout/num_tokens"] == sum(lengths)
+    assert row["rollout/truncated_fraction"] == sum(s["finish_reason"] == "length" for s in samples) / 32
+    weighted = sum(s["advantage"] * n for s, n in zip(samples, lengths, strict=True)) / sum(lengths)
+    assert abs(weighted) < 0.2, "whitened advantages, clipped"
+    assert all(s["weights_version"] == 1 and s["ground_truth"].isdigit() for s in samples)
+    assert all(s["response"].startswith("<|") is False for s in samples)
+
+
+def test_config_of_a_run_runs_again_and_gives_the_same(command: Command, small: tuple[str, ...]) -> None:
+    _train(command, *HF, *small)
+    again = command("--config-dir", str(RUN), "--config-name", "config", "run_name=again")
+    assert again.code == 0, again.err
+    assert computed(RUN.with_name("again")) == computed(RUN)
+
+
+def test_real_reward_and_short_warm_start_keep_running(command: Command, small: tuple[str, ...]) -> None:
+    """Six steps of the shipped reward, of which most samples of such a beginner get nothing."""
+    arguments = [a for a in small if not a.startswith("rewards.")]
+    outcome = command(*HF, *arguments, "max_steps=6", "run_name=run", "tracker=none", "logging_steps=3")
+    assert outcome.code == 0, outcome.err
+    rows = metrics_of(RUN)[1:]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        taken, skipped = row["actor/num_updates"], row["actor/skipped_updates"]
+        assert (taken, skipped) == ((0, 4) if row["reward/score_std"] == 0 else (4, 0))
+    assert not (RUN / "tensorboard").exists()
+    assert "step 3/6" in outcome.out and "step 6/6" in outcome.out and "step 2/6  " not in outcome.out
+
+
+def test_all_rewards_equal_skip_the_update_and_say_so(command: Command, small: tuple[str, ...]) -> None:
+    outcome = _train(command, *HF, *small, "rewards.column_addition={worker_cls: my_reward.raises}")
+    assert "every reward is 0; nothing to learn from, the update is skipped" in outcome.out
+    rows = metrics_of(RUN)[1:]
+    assert [(r["actor/num_updates"], r["actor/skipped_updates"], r["reward/failed"]) for r in rows] == [(0, 4, 32)] * 2
+    assert rows[1]["rollout/weights_version"] == 0, "the engine keeps the weights that nothing has changed"

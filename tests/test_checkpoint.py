@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from roll_gspo.checkpoint import (
+    MARKER,
+    CheckpointStore,
+    complete_checkpoints,
+    is_complete,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from roll_gspo.errors import CheckpointError
+
+
+def write(store: CheckpointStore, step: int, text: str = "state") -> Path:
+    with store.writing(step) as folder:
+        (folder / "actor").mkdir()
+        (folder / "actor/weights").write_text(text)
+    return store.folder / f"step_{step:06d}"
+
+
+def test_checkpoint_is_there_when_it_is_complete(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", max_to_keep=0)
+    with store.writing(3) as folder:
+        (folder / "weights").write_text("w")
+        assert complete_checkpoints(store.folder) == []
+    (found,) = complete_checkpoints(store.folder)
+    assert (found.step, (found.folder / "weights").read_text()) == (3, "w")
+
+
+def test_error_while_writing_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, max_to_keep=1)
+    write(store, 1)
+    with pytest.raises(CheckpointError, match=r"step_000002: cannot be written \(disk full\)"), store.writing(2):
+        raise OSError("disk full")
+    with pytest.raises(KeyboardInterrupt), store.writing(2):
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, max_to_keep=2)
+    for step in (5, 10, 15):
+        write(store, step)
+    assert [c.step for c in complete_checkpoints(tmp_path)] == [10, 15]
+
+
+def test_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, max_to_keep=0)
+    write(store, 1, "old")
+    assert (write(store, 1, "new") / "actor/weights").read_text() == "new"
+
+
+@pytest.mark.parametrize("damage", ["no marker", "part missing", "part cut short", "marker torn", "marker foreign"])
+def test_damaged_checkpoint_is_not_complete(tmp_path: Path, damage: str) -> None:
+    folder = write(CheckpointStore(tmp_path, max_to_keep=0), 1)
+    assert is_complete(folder)
+    marker, part = folder / MARKER, folder / "actor/weights"
+    match damage:
+        case "no marker":
+            marker.unlink()
+        case "part missing":
+            part.unlink()
+        case "part cut short":
+            part.write_text("sta")
+        case "marker torn":
+            marker.write_text(marker.read_text()[:20])
+        case "marker foreign":
+            marker.write_text(json.dumps([1]))
+    assert not is_complete(folder)
+    with pytest.raises(CheckpointError, match="is incomplete"):
+        open_checkpoint(folder)
+
+
+def test_leftovers_of_a_killed_process_are_ignored_and_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".step_000002.123.tmp"
+    leftover.mkdir()
+    (leftover / "weights").write_text("half")
+    assert complete_checkpoints(tmp_path) == []
+    write(CheckpointStore(tmp_path, max_to_keep=0), 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_newest_of_an_experiment_is_the_last_completed(tmp_path: Path) -> None:
+    write(CheckpointStore(tmp_path / "b/checkpoints", max_to_keep=0), 9)
+    write(CheckpointStore(tmp_path / "a/checkpoints", max_to_keep=0), 4)
+    newest = newest_checkpoint(tmp_path, None)
+    assert newest is not None and (newest.step, newest.folder.parents[1].name) == (4, "a")
+    named = newest_checkpoint(tmp_path, "b")
+    assert named is not None and named.step == 9
+    assert newest_checkpoint(tmp_path / "nothing", None) is None
+
+
+def test_path_of_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", max_to_keep=0)
+    write(store, 1)
+    write(store, 2)
+    assert open_checkpoint(tmp_path).step == open_checkpoint(store.folder).step == 2
+    assert open_checkpoint(store.folder / "step_000001").step == 1
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_checkpoint(tmp_path / "elsewhere")
