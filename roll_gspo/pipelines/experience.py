@@ -12,7 +12,7 @@ from roll_gspo.algorithms.correction import mismatch_metrics
 from roll_gspo.algorithms.kl import KLController
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.batch import Rollouts, TrainBatch
-from roll_gspo.metrics import to_floats
+from roll_gspo.metrics import mean_of, to_floats
 from roll_gspo.rewards.base import RewardResult
 
 
@@ -63,6 +63,13 @@ def train_batch(
 def mismatch(rollouts: Rollouts, old_log_probs: Tensor) -> dict[str, float]:
     """How far the trainer's log-probs are from the generation engine's on the same tokens and weights."""
     return to_floats(mismatch_metrics(old_log_probs, rollouts.rollout_log_probs, rollouts.sequences.response_mask))
+
+
+def entropy_metrics(rollouts: Rollouts, entropy: Tensor | None) -> dict[str, float]:
+    """Mean entropy of the policy over the rollout's response tokens; `entropy` [B, T]."""
+    if entropy is None:
+        return {}
+    return to_floats({"actor/entropy": mean_of(entropy, rollouts.sequences.response_mask)})
 
 
 def rollout_metrics(rollouts: Rollouts, results: Sequence[RewardResult]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from roll_gspo.batch import Rollouts
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.pipelines.build import Parts, build_parts
-from roll_gspo.pipelines.experience import mismatch, rollout_metrics, train_batch
+from roll_gspo.pipelines.experience import entropy_metrics, mismatch, rollout_metrics, train_batch
 from roll_gspo.pipelines.interrupt import Interrupt, graceful_interrupt
 from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.plan import Plan
@@ -131,9 +131,10 @@ class Rlvr:
         recompute = self._config.enable_old_logprobs_recompute
         if not recompute and self._checked_transfer:
             return rollouts.rollout_log_probs
-        own = self._parts.actor_train.log_probs(rollouts.sequences)
+        scores = self._parts.actor_train.score(rollouts.sequences)
+        own = scores.log_probs
         if recompute:  # else only the first rollout of a process would have these figures
-            metrics |= mismatch(rollouts, own)
+            metrics |= mismatch(rollouts, own) | entropy_metrics(rollouts, scores.entropy)
         if not self._checked_transfer:
             check_transfer(rollouts, own, self._parts.sampling, self._config.actor_train.model_args.dtype)
             self._checked_transfer = True

@@ -52,9 +52,9 @@ class Actor:
         self._skipped_in_a_row = 0
         self._seed = seed
 
-    def log_probs(self, sequences: Sequences) -> Tensor:
-        """[B, T] log-probabilities of the response tokens under the current policy."""
-        return self._strategy.score(sequences).log_probs
+    def score(self, sequences: Sequences) -> TokenScores:
+        """Log-probabilities of the response tokens under the current policy, and its entropies."""
+        return self._strategy.score(sequences, entropy=True)
 
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
         """Train on a whole rollout; returns the metrics, averaged over its optimizer steps.

@@ -71,7 +71,12 @@ METRICS: dict[str, MetricInfo] = {
             "nats a token",
             _TOKENS,
         ),
-        "actor/entropy": ("Entropy of the policy's next-token distribution.", "nats", _TOKENS),
+        "actor/entropy": (
+            "Entropy of the next-token distribution, as the old log-probs were recomputed (with an entropy bonus: "
+            "during the updates).",
+            "nats",
+            _TOKENS,
+        ),
         "actor/log_prob_mean": ("Log-probability of the sampled tokens.", "nats", _TOKENS),
         "actor/grad_norm": ("Global gradient norm before clipping.", "norm", _UPDATES),
         "actor/lr": ("Learning rate of the last optimizer step.", "1", _STEP),

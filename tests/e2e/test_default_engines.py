@@ -72,6 +72,7 @@ def test_metrics_are_documented_and_the_stages_add_up_to_the_step(whole: tuple[O
         assert row["actor/num_updates"] == 4 and row["actor/skipped_updates"] == 0
         assert 0 < row["actor/clip_fraction"] < 1, "the sequence clip acts"
         assert row["mismatch/log_prob_diff_mean"] < 1e-4, "both engines compute the same policy"
+        assert row["actor/entropy"] > 0
         assert row["rollout/weights_version"] == row["step"] - 1
     assert "validation/score_mean" in rows[0] and "validation/score_mean" in rows[4]
 
@@ -126,17 +127,24 @@ def test_exported_model_is_the_trained_one(whole: tuple[Outcome, Path], pretrain
     assert (found - before[0]).abs().max() > 1e-3, "training has moved the model"
 
 
-def test_mixture_of_experts_trains(folder: Path) -> None:
-    outcome = spawn(
+def test_mixture_of_experts_trains_and_goes_on_after_ctrl_c(folder: Path) -> None:
+    reward = "rewards.column_addition"
+    arguments = (
         *(*EXAMPLE, *SIZES[:-1], "model=tiny_qwen3_moe", "warm_start.steps=20", "max_steps=2", "exp_name=moe"),
-        *(f"rewards.column_addition.worker_cls={REWARD}", "output_dir=out", "run_name=moe", "validation=null"),
-        folder=folder,
+        *(f"{reward}.worker_cls={REWARD}", "output_dir=out", "run_name=moe", "validation=null"),
     )
+    stopped = spawn(
+        *arguments, f"{reward}.worker_args={{at: [5], number: {signal.SIGINT:d}, group: true}}", folder=folder
+    )
+    assert stopped.code == 130, stopped.err
+    assert "stopped after step 1 of 2 and saved" in stopped.out and "weight transfer checked" in stopped.out
+    outcome = spawn(*arguments, "resume_from_checkpoint=true", folder=folder)
     assert outcome.code == 0, outcome.err
-    run = folder / "out/moe/moe"
     assert "weight transfer checked" in outcome.out
+    run = folder / "out/moe/moe"
     rows = metrics_of(run)
     assert [row["actor/num_updates"] for row in rows] == [4, 4]
-    # the weights of step 1 reached every expert of the engine: step 2 still agrees
+    # the weights of step 1 reached every expert of the engine: step 2 agrees, too
     assert rows[1]["mismatch/log_prob_diff_mean"] < 1e-4
     assert yaml.safe_load((run / "config.yaml").read_text())["pretrain"] == "builtin:tiny_qwen3_moe"
+    assert "Traceback" not in stopped.out + stopped.err + outcome.out + outcome.err

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from commands import Outcome, checkpoints_of, computed, metrics_of, rollouts_of, spawn
 
+from roll_gspo.run import _run_name
+
 pytestmark = pytest.mark.e2e
 
 Command = Callable[..., Outcome]
@@ -121,3 +123,18 @@ def test_full_disk_leaves_the_last_checkpoint(
     # with room again it goes on
     assert command(*arguments).code == 0
     assert [row["step"] for row in metrics_of(RUNS / "full")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_multirun_saves_the_job_and_ends_the_sweep(workplace: Path, small: tuple[str, ...]) -> None:
+    stop = f"{REWARD_ARGS}={{at: [{IN_STEP_2}], number: {signal.SIGINT:d}, group: true}}"
+    outcome = spawn(*HF, *small, stop, "seed=1,2", "--multirun", folder=workplace)
+    assert outcome.code == 130, outcome.err
+    assert "stopped after step 2 of 4 and saved" in outcome.out and "Traceback" not in outcome.out + outcome.err
+    (only,) = (workplace / RUNS).iterdir()
+    assert only.name.startswith("000_") and checkpoints_of(only) == ["step_000002"]
+
+
+def test_job_of_a_multirun_has_the_same_name_when_it_is_resumed() -> None:
+    overrides = ["++seed=1", "++max_steps=4"]
+    assert _run_name(overrides, 0) == _run_name([*overrides, "++resume_from_checkpoint=true"], 0) == "000_seed-1_max_steps-4"

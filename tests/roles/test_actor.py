@@ -54,7 +54,7 @@ def actor_of(strategy: TrainStrategy, **changes: int) -> Actor:
 def rollout(actor: Actor) -> TrainBatch:
     """A batch whose old policy is the actor's and whose reference is a little off it."""
     batch = train_batch()
-    old = actor.log_probs(batch.sequences)
+    old = actor.score(batch.sequences).log_probs
     noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(1)) * batch.response_mask
     return replace(batch, old_log_probs=old, rollout_log_probs=old, ref_log_probs=old + 0.1 * noise)
 
@@ -121,7 +121,7 @@ def test_megatron_and_transformers_train_the_same_policy(checkpoint: Path) -> No
     ours = actor_of(MegatronTrain(model_setup(checkpoint), optimizer_setup(), MegatronConfig()))
     oracle = actor_of(hf(checkpoint))
     batch = rollout(oracle)
-    torch.testing.assert_close(ours.log_probs(batch.sequences), batch.old_log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.score(batch.sequences).log_probs, batch.old_log_probs, atol=1e-4, rtol=0)
     found, expected = ours.update(batch, 1, nothing), oracle.update(batch, 1, nothing)
     for name in ("actor/total_loss", "actor/grad_norm", "actor/kl_loss", "actor/ratio_mean", "actor/lr"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name

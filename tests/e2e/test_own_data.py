@@ -1,0 +1,65 @@
+"""Grade-school mathematics from a file of {question, answer}, judged by math-verify."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Outcome, metrics_of, rollouts_of
+
+pytestmark = pytest.mark.e2e
+
+SHARED = Path(__file__).parents[3] / "shared/data/gsm8k/train.jsonl"
+HF = ("--config-name", "example_gspo", "strategy=hf", "data=gsm8k", "max_steps=2", "run_name=run")
+RUN = Path("out/example_gspo/run")
+
+
+def _written(path: Path) -> Path:
+    """Rows as the published files have them: the working, then `#### answer`."""
+    rows = [
+        {
+            "question": f"Ann has {a} apples and buys {b} bags of 1,000. How many are there?",
+            "answer": f"{b} bags hold {b * 1000}.\nThat makes <<{a}+{b * 1000}={a + b * 1000}>>.\n#### {a + b * 1000:,}",
+        }
+        for a in range(2, 10)
+        for b in range(1, 5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("source", ["written", "shared"])
+def test_question_and_answer_file_trains(
+    command: Callable[..., Outcome], small: tuple[str, ...], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source == "shared" and not SHARED.is_file():
+        pytest.skip(f"{SHARED} is not here")
+    file = SHARED if source == "shared" else _written(Path("train.jsonl").resolve())
+    monkeypatch.setenv("GSM8K_TRAIN", str(file))
+    arguments = [a for a in small if not a.startswith(("rewards.", "validation."))]
+    outcome = command(*HF, *arguments, "max_steps=2", "actor_train.data_args.num_rows=64")
+    assert outcome.code == 0, outcome.err
+    assert (RUN / "report.html").stat().st_size > 10_000
+    rows = metrics_of(RUN)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["reward/failed"] == 0 for row in rows)
+    samples = [json.loads(line) for line in rollouts_of(RUN)["step_000001.jsonl"].splitlines()]
+    assert {s["domain"] for s in samples} == {"gsm8k"}
+    assert all("," not in s["ground_truth"] and float(s["ground_truth"]) > 0 for s in samples)
+    assert all(s["prompt"].startswith("<|user|>") and s["prompt"].endswith("<|assistant|>") for s in samples)
+
+
+def test_math_rule_scores_what_the_policy_says(command: Callable[..., Outcome], small: tuple[str, ...]) -> None:
+    """The warm-started policy ends on digits; where every number is asked for, its last one decides."""
+    rows = [{"question": f"{a}+{b}=", "answer": str(a + b), "domain": "gsm8k"} for a in range(10, 30) for b in (11, 12)]
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [a for a in small if not a.startswith(("rewards.", "validation."))]
+    outcome = command(*HF, *arguments, "max_steps=1", "actor_train.data_args.file_name=sums.jsonl")
+    assert outcome.code == 0, outcome.err
+    (file,) = rollouts_of(RUN).values()
+    for sample in map(json.loads, file.splitlines()):
+        said_it = sample["ground_truth"] in sample["response"]
+        assert sample["score"] in (0.0, 1.0)
+        assert said_it or sample["score"] == 0.0
