@@ -21,6 +21,7 @@ import hydra
 import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -276,8 +277,9 @@ def _run_in_a_process_of_its_own(arguments: list[str]) -> None:
     overrides = list(info.overrides.task)
     command = [sys.executable, "-m", "roll_gspo.run", *flags, *overrides]
     if not any(o.lstrip("+").startswith("run_name=") for o in overrides):
-        swept = [o for o in overrides if o not in arguments and o.lstrip("+") not in arguments]
-        command.append(f"run_name='{_run_name(swept, info.job.num)}'")
+        swept = _swept_keys(arguments)
+        named = [o for o in overrides if o.lstrip("+").partition("=")[0] in swept]
+        command.append(f"run_name='{_run_name(named, info.job.num)}'")
     if os.environ.get("ROLL_GSPO_DRY_RUN"):
         command.append("--dry-run")
     # Ctrl-C reaches the job, too, which finishes its step and saves: this process only waits for that.
@@ -290,10 +292,15 @@ def _run_in_a_process_of_its_own(arguments: list[str]) -> None:
         raise SystemExit(code)
 
 
+def _swept_keys(arguments: list[str]) -> set[str]:
+    """Keys that a --multirun varies; what Hydra hands to a job it has rewritten, so that values cannot be compared."""
+    parsed = OverridesParser.create().parse_overrides(flags_and_overrides(arguments)[1])
+    return {str(override.key_or_group) for override in parsed if override.is_sweep_override()}
+
+
 def _run_name(overrides: list[str], number: int) -> str:
-    """The same for the same overrides, so that a sweep is gone on with by adding resume_from_checkpoint=true."""
-    named = [o.lstrip("+") for o in overrides if not o.lstrip("+").startswith("resume_from_checkpoint=")]
-    words = [re.sub(r"[^\w.,-]+", "-", override) for override in named]
+    """The same for the same values, so that a sweep is gone on with by adding resume_from_checkpoint=true."""
+    words = [re.sub(r"[^\w.,-]+", "-", override.lstrip("+")) for override in overrides]
     return "_".join([f"{number:03d}", *words])[:120]
 
 

@@ -35,7 +35,7 @@ import time
 seen = 0
 
 
-def digits(prompt, response, ground_truth, delimiter=":", at=(), number=0, group=False):
+def digits(prompt, response, ground_truth, at=(), number=0, group=False):
     """The share of digits; before the samples counted in `at` are scored, the training is sent a signal."""
     global seen
     seen += 1
@@ -46,17 +46,17 @@ def digits(prompt, response, ground_truth, delimiter=":", at=(), number=0, group
     return sum(c.isdigit() for c in response) / (len(response) + 1)
 
 
-def raises(prompt, response, ground_truth, delimiter=":"):
+def raises(prompt, response, ground_truth):
     raise ValueError("no opinion")
 
 
-def hangs(prompt, response, ground_truth, delimiter=":"):
+def hangs(prompt, response, ground_truth):
     if len(response) % 4 == 0:
         time.sleep(60)
     return digits(prompt, response, ground_truth)
 
 
-def not_a_number(prompt, response, ground_truth, delimiter=":"):
+def not_a_number(prompt, response, ground_truth):
     return float("nan") if len(response) % 2 else digits(prompt, response, ground_truth)
 '''
 # Which figures of two runs of one seed may differ.

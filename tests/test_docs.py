@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import SIZES, spawn
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,12 +72,16 @@ def test_documented_commands_are_found() -> None:
     assert len(commands()) >= 8
 
 
-def test_documented_reward_is_a_reward(folder: Path) -> None:
-    scope: dict[str, object] = {}
-    exec((folder / "my_rewards.py").read_text(), scope)
-    short = scope["short"]
-    assert callable(short)
-    assert short(prompt="", response="brief", ground_truth="", id="1") == 1.0
+@pytest.mark.e2e
+def test_documented_reward_judges_a_run(folder: Path, pretrained: Path) -> None:
+    (documented,) = [c for c in commands() if "my_rewards.short" in c]
+    arguments = shlex.split(documented)[3:]
+    outcome = spawn(*arguments, *SIZES, "max_steps=1", f"pretrain={pretrained}", "strategy=hf", folder=folder)
+    assert outcome.code == 0, outcome.err
+    (run,) = (folder / "output/example_gspo").iterdir()
+    rows = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    assert {row["score"] for row in rows} <= {0.0, 1.0} and not any(row["failed"] for row in rows)
+    assert all(row["score"] == float(len(row["response"].removesuffix("<|end|>")) < 20) for row in rows)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

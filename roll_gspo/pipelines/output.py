@@ -69,9 +69,14 @@ class Output:
         self._console.step(step, metrics)
 
     def write_rollouts(
-        self, step: int, rollouts: Rollouts, results: Sequence[RewardResult], advantages: Tensor
+        self,
+        step: int,
+        rollouts: Rollouts,
+        domains: Sequence[str],
+        results: Sequence[RewardResult],
+        advantages: Tensor,
     ) -> None:
-        """Every sample of the step."""
+        """Every sample of the step, with the reward block that judged it."""
         means = advantages.sum(-1) / rollouts.sequences.response_mask.sum(-1).clamp(min=1)
         records = [
             RolloutRecord(
@@ -81,16 +86,17 @@ class Output:
                 failed=result.failed is not None,
                 advantage=advantage,
                 ground_truth=prompt.row["ground_truth"],
-                domain=prompt.row["domain"],
+                domain=domain,
                 group=group,
                 finish_reason=completion.finish_reason,
                 prompt_token_ids=prompt.token_ids,
                 response_token_ids=completion.token_ids,
                 weights_version=rollouts.weights_version,
             )
-            for prompt, completion, result, advantage, group in zip(
+            for prompt, completion, domain, result, advantage, group in zip(
                 rollouts.prompts,
                 rollouts.completions,
+                domains,
                 results,
                 means.tolist(),
                 rollouts.group_ids.tolist(),

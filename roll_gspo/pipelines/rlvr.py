@@ -111,7 +111,8 @@ class Rlvr:
             )
         metrics |= statistics
         with stage("log"):  # before the update, which may fail and names samples of this file
-            self._output.write_rollouts(step, rollouts, results, batch.advantages)
+            domains = parts.rewards.domains(rollouts.prompts)
+            self._output.write_rollouts(step, rollouts, domains, results, batch.advantages)
         if bool((scores == scores[0]).all()):
             logger.warning("step %d: every reward is %g; nothing to learn from, the update is skipped", step, scores[0])
             metrics |= {"actor/num_updates": 0.0, "actor/skipped_updates": float(self._config.updates_per_rollout)}

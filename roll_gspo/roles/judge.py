@@ -48,6 +48,10 @@ class Judge:
         for pool in self._pools.values():
             pool.check()
 
+    def domains(self, prompts: Iterable[Prompt]) -> list[str]:
+        """Which reward block judges each prompt."""
+        return [self._router.domain_of(prompt.row) for prompt in prompts]
+
     def score(
         self, rollouts: Rollouts, responses: Sequence[str], progress: Callable[[int, int], None] | None = None
     ) -> list[RewardResult]:
@@ -56,7 +60,7 @@ class Judge:
         Args:
             responses: the text of every sample, without special tokens.
         """
-        domains = [self._router.domain_of(prompt.row) for prompt in rollouts.prompts]
+        domains = self.domains(rollouts.prompts)
         results: dict[int, RewardResult] = {}
         for domain, pool in self._pools.items():
             indices = [i for i, d in enumerate(domains) if d == domain]

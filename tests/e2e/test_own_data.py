@@ -21,7 +21,7 @@ def _written(path: Path) -> Path:
     rows = [
         {
             "question": f"Ann has {a} apples and buys {b} bags of 1,000. How many are there?",
-            "answer": f"{b} bags hold {b * 1000}.\nThat makes <<{a}+{b * 1000}={a + b * 1000}>>.\n#### {a + b * 1000:,}",
+            "answer": f"{b} bags hold <<{b}*1000={b * 1000}>>{b * 1000}.\n#### {a + b * 1000:,}",
         }
         for a in range(2, 10)
         for b in range(1, 5)

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from commands import Outcome, checkpoints_of, computed, metrics_of, rollouts_of, spawn
 
-from roll_gspo.run import _run_name
-
 pytestmark = pytest.mark.e2e
 
 Command = Callable[..., Outcome]
@@ -132,9 +130,10 @@ def test_ctrl_c_in_a_multirun_saves_the_job_and_ends_the_sweep(workplace: Path, 
     assert outcome.code == 130, outcome.err
     assert "stopped after step 2 of 4 and saved" in outcome.out and "Traceback" not in outcome.out + outcome.err
     (only,) = (workplace / RUNS).iterdir()
-    assert only.name.startswith("000_") and checkpoints_of(only) == ["step_000002"]
-
-
-def test_job_of_a_multirun_has_the_same_name_when_it_is_resumed() -> None:
-    overrides = ["++seed=1", "++max_steps=4"]
-    assert _run_name(overrides, 0) == _run_name([*overrides, "++resume_from_checkpoint=true"], 0) == "000_seed-1_max_steps-4"
+    assert only.name == "000_seed-1" and checkpoints_of(only) == ["step_000002"]
+    again = spawn(*HF, *small, "seed=1,2", "--multirun", "resume_from_checkpoint=true", "max_steps=3", folder=workplace)
+    assert again.code == 0, again.err
+    assert "resumed after step 2" in again.out
+    assert [[row["step"] for row in metrics_of(run)] for run in sorted((workplace / RUNS).iterdir())] == [
+        [0, 1, 2, 3]
+    ] * 2
