@@ -69,7 +69,8 @@ class Rlvr:
         if state.step == 0:
             self._output.before_training(self._validate())
         self._console.start_steps(self._first_step)
-        while state.step < config.max_steps and not self._interrupt.requested:
+        stopping = self._interrupt.requested
+        while state.step < config.max_steps and not stopping:
             step = state.step + 1
             metrics = self._step(step)
             state.step = step
@@ -79,7 +80,8 @@ class Rlvr:
             # Logged before it is saved: a run killed in between is resumed from the checkpoint before, and the
             # line is written again.
             self._output.log(step, metrics | self._costs(metrics["rollout/num_tokens"]))
-            if last or self._interrupt.requested or step % config.save_steps == 0:
+            stopping = self._interrupt.requested  # asked once: whoever stops has saved
+            if last or stopping or step % config.save_steps == 0:
                 with self._console.stage("save"):
                     self._output.save(step, self._parts.actor_train, state)
         return self._finish()
