@@ -89,6 +89,8 @@ def _overridden_choices(values: Mapping[str, Any], choices: Mapping[str, str], s
     for group, chosen in choices.items():
         key = "track_with" if group == "tracker" else group
         value = values.get(key)
+        if key != group and any(o.lstrip("+").partition("=")[0] == key for o in sources.overrides):
+            continue  # the command line says it with the key itself
         if isinstance(value, str) and chosen is not None and value != chosen:
             problems.append(
                 f"{sources.in_files((key,))}{key}: the defaults list or the command line chose '{group}: {chosen}', "

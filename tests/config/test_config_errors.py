@@ -189,6 +189,11 @@ def test_group_choice_that_the_body_overrides_is_refused(tmp_path: Path) -> None
     assert "mine.yaml:4: track_with: " in tracker and "'tracker: none'" in tracker
 
 
+def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
+    assert load_config("example_gspo", "track_with=none").config.track_with == "none"
+    assert load_config("example_gspo", "tracker=stdout").config.track_with == "stdout"
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
