@@ -29,7 +29,7 @@ class AdvantageSettings:
 
     Attributes:
         adv_estimator: a name in `ADVANTAGE_ESTIMATORS`.
-        gamma: discount per valid token of the reward-to-go; `grpo` does not use it.
+        gamma: discount per valid token of the reward-to-go; only `reinforce` uses it.
         reward_norm, reward_shift, reward_scale: see `normalise_rewards`.
         reward_clip: bound of the normalised reward, or None.
         add_token_level_kl: subtract `kl_coef * kl` from the reward of every token.
@@ -100,7 +100,30 @@ def grpo(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: Ad
     return totals[:, None].expand_as(rewards)
 
 
-ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = {"reinforce": reinforce, "grpo": grpo}
+def dr_grpo(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings) -> Tensor:
+    """The sample's reward minus the mean of its group, on every token (arXiv 2503.20783, section 3.2)."""
+    totals = rewards.sum(-1)
+    return normalise_rewards(totals, group_ids, "group", reward_shift=True)[:, None].expand_as(rewards)
+
+
+def rloo(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings) -> Tensor:
+    """The sample's reward minus the mean of the others of its group, on every token (arXiv 2402.14740, section 3.3).
+
+    With n samples in the group that is n / (n - 1) times the distance from the group's mean; 0 in a group of one.
+    """
+    totals = rewards.sum(-1)
+    _, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    size = sizes[index].to(totals.dtype)
+    distance = normalise_rewards(totals, group_ids, "group", reward_shift=True)
+    return (distance * size / (size - 1).clamp(min=1))[:, None].expand_as(rewards)
+
+
+ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = {
+    "reinforce": reinforce,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+}
 
 
 def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:

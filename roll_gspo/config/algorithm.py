@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Schema
 
-AdvEstimator = Literal["reinforce", "grpo"]
+AdvEstimator = Literal["reinforce", "grpo", "dr_grpo", "rloo"]
 ImportanceSampling = Literal["token", "seq", "seq_token"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KlEstimator = Literal["kl", "abs", "mse", "k3"]
@@ -20,7 +20,8 @@ class AlgorithmConfig(Schema):
     """What is optimised, exactly; `docs/algorithms.md` has the formulas."""
 
     adv_estimator: AdvEstimator = "reinforce"
-    """How rewards become advantages: `reinforce` (reward-to-go) or `grpo` (group-normalised reward)."""
+    """How rewards become advantages: `reinforce` (reward-to-go), `grpo` (normalised by the group), `dr_grpo` (minus the
+    group's mean), `rloo` (minus the mean of the others of the group)."""
     importance_sampling: ImportanceSampling = "token"
     """Level of the importance ratio: `token` (PPO, GRPO), `seq` (GSPO), `seq_token` (GSPO-token)."""
     loss_agg_mode: LossAggMode = "seq-mean-token-mean"

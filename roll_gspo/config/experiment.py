@@ -21,6 +21,9 @@ from roll_gspo.config.roles import (
 )
 from roll_gspo.config.strategy import MegatronTrainArgs
 
+# Values of adv_estimator and reward_norm that are 0 in a group of one.
+GROUP_COMPARISONS = ("grpo", "dr_grpo", "rloo", "group")
+
 
 class BatchConfig(Schema):
     """How much is generated a step, and how long it may be."""
@@ -197,11 +200,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     def _broken_group_rules(self) -> Iterator[str]:
         if self.num_return_sequences_in_group > 1:
             return
-        for key, value, needs_group in (
-            ("adv_estimator", self.adv_estimator, "grpo"),
-            ("reward_norm", self.reward_norm, "group"),
-        ):
-            if value == needs_group:
+        for key, value in (("adv_estimator", self.adv_estimator), ("reward_norm", self.reward_norm)):
+            if value in GROUP_COMPARISONS:
                 yield (
                     f"{key}: {value} compares the samples of a prompt, and there is one; set "
                     "num_return_sequences_in_group to 2 or more"

@@ -208,7 +208,7 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
 LATER_VALUES: dict[str, dict[str, str]] = {
     "adv_estimator": dict.fromkeys(
         (
-            *("gae", "rloo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gigpo"),
+            *("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gigpo"),
             *("step_reinforce", "agentic_reinforce"),
         ),
         "this estimator",

@@ -53,6 +53,18 @@ def test_advantages_grpo_does_not_normalise_a_second_time():
     torch.testing.assert_close(once, alone)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [("dr_grpo", [-2.0, 1.0, 1.0, 0.0]), ("rloo", [-3.0, 1.5, 1.5, 0.0])],
+)
+def test_advantages_against_the_rest_of_the_group_hand_computed(estimator, expected):
+    # Group 1 holds 1, 4, 4: mean 3; without itself 4, 2.5, 2.5. The last sample is alone in its group.
+    scores, groups = torch.tensor([1.0, 4.0, 4.0, 7.0]), torch.tensor([1, 1, 1, 5])
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    result, _ = advantages(scores, groups, mask, AdvantageSettings(estimator))
+    assert torch.equal(result, torch.tensor(expected)[:, None] * mask)
+
+
 @pytest.mark.parametrize("estimator", sorted(ADVANTAGE_ESTIMATORS))
 def test_advantages_group_of_one_and_equal_rewards_give_zero(estimator):
     scores, groups = torch.tensor([0.1, 0.1, 0.1, 7.0]), torch.tensor([3, 3, 3, 8])

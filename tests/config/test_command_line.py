@@ -105,7 +105,7 @@ def test_several_devices_are_planned_but_refused_to_run(command: Command) -> Non
     ("arguments", "expected"),
     [
         (("--config-name", "example_gsp"), "no configuration 'example_gsp'; did you mean 'example_gspo'?"),
-        (("--config-name", "example_gspo", "adv_estimator=grp"), "no option 'grp'; did you mean 'grpo'? (known: grpo,"),
+        (("--config-name", "example_gspo", "adv_estimator=grp"), "no option 'grp'; did you mean 'grpo'? (known: "),
         (("--config-name", "example_gspo", "adv_estimator=gae"), "not supported yet: this estimator ('gae')"),
         (("--config-name", "example_gspo", "max_steps"), "missing EQUAL"),
         (("max_steps=3",), "--config-name: missing"),

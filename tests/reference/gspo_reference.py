@@ -128,6 +128,12 @@ def normalised(scores: list[float], groups: list[int], norm: str | None, form: s
     return result
 
 
+def baseline(i: int, totals: list[float], groups: list[int], estimator: str) -> float:
+    """What sample i is compared with: the mean of its group, for `rloo` without itself."""
+    peers = [j for j, group in enumerate(groups) if group == groups[i] and (estimator != "rloo" or j != i)]
+    return math.fsum(totals[j] for j in peers) / len(peers) if peers else totals[i]
+
+
 def advantages(
     scores: list[float],
     groups: list[int],
@@ -150,10 +156,12 @@ def advantages(
         if any(m):
             row[max(t for t, keep in enumerate(m) if keep)] += r
         table.append(row)
-    if estimator == "grpo":
+    if estimator != "reinforce":
         totals = [math.fsum(row) for row in table]
-        if norm != "group":
+        if estimator == "grpo" and norm != "group":
             totals = normalised(totals, groups, "group")
+        elif estimator != "grpo":
+            totals = [total - baseline(i, totals, groups, estimator) for i, total in enumerate(totals)]
         table = [[a if keep else 0.0 for keep in m] for a, m in zip(totals, mask, strict=True)]
     else:
         for row, m in zip(table, mask, strict=True):
