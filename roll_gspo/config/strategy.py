@@ -108,7 +108,19 @@ class MegatronInferArgs(Schema):
     strategy_name: Literal["megatron_infer"]
     """Engine."""
     strategy_config: MegatronConfig = MegatronConfig()
-    """Layout and memory of the engine."""
+    """Layout of the engine."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """What only training does."""
+        yield from super().broken_rules()
+        c = self.strategy_config
+        for key, value in (
+            ("use_distributed_optimizer", c.use_distributed_optimizer),
+            ("overlap_grad_reduce", c.overlap_grad_reduce),
+            ("recompute_granularity", c.recompute_granularity),
+        ):
+            if value:
+                yield f"strategy_config.{key} acts with megatron_train only, megatron_infer has no gradients; remove it"
 
 
 class HfTrainArgs(Schema):

@@ -199,6 +199,10 @@ def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
     [
         (("~pg_clip_low",), "use_pg_clip_range: true needs both pg_clip_low and pg_clip_high"),
         (("use_pg_clip_range=false",), "pg_clip_low acts with use_pg_clip_range: true only"),
+        (
+            ("reference.strategy_args.strategy_config.use_distributed_optimizer=true",),
+            "strategy_config.use_distributed_optimizer acts with megatron_train only",
+        ),
         (("dual_clip_loss=false", "dual_clip_ratio=3"), "dual_clip_ratio acts with dual_clip_loss: true only"),
         (("kl_loss_coef=0",), "use_kl_loss: true needs kl_loss_coef above 0"),
         (("use_kl_loss=false",), "kl_loss_coef acts with use_kl_loss: true only"),
