@@ -55,10 +55,11 @@ class CheckpointStore:
             aside.mkdir(parents=True)
             yield aside
             _seal(aside, step)
-            if target.exists():
-                shutil.rmtree(target)
+            if target.exists():  # moved away, not deleted first: the time without a checkpoint of this step is a rename
+                target.rename(aside.with_suffix(".old.tmp"))
             aside.rename(target)
             _sync(self.folder)
+            self._remove_leftovers()
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             # Not only OSError: torch and safetensors report a full disk with errors of their own.

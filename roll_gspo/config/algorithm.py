@@ -109,6 +109,20 @@ class AlgorithmConfig(Schema):
         yield from self._broken_clip_rules()
         yield from self._broken_reward_rules()
         yield from self._broken_kl_rules()
+        yield from self._keys_without_effect()
+
+    def _keys_without_effect(self) -> Iterator[str]:
+        """A key that is changed from its default where nothing reads it would be ignored silently."""
+        dual_clip_reads_it = self.dual_clip_loss and self.dual_clip_ratio is None
+        for key, reader, is_read in (
+            ("gamma", "adv_estimator: reinforce", self.adv_estimator == "reinforce"),
+            ("pg_clip", "use_pg_clip_range: false", not self.use_pg_clip_range or dual_clip_reads_it),
+            ("kl_loss_type", "use_kl_loss: true", self.use_kl_loss),
+            ("kl_penalty", "add_token_level_kl: true", self.add_token_level_kl),
+            ("kl_horizon", "target_kl", self.target_kl is not None),
+        ):
+            if not is_read and self.__dict__[key] != type(self).model_fields[key].default:
+                yield f"{key} acts with {reader} only; set that or remove it"
 
     def _broken_clip_rules(self) -> Iterator[str]:
         given = [self.pg_clip_low is not None, self.pg_clip_high is not None]

@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import DeviceMapping, Names, Schema
-from roll_gspo.config.strategy import GenerateStrategyArgs, ScoreStrategyArgs, TrainStrategyArgs
+from roll_gspo.config.strategy import (
+    GenerateStrategyArgs,
+    HfInferArgs,
+    ScoreStrategyArgs,
+    TrainStrategyArgs,
+    generating_keys,
+)
 from roll_gspo.registry import did_you_mean
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
@@ -75,11 +81,15 @@ class TrainingArgs(Schema):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def broken_rules(self) -> Iterator[str]:
-        """A decay goes down."""
+        """A decay goes down, and no key is without effect."""
         yield from super().broken_rules()
         if self.min_learning_rate > self.learning_rate:
             peak, end = self.learning_rate, self.min_learning_rate
             yield f"min_learning_rate {end:g} is above learning_rate {peak:g}; lower it"
+        if self.min_learning_rate and self.lr_scheduler_type == "constant":
+            yield "min_learning_rate acts with lr_scheduler_type: linear or cosine only; set that or remove it"
+        if self.warmup_ratio and self.warmup_steps:
+            yield "warmup_ratio acts with warmup_steps: 0 only; remove one of the two"
 
 
 class GeneratingArgs(Schema):
@@ -153,6 +163,12 @@ class ReferenceConfig(Schema):
     """Devices; null: one rank on what this machine has."""
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """What only a generating engine does."""
+        yield from super().broken_rules()
+        if isinstance(self.strategy_args, HfInferArgs):
+            yield from generating_keys(self.strategy_args.strategy_config, "strategy_args.strategy_config")
 
 
 class RewardConfig(Schema):

@@ -72,6 +72,12 @@ class HfConfig(Schema):
     """Samples that are decoded together when this engine generates."""
 
 
+def generating_keys(config: HfConfig, block: str) -> Iterator[str]:
+    """Problems of a block whose engine never generates."""
+    if config.generate_batch_size != HfConfig.model_fields["generate_batch_size"].default:
+        yield f"{block}.generate_batch_size acts where the engine generates (actor_infer) only; remove it"
+
+
 class VllmConfig(Schema):
     """`strategy_config` of `vllm`; names are vLLM's."""
 
@@ -80,11 +86,12 @@ class VllmConfig(Schema):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of GPU memory for weights and KV cache; means nothing on a CPU."""
     kv_cache_memory_mb: PositiveInt | None = None
-    """Fixed size of the KV cache; null: on a CPU what `max_num_seqs` full sequences need, else vLLM's own."""
+    """Fixed size of the KV cache; null: on a CPU what `max_num_seqs` full sequences need (up to 4 GiB or a quarter of
+    the free memory), else vLLM's own."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded together."""
     max_num_batched_tokens: PositiveInt | None = None
-    """Tokens in one engine step; null: vLLM's default."""
+    """Tokens in one engine step; null: vLLM's default. On a CPU at least a whole sequence: none is cut there."""
     enforce_eager: bool | None = None
     """Skip graph capture and compilation; null: true on a CPU, false on a GPU."""
     enable_prefix_caching: bool = True
@@ -130,6 +137,11 @@ class HfTrainArgs(Schema):
     """Engine."""
     strategy_config: HfConfig = HfConfig()
     """Options of the engine."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """What only a generating engine does."""
+        yield from super().broken_rules()
+        yield from generating_keys(self.strategy_config, "strategy_config")
 
 
 class HfInferArgs(Schema):

@@ -41,16 +41,23 @@ class PromptSampler(Generic[T]):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"epoch": self.epoch, "position": self._position, "num_items": len(self._items)}
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "num_items": len(self._items),
+            "seed": self._seed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: the data has another number of items now, so that the order is another.
+            ValueError: the data has another number of items now, or the seed is another, and so is the order.
         """
         if state["num_items"] != len(self._items):
             raise ValueError(f"the data has {len(self._items)} prompts, the checkpoint's had {state['num_items']}")
+        if state["seed"] != self._seed:
+            raise ValueError(f"seed is {self._seed} now, the checkpoint's was {state['seed']}: set it back")
         self.epoch, self._position = state["epoch"], state["position"]
         self._order = self._shuffled()
 

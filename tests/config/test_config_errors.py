@@ -203,6 +203,27 @@ def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
             ("reference.strategy_args.strategy_config.use_distributed_optimizer=true",),
             "strategy_config.use_distributed_optimizer acts with megatron_train only",
         ),
+        (("gamma=0.9", "adv_estimator=rloo"), "gamma acts with adv_estimator: reinforce only"),
+        (("pg_clip=0.1", "dual_clip_ratio=3"), "pg_clip acts with use_pg_clip_range: false only"),
+        (("kl_loss_type=mse", "use_kl_loss=false", "kl_loss_coef=0"), "kl_loss_type acts with use_kl_loss: true only"),
+        (("kl_penalty=k3",), "kl_penalty acts with add_token_level_kl: true only"),
+        (("kl_horizon=5",), "kl_horizon acts with target_kl only"),
+        (
+            (
+                "actor_train.training_args.lr_scheduler_type=constant",
+                "actor_train.training_args.min_learning_rate=1e-5",
+            ),
+            "min_learning_rate acts with lr_scheduler_type: linear or cosine only",
+        ),
+        (("actor_train.training_args.warmup_ratio=0.1",), "warmup_ratio acts with warmup_steps: 0 only"),
+        (
+            ("strategy=hf", "actor_train.strategy_args.strategy_config.generate_batch_size=8"),
+            "generate_batch_size acts where the engine generates",
+        ),
+        (
+            ("strategy=hf", "reference.strategy_args.strategy_config.generate_batch_size=8"),
+            "generate_batch_size acts where the engine generates",
+        ),
         (("dual_clip_loss=false", "dual_clip_ratio=3"), "dual_clip_ratio acts with dual_clip_loss: true only"),
         (("kl_loss_coef=0",), "use_kl_loss: true needs kl_loss_coef above 0"),
         (("use_kl_loss=false",), "kl_loss_coef acts with use_kl_loss: true only"),
