@@ -1,6 +1,7 @@
 """What flows between the parts of a training step: frozen dataclasses of named tensors.
 
-Legend: B samples, S positions of prompt + response (right-padded), T response positions.
+Legend: B samples, S positions of prompt + response (right-padded), T response positions; of a mixture of experts L
+layers with a router and K experts a token.
 Response tensors are aligned to the response: column t belongs to the t-th generated token.
 """
 
@@ -37,11 +38,14 @@ class Completion:
         token_ids: the generated tokens, the end-of-sequence token included where it was sampled.
         log_probs: log-probability of each of them under the sampling distribution.
         finish_reason: `stop` (end-of-sequence or stop string) or `length`.
+        routed_experts: [P + R - 1, L, K] int16, the experts that each token of prompt (P) and response (R) went
+            through, the last one left out, for nothing was predicted from it; None where it was not recorded.
     """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish_reason: str
+    routed_experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ class Rollouts:
         prompts: the prompt of each sample, B long (one object per group, repeated).
         completions: B long.
         weights_version: of the policy that sampled them.
+        routed_experts: [B, S, L, K] int16 of the generation engine, -1 where nothing was recorded; or None.
     """
 
     sequences: Sequences
@@ -138,6 +143,7 @@ class Rollouts:
     prompts: tuple[Prompt, ...]
     completions: tuple[Completion, ...]
     weights_version: int
+    routed_experts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -154,7 +160,15 @@ class Rollouts:
         log_probs = torch.zeros(sequences.response_mask.shape)
         for row, completion in enumerate(flat):
             log_probs[row, : len(completion.log_probs)] = torch.tensor(completion.log_probs)
-        return Rollouts(sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), weights_version)
+        routes = [c.routed_experts for c in flat if c.routed_experts is not None]
+        experts = None
+        if len(routes) == len(flat):
+            experts = torch.full((*sequences.input_ids.shape, *routes[0].shape[1:]), -1, dtype=torch.int16)
+            for row, route in enumerate(routes):
+                experts[row, : len(route)] = route
+        return Rollouts(
+            sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), weights_version, experts
+        )
 
 
 @dataclass(frozen=True)
@@ -162,12 +176,16 @@ class TrainBatch:
     """What the policy loss of some samples is computed from: a whole rollout, a mini- or a micro-batch.
 
     Attributes:
-        sequences: tokens and masks; `sequences.response_mask` is the loss mask.
+        sequences: tokens and masks; `sequences.response_mask` is the loss mask, all false for a sample that is masked.
         sample_ids: [B] int64, the sample's row in the rollout; named when an update is skipped.
         advantages: [B, T] float32.
         old_log_probs: [B, T] float32, of the policy that the ratio is taken against.
         rollout_log_probs: [B, T] float32, of the generation engine.
         ref_log_probs: [B, T] float32 of the frozen reference, or None without one.
+        sample_weights: [B] float32 factors of the samples' losses, or None where all are 1.
+        values: [B, T] float32 of the critic before its update, or None without one.
+        returns: [B, T] float32, what the critic learns to predict; None without one.
+        routed_experts: [B, S, L, K] int16 that routers are to replay (-1: choose freely), or None.
     """
 
     sequences: Sequences
@@ -176,6 +194,10 @@ class TrainBatch:
     old_log_probs: Tensor
     rollout_log_probs: Tensor
     ref_log_probs: Tensor | None = None
+    sample_weights: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+    routed_experts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -187,7 +209,8 @@ class TrainBatch:
 
     def rows(self, index: Tensor) -> TrainBatch:
         """The samples of `index`, trimmed to the widths that they need."""
-        _, width = self.sequences.trimmed_widths(index)
+        positions, width = self.sequences.trimmed_widths(index)
+        widths = {"sample_weights": None, "routed_experts": positions}
         changes: dict[str, Any] = {
             "sequences": self.sequences.rows(index),
             "sample_ids": self.sample_ids[index],
@@ -195,7 +218,8 @@ class TrainBatch:
         for field in fields(self):
             tensor = self.__dict__[field.name]
             if field.name not in changes and tensor is not None:
-                changes[field.name] = tensor[index, :width]
+                kept = widths.get(field.name, width)
+                changes[field.name] = tensor[index] if kept is None else tensor[index, :kept]
         return replace(self, **changes)
 
     def split(self, size: int) -> list[TrainBatch]:
@@ -205,14 +229,10 @@ class TrainBatch:
     def to(self, device: torch.device | str) -> TrainBatch:
         """The same batch on another device."""
         s = self.sequences
-        reference = self.ref_log_probs
+        tensors = {f.name: self.__dict__[f.name] for f in fields(self) if f.name != "sequences"}
         return TrainBatch(
             sequences=Sequences(s.input_ids.to(device), s.prompt_lengths.to(device), s.response_mask.to(device)),
-            sample_ids=self.sample_ids.to(device),
-            advantages=self.advantages.to(device),
-            old_log_probs=self.old_log_probs.to(device),
-            rollout_log_probs=self.rollout_log_probs.to(device),
-            ref_log_probs=None if reference is None else reference.to(device),
+            **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()},
         )
 
 

@@ -54,11 +54,13 @@ class OptimizerSetup:
 class TokenScores(NamedTuple):
     """Log-probability of each response token and entropy of its distribution, both [B, T] float32.
 
-    Masked positions hold 0. `entropy` is None where it was not asked for.
+    Masked positions hold 0. `entropy` is None where it was not asked for. `routed_experts` [B, S, L, K] int16 are the
+    experts that the routers chose, -1 on padding; None where they are not recorded.
     """
 
     log_probs: Tensor
     entropy: Tensor | None
+    routed_experts: Tensor | None = None
 
 
 # (log_probs [b, t], entropy [b, t] or None, the micro-batch) -> (loss, metrics). The loss is this
@@ -99,6 +101,30 @@ class ScoringStrategy(Protocol):
 
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
         """Score every sample without gradient, in micro-batches; result on the CPU."""
+        ...
+
+
+# (values [b, t], the micro-batch) -> (this micro-batch's share of the loss, metrics)
+ValueLossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, Metric]]]
+
+
+class ValueStrategy(Protocol):
+    """A model with a value head and an optimizer: the critic's engine."""
+
+    def values(self, sequences: Sequences) -> Tensor:
+        """[B, T] float32 on the CPU, without gradient: expected return before each response token; 0 where masked."""
+        ...
+
+    def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
+        """Forward and backward over all micro-batches, then one optimizer step (skipped if not finite)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, value head, optimizer, schedule and RNG state into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote."""
         ...
 
 
