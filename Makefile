@@ -2,10 +2,11 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help setup example test check lint types clean
+.PHONY: help setup example compare test check lint types clean
 
 help:
 	@echo "make example [ARGS='max_steps=10']   watch GSPO learn on this machine"
+	@echo "make compare [ARGS='max_steps=40']   GSPO and GRPO with three seeds each, on the same axes"
 	@echo "make test [ARGS='-k ratio']          run the test suite"
 	@echo "make check                           lint, types and tests"
 
@@ -14,6 +15,12 @@ setup:
 
 example: setup
 	.venv/bin/python -m roll_gspo.run --config-name example_gspo $(ARGS)
+
+# Finished runs are kept, others go on from their last checkpoint: calling it again does what is left.
+compare: setup
+	.venv/bin/python -m roll_gspo.run --multirun --jobs 2 --config-name example_gspo algorithm=gspo,grpo seed=0,1,2 \
+		exp_name=gspo_vs_grpo resume_from_checkpoint=true $(ARGS)
+	.venv/bin/python -m roll_gspo.compare output/gspo_vs_grpo
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)

@@ -12,6 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "roll_gspo" / "__init__.py"
 CORE = [
     "hydra-core>=1.3.2,<1.4",
     "math-verify>=0.8,<0.10",
+    "matplotlib>=3.10,<3.12",
     "numpy>=2.0,<3",
     "omegaconf>=2.3,<2.4",
     "psutil>=6,<8",

@@ -16,8 +16,9 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.strategy import MegatronTrainArgs
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
-from roll_gspo.pipelines.build import DTYPES, Parts, load_tokenizer
+from roll_gspo.pipelines.build import Parts, load_tokenizer
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
+from roll_gspo.pipelines.settings import DTYPES
 from roll_gspo.rewards import reward_spec
 from roll_gspo.rewards.base import RewardRequest
 from roll_gspo.rewards.catalog import build_reward

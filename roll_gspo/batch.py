@@ -90,6 +90,13 @@ class Sequences:
         return torch.where(self.response_mask, positions, torch.zeros_like(positions))
 
     @property
+    def predicting_mask(self) -> Tensor:
+        """[B, S] bool, true on the positions whose logits predict response tokens."""
+        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        first = self.prompt_lengths[:, None] - 1
+        return (positions >= first) & (positions < first + self.response_mask.sum(-1, keepdim=True))
+
+    @property
     def response_ids(self) -> Tensor:
         """[B, T] the response tokens (an arbitrary valid id where masked)."""
         following = torch.where(self.response_mask, self.predicting_positions + 1, 0)
@@ -229,13 +236,20 @@ class TrainBatch:
     def to(self, device: torch.device | str) -> TrainBatch:
         """The same batch on another device."""
         s = self.sequences
-        tensors = {f.name: self.__dict__[f.name] for f in fields(self) if f.name != "sequences"}
-        return TrainBatch(
-            sequences=Sequences(s.input_ids.to(device), s.prompt_lengths.to(device), s.response_mask.to(device)),
-            **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()},
-        )
+        changes: dict[str, Any] = {
+            field.name: self.__dict__[field.name].to(device)
+            for field in fields(self)
+            if field.name != "sequences" and self.__dict__[field.name] is not None
+        }
+        moved = Sequences(s.input_ids.to(device), s.prompt_lengths.to(device), s.response_mask.to(device))
+        return replace(self, sequences=moved, **changes)
 
 
-def pad_rows(parts: Sequence[Tensor], width: int) -> Tensor:
-    """Stack `[b_i, t_i]` pieces into `[sum b_i, width]`, zero-padded on the right."""
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+def pad_rows(parts: Sequence[Tensor], width: int, fill: float = 0) -> Tensor:
+    """Stack `[b_i, t_i, ...]` pieces into `[sum b_i, width, ...]`, filled up on the right."""
+    padded = []
+    for part in parts:
+        rows = part.new_full((len(part), width, *part.shape[2:]), fill)
+        rows[:, : part.shape[1]] = part
+        padded.append(rows)
+    return torch.cat(padded)

@@ -29,7 +29,7 @@ class Metric:
 
 def mean_of(values: Tensor, mask: Tensor) -> Metric:
     """The mean of `values` where the boolean `mask` of the same shape is true (NaN elsewhere is harmless)."""
-    kept = torch.where(mask, values, torch.zeros_like(values))
+    kept = torch.where(mask, values, 0.0)
     return Metric(kept.detach().sum(), mask.sum())
 
 

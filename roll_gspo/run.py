@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -21,7 +20,6 @@ import hydra
 import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -34,6 +32,7 @@ from roll_gspo.config.legacy import LATER_VALUES
 from roll_gspo.config.load import Loaded, load
 from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RollGspoError
 from roll_gspo.registry import did_you_mean
+from roll_gspo.sweep import Sweep, job_command, swept_keys, take_jobs
 
 PACKAGE = Path(__file__).resolve().parent
 # Hydra's own output folders and log files would litter the user's: a run has its folder already.
@@ -51,13 +50,14 @@ FLAGS_WITH_VALUE = (
 # What is to be mended before anything can start, and where.
 TO_MEND = {ConfigError: "configuration", DataError: "data", MissingDependencyError: "installation"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-USAGE = """usage: roll-gspo --config-name NAME [key=value ...] [--dry-run] [--multirun] [--cfg job]
+USAGE = """usage: roll-gspo --config-name NAME [key=value ...] [--dry-run] [--multirun [--jobs N]] [--cfg job]
 
   --config-name NAME   one of: {names}
                        or a YAML of yours, with --config-dir FOLDER
   key=value            override any key, e.g. max_steps=10 importance_sampling=token strategy=hf
   --dry-run            print the plan and stop
   --multirun           one run for each combination of comma-separated values, e.g. seed=0,1,2
+  --jobs N             how many runs of a --multirun at a time (default 1)
   --cfg job            print the composed configuration and stop
 """
 
@@ -93,20 +93,26 @@ def main() -> None:
         print(USAGE.format(names=", ".join(names)))
         raise SystemExit(0 if arguments else 2)
     os.environ["ROLL_GSPO_DRY_RUN"] = "1" if "--dry-run" in arguments else ""
-    arguments = [a for a in arguments if a != "--dry-run"]
+    try:
+        num_jobs, arguments = take_jobs([a for a in arguments if a != "--dry-run"])
+    except ValueError as error:
+        _report_problems([str(error)], "command line")
+        raise SystemExit(2) from None
+    sweep = Sweep(num_jobs)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's exceptions through: they are worded below
     Plugins.instance().register(ShippedConfigs)
     started: list[bool] = []
 
     def job(composed: DictConfig) -> None:
         started.append(True)
-        _job(composed, arguments)
+        _job(composed, arguments, sweep)
 
     with tempfile.TemporaryDirectory() as scratch:
-        sys.argv[1:] = hydra_arguments(arguments, scratch)
         try:
+            sys.argv[1:] = hydra_arguments(arguments, scratch)
             hydra.main(version_base="1.3", config_path=None)(job)()
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            sweep.finish()
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ConfigError) as error:
             if started:
                 raise
             users = (file.stem for folder in _user_folders(arguments) for file in folder.glob("*.yaml"))
@@ -116,6 +122,8 @@ def main() -> None:
 
 def composition_problem(error: Exception, names: list[str]) -> str:
     """What kept Hydra from composing, in this package's words; `names` are the shipped configurations."""
+    if isinstance(error, ConfigError):
+        return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         known = list(error.options) if group and error.options else names
@@ -147,7 +155,7 @@ def hydra_arguments(arguments: list[str], scratch: str) -> list[str]:
     """
     groups = _config_groups(arguments)
     flags, overrides = flags_and_overrides(arguments)
-    passed = [f"++{o}" if _is_plain_override(o, groups) else o for o in overrides]
+    passed = [f"++{o}" if _is_plain_override(o, groups) else _null_as_option(o, groups) for o in overrides]
     given = {o.lstrip("+").partition("=")[0] for o in passed}
     defaults = {**HYDRA_DEFAULTS, "hydra.sweep.dir": scratch}
     return [*flags, *passed, *(f"{key}={value}" for key, value in defaults.items() if key not in given)]
@@ -170,6 +178,16 @@ def _is_plain_override(argument: str, groups: set[str]) -> bool:
     return "/" not in key and key.partition("@")[0] not in groups
 
 
+def _null_as_option(argument: str, groups: set[str]) -> str:
+    """`reward_norm=null`, which Hydra refuses for a group, as the option `none` that sets its key to null."""
+    group, _, value = argument.partition("=")
+    if value != "null" or group not in groups:
+        return argument
+    if not any((folder / group / "none.yaml").is_file() for folder in shipped_folders()):
+        raise ConfigError(f"{group}: null is no option of this group; leave it out, or name one of its options")
+    return f"{group}=none"
+
+
 def _config_groups(arguments: list[str]) -> set[str]:
     folders = [*shipped_folders(), *_user_folders(arguments)]
     return {sub.name for folder in folders if folder.is_dir() for sub in folder.iterdir() if sub.is_dir()}
@@ -184,9 +202,11 @@ def _user_folders(arguments: list[str]) -> list[Path]:
     return folders
 
 
-def _job(composed: DictConfig, arguments: list[str]) -> None:
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _run_in_a_process_of_its_own(arguments)
+def _job(composed: DictConfig, arguments: list[str], sweep: Sweep) -> None:
+    info = HydraConfig.get()
+    if info.mode == RunMode.MULTIRUN:
+        flags, overrides = flags_and_overrides(arguments)
+        sweep.start(*job_command(flags, list(info.overrides.task), swept_keys(overrides), info.job.num))
         return
     try:
         loaded = load_composed(composed)
@@ -268,40 +288,6 @@ def set_environment(system_envs: dict[str, str]) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-
-
-def _run_in_a_process_of_its_own(arguments: list[str]) -> None:
-    """One job of a --multirun: engines keep state in their process, so that each job needs a fresh one."""
-    info = HydraConfig.get()
-    flags = [flag for flag in flags_and_overrides(arguments)[0] if flag not in ("-m", "--multirun")]
-    overrides = list(info.overrides.task)
-    command = [sys.executable, "-m", "roll_gspo.run", *flags, *overrides]
-    if not any(o.lstrip("+").startswith("run_name=") for o in overrides):
-        swept = _swept_keys(arguments)
-        named = [o for o in overrides if o.lstrip("+").partition("=")[0] in swept]
-        command.append(f"run_name='{_run_name(named, info.job.num)}'")
-    if os.environ.get("ROLL_GSPO_DRY_RUN"):
-        command.append("--dry-run")
-    # Ctrl-C reaches the job, too, which finishes its step and saves: this process only waits for that.
-    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
-    try:
-        code = subprocess.run(command, check=False).returncode
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if code:
-        raise SystemExit(code)
-
-
-def _swept_keys(arguments: list[str]) -> set[str]:
-    """Keys that a --multirun varies; what Hydra hands to a job it has rewritten, so that values cannot be compared."""
-    parsed = OverridesParser.create().parse_overrides(flags_and_overrides(arguments)[1])
-    return {str(override.key_or_group) for override in parsed if override.is_sweep_override()}
-
-
-def _run_name(overrides: list[str], number: int) -> str:
-    """The same for the same values, so that a sweep is gone on with by adding resume_from_checkpoint=true."""
-    words = [re.sub(r"[^\w.,-]+", "-", override.lstrip("+")) for override in overrides]
-    return "_".join([f"{number:03d}", *words])[:120]
 
 
 def _traceback_if_asked() -> None:

@@ -46,6 +46,10 @@ def digits(prompt, response, ground_truth, at=(), number=0, group=False):
     return sum(c.isdigit() for c in response) / (len(response) + 1)
 
 
+def coarse(prompt, response, ground_truth):
+    return float(len(response) % 8 == 0)
+
+
 def raises(prompt, response, ground_truth):
     raise ValueError("no opinion")
 

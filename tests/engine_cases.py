@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric, mean_of
-from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, TokenScores, TrainStrategy
+from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, TokenScores, TrainStrategy, ValueStrategy
+from roll_gspo.strategies.hf import HfValue
+from roll_gspo.strategies.hf.model import HfWeights
 
 Checkpoints = Callable[[str], Path]
 
+VALUE_HEAD = "lm_head.weight"
 PROMPT_LENGTHS = (3, 7, 1, 12, 5, 4)
 RESPONSE_LENGTHS = (9, 4, 15, 0, 2, 11)
 
@@ -59,6 +63,12 @@ def train_batch(seed: int = 1) -> TrainBatch:
     return TrainBatch(tokens, torch.arange(len(tokens)), values(), values(), values())
 
 
+def value_batch(seed: int = 1) -> TrainBatch:
+    """`train_batch` with returns of about 1 and a critic's earlier values near them; NaN where masked."""
+    batch = train_batch(seed)
+    return replace(batch, returns=1 + batch.advantages, values=1 + batch.advantages + 0.5 * batch.old_log_probs)
+
+
 def policy_loss(scores: TokenScores, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
     """Advantage-weighted log-probabilities minus an entropy bonus, over a global token count."""
     mask = batch.response_mask
@@ -66,6 +76,22 @@ def policy_loss(scores: TokenScores, batch: TrainBatch) -> tuple[Tensor, dict[st
     assert scores.entropy is not None
     loss = -(gain + 0.1 * scores.entropy.sum()) / sum(RESPONSE_LENGTHS)
     return loss, {"entropy": mean_of(scores.entropy.detach(), mask)}
+
+
+def value_weights(engine: ValueStrategy) -> dict[str, Tensor]:
+    """The weights of a critic now, under checkpoint names; its head lies where the output layer did."""
+    if isinstance(engine, HfValue):
+        return dict(HfWeights(engine._model))
+    from roll_gspo.strategies.megatron.weights import MegatronWeights
+
+    return dict(MegatronWeights(engine._model.gpt, engine._model.architecture))  # type: ignore[attr-defined]
+
+
+def with_random_head(engine: ValueStrategy) -> ValueStrategy:
+    """The same head on every engine, so that the trunk has a gradient from the first step on."""
+    head = value_weights(engine)[VALUE_HEAD]
+    head.copy_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(5)))
+    return engine
 
 
 def weights_of(engine: TrainStrategy) -> dict[str, Tensor]:

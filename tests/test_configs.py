@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from functools import cache
+from typing import Any, get_args
 
 import pytest
 from composed import load_config
 
-from roll_gspo.config.algorithm import AdvEstimator, AlgorithmConfig, ImportanceSampling, LossAggMode
-from roll_gspo.config.experiment import RunConfig
-from roll_gspo.config.roles import REWARD_WORKERS, ROLL_REWARD_WORKERS
+from roll_gspo.algorithms.advantage_estimators import ADVANTAGE_ESTIMATORS, CRITIC_ESTIMATORS
+from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES
+from roll_gspo.algorithms.correction import CORRECTION_LEVELS, CORRECTION_MODES
+from roll_gspo.algorithms.kl import KL_ESTIMATORS
+from roll_gspo.algorithms.objective import FORM_THEIR_OWN_RATIO, HAVE_A_CLIP_RANGE, POLICY_LOSSES
+from roll_gspo.algorithms.query_filter import QUERY_FILTERS
+from roll_gspo.algorithms.ratio import RATIOS
+from roll_gspo.algorithms.reward_norm import REWARD_NORMS
+from roll_gspo.config.algorithm import (
+    CLIPPED,
+    OWN_RATIO,
+    AdvEstimator,
+    AlgorithmConfig,
+    ImportanceSampling,
+    KlEstimator,
+    LossAggMode,
+    PolicyLoss,
+    RewardNorm,
+)
+from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.roles import REWARD_WORKERS, ROLL_REWARD_WORKERS, RouterReplayConfig
+from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
 from roll_gspo.config.strategy import (
     STRATEGY_NAMES,
     HfInferArgs,
@@ -18,6 +38,7 @@ from roll_gspo.config.strategy import (
     MegatronTrainArgs,
     VllmArgs,
 )
+from roll_gspo.errors import ConfigError
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.pipelines import PIPELINES
 from roll_gspo.pipelines.plan import make_plan
@@ -29,26 +50,59 @@ from roll_gspo.tracking.base import TRACKERS
 EXAMPLES, GROUPS = shipped_folders()
 EXAMPLE_NAMES = sorted(file.stem for file in EXAMPLES.glob("*.yaml"))
 OPTIONS = {group.name: sorted(f.stem for f in group.glob("*.yaml")) for group in GROUPS.iterdir() if group.is_dir()}
-ALGORITHM_GROUPS = {
+ALGORITHM_GROUPS: dict[str, Any] = {
     "adv_estimator": AdvEstimator,
     "importance_sampling": ImportanceSampling,
+    "policy_loss": PolicyLoss,
     "loss_agg_mode": LossAggMode,
+    "reward_norm": RewardNorm,
 }
 
-
 LAYOUTS = OPTIONS.pop("layout")  # a layout belongs to one model and strategy, which choose it
+assert OPTIONS.pop("combination") == [], "its files lie one level deeper, and other choices choose them"
 
 
-@pytest.mark.parametrize("group", sorted(OPTIONS))
-@pytest.mark.parametrize("example", EXAMPLE_NAMES)
-def test_example_with_every_option_of_a_group_validates_and_has_a_plan(example: str, group: str) -> None:
+def is_refused(config: ExperimentConfig, group: str, option: str) -> str | None:
+    """The key that the refusal of `option` beside the choices of `config` names; None where it has to work."""
+    level = option if group == "importance_sampling" else config.importance_sampling
+    loss = option if group == "policy_loss" else config.policy_loss
+    if loss in ("gmpo", "topr") and level != "token":
+        return "policy_loss"
+    return None
+
+
+def is_not_runnable(config: ExperimentConfig, group: str, option: str) -> str | None:
+    """The key that the plan names as what cannot run; None where it says nothing new."""
+    is_dense = config.pretrain == "builtin:tiny_qwen3"
+    return "actor_train.router_replay" if group == "router_replay" and option != "none" and is_dense else None
+
+
+@cache
+def config_of(example: str) -> ExperimentConfig:
+    """A shipped example as it is."""
+    return load_config(example).config
+
+
+# That algorithm=NAME on any of the small examples is the example of that name is shown in test_presets.py.
+CASES = [(e, g) for e in EXAMPLE_NAMES for g in sorted(OPTIONS) if g != "algorithm" or not e.startswith("example_")]
+
+
+@pytest.mark.parametrize(("example", "group"), CASES)
+def test_example_with_every_option_of_a_group_has_a_plan_or_a_reason(example: str, group: str) -> None:
+    alone = config_of(example)
     for option in OPTIONS[group]:
+        if key := is_refused(alone, group, option):
+            with pytest.raises(ConfigError, match=rf": {key}: .*; "):
+                load_config(example, f"{group}={option}")
+            continue
         loaded = load_config(example, f"{group}={option}")
         assert loaded.warnings == ()
         plan = make_plan(loaded.config, loaded.warnings)
         assert loaded.config.exp_name in plan.text()
         if group in ALGORITHM_GROUPS:
-            assert getattr(loaded.config, group) == option
+            assert loaded.config.model_dump()[group] == (None if option == "none" else option)
+        key = is_not_runnable(loaded.config, group, option)
+        assert [text for text in plan.not_runnable if key and text.startswith(key)] or not key
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
@@ -70,31 +124,28 @@ def test_layout_single_makes_every_example_runnable(example: str) -> None:
     assert make_plan(load_config(example, "layout=single").config).not_runnable == ()
 
 
-@pytest.mark.parametrize("importance_sampling", get_args(ImportanceSampling))
-def test_algorithm_choices_combine_freely(importance_sampling: str) -> None:
-    for adv_estimator in get_args(AdvEstimator):
-        for loss_agg_mode in get_args(LossAggMode):
-            chosen = {
-                "importance_sampling": importance_sampling,
-                "adv_estimator": adv_estimator,
-                "loss_agg_mode": loss_agg_mode,
-            }
-            config = load_config("example_gspo", *(f"{k}={v}" for k, v in chosen.items())).config
-            assert chosen == config.model_dump(include=set(chosen))
-
-
 @pytest.mark.parametrize("group", sorted(ALGORITHM_GROUPS))
 def test_options_of_a_group_are_the_values_of_its_key(group: str) -> None:
-    assert set(OPTIONS[group]) == set(get_args(ALGORITHM_GROUPS[group]))
+    none = {"none"} if AlgorithmConfig.model_fields[group].default is None else set()
+    assert set(OPTIONS[group]) == {*get_args(ALGORITHM_GROUPS[group]), *none}
+
+
+def test_options_of_blocks_are_the_values_of_their_switch() -> None:
+    filters = set(get_args(QueryFilterConfig.model_fields["type"].annotation))
+    assert set(OPTIONS["query_filter"]) == filters - {"no_filter"} | {"none"}
+    modes = set(get_args(RouterReplayConfig.model_fields["mode"].annotation))
+    assert set(OPTIONS["router_replay"]) == modes - {"disable"} | {"none", "record"}
 
 
 def test_tracker_options_are_the_values_of_track_with() -> None:
     assert set(OPTIONS["tracker"]) == set(get_args(RunConfig.model_fields["track_with"].annotation))
 
 
-@pytest.mark.parametrize("group", sorted(ALGORITHM_GROUPS))
-def test_base_yaml_chooses_the_default_of_the_schema(group: str) -> None:
-    assert getattr(load_config("base").config, group) == AlgorithmConfig.model_fields[group].default
+def test_base_yaml_chooses_the_defaults_of_the_schema() -> None:
+    config = load_config("base").config.model_dump(include=set(AlgorithmConfig.model_fields))
+    defaults = {key: info.default for key, info in AlgorithmConfig.model_fields.items()}
+    clip_range = {"use_pg_clip_range": True, "pg_clip_low": 0.2, "pg_clip_high": 0.27}  # of importance_sampling=token
+    assert config == defaults | clip_range
 
 
 def test_schema_and_registries_have_the_same_names() -> None:
@@ -105,6 +156,21 @@ def test_schema_and_registries_have_the_same_names() -> None:
     assert set(TRACKERS) == set(get_args(RunConfig.model_fields["track_with"].annotation))
     assert set(EXECUTORS) <= set(get_args(RunConfig.model_fields["execution"].annotation))
     assert set(REWARDS) == set(REWARD_WORKERS) == {*REWARD_WORKERS, *ROLL_REWARD_WORKERS.values()}
+
+
+def test_schema_and_algorithms_have_the_same_names() -> None:
+    assert set(get_args(AdvEstimator)) == set(ADVANTAGE_ESTIMATORS)
+    assert set(get_args(ImportanceSampling)) == set(RATIOS)
+    assert set(get_args(PolicyLoss)) == set(POLICY_LOSSES)
+    assert set(get_args(LossAggMode)) == set(LOSS_AGG_MODES)
+    assert set(get_args(RewardNorm)) == set(REWARD_NORMS)
+    assert set(get_args(KlEstimator)) == set(KL_ESTIMATORS)
+    assert set(get_args(QueryFilterConfig.model_fields["type"].annotation)) == set(QUERY_FILTERS)
+    correction = TrainInferCorrectionConfig.model_fields
+    assert set(get_args(correction["level"].annotation)) == set(CORRECTION_LEVELS)
+    assert set(get_args(correction["mode"].annotation)) == set(CORRECTION_MODES)
+    assert (CLIPPED, tuple(OWN_RATIO)) == (HAVE_A_CLIP_RANGE, FORM_THEIR_OWN_RATIO)
+    assert set(CRITIC_ESTIMATORS) == {"gae"}, "what ExperimentConfig.needs_critic says"
 
 
 def test_execution_names_without_an_executor_cannot_run() -> None:

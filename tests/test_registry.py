@@ -10,7 +10,7 @@ from roll_gspo.execution import EXECUTORS
 from roll_gspo.pipelines import PIPELINES
 from roll_gspo.registry import Registry, did_you_mean, import_target
 from roll_gspo.rewards.catalog import REWARDS
-from roll_gspo.strategies import REQUIREMENTS, STRATEGIES
+from roll_gspo.strategies import REQUIREMENTS, STRATEGIES, VALUE_STRATEGIES
 from roll_gspo.tracking.base import TRACKERS
 
 
@@ -62,11 +62,11 @@ def test_nearest_name_is_suggested_where_there_is_one(name: str, nearest: str | 
 
 @pytest.mark.parametrize(
     ("table", "name"),
-    [(t, n) for t in (EXECUTORS, PIPELINES, TRACKERS, STRATEGIES, REWARDS) for n in t],
+    [(t, n) for t in (EXECUTORS, PIPELINES, TRACKERS, STRATEGIES, VALUE_STRATEGIES, REWARDS) for n in t],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
 def test_every_shipped_target_can_be_imported(table: Registry, name: str) -> None:
-    if table is STRATEGIES:
+    if table in (STRATEGIES, VALUE_STRATEGIES):
         pytest.importorskip(REQUIREMENTS[name][0].partition(".")[0])
     assert callable(table.load(name))
 

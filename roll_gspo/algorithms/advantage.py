@@ -5,12 +5,19 @@ Legend: B samples of the rollout (all ranks), T response positions. Everything h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from roll_gspo.algorithms.advantage_estimators import (
+    ADVANTAGE_ESTIMATORS,
+    CRITIC_ESTIMATORS,
+    WHITENED_ESTIMATORS,
+    ShapedRewards,
+)
 from roll_gspo.algorithms.choice import choose
 from roll_gspo.algorithms.kl import KL_ESTIMATORS, kl_estimate
 from roll_gspo.algorithms.masking import zero_masked
@@ -22,6 +29,8 @@ from roll_gspo.algorithms.reward_norm import (
     normalise_rewards,
 )
 
+WHITENING_EPSILON = 1e-8
+
 
 @dataclass(frozen=True)
 class AdvantageSettings:
@@ -29,16 +38,17 @@ class AdvantageSettings:
 
     Attributes:
         adv_estimator: a name in `ADVANTAGE_ESTIMATORS`.
-        gamma: discount per valid token of the reward-to-go; only `reinforce` uses it.
+        gamma: discount per valid token; `reinforce`, `reinforce_plus_plus` and `gae` use it.
         reward_norm, reward_shift, reward_scale: see `normalise_rewards`.
         reward_clip: bound of the normalised reward, or None.
         add_token_level_kl: subtract `kl_coef * kl` from the reward of every token.
         kl_penalty: the estimator of that KL, a name in `KL_ESTIMATORS`.
         whiten_advantages: zero mean and unit variance over all valid tokens.
         advantage_clip: bound of the advantage, or None.
+        lambd: of GAE: 1 is reward-to-go minus value, 0 the one-step residual.
 
     Raises:
-        ValueError: a name is unknown or the reward flags contradict each other.
+        ValueError: a name is unknown, a number is out of range or the reward flags contradict each other.
     """
 
     adv_estimator: str = "grpo"
@@ -51,79 +61,61 @@ class AdvantageSettings:
     kl_penalty: str = "kl"
     whiten_advantages: bool = False
     advantage_clip: float | None = None
+    lambd: float = 0.95
 
     def __post_init__(self) -> None:
         choose(ADVANTAGE_ESTIMATORS, "adv_estimator", self.adv_estimator)
         choose(KL_ESTIMATORS, "kl_penalty", self.kl_penalty)
         check_reward_norm(self.reward_norm, self.reward_shift, self.reward_scale)
+        for key, value in (("gamma", self.gamma), ("lambd", self.lambd)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{key}: {value} is not a discount; use a number from 0 to 1")
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened, by choice or by the estimator's definition."""
+        return self.whiten_advantages or self.adv_estimator in WHITENED_ESTIMATORS
 
 
-def token_rewards(rewards: Tensor, response_mask: Tensor, penalties: Tensor | None = None) -> Tensor:
-    """[B, T] the reward [B] at the last valid token, minus `penalties` [B, T] at every valid token.
+class Estimated(NamedTuple):
+    """What a rollout is trained on.
 
-    A sample without a valid token gets no reward.
+    Attributes:
+        advantages: [B, T], 0 where the loss does not look.
+        returns: [B, T] what the critic learns to predict, 0 where masked; None without a critic.
+        statistics: of rewards and advantages, see `advantages`.
     """
-    # The last valid token is the one whose count of valid tokens from there on is 1 (masks may have holes).
-    remaining = response_mask.flip(-1).cumsum(-1).flip(-1)
-    last = response_mask & (remaining == 1)
-    placed = torch.where(last, rewards[:, None], torch.zeros_like(rewards[:, None]))
-    return placed if penalties is None else placed - zero_masked(penalties, response_mask)
+
+    advantages: Tensor
+    returns: Tensor | None
+    statistics: dict[str, float]
 
 
-# (token rewards [B, T], group_ids [B], response_mask [B, T], settings) -> [B, T], anything where masked
-AdvantageEstimator = Callable[[Tensor, Tensor, Tensor, AdvantageSettings], Tensor]
+class TokenMoments(NamedTuple):
+    """Of the valid tokens of [B, T]: count, mean, unbiased std (0 of fewer than two), bounds; all 0 of none."""
+
+    count: int = 0
+    mean: float = 0.0
+    std: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
 
 
-def reinforce(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings) -> Tensor:
-    """Reward-to-go `G_t = r_t + gamma G_t+1`; only valid tokens discount, gaps of the mask do not."""
-    if settings.gamma == 1.0:
-        return rewards.flip(-1).cumsum(-1).flip(-1)
-    returns = torch.empty_like(rewards)
-    following = rewards.new_zeros(len(rewards))
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        following = torch.where(response_mask[:, t], rewards[:, t] + settings.gamma * following, following)
-        returns[:, t] = following
-    return returns
-
-
-def grpo(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings) -> Tensor:
-    """The sample's reward, normalised by its group, on every token (GSPO eq. 6; arXiv 2402.03300, 4.1.2).
-
-    The sample's reward is the sum of its token rewards: clipped reward minus the KL of the whole response.
-    After `reward_norm: group` it is left alone: normalised once, in the form that `reward_shift` or
-    `reward_scale` chose. After any other `reward_norm`, or none, it becomes `(r - mean) / (std + 1e-6)` of
-    its group here; `reward_clip` has then clipped what came before.
-    """
-    totals = rewards.sum(-1)
-    if settings.reward_norm != "group":
-        totals = normalise_rewards(totals, group_ids, "group")
-    return totals[:, None].expand_as(rewards)
-
-
-def dr_grpo(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings) -> Tensor:
-    """The sample's reward minus the mean of its group, on every token (arXiv 2503.20783, section 3.2)."""
-    totals = rewards.sum(-1)
-    return normalise_rewards(totals, group_ids, "group", reward_shift=True)[:, None].expand_as(rewards)
-
-
-def rloo(rewards: Tensor, group_ids: Tensor, response_mask: Tensor, settings: AdvantageSettings) -> Tensor:
-    """The sample's reward minus the mean of the others of its group, on every token (arXiv 2402.14740, section 3.3).
-
-    With n samples in the group that is n / (n - 1) times the distance from the group's mean; 0 in a group of one.
-    """
-    totals = rewards.sum(-1)
-    _, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
-    size = sizes[index].to(totals.dtype)
-    distance = normalise_rewards(totals, group_ids, "group", reward_shift=True)
-    return (distance * size / (size - 1).clamp(min=1))[:, None].expand_as(rewards)
-
-
-ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = {
-    "reinforce": reinforce,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-}
+def _centred(values: Tensor, mask: Tensor) -> tuple[Tensor, TokenMoments]:
+    """`values` [B, T], 0 where masked, minus the mean of the valid tokens, again 0 where masked; and the moments."""
+    lengths = mask.sum(-1)
+    count = int(lengths.sum())
+    if not count:
+        return values, TokenMoments()
+    # Some valid token stands in where masked, so that the bounds are those of the valid tokens.
+    row = int(lengths.argmax())
+    example = float(values[row, int(mask[row].to(torch.uint8).argmax())])
+    low, high = (float(bound) for bound in torch.where(mask, values, example).aminmax())
+    # Equal values have exactly their value as mean, and so no spread: rounding noise would be a signal.
+    mean = low if low == high else float(values.sum(-1).sum(dtype=torch.float64)) / count
+    centred = torch.where(mask, values - mean, 0.0)
+    squares = float(centred.square().sum(-1).sum(dtype=torch.float64))
+    return centred, TokenMoments(count, mean, math.sqrt(squares / max(count - 1, 1)), low, high)
 
 
 def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
@@ -131,32 +123,38 @@ def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
 
     Fewer than two valid tokens are left as they are; equal advantages become 0.
     """
-    valid = advantages[response_mask].double()
-    if len(valid) < 2:
-        return zero_masked(advantages, response_mask)
-    if bool((valid == valid[0]).all()):
-        return torch.zeros_like(advantages)
-    whitened = (advantages.double() - valid.mean()) / (valid.std() + 1e-8)
-    return zero_masked(whitened, response_mask).to(advantages.dtype)
+    return _whitened(zero_masked(advantages, response_mask), response_mask)[0]
+
+
+def _whitened(values: Tensor, mask: Tensor) -> tuple[Tensor, TokenMoments]:
+    """`whiten` of `values` that are 0 where masked, and the moments of the result."""
+    centred, moments = _centred(values, mask)
+    if moments.count < 2:
+        return values, moments
+    scale = moments.std + WHITENING_EPSILON
+    low, high = (moments.low - moments.mean) / scale, (moments.high - moments.mean) / scale
+    return centred.div_(scale), TokenMoments(moments.count, 0.0, moments.std / scale, low, high)
 
 
 def clip_advantages(advantages: Tensor, response_mask: Tensor, advantage_clip: float | None) -> tuple[Tensor, float]:
     """[B, T] clamped to +-`advantage_clip` (None: as they are), and the fraction of valid tokens beyond."""
-    if advantage_clip is None or not bool(response_mask.any()):
+    if advantage_clip is None:
         return advantages, 0.0
-    beyond = float((advantages[response_mask].abs() > advantage_clip).double().mean())
-    return advantages.clamp(-advantage_clip, advantage_clip), beyond
+    count = max(int(response_mask.sum()), 1)
+    beyond = int(((advantages.abs() > advantage_clip) & response_mask).sum())
+    return advantages.clamp(-advantage_clip, advantage_clip), beyond / count
 
 
-def _summary(prefix: str, values: Tensor) -> dict[str, float]:
-    """Mean, std, min and max of a flat tensor; zeros of an empty one, std 0 of a single value."""
-    flat = values.double() if len(values) else values.new_zeros(1).double()
-    std = float(flat.std()) if len(flat) > 1 else 0.0
+def _reward_statistics(scores: Tensor, group_ids: Tensor, rewards: Tensor) -> dict[str, float]:
+    """Mean, std, min and max of the scores [B] (zeros of none, std 0 of one), and the mean of the rewards [B]."""
+    flat = scores.double() if len(scores) else scores.new_zeros(1).double()
     return {
-        f"{prefix}mean": float(flat.mean()),
-        f"{prefix}std": std,
-        f"{prefix}min": float(flat.min()),
-        f"{prefix}max": float(flat.max()),
+        "reward/score_mean": float(flat.mean()),
+        "reward/score_std": float(flat.std()) if len(flat) > 1 else 0.0,
+        "reward/score_min": float(flat.min()),
+        "reward/score_max": float(flat.max()),
+        "reward/mean": float(rewards.double().mean()) if len(rewards) else 0.0,
+        "reward/groups_without_spread": groups_without_spread(scores, group_ids),
     }
 
 
@@ -171,7 +169,9 @@ def advantages(
     ref_log_probs: Tensor | None = None,
     kl_coef: float = 0.0,
     running: RunningMoments | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+    values: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+) -> Estimated:
     """Advantages of a whole rollout and what they were made of.
 
     Args:
@@ -182,40 +182,57 @@ def advantages(
         log_probs, ref_log_probs: [B, T] of the sampling policy and the reference, for `add_token_level_kl`.
         kl_coef: of the KL controller, for `add_token_level_kl`.
         running: the run's moments, for `reward_norm: running`; this rollout is taken in.
+        values: [B, T] of the critic, for `gae`.
+        loss_mask: [B, T] bool, the valid tokens of the samples that the loss sees; None for `response_mask`. The
+            others count in the moments of the rewards, not in whitening and the statistics of the advantages.
 
     Returns:
-        [B, T] (0 where masked; float32, or float64 for float64 scores), and the statistics
-        `reward/score_{mean,std,min,max}` (as given), `reward/mean` (normalised and clipped),
-        `reward/clip_fraction`, `reward/groups_without_spread`, `advantage/{mean,std,min,max}` (valid tokens,
-        before the clip), `advantage/clip_fraction` and, with `add_token_level_kl`, `reward/kl` (per valid
-        token; what the controller is told).
+        Advantages (0 outside `loss_mask`; float32, or float64 for float64 scores), for `gae` the returns (advantages
+        before whitening, plus values), and the statistics `reward/score_{mean,std,min,max}` (as given), `reward/mean`
+        (normalised and clipped), `reward/clip_fraction`, `reward/groups_without_spread`, `advantage/{mean,std,min,max}`
+        (before the clip), `advantage/clip_fraction` and, with `add_token_level_kl`, `reward/kl` (per valid token).
 
     Raises:
-        ValueError: log-probabilities or moments that the settings need are missing.
+        ValueError: log-probabilities, values or moments that the settings need are missing.
     """
     rewards = normalise_rewards(
         scores, group_ids, settings.reward_norm, settings.reward_shift, settings.reward_scale, running
     )
-    rewards, reward_clip_fraction = clip_rewards(rewards, settings.reward_clip)
-    statistics = _summary("reward/score_", scores)
-    statistics["reward/mean"] = float(rewards.double().mean()) if len(rewards) else 0.0
-    statistics["reward/clip_fraction"] = reward_clip_fraction
-    statistics["reward/groups_without_spread"] = groups_without_spread(scores, group_ids)
-
+    rewards, clip_fraction = clip_rewards(rewards, settings.reward_clip)
+    statistics = _reward_statistics(scores, group_ids, rewards) | {"reward/clip_fraction": clip_fraction}
     penalties = None
     if settings.add_token_level_kl:
         if log_probs is None or ref_log_probs is None:
             raise ValueError("add_token_level_kl: log_probs or ref_log_probs missing; build the reference")
         kl = kl_estimate(log_probs, ref_log_probs, response_mask, settings.kl_penalty)
-        statistics["reward/kl"] = float(kl.double().sum() / response_mask.sum().clamp(min=1))
+        statistics["reward/kl"] = float(kl.sum(-1).sum(dtype=torch.float64)) / max(int(response_mask.sum()), 1)
         penalties = kl_coef * kl
-    per_token = token_rewards(rewards, response_mask, penalties)
+    group_normalised = settings.reward_norm == "group"
+    shaped = ShapedRewards(
+        rewards, penalties, group_ids, response_mask, group_normalised, settings.gamma, settings.lambd, values
+    )
+    estimated = ADVANTAGE_ESTIMATORS[settings.adv_estimator](shaped).expand(response_mask.shape)
+    returns = None
+    if settings.adv_estimator in CRITIC_ESTIMATORS and values is not None:
+        returns = zero_masked(estimated + values, response_mask)
 
-    estimated = ADVANTAGE_ESTIMATORS[settings.adv_estimator](per_token, group_ids, response_mask, settings)
-    estimated = zero_masked(estimated, response_mask)
-    if settings.whiten_advantages:
-        estimated = whiten(estimated, response_mask)
-    statistics |= _summary("advantage/", estimated[response_mask])
-    clipped, fraction = clip_advantages(estimated, response_mask, settings.advantage_clip)
-    statistics["advantage/clip_fraction"] = fraction
-    return clipped, statistics
+    seen = response_mask if loss_mask is None else response_mask & loss_mask
+    final, of_advantages = _finished(estimated, seen, settings)
+    return Estimated(final, returns, statistics | of_advantages)
+
+
+def _finished(estimated: Tensor, mask: Tensor, settings: AdvantageSettings) -> tuple[Tensor, dict[str, float]]:
+    """Whitened and clipped as the settings say, over `mask`; 0 elsewhere; and the statistics `advantage/*`."""
+    estimated = zero_masked(estimated, mask)
+    if settings.whitens:
+        estimated, moments = _whitened(estimated, mask)
+    else:
+        moments = _centred(estimated, mask)[1]
+    clipped, clip_fraction = clip_advantages(estimated, mask, settings.advantage_clip)
+    return clipped, {
+        "advantage/mean": moments.mean,
+        "advantage/std": moments.std,
+        "advantage/min": moments.low,
+        "advantage/max": moments.high,
+        "advantage/clip_fraction": clip_fraction,
+    }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from roll_gspo.algorithms.choice import choose
-from roll_gspo.algorithms.masking import zero_masked
+from roll_gspo.algorithms.masking import count_true, zero_masked
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,19 @@ def aggregate(
         response_length: the longest response the run allows; only `seq-mean-token-sum-norm` divides by it.
         sample_weights: [B] factors of the samples; they do not enter the denominators.
     """
-    sums = zero_masked(token_values, response_mask).sum(-1)
+    sums, lengths = zero_masked(token_values, response_mask).sum(-1), count_true(response_mask)
+    return aggregate_sums(sums, lengths, denominators, loss_agg_mode, response_length, sample_weights)
+
+
+def aggregate_sums(
+    sums: Tensor,
+    lengths: Tensor,
+    denominators: Denominators,
+    loss_agg_mode: str,
+    response_length: int,
+    sample_weights: Tensor | None = None,
+) -> Tensor:
+    """`aggregate` of samples whose valid tokens are summed and counted already: `sums` and `lengths` are [B]."""
     mode = choose(LOSS_AGG_MODES, "loss_agg_mode", loss_agg_mode)
-    shares = mode(sums, response_mask.sum(-1), denominators, response_length)
+    shares = mode(sums, lengths, denominators, response_length)
     return shares.sum() if sample_weights is None else (shares * sample_weights).sum()

@@ -1,10 +1,17 @@
-"""How far the trainer's log-probabilities are from those that the generation engine sampled with."""
+"""How far the trainer's log-probabilities are from those that the generation engine sampled with, and weights for it.
+
+Legend: `d_it = old_log_probs_it - rollout_log_probs_it`, trainer minus engine, on the same weights.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from roll_gspo.algorithms.choice import choose
 from roll_gspo.algorithms.kl import k3
 from roll_gspo.algorithms.masking import masked_difference
 from roll_gspo.algorithms.ratio import MAX_LOG_RATIO
@@ -35,4 +42,93 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, response_
         "mismatch/log_prob_diff_max": Metric(difference.abs().max(), one, "max"),
         "mismatch/kl": mean_of(k3(-difference), response_mask),
         "mismatch/ess": Metric(effective, present.sum()),
+    }
+
+
+@dataclass(frozen=True)
+class CorrectionSettings:
+    """`train_infer_correction`: importance weights `pi_trainer / pi_engine` on the loss.
+
+    Attributes:
+        level: a name in `CORRECTION_LEVELS`.
+        mode: a name in `CORRECTION_MODES`.
+        lower_bound, upper_bound: of the weight; 0 is no lower bound.
+
+    Raises:
+        ValueError: a name is unknown or nothing lies between the bounds.
+    """
+
+    level: str
+    mode: str
+    lower_bound: float = 0.0
+    upper_bound: float = 2.0
+
+    def __post_init__(self) -> None:
+        choose(CORRECTION_LEVELS, "train_infer_correction.level", self.level)
+        choose(CORRECTION_MODES, "train_infer_correction.mode", self.mode)
+        if not 0 <= self.lower_bound < self.upper_bound:
+            raise ValueError(
+                f"train_infer_correction.lower_bound: {self.lower_bound} is not between 0 and upper_bound "
+                f"{self.upper_bound}; lower it"
+            )
+
+
+def token_level(difference: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T] exponents `d_it`: a weight a token."""
+    return difference
+
+
+def geometric_level(difference: Tensor, lengths: Tensor) -> Tensor:
+    """[B, 1] exponents `sum_t d_it / n_i`: the mean over the response, on the scale of one token."""
+    return difference.sum(-1, keepdim=True) / lengths.clamp(min=1)
+
+
+def sequence_level(difference: Tensor, lengths: Tensor) -> Tensor:
+    """[B, 1] exponents `sum_t d_it`: the weight of the whole response, unbiased and of high variance."""
+    return difference.sum(-1, keepdim=True)
+
+
+CORRECTION_LEVELS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "token": token_level,
+    "geometric": geometric_level,
+    "sequence": sequence_level,
+}
+
+
+def truncate(weights: Tensor, settings: CorrectionSettings) -> Tensor:
+    """`clip(w, lower_bound, upper_bound)`: truncated importance sampling (Ionides 2008; for LLMs Yao et al. 2025)."""
+    return weights.clamp(settings.lower_bound, settings.upper_bound)
+
+
+def mask(weights: Tensor, settings: CorrectionSettings) -> Tensor:
+    """`w` within the bounds and 0 beyond them: masked importance sampling (IcePop, arXiv 2510.18855, section
+    2.3.2)."""
+    inside = (weights >= settings.lower_bound) & (weights <= settings.upper_bound)
+    return torch.where(inside, weights, 0.0)
+
+
+CORRECTION_MODES: Mapping[str, Callable[[Tensor, CorrectionSettings], Tensor]] = {"truncate": truncate, "mask": mask}
+
+
+@torch.no_grad()
+def correction_weights(
+    old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor, settings: CorrectionSettings
+) -> tuple[Tensor, dict[str, Metric]]:
+    """Factors [B, T] of the token losses, without gradient and 1 where masked; exponents are clamped to +-20.
+
+    They do not enter the denominators of the loss, so that it does not depend on how samples meet in micro-batches.
+
+    Returns:
+        The weights, and `correction/weight_mean` and `correction/bounded_fraction` (weights that the bounds
+        changed), both means over valid tokens.
+    """
+    difference = masked_difference(old_log_probs, rollout_log_probs, response_mask)
+    exponents = CORRECTION_LEVELS[settings.level](difference, response_mask.sum(-1, keepdim=True))
+    plain = exponents.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    bounded = CORRECTION_MODES[settings.mode](plain, settings)
+    changed = (bounded != plain).to(plain.dtype).expand_as(difference)
+    weights = torch.where(response_mask, bounded, 1.0)
+    return weights, {
+        "correction/weight_mean": mean_of(weights, response_mask),
+        "correction/bounded_fraction": mean_of(changed, response_mask),
     }

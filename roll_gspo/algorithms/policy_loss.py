@@ -1,4 +1,4 @@
-"""The policy loss of a micro-batch: ratio, clipped objective, aggregation, KL and entropy terms, metrics."""
+"""The policy loss of a micro-batch: ratio, objective, weights, aggregation, KL and entropy terms, metrics."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES, Denominators, aggregate
+from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES, Denominators, aggregate_sums
 from roll_gspo.algorithms.choice import choose
-from roll_gspo.algorithms.kl import KL_ESTIMATORS, k3, kl_estimate
-from roll_gspo.algorithms.masking import masked_difference, zero_masked
-from roll_gspo.algorithms.objective import clipped_objective, dual_clip
-from roll_gspo.algorithms.ratio import RATIOS, importance_ratio
+from roll_gspo.algorithms.correction import CorrectionSettings, correction_weights
+from roll_gspo.algorithms.kl import KL_ESTIMATORS, MAX_K3, kl_estimate
+from roll_gspo.algorithms.masking import count_true, raised, zero_masked
+from roll_gspo.algorithms.objective import (
+    FORM_THEIR_OWN_RATIO,
+    HAVE_A_CLIP_RANGE,
+    POLICY_LOSSES,
+    Terms,
+    dual_clip,
+)
+from roll_gspo.algorithms.ratio import RATIOS, clamped_log_ratio, importance_ratio
 from roll_gspo.batch import TrainBatch
-from roll_gspo.metrics import Metric, mean_of
+from roll_gspo.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -30,27 +37,45 @@ class PolicyLossSettings:
         kl_loss_coef: of the KL term; 0 is without.
         kl_loss_type: a name in `KL_ESTIMATORS`.
         entropy_loss_coef: of the entropy bonus; 0 is without.
+        policy_loss: a name in `POLICY_LOSSES`; those without a clip range take None for its bounds.
+        sapo_tau_positive, sapo_tau_negative: temperatures of `sapo`.
+        correction: weights for the mismatch of trainer and generation engine, or None without.
 
     Raises:
         ValueError: a name is unknown or a number is out of range.
     """
 
     importance_sampling: str
-    clip_low: float
-    clip_high: float
+    clip_low: float | None
+    clip_high: float | None
     dual_clip_ratio: float | None
     loss_agg_mode: str
     response_length: int
     kl_loss_coef: float = 0.0
     kl_loss_type: str = "k3"
     entropy_loss_coef: float = 0.0
+    policy_loss: str = "clip"
+    sapo_tau_positive: float = 1.0
+    sapo_tau_negative: float = 1.05
+    correction: CorrectionSettings | None = None
 
     def __post_init__(self) -> None:
         choose(RATIOS, "importance_sampling", self.importance_sampling)
         choose(LOSS_AGG_MODES, "loss_agg_mode", self.loss_agg_mode)
         choose(KL_ESTIMATORS, "kl_loss_type", self.kl_loss_type)
-        if self.clip_low < 0 or self.clip_high < 0:
-            raise ValueError(f"clip range {self.clip_low}, {self.clip_high}: negative; use 0 or more")
+        choose(POLICY_LOSSES, "policy_loss", self.policy_loss)
+        if self.policy_loss in FORM_THEIR_OWN_RATIO and self.importance_sampling != "token":
+            raise ValueError(
+                f"importance_sampling: policy_loss {self.policy_loss} forms the ratio of the whole response itself; "
+                f"set token instead of {self.importance_sampling}"
+            )
+        for name, bound in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
+            if self.policy_loss in HAVE_A_CLIP_RANGE and (bound is None or bound < 0):
+                raise ValueError(f"{name}: policy_loss {self.policy_loss} needs 0 or more, not {bound}")
+        if self.dual_clip_ratio is not None and self.policy_loss != "clip":
+            raise ValueError(f"dual_clip_ratio: acts with policy_loss clip, not {self.policy_loss}; leave it out")
+        if self.sapo_tau_positive <= 0 or self.sapo_tau_negative <= 0:
+            raise ValueError("sapo_tau_positive, sapo_tau_negative: must be above 0; raise them")
         if self.dual_clip_ratio is not None and self.dual_clip_ratio <= 1:
             raise ValueError(f"dual_clip_ratio: {self.dual_clip_ratio} is not above 1; use e.g. 3.0")
         if self.response_length < 1:
@@ -83,24 +108,19 @@ def policy_loss(
         ValueError: the entropy or the reference log-probabilities that a coefficient needs are missing.
     """
     mask = batch.response_mask
-    log_probs = zero_masked(log_probs, mask)
-    advantages = zero_masked(batch.advantages, mask).to(log_probs.dtype)
-    ratio = importance_ratio(log_probs, batch.old_log_probs, mask, settings.importance_sampling)
-    token_loss, clipped = clipped_objective(ratio, advantages, settings.clip_low, settings.clip_high)
-    dual_clipped = torch.zeros_like(clipped)
-    if settings.dual_clip_ratio is not None:
-        token_loss, dual_clipped = dual_clip(token_loss, advantages, settings.dual_clip_ratio)
+    lengths = count_true(mask)
+    log_probs = raised(log_probs)  # once, so that the gradients of all terms meet in float32
+    token_loss, metrics = _token_loss(log_probs, batch, lengths, settings)
 
-    def share(token_values: Tensor) -> Tensor:
-        return aggregate(token_values, mask, denominators, settings.loss_agg_mode, settings.response_length)
+    def share(zeroed: Tensor, sample_weights: Tensor | None = None) -> Tensor:
+        mode, length = settings.loss_agg_mode, settings.response_length
+        return aggregate_sums(zeroed.sum(-1), lengths, denominators, mode, length, sample_weights)
 
-    loss = share(token_loss)
-    metrics = {"actor/pg_loss": _share_metric(loss)}
-    metrics |= _ratio_metrics(log_probs, ratio, batch)
-    metrics |= _clip_metrics(clipped, dual_clipped, advantages, mask)
+    loss = share(token_loss, batch.sample_weights)
+    metrics["actor/pg_loss"] = _share_metric(loss)
     if batch.ref_log_probs is not None:
         kl = kl_estimate(log_probs, batch.ref_log_probs, mask, settings.kl_loss_type)
-        metrics["actor/kl_ref"] = mean_of(kl, mask)
+        metrics["actor/kl_ref"] = _mean(kl, lengths)
         if settings.kl_loss_coef:
             kl_share = share(kl)
             metrics["actor/kl_loss"] = _share_metric(kl_share)
@@ -109,7 +129,7 @@ def policy_loss(
         raise ValueError("kl_loss_coef: the batch has no ref_log_probs; score it with the reference")
     if entropy is not None:
         entropy = zero_masked(entropy, mask)
-        metrics["actor/entropy"] = mean_of(entropy, mask)
+        metrics["actor/entropy"] = _mean(entropy, lengths)
         if settings.entropy_loss_coef:
             loss = loss - settings.entropy_loss_coef * share(entropy)
     elif settings.entropy_loss_coef:
@@ -118,41 +138,86 @@ def policy_loss(
     return loss, metrics
 
 
+def _token_loss(
+    log_probs: Tensor, batch: TrainBatch, lengths: Tensor, settings: PolicyLossSettings
+) -> tuple[Tensor, dict[str, Metric]]:
+    """The policy-gradient loss [B, T], 0 where masked, with the correction's weights; and the metrics of its parts."""
+    mask = batch.response_mask
+    log_ratio = clamped_log_ratio(log_probs, batch.old_log_probs, mask)
+    terms = Terms(
+        log_probs=zero_masked(log_probs, mask),
+        log_ratio=log_ratio,
+        ratio=importance_ratio(log_ratio, mask, settings.importance_sampling),
+        advantages=zero_masked(batch.advantages, mask).to(log_ratio.dtype),
+        lengths=lengths,
+        clip_low=settings.clip_low or 0.0,
+        clip_high=settings.clip_high or 0.0,
+        sapo_tau_positive=settings.sapo_tau_positive,
+        sapo_tau_negative=settings.sapo_tau_negative,
+    )
+    token_loss, clipped = POLICY_LOSSES[settings.policy_loss](terms)
+    dual_clipped = None
+    if settings.dual_clip_ratio is not None:
+        token_loss, dual_clipped = dual_clip(token_loss, terms.advantages, settings.dual_clip_ratio)
+    metrics = _ratio_metrics(terms, mask)
+    metrics |= _clip_metrics(clipped, dual_clipped, terms, settings.policy_loss in HAVE_A_CLIP_RANGE)
+    if settings.correction is not None:
+        weights, figures = correction_weights(batch.old_log_probs, batch.rollout_log_probs, mask, settings.correction)
+        token_loss = token_loss * weights.to(token_loss.dtype)
+        metrics |= figures
+    return token_loss, metrics
+
+
 def _share_metric(share: Tensor) -> Metric:
     return Metric(share.detach(), torch.ones_like(share), "sum")
 
 
-def _ratio_metrics(log_probs: Tensor, ratio: Tensor, batch: TrainBatch) -> dict[str, Metric]:
+def _mean(zeroed: Tensor, lengths: Tensor) -> Metric:
+    """The mean over valid tokens of values [B, T] that are 0 where masked."""
+    return Metric(zeroed.detach().sum(), lengths.sum())
+
+
+@torch.no_grad()
+def _ratio_metrics(terms: Terms, mask: Tensor) -> dict[str, Metric]:
     """Means over the valid tokens of ratio, |ratio - 1|, log-prob and k3 of KL(old || current); ratio bounds.
 
-    A micro-batch without a valid token has the bounds -inf / inf, which lose against any other.
+    A micro-batch without a valid token has bounds beyond any ratio, which lose against any other.
     """
-    mask, log_probs, ratio = batch.response_mask, log_probs.detach(), ratio.detach()
-    one = torch.ones_like(ratio[0, 0])
-    highest = torch.where(mask, ratio, -torch.inf).max()
-    lowest = torch.where(mask, ratio, torch.inf).min()
+    ratio, lengths = terms.ratio, terms.lengths
+    one, num_tokens = torch.ones_like(ratio[0, 0]), lengths.sum()
+    excess = ratio - 1.0  # 0 where masked
+    beyond = (~mask).view(torch.uint8).to(ratio.dtype).mul_(torch.finfo(ratio.dtype).max)  # adds nothing where valid
+    kl = terms.log_ratio.expm1().sub_(terms.log_ratio).clamp_(max=MAX_K3)
     return {
-        "actor/ratio_mean": mean_of(ratio, mask),
-        "actor/ratio_max": Metric(highest, one, "max"),
-        "actor/ratio_min": Metric(lowest, one, "min"),
-        "actor/ratio_deviation": mean_of((ratio - 1).abs(), mask),
-        "actor/approx_kl": mean_of(k3(masked_difference(batch.old_log_probs, log_probs, mask)), mask),
-        "actor/log_prob_mean": mean_of(log_probs, mask),
+        "actor/ratio_mean": Metric(excess.sum() + num_tokens, num_tokens),
+        "actor/ratio_max": Metric((ratio - beyond).amax(), one, "max"),
+        "actor/ratio_min": Metric((ratio + beyond).amin(), one, "min"),
+        "actor/ratio_deviation": _mean(excess.abs_(), lengths),
+        "actor/approx_kl": _mean(kl, lengths),
+        "actor/log_prob_mean": _mean(terms.log_probs, lengths),
     }
 
 
-def _clip_metrics(clipped: Tensor, dual_clipped: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Metric]:
+def _clip_metrics(clipped: Tensor, dual_clipped: Tensor | None, terms: Terms, has_range: bool) -> dict[str, Metric]:
     """Where the clip took the gradient away: per valid token (what the GSPO paper plots) and per sequence.
 
-    A sequence counts once, as soon as one of its tokens is clipped. `high` and `low` are the side on which
-    the ratio left the range, and add up to the fraction of tokens. The dual clip is counted per valid token.
+    A sequence counts once, as soon as one of its tokens is clipped. `high` and `low` are the side on which the ratio
+    left the range, and add up to the fraction of tokens. The dual clip is counted per valid token.
     """
-    dtype = advantages.dtype
-    sequence_clipped = clipped.any(-1)  # never where masked: the ratio is 1 and the advantage 0 there
-    return {
-        "actor/clip_fraction": mean_of(clipped.to(dtype), mask),
-        "actor/clip_fraction_sequence": mean_of(sequence_clipped.to(dtype), mask.any(-1)),
-        "actor/clip_fraction_high": mean_of((clipped & (advantages > 0)).to(dtype), mask),
-        "actor/clip_fraction_low": mean_of((clipped & (advantages < 0)).to(dtype), mask),
-        "actor/dual_clip_fraction": mean_of(dual_clipped.to(dtype), mask),
+    dtype, num_tokens = terms.advantages.dtype, terms.lengths.sum()
+
+    def share_of_tokens(count: Tensor) -> Metric:
+        return Metric(count.to(dtype), num_tokens)
+
+    counts = count_true(clipped)  # never where masked: the ratio is 1 and the advantage 0 there
+    metrics = {
+        "actor/clip_fraction": share_of_tokens(counts.sum()),
+        "actor/clip_fraction_sequence": Metric((counts > 0).sum().to(dtype), (terms.lengths > 0).sum()),
     }
+    if has_range:
+        high = count_true(clipped & (terms.ratio.detach() > 1))
+        metrics["actor/clip_fraction_high"] = share_of_tokens(high.sum())
+        metrics["actor/clip_fraction_low"] = share_of_tokens((counts - high).sum())
+    if dual_clipped is not None:
+        metrics["actor/dual_clip_fraction"] = share_of_tokens(count_true(dual_clipped).sum())
+    return metrics

@@ -1,68 +1,103 @@
 """Importance ratios between the current and the old policy: `importance_sampling`.
 
-Every function maps `(log_probs, old_log_probs, response_mask)`, all [B, T], to a ratio [B, T] that is 1 where
-masked. `d_it = log_probs_it - old_log_probs_it` is clamped to +-20 before any `exp`; a token beyond the clamp
-carries no gradient. A sample without valid tokens has ratio 1.
+Every function maps `(log_ratio, response_mask)`, both [B, T], to a ratio [B, T] that is 1 where masked.
+`log_ratio` is `d_it = log_probs_it - old_log_probs_it`, clamped to +-20 before any `exp` (a token beyond the clamp
+carries no gradient) and 0 where masked, as `clamped_log_ratio` gives it. A sample without valid tokens has ratio 1.
 Equation numbers are those of the GSPO paper, arXiv 2507.18071.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardtanh
 
 from roll_gspo.algorithms.choice import choose
-from roll_gspo.algorithms.masking import masked_difference
+from roll_gspo.algorithms.masking import count_true, masked_difference
 
 MAX_LOG_RATIO = 20.0
 
-RatioFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+RatioFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def clamped_log_ratio(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """`d_it` [B, T] in +-20, exactly 0 where masked."""
-    return masked_difference(log_probs, old_log_probs, response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    """`d_it` [B, T] in +-20, exactly 0 (value and gradient) where masked; the inputs may hold anything there."""
+    difference = masked_difference(log_probs, old_log_probs, response_mask)
+    return hardtanh(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)  # a clamp whose gradient is cheaper
 
 
-def token_ratio(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:
+def token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`r_it = exp(d_it)`: PPO and GRPO (eq. 3)."""
-    return clamped_log_ratio(log_probs, old_log_probs, response_mask).exp()
+    return log_ratio.exp()
 
 
-def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:
+def sequence_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`s_i = exp(sum_t m_it d_it / n_i)` (GSPO, eq. 7), repeated on every valid token of sample i."""
-    log_ratio_BT = clamped_log_ratio(log_probs, old_log_probs, response_mask)
-    log_ratio_B = log_ratio_BT.sum(-1, keepdim=True) / response_mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(response_mask, log_ratio_B.exp(), torch.ones_like(log_ratio_BT))
+    lengths = count_true(response_mask).clamp(min=1)
+    ratio_B1 = (log_ratio.sum(-1) / lengths).exp().unsqueeze(-1)
+    return torch.where(response_mask, ratio_B1, 1.0)
 
 
-def sequence_token_ratio(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:
+def sequence_token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`s_it = sg[s_i] exp(log_probs_it - sg[log_probs_it])`: GSPO-token (eq. 14).
 
     Numerically `s_i`; the gradient goes through the token alone, so advantages may differ within a sample.
     """
-    log_ratio_BT = clamped_log_ratio(log_probs, old_log_probs, response_mask)
-    sequence = sequence_ratio(log_probs, old_log_probs, response_mask).detach()
-    # The clamped difference stands for log_probs: the same gradient, and none beyond the clamp, as in `seq`.
-    return sequence * (log_ratio_BT - log_ratio_BT.detach()).exp()
+    sequence = sequence_ratio(log_ratio.detach(), response_mask)
+    # exp(x - sg[x]) is 1 + (x - sg[x]) in value and gradient. The clamped difference stands for log_probs: the same
+    # gradient, and none beyond the clamp, as in `seq`.
+    return torch.addcmul(sequence, sequence, log_ratio - log_ratio.detach())
+
+
+def segment_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
+    """As `sequence_ratio`, for every contiguous run of the mask (one assistant turn) on its own."""
+    starts = torch.ones_like(response_mask)  # of runs, gaps included: their mean is 0 and their ratio 1
+    starts[:, 1:] = response_mask[:, 1:] ^ response_mask[:, :-1]
+    positions = starts.flatten().nonzero().squeeze(-1)
+    return _RunMean.apply(log_ratio, positions.diff(append=positions.new_tensor([starts.numel()]))).exp()
+
+
+class _RunMean(torch.autograd.Function):
+    """The mean over each run of [B, T] read row by row, on each of its positions; `lengths` of the runs.
+
+    As a matrix it is symmetric: the gradient is the run means of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(lengths)
+        return _run_means(values, lengths)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _run_means(gradient, *ctx.saved_tensors), None
+
+
+def _run_means(values: Tensor, lengths: Tensor) -> Tensor:
+    sums = torch.segment_reduce(values.flatten(), "sum", lengths=lengths, unsafe=True)
+    return torch.repeat_interleave(sums / lengths, lengths, output_size=values.numel()).view(values.shape)
 
 
 RATIOS: Mapping[str, RatioFunction] = {
     "token": token_ratio,
     "seq": sequence_ratio,
     "seq_token": sequence_token_ratio,
+    "segment": segment_ratio,
 }
 
 
-def importance_ratio(
-    log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor, importance_sampling: str
-) -> Tensor:
+def importance_ratio(log_ratio: Tensor, response_mask: Tensor, importance_sampling: str) -> Tensor:
     """The ratio [B, T] at the level that `importance_sampling` names.
+
+    Args:
+        log_ratio: [B, T] from `clamped_log_ratio`.
+        response_mask: [B, T] bool.
+        importance_sampling: a name in `RATIOS`.
 
     Raises:
         ValueError: `importance_sampling` is not in `RATIOS`.
     """
-    ratio = choose(RATIOS, "importance_sampling", importance_sampling)
-    return ratio(log_probs, old_log_probs, response_mask)
+    return choose(RATIOS, "importance_sampling", importance_sampling)(log_ratio, response_mask)

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
 
 
 class RunningMoments:
-    """Mean and variance of every score seen so far (Welford; batches merged after Chan et al. 1979)."""
+    """Mean and variance of every finite score seen so far (Welford; batches merged after Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -37,10 +37,11 @@ class RunningMoments:
         return (self.squares / (self.count - 1)) ** 0.5 if self.count > 1 else 0.0
 
     def update(self, scores: Tensor) -> None:
-        """Take in the scores [B] of a rollout."""
-        if not len(scores):
-            return
+        """Take in the scores [B] of a rollout; those that are not finite would spoil the run and are left out."""
         values = scores.double()
+        values = values[values.isfinite()]
+        if not len(values):
+            return
         mean = float(values.mean())
         difference, total = mean - self.mean, self.count + len(values)
         self.squares += float((values - mean).square().sum())

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Schema
+from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
 
-AdvEstimator = Literal["reinforce", "grpo", "dr_grpo", "rloo"]
-ImportanceSampling = Literal["token", "seq", "seq_token"]
+AdvEstimator = Literal[
+    "reinforce",
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "raft_plus_plus",
+    "opo",
+    "gae",
+]
+ImportanceSampling = Literal["token", "seq", "seq_token", "segment"]
+PolicyLoss = Literal["clip", "cispo", "gmpo", "sapo", "topr"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+RewardNorm = Literal["group", "batch", "running"]
 KlEstimator = Literal["kl", "abs", "mse", "k3"]
 ClipFraction = Annotated[float, Field(gt=0, lt=1)]
+
+CLIPPED = ("clip", "cispo", "gmpo")  # values of policy_loss that read the clip range
+# Values of policy_loss that compute the ratio of the whole response themselves, and how.
+OWN_RATIO = {"gmpo": "the geometric mean of its clipped token ratios", "topr": "the product of its token ratios"}
+DISCOUNTED = ("reinforce", "reinforce_plus_plus", "gae")  # values of adv_estimator that read gamma
+
+
+def _none_if_empty(value: Any) -> Any:
+    return None if value == {} else value
 
 
 class AlgorithmConfig(Schema):
@@ -21,28 +43,41 @@ class AlgorithmConfig(Schema):
 
     adv_estimator: AdvEstimator = "reinforce"
     """How rewards become advantages: `reinforce` (reward-to-go), `grpo` (normalised by the group), `dr_grpo` (minus the
-    group's mean), `rloo` (minus the mean of the others of the group)."""
+    group's mean), `rloo` (minus the mean of the others of the group), `opo` (minus the group's mean weighted by
+    length), `raft_plus_plus` (1 for the best of the group if positive, else 0), `reinforce_plus_plus` (reward-to-go,
+    whitened), `reinforce_plus_plus_baseline` (minus the group's mean, whitened), `gae` (by a critic's values; needs
+    `critic`)."""
     importance_sampling: ImportanceSampling = "token"
-    """Level of the importance ratio: `token` (PPO, GRPO), `seq` (GSPO), `seq_token` (GSPO-token)."""
+    """Level of the importance ratio: `token` (PPO, GRPO), `seq` (GSPO), `seq_token` (GSPO-token), `segment` (as `seq`,
+    for each contiguous run of response tokens: one assistant turn)."""
+    policy_loss: PolicyLoss = "clip"
+    """What is done with ratio and advantage: `clip` (PPO, GRPO, GSPO), `cispo` (clipped weights, every token keeps its
+    gradient), `gmpo` (geometric mean of clipped ratios), `sapo` (a soft gate instead of a clip), `topr` (weights at
+    most 1 on negative samples)."""
     loss_agg_mode: LossAggMode = "seq-mean-token-mean"
     """How token losses become one number, with denominators over the whole mini-batch."""
     ppo_epochs: PositiveInt = 1
     """Passes over a rollout."""
 
     pg_clip: ClipFraction = 0.2
-    """Symmetric clip range of the ratio, used unless `use_pg_clip_range`."""
+    """Symmetric clip range of the ratio, used unless `use_pg_clip_range`; acts with `policy_loss` clip, cispo, gmpo."""
     use_pg_clip_range: bool = False
     """Clip to [1 - pg_clip_low, 1 + pg_clip_high] instead of 1 ± pg_clip."""
-    pg_clip_low: ClipFraction | None = None
-    """Lower clip range; acts with `use_pg_clip_range` only."""
+    pg_clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lower clip range, 1 for no lower bound; acts with `use_pg_clip_range` only."""
     pg_clip_high: Annotated[float, Field(gt=0)] | None = None
     """Upper clip range; acts with `use_pg_clip_range` only."""
     dual_clip_loss: bool = False
-    """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage."""
+    """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage; `policy_loss: clip`
+    only."""
     dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
     """Constant of the dual clip; null: 1 + 2 * pg_clip."""
+    sapo_tau_positive: PositiveFloat = 1.0
+    """Temperature of SAPO's gate where the advantage is positive; acts with `policy_loss: sapo` only."""
+    sapo_tau_negative: PositiveFloat = 1.05
+    """Temperature of SAPO's gate where the advantage is negative: higher closes it sooner."""
 
-    reward_norm: Literal["group", "batch", "running"] | None = None
+    reward_norm: RewardNorm | None = None
     """Normalise scores over their group, the batch or all of the run; null: not at all."""
     reward_shift: bool = False
     """With `reward_norm`: subtract the mean only."""
@@ -50,12 +85,40 @@ class AlgorithmConfig(Schema):
     """With `reward_norm`: divide by the standard deviation only."""
     reward_clip: PositiveFloat | None = None
     """Clamp rewards to ± this, after normalisation."""
+    overlong_buffer_length: PositiveInt | None = None
+    """Punish responses softly in the last this many tokens before `response_length` (DAPO); null: not at all."""
+    overlong_penalty_factor: PositiveFloat = 1.0
+    """Punishment of a response at `response_length`; acts with `overlong_buffer_length` only."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount of the reward-to-go."""
+    """Discount; acts with `adv_estimator` reinforce, reinforce_plus_plus and gae."""
+    lambd: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """lambda of `adv_estimator: gae`: 0 trusts the critic, 1 the rewards."""
+    value_clip: PositiveFloat | None = None
+    """Keep the critic's values within ± this of those at the start of the step; `adv_estimator: gae` only."""
+    critic_warmup: NonNegativeInt = 0
+    """Rollouts at the start of the run in which only the critic trains; `adv_estimator: gae` only."""
     whiten_advantages: bool = False
-    """Zero mean and unit variance of advantages over all valid tokens of the batch."""
+    """Zero mean and unit variance of advantages over all valid tokens of the batch (reinforce_plus_plus and
+    reinforce_plus_plus_baseline do this by themselves; here it changes nothing more)."""
     advantage_clip: PositiveFloat | None = None
     """Clamp advantages to ± this."""
+
+    max_len_mask: bool = False
+    """Leave responses that were cut at `response_length` out of the loss."""
+    difficulty_mask: bool = False
+    """Leave groups out of the loss whose mean score is not between the two thresholds."""
+    difficulty_low_threshold: float = 0.0
+    """Groups with a mean score at or below this are too hard; acts with `difficulty_mask` only."""
+    difficulty_high_threshold: float = 1.0
+    """Groups with a mean score at or above this are too easy; acts with `difficulty_mask` only."""
+    length_loss_weight: bool = False
+    """Weigh short responses more: from 1.5 for the shortest of a rollout to 0.5 for the longest."""
+    difficulty_loss_weight: bool = False
+    """Weigh hard prompts more: from 0.5 to 2 by the `difficulty` (0 to 1) of the data row, which all rows then need."""
+    query_filter_config: QueryFilterConfig | None = None
+    """Dynamic sampling: drop groups that teach nothing and generate others in their place; null: off."""
+    max_sampling_rounds: PositiveInt = 10
+    """Generations a step at most, before dropped groups fill the batch; acts with `query_filter_config` only."""
 
     use_kl_loss: bool = False
     """Add `kl_loss_coef` times the divergence from the reference model to the loss."""
@@ -68,7 +131,7 @@ class AlgorithmConfig(Schema):
     init_kl_coef: PositiveFloat | None = None
     """beta at the start; acts with `add_token_level_kl` only."""
     target_kl: PositiveFloat | None = None
-    """Adapt beta towards this divergence; null keeps it fixed."""
+    """Adapt beta towards this divergence a token; null keeps it fixed."""
     kl_horizon: PositiveInt = 10000
     """How slowly an adaptive beta moves, in samples."""
     kl_penalty: KlEstimator = "kl"
@@ -78,14 +141,18 @@ class AlgorithmConfig(Schema):
 
     enable_old_logprobs_recompute: bool = True
     """Old log-probs from the trainer before its first update; false: the generation engine's own."""
+    train_infer_correction: Annotated[TrainInferCorrectionConfig | None, BeforeValidator(_none_if_empty)] = None
+    """Weigh the loss by the trainer's probability over that of the engine that sampled; null: off."""
     max_grad_norm: PositiveFloat = 1.0
     """Clip the gradient to this norm."""
     max_consecutive_skipped_steps: PositiveInt = 3
     """Stop after this many optimizer steps in a row that were skipped as not finite."""
 
     @property
-    def clip_range(self) -> tuple[float, float]:
-        """(low, high) around 1 that the ratio is clipped to."""
+    def clip_range(self) -> tuple[float, float] | None:
+        """(low, high) around 1 that the ratio is clipped to; None where the objective has no clip."""
+        if self.policy_loss not in CLIPPED:
+            return None
         if self.use_pg_clip_range:
             assert self.pg_clip_low is not None and self.pg_clip_high is not None  # held by the rules below
             return self.pg_clip_low, self.pg_clip_high
@@ -103,26 +170,67 @@ class AlgorithmConfig(Schema):
         """Whether any quantity of the loss or the reward reads reference log-probs."""
         return self.use_kl_loss or self.add_token_level_kl
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages read a critic's values."""
+        return self.adv_estimator == "gae"
+
+    @property
+    def filters_groups(self) -> bool:
+        """Whether dynamic sampling is on."""
+        return self.query_filter_config is not None and self.query_filter_config.type != "no_filter"
+
     def broken_rules(self) -> Iterator[str]:
         """Flags without their keys, keys without their flags, and flags against each other."""
         yield from super().broken_rules()
+        yield from self._broken_objective_rules()
         yield from self._broken_clip_rules()
         yield from self._broken_reward_rules()
         yield from self._broken_kl_rules()
+        yield from self._broken_correction_rules()
         yield from self._keys_without_effect()
 
     def _keys_without_effect(self) -> Iterator[str]:
         """A key that is changed from its default where nothing reads it would be ignored silently."""
         dual_clip_reads_it = self.dual_clip_loss and self.dual_clip_ratio is None
+        sapo, gae = self.policy_loss == "sapo", self.needs_critic
+        gamma_reader = "adv_estimator: reinforce, reinforce_plus_plus or gae"
         for key, reader, is_read in (
-            ("gamma", "adv_estimator: reinforce", self.adv_estimator == "reinforce"),
+            ("gamma", gamma_reader, self.adv_estimator in DISCOUNTED),
+            ("lambd", "adv_estimator: gae", gae),
+            ("value_clip", "adv_estimator: gae", gae),
+            ("critic_warmup", "adv_estimator: gae", gae),
             ("pg_clip", "use_pg_clip_range: false", not self.use_pg_clip_range or dual_clip_reads_it),
+            ("sapo_tau_positive", "policy_loss: sapo", sapo),
+            ("sapo_tau_negative", "policy_loss: sapo", sapo),
+            ("overlong_penalty_factor", "overlong_buffer_length", self.overlong_buffer_length is not None),
+            ("difficulty_low_threshold", "difficulty_mask: true", self.difficulty_mask),
+            ("difficulty_high_threshold", "difficulty_mask: true", self.difficulty_mask),
+            ("max_sampling_rounds", "query_filter_config.type: std_filter or mean_filter", self.filters_groups),
             ("kl_loss_type", "use_kl_loss: true", self.use_kl_loss),
             ("kl_penalty", "add_token_level_kl: true", self.add_token_level_kl),
             ("kl_horizon", "target_kl", self.target_kl is not None),
         ):
             if not is_read and self.__dict__[key] != type(self).model_fields[key].default:
                 yield f"{key} acts with {reader} only; set that or remove it"
+
+    def _broken_objective_rules(self) -> Iterator[str]:
+        """What the objective itself decides."""
+        name, fields = self.policy_loss, type(self).model_fields
+        if name in OWN_RATIO and self.importance_sampling != "token":
+            yield (
+                f"policy_loss: {name} computes the ratio of a whole response itself, {OWN_RATIO[name]}, so that "
+                f"importance_sampling: {self.importance_sampling} would be ignored; set importance_sampling: token"
+            )
+        if name not in CLIPPED:
+            for key in ("use_pg_clip_range", "pg_clip_low", "pg_clip_high", "pg_clip"):
+                if self.__dict__[key] != fields[key].default:
+                    yield (
+                        f"{key} acts with policy_loss: clip, cispo or gmpo only, {name} clips no ratio; remove it "
+                        f"(policy_loss={name} as a group option does)"
+                    )
+        if self.dual_clip_loss and name != "clip":
+            yield f"dual_clip_loss acts with policy_loss: clip only, this is {name}; set dual_clip_loss: false"
 
     def _broken_clip_rules(self) -> Iterator[str]:
         given = [self.pg_clip_low is not None, self.pg_clip_high is not None]
@@ -143,6 +251,12 @@ class AlgorithmConfig(Schema):
         if self.reward_norm is None and (self.reward_shift or self.reward_scale):
             flag = "reward_shift" if self.reward_shift else "reward_scale"
             yield f"{flag}: true needs reward_norm: group, batch or running; set one of them"
+        low, high = self.difficulty_low_threshold, self.difficulty_high_threshold
+        if self.difficulty_mask and low >= high:
+            yield (
+                f"difficulty_low_threshold {low:g} is not below difficulty_high_threshold {high:g}, so that every "
+                "group is masked; lower it"
+            )
 
     def _broken_kl_rules(self) -> Iterator[str]:
         if self.use_kl_loss and self.kl_loss_coef == 0:
@@ -154,3 +268,11 @@ class AlgorithmConfig(Schema):
         for key, value in (("init_kl_coef", self.init_kl_coef), ("target_kl", self.target_kl)):
             if value is not None and not self.add_token_level_kl:
                 yield f"{key} acts with add_token_level_kl: true only; set that flag or remove it"
+
+    def _broken_correction_rules(self) -> Iterator[str]:
+        if self.train_infer_correction is not None and not self.enable_old_logprobs_recompute:
+            yield (
+                "train_infer_correction compares the trainer's old log-probs with the engine's, and with "
+                "enable_old_logprobs_recompute: false they are the same, every weight 1; set that flag to true "
+                "(old_log_probs=recompute), or train_infer_correction: null"
+            )

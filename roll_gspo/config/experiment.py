@@ -13,16 +13,17 @@ from roll_gspo.config.roles import (
     ActorInferConfig,
     ActorTrainConfig,
     CheckpointConfig,
+    CriticConfig,
     ReferenceConfig,
     RewardConfig,
     TrackerKwargs,
     ValidationConfig,
     WarmStart,
 )
-from roll_gspo.config.strategy import MegatronTrainArgs
+from roll_gspo.config.strategy import MegatronTrainArgs, VllmArgs
 
-# Values of adv_estimator and reward_norm that are 0 in a group of one.
-GROUP_COMPARISONS = ("grpo", "dr_grpo", "rloo", "group")
+# Values of adv_estimator and reward_norm that compare the samples of a group.
+GROUP_COMPARISONS = ("grpo", "dr_grpo", "rloo", "opo", "raft_plus_plus", "reinforce_plus_plus_baseline", "group")
 
 
 class BatchConfig(Schema):
@@ -124,6 +125,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     """The policy that generates."""
     reference: ReferenceConfig | None = None
     """The frozen policy; needed where a KL term is switched on."""
+    critic: CriticConfig | None = None
+    """The model of values; needed by `adv_estimator: gae`."""
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Reward domains by name."""
     validation: ValidationConfig | None = None
@@ -132,13 +135,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     @property
     def data_parallel_size(self) -> int:
         """Copies of the trained model."""
-        ranks = len(self.actor_train.device_mapping or (0,))
-        return ranks // self._model_parallel_size
-
-    @property
-    def _model_parallel_size(self) -> int:
-        args = self.actor_train.strategy_args
-        return args.strategy_config.model_parallel_size if isinstance(args, MegatronTrainArgs) else 1
+        return _num_ranks(self.actor_train) // _model_parallel_size(self.actor_train)
 
     @property
     def mini_batch_size(self) -> int:
@@ -150,6 +147,28 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         """Optimizer steps a rollout."""
         return self.samples_per_rollout * self.ppo_epochs // self.mini_batch_size
 
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of the actor in the whole run."""
+        return self.updates_per_rollout * (self.max_steps - self.critic_warmup)
+
+    @property
+    def critic_data_parallel_size(self) -> int:
+        """Copies of the critic."""
+        assert self.critic is not None  # held by the rules below where the critic is needed
+        return _num_ranks(self.critic) // _model_parallel_size(self.critic)
+
+    @property
+    def critic_mini_batch_size(self) -> int:
+        """Samples of one optimizer step of the critic over all ranks."""
+        assert self.critic is not None
+        return self.critic.training_args.mini_batch_size_per_rank * self.critic_data_parallel_size
+
+    @property
+    def critic_updates_per_rollout(self) -> int:
+        """Optimizer steps of the critic a rollout."""
+        return self.samples_per_rollout * self.ppo_epochs // self.critic_mini_batch_size
+
     def broken_rules(self) -> Iterator[str]:
         """The rules that span blocks."""
         yield from super().broken_rules()
@@ -157,6 +176,11 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         yield from self._broken_group_rules()
         yield from self._broken_sampling_rules()
         yield from self._broken_model_rules()
+        yield from self._broken_replay_rules()
+        if self.needs_critic and self.critic is None:
+            yield "adv_estimator: gae needs the critic block; add it (adv_estimator=gae as a group option does)"
+        if self.critic_warmup >= self.max_steps:
+            yield f"critic_warmup {self.critic_warmup} leaves none of max_steps {self.max_steps} to the actor; lower it"
         if self.needs_reference and self.reference is None:
             flag = "use_kl_loss" if self.use_kl_loss else "add_token_level_kl"
             yield f"{flag}: true needs the reference block; add it"
@@ -174,38 +198,67 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
                 f"actor_infer.model_args.model_name_or_path is '{generates}', but actor_train starts from '{trained}' "
                 "and hands it every weight; remove the first"
             )
-        for role in ("actor_train", "reference"):
-            block = self.actor_train if role == "actor_train" else self.reference
+        roles = {"actor_train": self.actor_train, "reference": self.reference, "critic": self.critic}
+        for role, block in roles.items():
             if block is not None and block.model_args.dtype == "fp16":
                 yield f"{role}.model_args.dtype: fp16 is not supported yet; set bf16 or fp32"
 
     def _broken_batch_rules(self) -> Iterator[str]:
-        ranks = len(self.actor_train.device_mapping or (0,))
-        args = self.actor_train.training_args
-        if ranks % self._model_parallel_size:
+        yield from self._broken_mini_batch_rules("actor_train", self.actor_train)
+        if self.needs_critic and self.critic is not None:
+            yield from self._broken_mini_batch_rules("critic", self.critic)
+        length_is_known = self.response_length is not None or self.sequence_length is not None
+        buffer = self.overlong_buffer_length
+        if length_is_known and buffer is not None and buffer >= self.max_response_length:
             yield (
-                f"actor_train.device_mapping names {ranks} device(s), not a multiple of the "
-                f"{self._model_parallel_size} that one copy of the model takes (tensor * pipeline * context parallel "
-                "size in actor_train.strategy_args.strategy_config); change one"
+                f"overlong_buffer_length {buffer} is not below response_length {self.max_response_length}, so that "
+                "every response is punished; lower it"
             )
-        elif self.samples_per_rollout % self.mini_batch_size:
+
+    def _broken_mini_batch_rules(self, role: str, block: ActorTrainConfig | CriticConfig) -> Iterator[str]:
+        ranks, copy = _num_ranks(block), _model_parallel_size(block)
+        args = block.training_args
+        mini_batch = args.mini_batch_size_per_rank * (ranks // copy)
+        if ranks % copy:
+            yield (
+                f"{role}.device_mapping names {ranks} device(s), not a multiple of the "
+                f"{copy} that one copy of the model takes (tensor * pipeline * context parallel "
+                f"size in {role}.strategy_args.strategy_config); change one"
+            )
+        elif self.samples_per_rollout % mini_batch:
             yield (
                 f"rollout_batch_size {self.rollout_batch_size} * num_return_sequences_in_group "
                 f"{self.num_return_sequences_in_group} = {self.samples_per_rollout} samples are not a multiple of "
-                f"the mini-batch of {self.mini_batch_size} (actor_train.training_args.per_device_train_batch_size "
-                f"{args.per_device_train_batch_size} * actor_train.training_args.gradient_accumulation_steps "
-                f"{args.gradient_accumulation_steps} * data-parallel size {self.data_parallel_size}); change one"
+                f"the mini-batch of {mini_batch} ({role}.training_args.per_device_train_batch_size "
+                f"{args.per_device_train_batch_size} * {role}.training_args.gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps} * data-parallel size {ranks // copy}); change one"
+            )
+
+    def _broken_replay_rules(self) -> Iterator[str]:
+        replay, block = self.actor_train.router_replay, "actor_train.router_replay"
+        if replay.reads_rollout and not isinstance(self.actor_infer.strategy_args, VllmArgs):
+            key = "mode: R3" if replay.mode == "R3" else "record: true"
+            yield (
+                f"{block}.{key} needs the experts that vllm chose while sampling, but actor_infer.strategy_args is "
+                f"{self.actor_infer.strategy_args.strategy_name}; set strategy=megatron, or router_replay=none"
+            )
+        if replay.mode == "R2" and not self.enable_old_logprobs_recompute:
+            yield (
+                f"{block}.mode: R2 replays the experts of the pass that recomputes old log-probs, which "
+                "enable_old_logprobs_recompute: false leaves out; set that flag to true, or mode: R3"
             )
 
     def _broken_group_rules(self) -> Iterator[str]:
         if self.num_return_sequences_in_group > 1:
             return
+        way_out = "set num_return_sequences_in_group to 2 or more"
         for key, value in (("adv_estimator", self.adv_estimator), ("reward_norm", self.reward_norm)):
             if value in GROUP_COMPARISONS:
-                yield (
-                    f"{key}: {value} compares the samples of a prompt, and there is one; set "
-                    "num_return_sequences_in_group to 2 or more"
-                )
+                yield f"{key}: {value} compares the samples of a prompt, and there is one; {way_out}"
+        if self.filters_groups:
+            yield f"query_filter_config compares the samples of a prompt, and there is one; {way_out}"
+        if self.difficulty_mask:
+            yield f"difficulty_mask: true takes the mean score of a prompt's samples, and there is one; {way_out}"
 
     def _broken_sampling_rules(self) -> Iterator[str]:
         sampling, block = self.actor_infer.generating_args, "actor_infer.generating_args"
@@ -222,3 +275,13 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             )
         if sampling.temperature == 0:
             yield f"{block}.temperature: 0 is greedy, and equal answers teach nothing; set it above 0"
+
+
+def _num_ranks(block: ActorTrainConfig | CriticConfig) -> int:
+    return len(block.device_mapping or (0,))
+
+
+def _model_parallel_size(block: ActorTrainConfig | CriticConfig) -> int:
+    """Ranks that hold one copy of a trained model together."""
+    args = block.strategy_args
+    return args.strategy_config.model_parallel_size if isinstance(args, MegatronTrainArgs) else 1

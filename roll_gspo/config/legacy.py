@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("actor_train", "actor_infer", "reference", "validation")
+ROLES = ("actor_train", "actor_infer", "reference", "critic", "validation")
 NEVER_READ = "ROLL never reads it"
 OVERWRITTEN = "ROLL overwrites it"
 ALONE = "it acts with {} only, which is not supported yet"
@@ -34,10 +34,7 @@ IGNORED: dict[str, str] = {
     "router_args": "one engine answers all requests",
     "dataset_filter": NEVER_READ,
     # algorithm
-    **dict.fromkeys(
-        ("critic", "critic_warmup", "value_clip", "lambd", "reward_pretrain"), ALONE.format("a value or reward model")
-    ),
-    **dict.fromkeys(("difficulty_low_threshold", "difficulty_high_threshold"), ALONE.format("difficulty_mask")),
+    "reward_pretrain": ALONE.format("a reward model"),
     "error_max_len_threshold": ALONE.format("error_max_len_clip"),
     **dict.fromkeys(
         (
@@ -52,6 +49,9 @@ IGNORED: dict[str, str] = {
     "reference.data_args": "the reference scores what actor_infer generated",
     "reference.generating_args": "the reference does not generate",
     "actor_train.generating_args": "actor_infer.generating_args decides how responses are sampled",
+    "critic.data_args": "the critic judges what actor_infer generated",
+    "critic.generating_args": "the critic does not generate",
+    "critic.model_args.model_type": "the critic's model always has a value head",
     "actor_infer.training_args": "the generation engine does not train",
     "reference.training_args": "the reference does not train",
     "actor_infer.infer_batch_size": "max_num_seqs of strategy_config decides how many are decoded together",
@@ -67,7 +67,6 @@ IGNORED: dict[str, str] = {
         ALONE.format("dynamic batching"),
     ),
     "*.sequence_packing_args": ALONE.format("use_sequence_packing"),
-    **dict.fromkeys(("*.topr_positive_weight", "*.topr_negative_weight"), ALONE.format("pg_variant")),
     "*.model_args.flash_attn": NEVER_READ,
     "*.model_args.attn_implementation": "the engine chooses (hf: attn_implementation of strategy_config)",
     "*.model_args.disable_gradient_checkpointing": "recompute_granularity of strategy_config decides",
@@ -125,8 +124,9 @@ class Later:
     off: tuple[Any, ...] = (None, False)
 
 
-_MASKS, _OBJECTIVES = Later("sample masks"), Later("objectives other than the clip", (None, "clip"))
 _DISTILLATION, _JUDGES = Later("on-policy distillation"), Later("judge models")
+_PG_VARIANT = Later("this name (write policy_loss)", (None, "ppo"))
+_CORRECTION = Later("this form (write level, mode, lower_bound and upper_bound)")
 
 NOT_SUPPORTED_YET: dict[str, Later] = {
     "max_ckpt_to_keep": Later("this place (write checkpoint_config.max_ckpt_to_keep)", (None,)),
@@ -136,10 +136,10 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     ),
     "whiten_rewards": Later("reward whitening"),
     "rl_loss_coef": Later("weights of several losses", (None, 1)),
-    **dict.fromkeys(("max_len_mask", "difficulty_mask", "error_max_len_clip"), _MASKS),
-    **dict.fromkeys(("difficulty_loss_weight", "length_loss_weight"), Later("sample weights")),
-    "train_infer_correction": Later("correction of the trainer/engine mismatch"),
-    **dict.fromkeys(("policy_loss", "pg_variant", "*.pg_variant"), _OBJECTIVES),
+    "error_max_len_clip": Later("a clip of the rewards of overlong responses (overlong_buffer_length punishes them)"),
+    **dict.fromkeys(("train_infer_correction.is_weight", "train_infer_correction.filters"), _CORRECTION),
+    **dict.fromkeys(("pg_variant", "*.pg_variant"), _PG_VARIANT),
+    **dict.fromkeys(("*.topr_positive_weight", "*.topr_negative_weight"), Later("weights in TOPR", (None, 1))),
     **dict.fromkeys(
         ("is_pure_opd", "use_opd", "teacher", "student_train", "student_infer", "pure_opd_pipeline_type"), _DISTILLATION
     ),
@@ -148,10 +148,8 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "is_num_return_sequences_expand": Later("request-level scheduling"),
     "generate_opt_level": Later("request-level scheduling", (None, 0, 1)),
     "user_defined_rollout_loop_cls": Later("rollout loops of your own", (None,)),
-    "is_use_additional_prompts": Later("dynamic sampling"),
-    **dict.fromkeys(
-        ("query_filter_config", "rewards.*.query_filter_config"), Later("dynamic sampling", (None, "no_filter"))
-    ),
+    "is_use_additional_prompts": Later("generation ahead of the batch (query_filter_config refills it)"),
+    "rewards.*.query_filter_config": Later("a filter for each domain (write query_filter_config)", (None, "no_filter")),
     "enable_reference": Later("a reference without a KL term"),
     **dict.fromkeys(("val_prompt_length", "val_sequence_length"), Later("other lengths in validation", (None,))),
     "global_template": Later("named chat templates", (None, "native")),
@@ -187,7 +185,10 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     ),
     "*.use_sequence_packing": Later("sequence packing"),
     "*.apply_loss_scale": Later("other loss scales", (None, True)),
-    "*.router_replay": Later("routing replay", (None, "disable")),
+    **dict.fromkeys(
+        ("actor_infer.router_replay", "reference.router_replay", "critic.router_replay"),
+        Later("this place (write actor_train.router_replay)", (None, False, "disable")),
+    ),
     "*.mtp_training_mode": Later("multi-token prediction", (None, "disabled")),
     "*.model_update_frequency": Later("rarer weight transfer", (None, 1)),
     "rewards.*.reward_type": Later("soft and hard reward variants", (None,)),
@@ -206,16 +207,16 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {
-    "adv_estimator": dict.fromkeys(
-        (
-            *("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gigpo"),
-            *("step_reinforce", "agentic_reinforce"),
-        ),
-        "this estimator",
-    ),
-    "importance_sampling": {"segment": "a ratio per assistant turn"},
+    "adv_estimator": dict.fromkeys(("gigpo", "step_reinforce", "agentic_reinforce"), "this estimator"),
     "pipeline": {"sft": "supervised training", "evaluate": "evaluation alone", "agentic": "multi-turn rollouts"},
     "track_with": dict.fromkeys(("wandb", "mlflow", "swanlab", "trackio"), "this tracker"),
+}
+
+
+# Keys that ROLL's own files carry although nothing reads them there: (the key that would, its value).
+IGNORED_WITHOUT: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("value_clip", "lambd"), ("adv_estimator", "gae")),
+    **dict.fromkeys(("difficulty_low_threshold", "difficulty_high_threshold"), ("difficulty_mask", True)),
 }
 
 
@@ -242,7 +243,7 @@ def sift(values: dict[str, Any]) -> Sifted:
         kept = {}
         for key, value in node.items():
             path = f"{prefix}{key}"
-            reason = _lookup(IGNORED, path)
+            reason = _lookup(IGNORED, path) or _without_reader(values, path)
             later = _lookup(NOT_SUPPORTED_YET, path)
             if reason is not None:
                 if value is not None:
@@ -258,6 +259,18 @@ def sift(values: dict[str, Any]) -> Sifted:
         return kept
 
     return Sifted(visit(values, ""), tuple(warnings), tuple(refusals))
+
+
+def reader_text(key: str, value: Any) -> str:
+    """Why a key of `IGNORED_WITHOUT` is ignored where `key` has another value."""
+    return f"it acts with {key}: {'true' if value is True else value} only"
+
+
+def _without_reader(values: dict[str, Any], path: str) -> str | None:
+    if path not in IGNORED_WITHOUT:
+        return None
+    key, value = IGNORED_WITHOUT[path]
+    return None if values.get(key) == value else reader_text(key, value)
 
 
 def _is_fit_to_print(key: str, value: Any) -> bool:

@@ -86,15 +86,22 @@ def _by_line(problem: str) -> list[str | int]:
 def _overridden_choices(values: Mapping[str, Any], choices: Mapping[str, str], sources: Sources) -> list[str]:
     """A group option that a later line of the body overrides would be ignored silently: refuse it."""
     problems = []
+    on_command_line = {o.lstrip("+").partition("=")[0] for o in sources.overrides}
     for group, chosen in choices.items():
         key = "track_with" if group == "tracker" else group
-        value = values.get(key)
-        if key != group and any(o.lstrip("+").partition("=")[0] == key for o in sources.overrides):
+        if key not in ExperimentConfig.model_fields or key not in values:
+            continue  # the group sets several keys
+        if key != group and key in on_command_line:
             continue  # the command line says it with the key itself
-        if isinstance(value, str) and chosen is not None and value != chosen:
+        value, says = values[key], values[key]
+        if ExperimentConfig.model_fields[key].default is None:  # `none` is the option that sets null
+            if chosen == "none" and group not in on_command_line:
+                continue  # nobody chose it: base.yaml starts from it
+            value, says = ("none", "null") if value is None else (value, value)
+        if isinstance(value, str) and value != chosen:
             problems.append(
                 f"{sources.in_files((key,))}{key}: the defaults list or the command line chose '{group}: {chosen}', "
-                f"but this line says '{value}' and would win; remove it"
+                f"but this line says '{says}' and would win; remove it"
             )
     return problems
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.experiment import BatchConfig, ExperimentConfig, RunConfig
-from roll_gspo.config.legacy import IGNORED, LATER_VALUES, NOT_SUPPORTED_YET, ROLES
+from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_SUPPORTED_YET, ROLES, reader_text
 from roll_gspo.config.load import models_in
 
 INTRO = """\
@@ -27,14 +27,23 @@ afterwards. Key names are [ROLL](https://github.com/alibaba/ROLL)'s wherever ROL
 python -m roll_gspo.run --config-name example_gspo                             # a shipped file
 python -m roll_gspo.run --config-name example_gspo max_steps=10                # key=value changes one key
 python -m roll_gspo.run --config-name example_gspo importance_sampling=token   # group=option switches several
+python -m roll_gspo.run --config-name example_gspo algorithm=dapo              # a preset switches the whole algorithm
 python -m roll_gspo.run --config-name mine --config-dir my_configs             # a file of yours
 ```
 
 * **Groups.** Each folder in `conf/` is a group, each file in it an option: a few keys that belong together.
   `importance_sampling=token` sets the level of the ratio and the clip range that fits it. A file chooses its options
-  in `defaults:`, the command line replaces them. The groups are `adv_estimator`, `importance_sampling`,
-  `loss_agg_mode`, `strategy` (engines), `model` (with its sizes), `data` (with its rewards) and `tracker`; `layout`
-  (devices and parallel sizes) follows from model and strategy, and `layout=single` gives each role one rank.
+  in `defaults:`, the command line replaces them. The axes of the algorithm are `adv_estimator`,
+  `importance_sampling`, `policy_loss`, `loss_agg_mode`, `reward_norm`, `kl`, `query_filter` (dynamic sampling),
+  `train_infer_correction`, `old_log_probs` and `router_replay`; the rest are `strategy` (engines), `model` (with its
+  sizes), `data` (with its rewards) and `tracker`. `layout` (devices and parallel sizes) follows from model and
+  strategy, and `layout=single` gives each role one rank. `none` is the option that switches an axis off.
+* **Presets.** An option of the group `algorithm` is a published method: an option on each axis, and the keys that are
+  left. There are `gspo`, `gspo_paper`, `gspo_token`, `grpo`, `dr_grpo`, `dapo`, `ppo`, `rloo`, `reinforce_plus_plus`,
+  `raft_plus_plus`, `topr`, `cispo`, `gmpo`, `sapo` and `luspo`. Every axis can still be named beside it:
+  `algorithm=dapo importance_sampling=seq` is DAPO with the ratio of GSPO, and its clip range. For that, what belongs
+  to a combination of choices (DAPO's clip range to DAPO with single tokens clipped) has a file of its own in
+  `combination`, which nobody chooses by name.
 * **Your own file** derives from a shipped one and says only what differs:
 
   ```yaml
@@ -50,11 +59,11 @@ python -m roll_gspo.run --config-name mine --config-dir my_configs             #
 
 * **Precedence**, the last one wins: the schema's defaults, the options in the order of `defaults:`, the body of the
   file (`_self_`), the command line. Where a body repeats a key that a group chooses, the group would be chosen in
-  vain; this is refused, with the line to remove.
+  vain; this is refused, with the line to remove. An axis that a file's `defaults:` choose wins over `algorithm=NAME`.
 * **A flat file**, as ROLL's are, has no `defaults:`. It works as it is. To switch a group on its command line, write
   `+group=option`: there is no option yet that `group=option` could replace. Plain keys never need a `+`.
 * **Look before you run**: `--cfg job` prints the composed configuration, `--dry-run` checks it and prints the plan.
-* **Several runs**: `--multirun seed=0,1,2 importance_sampling=seq,token` makes one run of each combination, each in
+* **Several runs**: `--multirun seed=0,1,2 algorithm=gspo,grpo` makes one run of each combination, each in
   a process of its own.
 
 A wrong configuration ends the command with exit code 2 before any engine is imported. All problems come together, each
@@ -82,7 +91,10 @@ READ_FROM_TEXT = {  # what a validator takes beside the type that it makes of it
 
 def page() -> str:
     """The whole of docs/configuration.md."""
-    parts = [INTRO, "## Keys\n\nFlat keys stand at the top level of the file; blocks have tables of their own below.\n"]
+    parts = [
+        INTRO,
+        "## Keys\n\nFlat keys stand at the top level of the file; blocks have tables of their own below.\n",
+    ]
     inherited = {key for model in (RunConfig, BatchConfig, AlgorithmConfig) for key in model.model_fields}
     for model, title in TITLES.items():
         keys = [key for key in model.model_fields if model is not ExperimentConfig or key not in inherited]
@@ -184,7 +196,8 @@ They may stand in a file: they give a warning, and nothing else. `*` is any of {
 
 | key | why |
 |---|---|"""
-    yield from (_row(f"`{key}`", reason) for key, reason in sorted(IGNORED.items()))
+    without = {key: f"{reader_text(*reader)}; read there" for key, reader in IGNORED_WITHOUT.items()}
+    yield from (_row(f"`{key}`", reason) for key, reason in sorted((IGNORED | without).items()))
     yield """
 ## Keys and values of ROLL that are not supported yet
 

@@ -1,4 +1,4 @@
-"""Role blocks, named as in ROLL: `actor_train`, `actor_infer`, `reference`, `rewards`, `validation`."""
+"""Role blocks, named as in ROLL: `actor_train`, `actor_infer`, `reference`, `critic`, `rewards`, `validation`."""
 
 from __future__ import annotations
 
@@ -122,6 +122,21 @@ class DataArgs(Schema):
     """What a malformed row does: stop the run with file and line, or be counted and left out."""
 
 
+class RouterReplayConfig(Schema):
+    """Which experts of a mixture of experts an update uses; without replay the router decides anew in every pass."""
+
+    mode: Literal["disable", "R2", "R3"] = "disable"
+    """`R2` replays the experts that the trainer chose for the old log-probs, `R3` those that vLLM chose while sampling;
+    `disable`: none."""
+    record: bool = False
+    """Have vLLM tell the experts it chose, and log how many the trainer chooses otherwise (`routing/*`)."""
+
+    @property
+    def reads_rollout(self) -> bool:
+        """Whether the experts that the generation engine chose are needed."""
+        return self.record or self.mode == "R3"
+
+
 class ActorTrainConfig(Schema):
     """The policy that is trained."""
 
@@ -137,6 +152,34 @@ class ActorTrainConfig(Schema):
     """Devices, one rank each; null: one rank on what this machine has."""
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass of the old log-probs."""
+    router_replay: RouterReplayConfig = RouterReplayConfig()
+    """Replay of recorded experts; `megatron_train` and mixtures of experts only."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """What only one engine does."""
+        yield from super().broken_rules()
+        replay, engine = self.router_replay, self.strategy_args.strategy_name
+        if (replay.mode != "disable" or replay.record) and engine != "megatron_train":
+            key = f"mode: {replay.mode}" if replay.mode != "disable" else "record: true"
+            yield (
+                f"router_replay.{key} acts with strategy_args.strategy_name: megatron_train only, this is {engine}; "
+                "set strategy=megatron, or router_replay=none"
+            )
+
+
+class CriticConfig(Schema):
+    """The model of values that `adv_estimator: gae` needs; built only there."""
+
+    training_args: TrainingArgs
+    """Optimizer and mini-batches."""
+    strategy_args: TrainStrategyArgs
+    """Engine."""
+    model_args: ModelArgs = ModelArgs()
+    """Model whose last layer becomes a value head."""
+    device_mapping: DeviceMapping = None
+    """Devices, one rank each; null: one rank on what this machine has."""
+    infer_batch_size: PositiveInt = 16
+    """Samples in one forward pass of the values."""
 
 
 class ActorInferConfig(Schema):

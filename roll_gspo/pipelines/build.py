@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from roll_gspo.algorithms.advantage import AdvantageSettings
-from roll_gspo.algorithms.kl import KLController, kl_controller
-from roll_gspo.algorithms.policy_loss import PolicyLossSettings
 from roll_gspo.algorithms.reward_norm import RunningMoments
-from roll_gspo.batch import Completion, Prompt
+from roll_gspo.batch import Prompt
 from roll_gspo.checkpoint import CheckpointStore
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import GeneratingArgs
-from roll_gspo.config.strategy import VllmArgs
+from roll_gspo.config.strategy import MegatronTrainArgs, VllmArgs
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.execution.base import Executor
+from roll_gspo.pipelines.collect import Collector
 from roll_gspo.pipelines.datasets import Datasets, read_datasets, tokenize
+from roll_gspo.pipelines.experience import ExperienceSettings
 from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.run_folder import RunFolder, config_yaml
-from roll_gspo.pipelines.state import ACTOR, TrainerState
+from roll_gspo.pipelines.settings import (
+    experience_settings,
+    model_setup,
+    new_kl_controller,
+    optimizer_setup,
+    policy_loss_settings,
+    query_filter_settings,
+    sampling,
+    value_loss_settings,
+)
+from roll_gspo.pipelines.state import ACTOR, CRITIC, TrainerState
 from roll_gspo.roles.actor import Actor
+from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.judge import Judge
 from roll_gspo.roles.reference import Reference
-from roll_gspo.strategies import STRATEGIES
-from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
+from roll_gspo.strategies import STRATEGIES, VALUE_STRATEGIES
+from roll_gspo.strategies.base import Sampling
 from roll_gspo.tracking.base import build_trackers
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.rollouts import RolloutWriter
-
-logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,16 @@ class Parts:
     actor_train: Actor
     actor_infer: Generator
     reference: Reference | None
+    critic: Critic | None
     rewards: Judge
+    collector: Collector
+    experience: ExperienceSettings
     state: TrainerState
     output: Output
     sampling: Sampling
-    advantage_settings: AdvantageSettings
     validation_prompts: tuple[Prompt, ...]
     validation_sampling: Sampling | None
     num_prompts_dropped: int
-    text_of: Callable[[Completion], str]
 
 
 def build_parts(config: ExperimentConfig, folder: RunFolder, console: Console) -> Parts:
@@ -91,51 +94,105 @@ def _start_roles(
     executor: Executor,
     rewards: Judge,
 ) -> Parts:
-    with console.stage("tokenize prompts"):
-        tokenizer = load_tokenizer(checkpoint)
-        train_prompts = tokenize(datasets.train, tokenizer, config.actor_train.data_args, config.prompt_length)
-        validation_prompts: tuple[Prompt, ...] = ()
-        if config.validation is not None:
-            validation_prompts = tokenize(
-                datasets.validation, tokenizer, config.validation.data_args, config.prompt_length
-            )
-    stop_ids = stop_token_ids(tokenizer, checkpoint)
+    data = _tokenized(config, datasets, checkpoint, console)
     with console.stage("start actor_train"):
         actor = executor.start("actor_train", lambda: _actor(config, checkpoint))
-    reference = None
+    reference = critic = None
     if config.needs_reference:
         with console.stage("start reference"):
             reference = executor.start("reference", lambda: _reference(config, checkpoint, console))
+    if config.needs_critic:
+        with console.stage("start critic"):
+            critic = executor.start("critic", lambda: _critic(config, checkpoint, console))
     with console.stage("start actor_infer"):
-        generator = executor.start("actor_infer", lambda: _generator(config, checkpoint, tokenizer.pad_token_id))
+        generator = executor.start("actor_infer", lambda: _generator(config, checkpoint, data.tokenizer.pad_token_id))
     state = TrainerState(
         step=0,
-        sampler=PromptSampler(train_prompts, config.seed),
+        sampler=PromptSampler(data.train, config.seed),
         running_moments=RunningMoments(),
-        kl_controller=_kl_controller(config),
+        kl_controller=new_kl_controller(config),
     )
-    if folder.resumed_from is not None:
-        with console.stage("load checkpoint"):
-            actor.load(folder.resumed_from.folder / ACTOR)
-            state.load(folder.resumed_from.folder)
-        console.message(f"resumed after step {state.step} from {folder.resumed_from.folder}")
-    elif config.resume_from_checkpoint is True:
-        console.warning("resume_from_checkpoint: no complete checkpoint was found; starting from the beginning")
-    validation = config.validation
+    _resume(config, folder, console, actor, critic, state)
+    validation, length = config.validation, config.max_response_length
+    training = sampling(config.actor_infer.generating_args, config.num_return_sequences_in_group, length, data.stop_ids)
     return Parts(
         executor=executor,
         actor_train=actor,
         actor_infer=generator,
         reference=reference,
+        critic=critic,
         rewards=rewards,
+        collector=_collector(config, state, generator, rewards, training, data.tokenizer),
+        experience=experience_settings(config),
         state=state,
-        output=_output(config, folder, console, state.step + 1, tokenizer),
-        sampling=_sampling(config, config.actor_infer.generating_args, config.num_return_sequences_in_group, stop_ids),
-        advantage_settings=_advantage_settings(config),
-        validation_prompts=validation_prompts,
-        validation_sampling=_sampling(config, validation.generating_args, 1, stop_ids) if validation else None,
-        num_prompts_dropped=len(datasets.train) - len(train_prompts),
-        text_of=lambda completion: tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
+        output=_output(config, folder, console, state.step + 1, data.tokenizer),
+        sampling=training,
+        validation_prompts=data.validation,
+        validation_sampling=sampling(validation.generating_args, 1, length, data.stop_ids) if validation else None,
+        num_prompts_dropped=len(datasets.train) - len(data.train),
+    )
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    """Prompts, and the tokenizer that made them."""
+
+    tokenizer: Any
+    train: tuple[Prompt, ...]
+    validation: tuple[Prompt, ...]
+    stop_ids: tuple[int, ...]
+
+
+def _tokenized(config: ExperimentConfig, datasets: Datasets, checkpoint: Path, console: Console) -> _Tokenized:
+    with console.stage("tokenize prompts"):
+        tokenizer = load_tokenizer(checkpoint)
+        train = tokenize(datasets.train, tokenizer, config.actor_train.data_args, config.prompt_length)
+        validation: tuple[Prompt, ...] = ()
+        if config.validation is not None:
+            args = config.validation.data_args
+            validation = tokenize(datasets.validation, tokenizer, args, config.prompt_length)
+    return _Tokenized(tokenizer, train, validation, stop_token_ids(tokenizer, checkpoint))
+
+
+def _resume(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    console: Console,
+    actor: Actor,
+    critic: Critic | None,
+    state: TrainerState,
+) -> None:
+    """Load the checkpoint to go on from, if there is one."""
+    if folder.resumed_from is None:
+        if config.resume_from_checkpoint is True:
+            console.warning("resume_from_checkpoint: no complete checkpoint was found; starting from the beginning")
+        return
+    source = folder.resumed_from.folder
+    with console.stage("load checkpoint"):
+        actor.load(source / ACTOR)
+        if critic is not None:
+            critic.load(source / CRITIC)
+        state.load(source)
+    console.message(f"resumed after step {state.step} from {source}")
+
+
+def _collector(
+    config: ExperimentConfig,
+    state: TrainerState,
+    generator: Generator,
+    rewards: Judge,
+    training: Sampling,
+    tokenizer: Any,
+) -> Collector:
+    return Collector(
+        state.sampler,
+        generator,
+        rewards,
+        training,
+        lambda completion: tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
+        num_prompts=config.rollout_batch_size,
+        query_filter=query_filter_settings(config),
+        max_rounds=config.max_sampling_rounds,
     )
 
 
@@ -160,50 +217,44 @@ def stop_token_ids(tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def _model_setup(config: ExperimentConfig, checkpoint: Path, dtype: str, micro_batch_size: int) -> ModelSetup:
-    return ModelSetup(
-        checkpoint=checkpoint,
-        dtype=DTYPES[dtype],
-        micro_batch_size=micro_batch_size,
-        temperature=config.actor_infer.generating_args.temperature,
-        seed=config.seed,
-    )
-
-
 def _actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
     role = config.actor_train
-    args = role.training_args
-    total_steps = config.updates_per_rollout * config.max_steps
-    optimizer = OptimizerSetup(
-        learning_rate=args.learning_rate,
-        total_steps=total_steps,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_steps or round(args.warmup_ratio * total_steps),
-        min_learning_rate=args.min_learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        epsilon=args.adam_epsilon,
-    )
-    setup = _model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size)
-    strategy = STRATEGIES.load(role.strategy_args.strategy_name)(setup, optimizer, role.strategy_args.strategy_config)
-    low, high = config.clip_range
-    loss = PolicyLossSettings(
-        importance_sampling=config.importance_sampling,
-        clip_low=low,
-        clip_high=high,
-        dual_clip_ratio=config.effective_dual_clip_ratio,
-        loss_agg_mode=config.loss_agg_mode,
-        response_length=config.max_response_length,
-        kl_loss_coef=config.kl_loss_coef,
-        kl_loss_type=config.kl_loss_type,
-        entropy_loss_coef=config.entropy_loss_coef,
-    )
+    setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size)
+    optimizer = optimizer_setup(config, role.training_args, config.num_updates)
+    args = role.strategy_args
+    strategy_class = STRATEGIES.load(args.strategy_name)
+    if isinstance(args, MegatronTrainArgs):
+        replay = role.router_replay
+        strategy = strategy_class(
+            setup, optimizer, args.strategy_config, router_replay=replay.mode, record_routing=replay.record
+        )
+    else:
+        strategy = strategy_class(setup, optimizer, args.strategy_config)
     return Actor(
         strategy,
-        loss,
+        policy_loss_settings(config),
         mini_batch_size=config.mini_batch_size,
-        micro_batch_size=args.per_device_train_batch_size,
+        micro_batch_size=role.training_args.per_device_train_batch_size,
+        num_epochs=config.ppo_epochs,
+        max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
+        seed=config.seed,
+        measure_mismatch=not config.enable_old_logprobs_recompute,
+    )
+
+
+def _critic(config: ExperimentConfig, checkpoint: Path, console: Console) -> Critic:
+    role = config.critic
+    assert role is not None  # the schema demands the block where the estimator needs a critic
+    if role.model_args.model_name_or_path is not None:
+        checkpoint = prepare_checkpoint(config, role.model_args.model_name_or_path, console)
+    setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size)
+    optimizer = optimizer_setup(config, role.training_args, config.critic_updates_per_rollout * config.max_steps)
+    args = role.strategy_args
+    return Critic(
+        VALUE_STRATEGIES.load(args.strategy_name)(setup, optimizer, args.strategy_config),
+        value_loss_settings(config),
+        mini_batch_size=config.critic_mini_batch_size,
+        micro_batch_size=role.training_args.per_device_train_batch_size,
         num_epochs=config.ppo_epochs,
         max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
         seed=config.seed,
@@ -215,52 +266,23 @@ def _reference(config: ExperimentConfig, checkpoint: Path, console: Console) -> 
     assert role is not None  # the schema demands the block where a KL term is on
     if role.model_args.model_name_or_path is not None:
         checkpoint = prepare_checkpoint(config, role.model_args.model_name_or_path, console)
-    setup = _model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size)
+    setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size)
     strategy = STRATEGIES.load(role.strategy_args.strategy_name)(setup, role.strategy_args.strategy_config)
     return Reference(strategy)
 
 
 def _generator(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
     role = config.actor_infer
-    setup = _model_setup(config, checkpoint, role.model_args.dtype, 1)
-    strategy_class = STRATEGIES.load(role.strategy_args.strategy_name)
-    if isinstance(role.strategy_args, VllmArgs):
-        strategy = strategy_class(setup, role.strategy_args.strategy_config, config.max_sequence_length)
+    setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
+    args = role.strategy_args
+    strategy_class = STRATEGIES.load(args.strategy_name)
+    if isinstance(args, VllmArgs):
+        replay = config.actor_train.router_replay
+        record = replay.mode == "R3" or replay.record
+        strategy = strategy_class(setup, args.strategy_config, config.max_sequence_length, record_routed_experts=record)
     else:
-        strategy = strategy_class(setup, role.strategy_args.strategy_config)
+        strategy = strategy_class(setup, args.strategy_config)
     return Generator(strategy, pad_token_id, config.seed)
-
-
-def _sampling(config: ExperimentConfig, args: GeneratingArgs, num_samples: int, stop_ids: tuple[int, ...]) -> Sampling:
-    return Sampling(
-        num_samples=args.num_return_sequences or num_samples,
-        max_new_tokens=args.max_new_tokens or config.max_response_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=max(args.top_k, 0),
-        stop_token_ids=stop_ids,
-    )
-
-
-def _advantage_settings(config: ExperimentConfig) -> AdvantageSettings:
-    return AdvantageSettings(
-        adv_estimator=config.adv_estimator,
-        gamma=config.gamma,
-        reward_norm=config.reward_norm,
-        reward_shift=config.reward_shift,
-        reward_scale=config.reward_scale,
-        reward_clip=config.reward_clip,
-        add_token_level_kl=config.add_token_level_kl,
-        kl_penalty=config.kl_penalty,
-        whiten_advantages=config.whiten_advantages,
-        advantage_clip=config.advantage_clip,
-    )
-
-
-def _kl_controller(config: ExperimentConfig) -> KLController | None:
-    if not config.add_token_level_kl or config.init_kl_coef is None:
-        return None
-    return kl_controller(config.init_kl_coef, config.target_kl, config.kl_horizon)
 
 
 def _output(config: ExperimentConfig, folder: RunFolder, console: Console, first_step: int, tokenizer: Any) -> Output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,23 @@ def read_datasets(config: ExperimentConfig) -> Datasets:
     validation = []
     if config.validation is not None:
         validation = _rows(config.validation.data_args, "validation.data_args.file_name", "validation")
+    if config.difficulty_loss_weight:
+        _check_difficulty(train)
     return Datasets(train, validation)
+
+
+def _check_difficulty(rows: list[DataRow]) -> None:
+    """`difficulty_loss_weight` reads the difficulty of every row, 0 (easy) to 1 (hard), as a number or its text."""
+    for row in rows:
+        try:
+            usable = math.isfinite(float(row.extra["difficulty"]))
+        except (KeyError, TypeError, ValueError):
+            usable = False
+        if not usable:
+            raise DataError(
+                f"difficulty_loss_weight: the row '{row.id}' has the difficulty {row.extra.get('difficulty')!r}; give "
+                "every row a number from 0 to 1, or set difficulty_loss_weight: false"
+            )
 
 
 def tokenize(rows: list[DataRow], tokenizer: Any, args: DataArgs, prompt_length: int) -> tuple[Prompt, ...]:

@@ -1,63 +1,141 @@
-"""From judged rollouts to what the actor trains on, with the metrics of both."""
+"""From judged rollouts to what actor and critic train on, with the metrics of both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from roll_gspo.algorithms.advantage import AdvantageSettings, advantages
 from roll_gspo.algorithms.correction import mismatch_metrics
-from roll_gspo.algorithms.kl import KLController
-from roll_gspo.algorithms.reward_norm import RunningMoments
-from roll_gspo.batch import Rollouts, TrainBatch
+from roll_gspo.algorithms.routing import expert_difference
+from roll_gspo.algorithms.sample_weighting import SampleMaskSettings, kept_samples, overlong_penalty, sample_weights
+from roll_gspo.algorithms.value_loss import explained_variance
+from roll_gspo.batch import Prompt, Rollouts, TrainBatch
 from roll_gspo.metrics import mean_of, to_floats
-from roll_gspo.rewards.base import RewardResult
+from roll_gspo.pipelines.collect import Collected
+from roll_gspo.pipelines.state import TrainerState
+
+
+@dataclass(frozen=True)
+class ExperienceSettings:
+    """The choices between a judged rollout and its training batch.
+
+    Attributes:
+        advantages: from scores to advantages.
+        masks: which samples the loss sees.
+        response_length: the longest response, in tokens.
+        length_loss_weight, difficulty_loss_weight: weigh samples by length, by the `difficulty` of their row.
+        overlong_buffer_length: tokens before `response_length` in which the score falls; None: it does not.
+        overlong_penalty_factor: how far it falls.
+    """
+
+    advantages: AdvantageSettings
+    masks: SampleMaskSettings
+    response_length: int
+    length_loss_weight: bool = False
+    difficulty_loss_weight: bool = False
+    overlong_buffer_length: int | None = None
+    overlong_penalty_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenScoring:
+    """What the models say of a rollout's tokens.
+
+    Attributes:
+        old_log_probs: [B, T] of the policy that the ratio is taken against.
+        ref_log_probs: [B, T] of the reference, or None.
+        values: [B, T] of the critic, or None.
+        routed_experts: [B, S, L, K] that routers replay or are compared with, or None.
+    """
+
+    old_log_probs: Tensor
+    ref_log_probs: Tensor | None = None
+    values: Tensor | None = None
+    routed_experts: Tensor | None = None
 
 
 def train_batch(
-    rollouts: Rollouts,
-    scores: Tensor,
-    old_log_probs: Tensor,
-    ref_log_probs: Tensor | None,
-    settings: AdvantageSettings,
-    kl_controller: KLController | None,
-    running: RunningMoments,
+    collected: Collected, scoring: TokenScoring, settings: ExperienceSettings, state: TrainerState
 ) -> tuple[TrainBatch, dict[str, float]]:
-    """Advantages of a rollout, and the batch that carries them.
-
-    Args:
-        scores: [B] float32 of the reward workers.
-        old_log_probs: [B, T] of the policy that the ratio is taken against.
-        ref_log_probs: [B, T] of the reference, or None.
-        kl_controller: of the token-level KL, or None where it is off; it is told this rollout's KL.
-        running: moments of all scores so far, for `reward_norm: running`.
-    """
+    """Advantages of a rollout and the batch that carries them; `state` takes in its scores and its KL."""
+    rollouts = collected.rollouts
     mask = rollouts.sequences.response_mask
-    kl_coef = kl_controller.kl_coef if kl_controller else 0.0
-    values, metrics = advantages(
+    scores, metrics = _shaped_scores(collected, settings)
+    truncated = torch.tensor([completion.finish_reason == "length" for completion in rollouts.completions])
+    kept = kept_samples(collected.scores, rollouts.group_ids, truncated, settings.masks)
+    loss_mask = mask & kept[:, None]
+    controller = state.kl_controller
+    kl_coef = controller.kl_coef if controller else 0.0
+    estimated = advantages(
         scores,
         rollouts.group_ids,
         mask,
-        settings,
-        log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
+        settings.advantages,
+        log_probs=scoring.old_log_probs,
+        ref_log_probs=scoring.ref_log_probs,
         kl_coef=kl_coef,
-        running=running,
+        running=state.running_moments,
+        values=scoring.values,
+        loss_mask=loss_mask,
     )
-    if kl_controller is not None:
+    metrics |= estimated.statistics
+    if controller is not None:
         metrics["kl/coef"] = kl_coef
-        kl_controller.update(metrics["reward/kl"], len(rollouts))
+        controller.update(metrics["reward/kl"], len(rollouts))
+    if scoring.values is not None and estimated.returns is not None:
+        metrics["critic/explained_variance"] = explained_variance(scoring.values, estimated.returns, mask)
+    metrics["actor/masked_fraction"] = 1.0 - float(kept.double().mean())
+    weights = _weights(rollouts, kept, settings)
+    if weights is not None:
+        metrics["actor/sample_weight_max"] = float(weights.max())
     batch = TrainBatch(
-        sequences=rollouts.sequences,
+        sequences=replace(rollouts.sequences, response_mask=loss_mask),
         sample_ids=torch.arange(len(rollouts)),
-        advantages=values,
-        old_log_probs=old_log_probs,
+        advantages=estimated.advantages,
+        old_log_probs=scoring.old_log_probs,
         rollout_log_probs=rollouts.rollout_log_probs,
-        ref_log_probs=ref_log_probs,
+        ref_log_probs=scoring.ref_log_probs,
+        sample_weights=weights,
+        values=scoring.values,
+        returns=estimated.returns,
+        routed_experts=scoring.routed_experts,
     )
     return batch, metrics
+
+
+def _shaped_scores(collected: Collected, settings: ExperienceSettings) -> tuple[Tensor, dict[str, float]]:
+    """[B] scores, less the penalty of responses that come near the limit."""
+    scores = collected.scores
+    if settings.overlong_buffer_length is None:
+        return scores, {}
+    penalty = overlong_penalty(
+        collected.rollouts.sequences.response_mask.sum(-1),
+        settings.response_length,
+        settings.overlong_buffer_length,
+        settings.overlong_penalty_factor,
+    )
+    return scores + penalty, {"reward/overlong_penalty": float(penalty.double().mean())}
+
+
+def _weights(rollouts: Rollouts, kept: Tensor, settings: ExperienceSettings) -> Tensor | None:
+    if not settings.length_loss_weight and not settings.difficulty_loss_weight:
+        return None
+    return sample_weights(
+        rollouts.sequences.response_mask.sum(-1),
+        difficulties(rollouts.prompts) if settings.difficulty_loss_weight else None,
+        kept,
+        length_loss_weight=settings.length_loss_weight,
+        difficulty_loss_weight=settings.difficulty_loss_weight,
+    )
+
+
+def difficulties(prompts: Sequence[Prompt]) -> Tensor:
+    """[B] float32 `difficulty` of the rows that samples come from; every row was seen to have one at the start."""
+    return torch.tensor([float(prompt.row["difficulty"]) for prompt in prompts])
 
 
 def mismatch(rollouts: Rollouts, old_log_probs: Tensor) -> dict[str, float]:
@@ -72,8 +150,8 @@ def entropy_metrics(rollouts: Rollouts, entropy: Tensor | None) -> dict[str, flo
     return to_floats({"actor/entropy": mean_of(entropy, rollouts.sequences.response_mask)})
 
 
-def rollout_metrics(rollouts: Rollouts, results: Sequence[RewardResult]) -> dict[str, float]:
-    """Lengths, truncation and failed rewards of a rollout."""
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Lengths and truncation of the samples that the step trains on."""
     lengths = rollouts.sequences.response_mask.sum(-1)
     truncated = sum(c.finish_reason == "length" for c in rollouts.completions)
     return {
@@ -82,7 +160,14 @@ def rollout_metrics(rollouts: Rollouts, results: Sequence[RewardResult]) -> dict
         "rollout/response_length_min": float(lengths.min()),
         "rollout/prompt_length_mean": float(rollouts.sequences.prompt_lengths.double().mean()),
         "rollout/truncated_fraction": truncated / len(rollouts),
-        "rollout/num_tokens": float(lengths.sum()),
         "rollout/weights_version": float(rollouts.weights_version),
-        "reward/failed": float(sum(r.failed is not None for r in results)),
     }
+
+
+def routing_metrics(rollouts: Rollouts, routed_experts: Tensor | None) -> dict[str, float]:
+    """How far the trainer's experts [B, S, L, K] are from the generation engine's, where both are known."""
+    if routed_experts is None or rollouts.routed_experts is None:
+        return {}
+    positions = rollouts.sequences.predicting_mask
+    difference = expert_difference(routed_experts, rollouts.routed_experts, positions)
+    return to_floats({"routing/rollout_mismatch": difference})

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from roll_gspo.batch import Rollouts
 from roll_gspo.checkpoint import CheckpointStore
-from roll_gspo.pipelines.state import ACTOR, TrainerState
+from roll_gspo.pipelines.state import ACTOR, CRITIC, TrainerState
 from roll_gspo.report.page import write_report
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.actor import Actor
+from roll_gspo.roles.critic import Critic
 from roll_gspo.tracking.base import Trackers
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
@@ -105,11 +106,14 @@ class Output:
         ]
         self._rollouts.write(step, records)
 
-    def save(self, step: int, actor: Actor, state: TrainerState) -> None:
+    def save(self, step: int, actor: Actor, critic: Critic | None, state: TrainerState) -> None:
         """A complete checkpoint of the run, then the report so far."""
         with self._checkpoints.writing(step) as folder:
             (folder / ACTOR).mkdir()
             actor.save(folder / ACTOR)
+            if critic is not None:
+                (folder / CRITIC).mkdir()
+                critic.save(folder / CRITIC)
             if self._save_hf_model:
                 (folder / HF_EXPORT).mkdir()
                 actor.save_hf(folder / HF_EXPORT)

@@ -32,6 +32,8 @@ def check_engines(config: ExperimentConfig) -> None:
     roles = {"actor_train": config.actor_train, "actor_infer": config.actor_infer}
     if config.needs_reference and config.reference is not None:
         roles["reference"] = config.reference
+    if config.needs_critic and config.critic is not None:
+        roles["critic"] = config.critic
     missing = []
     for role, block in roles.items():
         name = block.strategy_args.strategy_name
@@ -54,6 +56,8 @@ def check_models(config: ExperimentConfig) -> None:
     names = [config.actor_train.model_args.model_name_or_path or config.pretrain]
     if config.needs_reference and config.reference is not None:
         names.append(config.reference.model_args.model_name_or_path or config.pretrain)
+    if config.needs_critic and config.critic is not None:
+        names.append(config.critic.model_args.model_name_or_path or config.pretrain)
     for name in names:
         check_model_name(name)
 

@@ -1,7 +1,7 @@
 """Reinforcement learning from verifiable rewards: the training loop.
 
-sample prompts -> generate groups -> score -> log-probs (reference, old) -> advantages -> policy updates
--> hand the weights to the generation engine -> validate, log, save
+sample prompts -> generate groups -> score (and replace groups that teach nothing) -> log-probs (reference, old),
+values -> advantages -> critic and policy updates -> hand the weights to the generation engine -> validate, log, save
 """
 
 from __future__ import annotations
@@ -10,18 +10,26 @@ import logging
 
 import torch
 
-from roll_gspo.batch import Rollouts
+from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.pipelines.build import Parts, build_parts
-from roll_gspo.pipelines.experience import entropy_metrics, mismatch, rollout_metrics, train_batch
+from roll_gspo.pipelines.collect import Collected
+from roll_gspo.pipelines.experience import (
+    TokenScoring,
+    entropy_metrics,
+    mismatch,
+    rollout_metrics,
+    routing_metrics,
+    train_batch,
+)
 from roll_gspo.pipelines.interrupt import Interrupt, graceful_interrupt
 from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.run_folder import open_run_folder
 from roll_gspo.pipelines.state import TrainerState
 from roll_gspo.pipelines.transfer_check import check_transfer
-from roll_gspo.rewards.base import RewardResult
-from roll_gspo.tracking.console import Console, Progress
+from roll_gspo.strategies.base import TokenScores
+from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.memory import rss_mb
 
 logger = logging.getLogger(__name__)
@@ -83,65 +91,79 @@ class Rlvr:
             stopping = self._interrupt.requested  # asked once: whoever stops has saved
             if last or stopping or step % config.save_steps == 0:
                 with self._console.stage("save"):
-                    self._output.save(step, self._parts.actor_train, state)
+                    self._output.save(step, self._parts.actor_train, self._parts.critic, state)
         return self._finish()
 
     def _step(self, step: int) -> dict[str, float]:
         parts, stage = self._parts, self._console.stage
-        prompts = parts.state.sampler.next_batch(self._config.rollout_batch_size)
-        with stage("generate") as progress:
-            rollouts = parts.actor_infer.generate(prompts, parts.sampling, f"step {step}", progress)
-        with stage("score") as progress:
-            results = self._score(rollouts, progress)
-        metrics = rollout_metrics(rollouts, results)
-        ref_log_probs = None
+        collected = parts.collector.collect(step, stage)
+        rollouts = collected.rollouts
+        metrics = collected.metrics | rollout_metrics(rollouts)
+        scoring, figures = self._score_tokens(rollouts)
+        with stage("advantages"):
+            batch, statistics = train_batch(collected, scoring, parts.experience, parts.state)
+        metrics |= figures | statistics
+        with stage("log"):  # before the update, which may fail and names samples of this file
+            domains = parts.rewards.domains(rollouts.prompts)
+            self._output.write_rollouts(step, rollouts, domains, collected.results, batch.advantages)
+        if parts.critic is not None:
+            with stage("update_critic") as progress:
+                metrics |= parts.critic.update(batch, step, progress)
+        metrics |= self._update_policy(batch, step, collected)
+        return metrics | parts.state.metrics() | {"data/prompts_dropped": float(parts.num_prompts_dropped)}
+
+    def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
+        """What reference, critic and trainer say of the sampled tokens, before any update."""
+        parts, stage = self._parts, self._console.stage
+        ref_log_probs = values = None
         if parts.reference is not None:
             with stage("reference_log_probs"):
                 ref_log_probs = parts.reference.log_probs(rollouts.sequences)
+        if parts.critic is not None:
+            with stage("values"):
+                values = parts.critic.values(rollouts.sequences)
         with stage("old_log_probs"):
-            old_log_probs = self._old_log_probs(rollouts, metrics)
-        with stage("advantages"):
-            scores = torch.tensor([r.score for r in results])
-            batch, statistics = train_batch(
-                rollouts,
-                scores,
-                old_log_probs,
-                ref_log_probs,
-                parts.advantage_settings,
-                parts.state.kl_controller,
-                parts.state.running_moments,
-            )
-        metrics |= statistics
-        with stage("log"):  # before the update, which may fail and names samples of this file
-            domains = parts.rewards.domains(rollouts.prompts)
-            self._output.write_rollouts(step, rollouts, domains, results, batch.advantages)
-        if bool((scores == scores[0]).all()):
-            logger.warning("step %d: every reward is %g; nothing to learn from, the update is skipped", step, scores[0])
-            metrics |= {"actor/num_updates": 0.0, "actor/skipped_updates": float(self._config.updates_per_rollout)}
-        else:
-            with stage("update") as progress:
-                metrics |= parts.actor_train.update(batch, step, progress)
-            with stage("sync_weights"):
-                parts.actor_infer.update_weights(parts.actor_train.weights(), step)
-        return metrics | parts.state.metrics() | {"data/prompts_dropped": float(parts.num_prompts_dropped)}
+            old_log_probs, own, metrics = self._old_log_probs(rollouts)
+        routed_experts = rollouts.routed_experts
+        if own is not None and self._config.actor_train.router_replay.mode != "R3":
+            routed_experts = own.routed_experts
+        return TokenScoring(old_log_probs, ref_log_probs, values, routed_experts), metrics
 
-    def _score(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:
-        responses = [self._parts.text_of(completion) for completion in rollouts.completions]
-        return self._parts.rewards.score(rollouts, responses, progress)
+    def _old_log_probs(self, rollouts: Rollouts) -> tuple[torch.Tensor, TokenScores | None, dict[str, float]]:
+        """Of the policy that the ratio is taken against, and all that the trainer said if it was asked.
 
-    def _old_log_probs(self, rollouts: Rollouts, metrics: dict[str, float]) -> torch.Tensor:
-        """Of the policy that the ratio is taken against; the first rollout also shows whether the engines agree."""
+        The first rollout also shows whether the engines agree.
+        """
         recompute = self._config.enable_old_logprobs_recompute
         if not recompute and self._checked_transfer:
-            return rollouts.rollout_log_probs
-        scores = self._parts.actor_train.score(rollouts.sequences)
-        own = scores.log_probs
-        if recompute:  # else only the first rollout of a process would have these figures
-            metrics |= mismatch(rollouts, own) | entropy_metrics(rollouts, scores.entropy)
+            return rollouts.rollout_log_probs, None, {}
+        own = self._parts.actor_train.score(rollouts.sequences)
         if not self._checked_transfer:
-            check_transfer(rollouts, own, self._parts.sampling, self._config.actor_train.model_args.dtype)
+            check_transfer(rollouts, own.log_probs, self._parts.sampling, self._config.actor_train.model_args.dtype)
             self._checked_transfer = True
-        return own if recompute else rollouts.rollout_log_probs
+        if not recompute:  # then the first mini-batch of every step measures the mismatch
+            return rollouts.rollout_log_probs, None, {}
+        metrics = mismatch(rollouts, own.log_probs) | entropy_metrics(rollouts, own.entropy)
+        return own.log_probs, own, metrics | routing_metrics(rollouts, own.routed_experts)
+
+    def _update_policy(self, batch: TrainBatch, step: int, collected: Collected) -> dict[str, float]:
+        """Train the actor and hand on its weights, or say why there is nothing to learn from."""
+        scores, stage = collected.scores, self._console.stage
+        reason = None
+        if step <= self._config.critic_warmup:
+            reason = f"critic_warmup: {self._config.critic_warmup}: only the critic trains"
+        elif bool((scores == scores[0]).all()):
+            reason = f"every reward is {scores[0]:g}; nothing to learn from, the update is skipped"
+        elif not bool(batch.response_mask.any()):
+            reason = "every sample is masked (max_len_mask, difficulty_mask); the update is skipped"
+        if reason is not None:
+            logger.warning("step %d: %s", step, reason)
+            return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self._config.updates_per_rollout)}
+        with stage("update") as progress:
+            metrics = self._parts.actor_train.update(batch, step, progress)
+        with stage("sync_weights"):
+            self._parts.actor_infer.update_weights(self._parts.actor_train.weights(), step)
+        return metrics
 
     def _validate(self) -> dict[str, float]:
         parts = self._parts
@@ -151,8 +173,7 @@ class Rlvr:
             rollouts = parts.actor_infer.generate(
                 parts.validation_prompts, parts.validation_sampling, "validation", progress
             )
-            results = self._score(rollouts)
-        scores = [r.score for r in results]
+            scores = [result.score for result in parts.collector.judge(rollouts)]
         return {
             "validation/score_mean": sum(scores) / len(scores),
             "validation/num_samples": float(len(scores)),

@@ -1,4 +1,4 @@
-"""Everything of a run, beside the actor, that its next step depends on."""
+"""Everything of a run, beside actor and critic, that its next step depends on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from roll_gspo.errors import CheckpointError
 
 FILE = "state.json"
 ACTOR = "actor_train"
+CRITIC = "critic"
 
 
 @dataclass

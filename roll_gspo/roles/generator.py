@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
-from roll_gspo.batch import Prompt, Rollouts
+from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.strategies.base import GenerateStrategy, Sampling, WeightSource
 
 
@@ -38,6 +38,10 @@ class Generator:
         """
         seeds = sample_seeds(self._seed, purpose, len(prompts), sampling.num_samples)
         completions = self._strategy.generate([p.token_ids for p in prompts], sampling, seeds, progress)
+        return self.collate(prompts, completions)
+
+    def collate(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Rollouts:
+        """Completions of the current weights, `[prompt][sample]`, as one rollout."""
         return Rollouts.collate(prompts, completions, self._pad_token_id, self.weights_version)
 
     def update_weights(self, source: WeightSource, version: int) -> None:

@@ -13,6 +13,15 @@ STRATEGIES = Registry(
     },
 )
 
+# engines of the critic: the same names hold a value head
+VALUE_STRATEGIES = Registry(
+    "critic.strategy_args.strategy_name",
+    {
+        "megatron_train": "roll_gspo.strategies.megatron.value:MegatronValue",
+        "hf_train": "roll_gspo.strategies.hf.value:HfValue",
+    },
+)
+
 # strategy_name -> (module that must be importable, how to get it)
 REQUIREMENTS = {
     "megatron_train": ("megatron.core", "pip install 'roll-gspo[megatron]'"),

@@ -98,7 +98,7 @@ def place(values: Tensor, response_mask: Tensor) -> Tensor:
 def score_in_micro_batches(
     sequences: Sequences, micro_batch_size: int, forward: Callable[[Sequences], TokenScores]
 ) -> TokenScores:
-    """Score trimmed pieces of samples that are about equally long; float32 on the CPU, [B, T] in the order given.
+    """Score trimmed pieces of samples that are about equally long; on the CPU, in the order and width given.
 
     Args:
         sequences: all samples.
@@ -111,4 +111,10 @@ def score_in_micro_batches(
     back = order.argsort().cpu()
     log_probs = pad_rows([part.log_probs.cpu() for part in parts], width)[back]
     entropies = [part.entropy.cpu() for part in parts if part.entropy is not None]
-    return TokenScores(log_probs, pad_rows(entropies, width)[back] if entropies else None)
+    routes = [part.routed_experts.cpu() for part in parts if part.routed_experts is not None]
+    positions = sequences.input_ids.shape[1]
+    return TokenScores(
+        log_probs,
+        pad_rows(entropies, width)[back] if entropies else None,
+        pad_rows(routes, positions, fill=-1)[back] if routes else None,
+    )

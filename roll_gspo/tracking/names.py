@@ -86,6 +86,35 @@ METRICS: dict[str, MetricInfo] = {
             _SUM,
         ),
         "actor/num_updates": ("Optimizer steps taken.", "optimizer steps", _SUM),
+        "actor/masked_fraction": (
+            "Samples that the loss does not see: `max_len_mask`, `difficulty_mask`.",
+            "fraction",
+            _SAMPLES,
+        ),
+        "actor/sample_weight_max": (
+            "Largest weight of a sample: `length_loss_weight`, `difficulty_loss_weight`; their mean is 1.",
+            "1",
+            "max over samples",
+        ),
+        "correction/weight_mean": ("Weight of `train_infer_correction` on the loss.", "1", _TOKENS),
+        "correction/bounded_fraction": (
+            "Weights of `train_infer_correction` that were truncated or masked.",
+            "fraction",
+            _TOKENS,
+        ),
+        "critic/loss": ("Value loss.", "loss", _UPDATES),
+        "critic/value_mean": ("Value that the critic predicts during its updates.", "reward", _TOKENS),
+        "critic/return_mean": ("Return that the critic learns to predict.", "reward", _TOKENS),
+        "critic/explained_variance": (
+            "1 - var(return - value) / var(return) before the update; 1 is a perfect critic, 0 as good as a constant.",
+            "fraction",
+            "value over response tokens",
+        ),
+        "critic/clip_fraction": ("Values whose loss `value_clip` bounds.", "fraction", _TOKENS),
+        "critic/grad_norm": ("Global gradient norm of the critic before clipping.", "norm", _UPDATES),
+        "critic/lr": ("Learning rate of the critic's last optimizer step.", "1", _STEP),
+        "critic/num_updates": ("Optimizer steps of the critic.", "optimizer steps", _SUM),
+        "critic/skipped_updates": ("Optimizer steps of the critic that were skipped.", "optimizer steps", _SUM),
         "mismatch/log_prob_diff_mean": (
             "|log-probability of the trainer - of the generation engine|, same weights.",
             "nats",
@@ -102,6 +131,23 @@ METRICS: dict[str, MetricInfo] = {
             "fraction",
             _STEP,
         ),
+        "routing/rollout_mismatch": (
+            "Activated experts of the trainer that the generation engine did not choose for the same token, same "
+            "weights.",
+            "fraction",
+            "mean over experts of tokens that predict a response token",
+        ),
+        "routing/update_shift": (
+            "Activated experts that the routers would choose during the updates and did not choose before: for the old "
+            "log-probs; with R3, or where those are not recomputed, in the generation engine.",
+            "fraction",
+            "mean over experts of tokens that predict a response token",
+        ),
+        "routing/replayed_fraction": (
+            "Tokens whose experts were replayed in the updates.",
+            "fraction",
+            "mean over layers of tokens that predict a response token",
+        ),
         "reward/score_mean": ("Score of the reward workers, before normalisation.", "score", _SAMPLES),
         "reward/score_std": ("Spread of the scores.", "score", "standard deviation over samples"),
         "reward/score_min": ("Lowest score.", "score", "min over samples"),
@@ -113,6 +159,11 @@ METRICS: dict[str, MetricInfo] = {
             _TOKENS,
         ),
         "reward/failed": ("Samples whose reward could not be computed.", "samples", _SUM),
+        "reward/overlong_penalty": (
+            "What `overlong_buffer_length` added to the scores (0 or less).",
+            "score",
+            _SAMPLES,
+        ),
         "reward/clip_fraction": ("Normalised rewards cut by `reward_clip`.", "fraction", _SAMPLES),
         "reward/groups_without_spread": (
             "Groups whose scores are all equal, so that they teach nothing.",
@@ -138,9 +189,24 @@ METRICS: dict[str, MetricInfo] = {
             "fraction",
             _SAMPLES,
         ),
-        "rollout/num_tokens": ("Response tokens generated.", "tokens", _SUM),
+        "rollout/num_tokens": ("Response tokens generated, those of dropped groups included.", "tokens", _SUM),
+        "rollout/score_mean": (
+            "Score of every sample generated in the step, before dynamic sampling drops groups: the figure to compare "
+            "algorithms by.",
+            "score",
+            _SAMPLES,
+        ),
         "rollout/tokens_per_s": ("Response tokens a second of `time/generate`.", "tokens/s", _STEP),
         "rollout/weights_version": ("Version of the weights that sampled the rollout.", "version", _STEP),
+        "sampling/rounds": ("Generations until the batch was full (`query_filter_config`).", "generations", _STEP),
+        "sampling/prompts": ("Prompts used up for the batch.", "prompts", _SUM),
+        "sampling/groups_dropped": ("Groups that `query_filter_config` rejected.", "groups", _SUM),
+        "sampling/groups_filled": (
+            "Rejected groups that filled the batch all the same, after `max_sampling_rounds`.",
+            "groups",
+            _SUM,
+        ),
+        "sampling/tokens_dropped": ("Response tokens of groups that nothing was trained on.", "tokens", _SUM),
         "data/epoch": ("Passes over the training data so far.", "epochs", _STEP),
         "data/prompts_dropped": (
             "Prompts left out, e.g. because they are longer than `prompt_length`.",
@@ -155,6 +221,8 @@ METRICS: dict[str, MetricInfo] = {
         "time/reference_log_probs": ("Forward passes of the reference.", "s", _SUM),
         "time/old_log_probs": ("Forward passes for the old log-probabilities.", "s", _SUM),
         "time/advantages": ("Rewards to advantages.", "s", _SUM),
+        "time/values": ("Forward passes of the critic.", "s", _SUM),
+        "time/update_critic": ("Optimizer steps of the critic.", "s", _SUM),
         "time/update": ("Optimizer steps: forward, backward, update.", "s", _SUM),
         "time/sync_weights": ("Moving the new weights into the generation engine.", "s", _SUM),
         "time/validate": ("Validation.", "s", _SUM),

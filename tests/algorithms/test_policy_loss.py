@@ -9,9 +9,10 @@ from reference import gspo_reference as reference
 from reference.gspo_cases import Case, random_case
 
 from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES, Denominators
+from roll_gspo.algorithms.correction import CorrectionSettings
 from roll_gspo.algorithms.policy_loss import PolicyLossSettings, policy_loss
 from roll_gspo.algorithms.ratio import RATIOS
-from roll_gspo.metrics import merge, to_floats
+from roll_gspo.metrics import to_floats
 
 LEVELS, MODES = sorted(RATIOS), sorted(LOSS_AGG_MODES)
 GSPO = PolicyLossSettings("seq", 3e-4, 4e-4, None, "seq-mean-token-mean", response_length=8)
@@ -119,12 +120,13 @@ def test_policy_loss_gradcheck(level, mode):
     assert torch.autograd.gradcheck(total, (case.log_probs.requires_grad_(), entropy), eps=1e-7)
 
 
+@pytest.mark.parametrize("name", ["clip", "cispo", "sapo"])
 @pytest.mark.parametrize("mode", MODES)
-def test_policy_loss_seq_token_equals_seq_for_constant_advantages(mode):
+def test_policy_loss_seq_token_equals_seq_for_constant_advantages(mode, name):
     case = random_case(5, batch=8, width=9, spread=0.5, constant_advantages=True)
     case.log_probs[2, 0] = case.old[2, 0] - 30  # beyond the clamp
-    seq_loss, seq_gradient, _ = loss_and_gradient(case, replace(WIDE, loss_agg_mode=mode))
-    chosen = replace(WIDE, importance_sampling="seq_token", loss_agg_mode=mode)
+    seq_loss, seq_gradient, _ = loss_and_gradient(case, replace(WIDE, loss_agg_mode=mode, policy_loss=name))
+    chosen = replace(WIDE, importance_sampling="seq_token", loss_agg_mode=mode, policy_loss=name)
     loss, gradient, _ = loss_and_gradient(case, chosen)
     torch.testing.assert_close(loss, seq_loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, seq_gradient, rtol=1e-9, atol=1e-14)
@@ -145,34 +147,6 @@ def test_policy_loss_seq_token_differs_from_seq_for_token_advantages():
     lengths = case.mask.sum(-1, keepdim=True).clamp(min=1)
     expected = torch.where(case.mask, -s * case.advantages / lengths / case.mask.any(-1).sum(), 0.0)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("level", LEVELS)
-def test_policy_loss_is_invariant_to_split_order_and_padding(level, mode):
-    case = random_case(7, batch=8, width=6, dtype=torch.float32)
-    chosen = replace(FULL, importance_sampling=level, loss_agg_mode=mode)
-    denominators = Denominators.of(case.mask)
-    whole, gradient, metrics = loss_and_gradient(case, chosen)
-    order = torch.tensor([6, 1, 3, 0, 7, 5, 2, 4])
-    for size in (1, 3, 8):
-        shares, parts, gradients = [], [], torch.zeros_like(gradient)
-        for rows in order.split(size):
-            padded = [
-                torch.nn.functional.pad(t[rows], (0, 4), value=math.nan)
-                for t in (case.log_probs, case.old, case.advantages, case.ref)
-            ]
-            mask = torch.nn.functional.pad(case.mask[rows], (0, 4))
-            piece = Case(padded[0], padded[1], padded[2], mask, padded[3])
-            share, piece_gradient, piece_metrics = loss_and_gradient(piece, chosen, denominators)
-            shares.append(share)
-            parts.append(piece_metrics)
-            gradients[rows] = piece_gradient[:, :6]
-            assert float(piece_gradient[:, 6:].abs().sum()) == 0
-        torch.testing.assert_close(sum(shares), whole, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(gradients, gradient, rtol=1e-6, atol=1e-7)
-        merged, expected = to_floats(merge(parts)), to_floats(metrics)
-        assert merged == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
@@ -283,13 +257,118 @@ def test_policy_loss_without_reference_or_entropy():
         policy_loss(case.log_probs, None, batch, denominators, replace(WIDE, entropy_loss_coef=0.1))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_policy_loss_sample_weights_multiply_the_pg_loss_alone(mode):
+    case = random_case(3, weighted=True)
+    chosen = replace(FULL, loss_agg_mode=mode)
+    _, gradient, metrics = loss_and_gradient(case, chosen)
+    case.weights, weights = torch.full_like(case.weights, 3.0), case.weights
+    _, tripled, figures = loss_and_gradient(case, chosen)
+    plain = loss_and_gradient(replace(case, weights=None), chosen)[2]
+    figures, plain, metrics = to_floats(figures), to_floats(plain), to_floats(metrics)
+    assert figures["actor/pg_loss"] == pytest.approx(3 * plain["actor/pg_loss"])
+    changed = {"actor/pg_loss", "actor/total_loss"}
+    assert all(figures[name] == plain[name] == metrics[name] for name in plain.keys() - changed)
+    # The weights of the samples are independent: each scales the gradient of its own pg loss.
+    without = replace(chosen, kl_loss_coef=0.0, entropy_loss_coef=0.0)
+    others = loss_and_gradient(case, chosen)[1] - loss_and_gradient(case, without)[1]
+    expected = others + (tripled - others) / 3 * weights[:, None]
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_policy_loss_of_a_zero_sample_weight_keeps_the_denominators():
+    case = random_case(3, weighted=True)
+    case.weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    dropped = replace(case, advantages=case.advantages * case.weights[:, None], weights=None)
+    loss, gradient, _ = loss_and_gradient(case, WIDE)
+    expected, expected_gradient, _ = loss_and_gradient(dropped, WIDE)
+    torch.testing.assert_close((loss, gradient), (expected, expected_gradient))
+
+
+def test_policy_loss_of_a_masked_sample_leaves_the_others_a_smaller_denominator():
+    case = random_case(3)
+    case.mask[2] = False
+    kept = [0, 1, 3, 4]
+    fewer = Case(*[t[kept] for t in (case.log_probs, case.old, case.advantages, case.mask, case.ref)])
+    loss, gradient, metrics = loss_and_gradient(case, FULL)
+    expected, expected_gradient, expected_metrics = loss_and_gradient(fewer, FULL)
+    torch.testing.assert_close((loss, gradient[kept]), (expected, expected_gradient))
+    assert to_floats(metrics) == pytest.approx(to_floats(expected_metrics))
+
+
+def test_policy_loss_luspo_is_gspo_with_each_sequence_times_its_length():
+    # arXiv 2602.05261: the objective of a sequence times |y_i|, as a sum over its tokens or as a sample weight.
+    case = random_case(5, batch=8, width=9, constant_advantages=True)
+    summed = loss_and_gradient(case, replace(WIDE, loss_agg_mode="seq-mean-token-sum"))
+    weighted = loss_and_gradient(replace(case, weights=case.mask.sum(-1)), WIDE)
+    torch.testing.assert_close(summed[:2], weighted[:2], rtol=1e-12, atol=1e-14)
+    mask, s = case.mask.tolist(), reference.ratios(*[t.tolist() for t in (case.log_probs, case.old, case.mask)], "seq")
+    terms = [
+        sum(row) * reference.surrogate_loss(rho[0], a[0], 0.2, 0.27, None)
+        for row, rho, a in zip(mask, s, case.advantages.tolist(), strict=True)
+        if any(row)
+    ]
+    assert float(summed[0]) == pytest.approx(sum(terms) / len(terms))
+
+
+def test_policy_loss_correction_multiplies_the_token_losses():
+    case = hand_case()
+    rollout = case.old - torch.tensor([[math.log(2.0), 0.0, 0.0], [0.0, math.log(4.0), 0.0]])
+    correction = CorrectionSettings("token", "truncate", 0.0, 3.0)
+    chosen = replace(WIDE, importance_sampling="token", loss_agg_mode="token-mean", correction=correction)
+    loss, gradient, metrics = loss_and_gradient(replace(case, rollout=rollout), chosen)
+    assert float(loss) == pytest.approx((2 * -1.27 - math.exp(-0.1) + 2 + 3 * 2 * 0.8 + 2) / 5)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, -math.exp(-0.1), 0.0], [2.0, 0.0, 2.0]]) / 5)
+    figures = to_floats(metrics)
+    assert figures["correction/weight_mean"] == pytest.approx((2 + 1 + 1 + 3 + 1) / 5)
+    assert figures["correction/bounded_fraction"] == pytest.approx(1 / 5)
+    assert figures["actor/clip_fraction"] == pytest.approx(2 / 5)
+
+
+def test_policy_loss_mask_decides_whatever_the_token_ids_say():
+    # EOS may be the padding token: an EOS in the mask is trained on, a padding token outside is not.
+    case = random_case(3)
+    batch = case.batch()
+    denominators = Denominators.of(case.mask)
+    losses = []
+    for token in (0, 7):
+        sequences = replace(batch.sequences, input_ids=torch.full_like(batch.sequences.input_ids, token))
+        log_probs = case.log_probs.clone().requires_grad_()
+        loss, _ = policy_loss(log_probs, None, replace(batch, sequences=sequences), denominators, WIDE)
+        losses.append((float(loss.detach()), torch.autograd.grad(loss, log_probs)[0]))
+    assert losses[0][0] == losses[1][0]
+    assert torch.equal(losses[0][1], losses[1][1])
+    last = case.mask.sum(-1) - 1  # the end-of-sequence token of the first sample carries a gradient
+    assert float(losses[0][1][0, last[0]].abs()) > 0
+
+
+def test_policy_loss_high_and_low_clips_add_up():
+    case = random_case(5, batch=8, width=9, spread=1.0)
+    for name in ("clip", "cispo", "gmpo"):
+        chosen = replace(WIDE, importance_sampling="token", policy_loss=name)
+        figures = to_floats(loss_and_gradient(case, chosen)[2])
+        both = figures["actor/clip_fraction_high"], figures["actor/clip_fraction_low"]
+        assert min(both) > 0
+        assert sum(both) == pytest.approx(figures["actor/clip_fraction"])
+    for name in ("sapo", "topr"):
+        chosen = replace(WIDE, importance_sampling="token", policy_loss=name, clip_low=None, clip_high=None)
+        assert "actor/clip_fraction_high" not in loss_and_gradient(case, chosen)[2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"importance_sampling": "sequence"}, "importance_sampling: unknown"),
         ({"loss_agg_mode": "mean"}, "loss_agg_mode: unknown"),
         ({"kl_loss_type": "full"}, "kl_loss_type: unknown"),
-        ({"clip_low": -0.1}, "negative"),
+        ({"clip_low": -0.1}, "clip_low: policy_loss clip needs 0 or more, not -0.1"),
+        ({"clip_high": None}, "clip_high: policy_loss clip needs 0 or more, not None"),
+        ({"policy_loss": "ppo"}, "policy_loss: unknown value 'ppo'; use one of cispo, clip, gmpo, sapo, topr"),
+        ({"policy_loss": "gmpo"}, "importance_sampling: policy_loss gmpo forms the ratio .* set token instead of seq"),
+        ({"policy_loss": "topr"}, "importance_sampling: policy_loss topr forms the ratio .* set token instead of seq"),
+        ({"policy_loss": "cispo", "clip_low": None}, "clip_low: policy_loss cispo needs"),
+        ({"policy_loss": "sapo", "dual_clip_ratio": 3.0}, "dual_clip_ratio: acts with policy_loss clip"),
+        ({"policy_loss": "sapo", "sapo_tau_negative": 0.0}, "sapo_tau_positive, sapo_tau_negative: must be above 0"),
         ({"dual_clip_ratio": 1.0}, "dual_clip_ratio"),
         ({"response_length": 0}, "response_length"),
     ],

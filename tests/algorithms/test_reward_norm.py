@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -89,6 +90,17 @@ def test_running_moments_of_pieces_are_those_of_the_whole():
     assert moments.count == 50
     assert moments.mean == pytest.approx(float(values.mean()), rel=1e-12)
     assert moments.std == pytest.approx(float(values.std()), rel=1e-10)
+
+
+def test_running_moments_leave_out_what_is_not_finite():
+    moments, clean = RunningMoments(), RunningMoments()
+    moments.update(torch.tensor([1.0, math.nan, 3.0]))
+    moments.update(torch.tensor([math.inf, -math.inf]))
+    moments.update(torch.tensor([8.0]))
+    clean.update(torch.tensor([1.0, 3.0, 8.0]))
+    assert moments.count == 3
+    assert moments.mean == pytest.approx(clean.mean, rel=1e-12)
+    assert moments.std == pytest.approx(clean.std, rel=1e-12)
 
 
 def test_running_moments_resume():

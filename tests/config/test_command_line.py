@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from roll_gspo.run import _run_name
-
 ROOT = Path(__file__).parents[2]
 FORBID = """
 import sys
@@ -106,7 +104,7 @@ def test_several_devices_are_planned_but_refused_to_run(command: Command) -> Non
     [
         (("--config-name", "example_gsp"), "no configuration 'example_gsp'; did you mean 'example_gspo'?"),
         (("--config-name", "example_gspo", "adv_estimator=grp"), "no option 'grp'; did you mean 'grpo'? (known: "),
-        (("--config-name", "example_gspo", "adv_estimator=gae"), "not supported yet: this estimator ('gae')"),
+        (("--config-name", "example_gspo", "adv_estimator=gigpo"), "not supported yet: this estimator ('gigpo')"),
         (("--config-name", "example_gspo", "max_steps"), "missing EQUAL"),
         (("max_steps=3",), "--config-name: missing"),
     ],
@@ -157,18 +155,20 @@ def test_group_option_on_a_flat_file_is_told_the_plus(command: Command) -> None:
     assert "write +importance_sampling=OPTION to add one" in text
 
 
+def test_null_of_a_group_is_its_option_none_or_explained(command: Command) -> None:
+    text = command("--config-name", "example_gspo", "reward_norm=null", "kl=null", "--cfg", "job")
+    composed = OmegaConf.create(text)
+    assert composed.reward_norm is None and composed.use_kl_loss is False
+    text = command("--config-name", "example_gspo", "adv_estimator=null", "--dry-run", code=2)
+    assert "adv_estimator: null is no option of this group" in text
+
+
 def test_multirun_gives_each_run_its_own_process_and_leaves_nothing(command: Command) -> None:
     (command.folder / "mine.yaml").write_text("defaults: [example_gspo, _self_]\nexp_name: mine\n")
     text = command("--config-dir", ".", "--config-name", "mine", "--multirun", "seed=0,1", "strategy=hf", "--dry-run")
     assert text.count("plan of mine") == 2 and text.index("seed 0") < text.index("seed 1")
     assert text.count("hf_train ") == 2
     assert [file.name for file in command.folder.iterdir()] == ["mine.yaml"]
-
-
-def test_multirun_names_each_run_after_what_varies() -> None:
-    assert _run_name(["++seed=1", "importance_sampling=token"], 3) == "003_seed-1_importance_sampling-token"
-    assert _run_name(['++exp_name="a b\'/.."'], 0) == "000_exp_name-a-b-..-"
-    assert len(_run_name([f"++key={'x' * 500}"], 12)) <= 120
 
 
 def test_multirun_stops_at_the_first_configuration_error(command: Command) -> None:

@@ -8,9 +8,10 @@ import pytest
 from composed import load_config
 
 from roll_gspo.config.base import parse_device_mapping
-from roll_gspo.config.legacy import IGNORED, NOT_SUPPORTED_YET
+from roll_gspo.config.legacy import IGNORED, NOT_SUPPORTED_YET, ROLES
 from roll_gspo.config.load import known_keys
 from roll_gspo.errors import ConfigError
+from roll_gspo.pipelines.plan import make_plan
 
 HERE = Path(__file__).parent
 
@@ -203,7 +204,10 @@ def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
             ("reference.strategy_args.strategy_config.use_distributed_optimizer=true",),
             "strategy_config.use_distributed_optimizer acts with megatron_train only",
         ),
-        (("gamma=0.9", "adv_estimator=rloo"), "gamma acts with adv_estimator: reinforce only"),
+        (
+            ("gamma=0.9", "adv_estimator=rloo"),
+            "gamma acts with adv_estimator: reinforce, reinforce_plus_plus or gae only",
+        ),
         (("pg_clip=0.1", "dual_clip_ratio=3"), "pg_clip acts with use_pg_clip_range: false only"),
         (("kl_loss_type=mse", "use_kl_loss=false", "kl_loss_coef=0"), "kl_loss_type acts with use_kl_loss: true only"),
         (("kl_penalty=k3",), "kl_penalty acts with add_token_level_kl: true only"),
@@ -323,6 +327,12 @@ def test_values_left_open_are_all_named(tmp_path: Path) -> None:
         ("actor_infer.generating_args.num_beams=4", "not supported yet: beam search (value 4)"),
         ("actor_train.model_args.lora_target=all-linear", "not supported yet: LoRA (value 'all-linear')"),
         ("max_ckpt_to_keep=3", "write checkpoint_config.max_ckpt_to_keep"),
+        ("pg_variant=tis", "pg_variant: not supported yet: this name (write policy_loss) (value 'tis')"),
+        ("+actor_train.pg_variant=tis", "this name (write policy_loss)"),
+        ("error_max_len_clip=true", "not supported yet: a clip of the rewards of overlong responses"),
+        ("+train_infer_correction={filters:[{enabled:true}]}", "write level, mode, lower_bound and upper_bound"),
+        ("+reference.router_replay={mode:R2}", "this place (write actor_train.router_replay)"),
+        ("rewards.column_addition.query_filter_config.type=std_filter", "a filter for each domain (write query_filter"),
         ("rewards.column_addition.judge_api_key=secret", "not supported yet: judge models"),
         ("+rollout_mock={enable:true,mode:dump}", "not supported yet: record and replay of rollouts"),
     ],
@@ -342,7 +352,7 @@ def test_secrets_are_not_printed_with_the_problem() -> None:
     "override",
     [
         *("async_generation_ratio=0", "rl_loss_coef=1.0", "max_len_mask=false", "generate_opt_level=1"),
-        *("++policy_loss=clip", "+rollout_mock={enable:false,mode:dump}", "+query_filter_config={type:no_filter}"),
+        *("pg_variant=ppo", "+rollout_mock={enable:false,mode:dump}", "+query_filter_config={type:no_filter}"),
         *("+train_infer_correction={is_weight:{enabled:false,upper_bound:1.2},filters:[{enabled:false}]}",),
         *("+actor_train.router_replay={mode:disable}", "actor_train.apply_loss_scale=true", "+tag_to_template={}"),
         *("+actor_train.data_args.domain_interleave_probs={column_addition:1.0}", "critic=null"),
@@ -369,7 +379,7 @@ def test_environment_variables_are_not_taken_for_keys_of_roll() -> None:
 def test_tables_of_roll_keys_do_not_shadow_keys_of_the_schema() -> None:
     for path in {*IGNORED, *NOT_SUPPORTED_YET}:
         block, _, key = path.replace("rewards.*", "rewards.domain").rpartition(".")
-        blocks = ["actor_train", "actor_infer", "reference", "validation"] if block.startswith("*") else [block]
+        blocks = list(ROLES) if block.startswith("*") else [block]
         for role in blocks:
             location = tuple((role + block[1:] if block.startswith("*") else block).split("."))
             assert key not in known_keys(location if location != ("",) else ()), path
@@ -415,8 +425,10 @@ def test_flat_yaml_of_roll_is_understood_as_it_is() -> None:
     assert config.rewards["math_rule"].worker_cls == "math_rule"
     assert config.checkpoint_config.output_dir == "/data/checkpoints/rlvr_gspo"
     warned = " ".join(loaded.warnings)
-    for key in ("critic", "value_clip", "actor_train.model_args.flash_attn", "rewards.math_rule.model_args", "lambd"):
+    for key in ("value_clip", "actor_train.model_args.flash_attn", "rewards.math_rule.model_args", "lambd"):
         assert f"{key} (" in warned
+    assert config.critic is not None and not config.needs_critic
+    assert "critic       not built: adv_estimator is reinforce, not gae" in make_plan(config).text()
 
 
 def test_flat_yaml_takes_a_group_option_with_a_plus() -> None:
@@ -428,9 +440,9 @@ def test_flat_yaml_of_roll_that_asks_for_too_much_names_all_of_it() -> None:
     problems = problems_of("roll_example_refused", config_dir=HERE)
     keys = [problem.split(": ")[1] for problem in problems]
     assert keys == [
-        *("adv_estimator", "max_ckpt_to_keep", "difficulty_mask", "async_generation_ratio", "norm_mean_type"),
-        *("norm_std_type", "track_with", "token_level_loss", "train_infer_correction", "actor_train.worker_cls"),
-        *("actor_train.data_args.template", "actor_train.data_args.domain_interleave_probs"),
+        *("adv_estimator", "max_ckpt_to_keep", "pg_variant", "async_generation_ratio", "norm_mean_type"),
+        *("norm_std_type", "track_with", "token_level_loss", "train_infer_correction.is_weight"),
+        *("actor_train.worker_cls", "actor_train.data_args.template", "actor_train.data_args.domain_interleave_probs"),
         *("actor_train.strategy_args.strategy_name", "actor_train.device_mapping"),
         *("actor_infer.strategy_args.strategy_name", "rewards.math_rule.query_filter_config"),
         *("rewards.code_sandbox.worker_cls", "rewards.llm_judge.judge_model_type", "rewards.llm_judge.judge_api_key"),

@@ -54,6 +54,12 @@ def test_page_names_every_group() -> None:
         assert f"`{group.name}`" in introduction
 
 
+def test_page_names_every_preset() -> None:
+    introduction = page().split("## Keys")[0]
+    for preset in (shipped_folders()[1] / "algorithm").glob("*.yaml"):
+        assert f"`{preset.stem}`" in introduction
+
+
 def test_file_in_the_introduction_validates(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", page(), flags=re.DOTALL)
     (tmp_path / "mine.yaml").write_text(text)

@@ -37,10 +37,10 @@ def test_example_grpo_and_the_papers_gspo_warn_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
-@pytest.mark.parametrize("level", ["seq", "seq_token"])
+@pytest.mark.parametrize("level", ["seq", "seq_token", "segment"])
 def test_sequence_ratio_with_length_weighting_is_warned_of(level: str, mode: str) -> None:
     (warning,) = plan_of("example_gspo", f"importance_sampling={level}", f"loss_agg_mode={mode}").warnings
-    assert f"loss_agg_mode: {mode} weighs" in warning
+    assert f"loss_agg_mode: {mode} weighs" in warning and "LUSPO does" in warning
 
 
 def test_token_ratio_may_be_aggregated_in_any_way() -> None:
@@ -74,6 +74,53 @@ def test_one_update_a_rollout_is_warned_of() -> None:
     (warning,) = plan.warnings
     assert warning.startswith("one optimizer step a rollout") and "the ratio is 1" in warning
     assert plan_of("example_gspo", *overrides, "ppo_epochs=2").warnings == ()
+
+
+def test_one_update_a_rollout_with_the_engines_log_probs_measures_the_engines() -> None:
+    overrides = ("actor_train.training_args.gradient_accumulation_steps=8", "old_log_probs=rollout")
+    (warning,) = plan_of("example_grpo", *overrides).warnings
+    assert warning.startswith("one optimizer step a rollout with enable_old_logprobs_recompute: false")
+    assert plan_of("example_grpo", "old_log_probs=rollout").warnings == ()
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 20)])
+def test_truncated_sampling_with_a_correction_is_warned_of(key: str, value: float) -> None:
+    overrides = ("train_infer_correction=token_truncate",)
+    (warning,) = plan_of("example_grpo", *overrides, f"actor_infer.generating_args.{key}={value}").warnings
+    assert warning.startswith("top_p/top_k with train_infer_correction")
+    assert plan_of("example_grpo", *overrides).warnings == ()
+
+
+@pytest.mark.parametrize(("norm", "samples"), [("group", "a prompt"), ("batch", "a rollout"), ("running", "the run")])
+def test_division_by_no_deviation_without_a_bound_is_warned_of(norm: str, samples: str) -> None:
+    overrides = (f"reward_norm={norm}", "reward_scale=true")
+    (warning,) = plan_of("example_gspo_paper", *overrides).warnings
+    assert warning.startswith(f"reward_scale: true with reward_norm: {norm}") and samples in warning
+    assert plan_of("example_gspo_paper", *overrides, "reward_clip=10").warnings == ()
+    assert plan_of("example_gspo_paper", f"reward_norm={norm}").warnings == ()
+
+
+def test_dr_grpo_after_division_by_the_groups_deviation_is_warned_of() -> None:
+    (warning,) = plan_of("example_dr_grpo", "reward_norm=group").warnings
+    assert warning.startswith("adv_estimator: dr_grpo with reward_norm: group")
+    assert plan_of("example_dr_grpo", "reward_norm=group", "reward_shift=true").warnings == ()
+    assert plan_of("example_dr_grpo", "reward_norm=batch").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("example", "chosen"),
+    [("example_raft_pp", "adv_estimator: raft_plus_plus"), ("example_topr", "policy_loss: topr")],
+)
+def test_whitening_where_the_sign_of_the_advantage_means_something_is_warned_of(example: str, chosen: str) -> None:
+    (warning,) = plan_of(example, "whiten_advantages=true").warnings
+    assert warning.startswith(f"whiten_advantages: true with {chosen}: ")
+    assert warning.endswith("; set whiten_advantages: false")
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_whitening_of_what_is_whitened_anyway_is_harmless(estimator: str) -> None:
+    overrides = (f"adv_estimator={estimator}", "whiten_advantages=true")
+    assert plan_of("example_grpo", *overrides).warnings == ()
 
 
 @pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 20)])
@@ -197,3 +244,68 @@ def test_text_has_every_row_warning_and_refusal() -> None:
 def test_devices_that_are_not_contiguous_are_listed() -> None:
     text = row(plan_of("example_gspo", "actor_infer.device_mapping=[0,2]"), "roles")
     assert "devices 0,2, TP 1 · 2 engine(s)" in text
+
+
+def test_critic_has_a_row_where_it_is_built() -> None:
+    plan = plan_of("example_ppo", "critic_warmup=5")
+    assert "critic       megatron_train  this machine, TP 1" in row(plan, "roles")
+    assert row(plan, "updates").endswith("4 optimizer steps a rollout, 300 in all"), "75 of 80 rollouts"
+    assert "80 steps (5 of the critic alone)" in row(plan, "run")
+    assert "critic" not in row(plan_of("example_gspo"), "roles")
+
+
+def test_memory_counts_the_critic() -> None:
+    size = size_of("builtin:tiny_qwen3")
+    assert size is not None
+    expected = size.num_parameters * (2 * (4 + 4 + 8) + 4 + 4) / GIB
+    assert memory_gib(plan_of("example_ppo")) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("example", "text"),
+    [
+        ("example_cispo", "token, cispo 1/4 (to [0, 5]), token-mean, grpo"),
+        ("example_gmpo", "token, gmpo 0.3297/0.4918 (to [0.6703, 1.4918]), seq-mean-token-mean, grpo"),
+        ("example_sapo", "token, sapo, gate temperatures 1/1.05, seq-mean-token-mean, grpo"),
+        ("example_topr", "token, topr, seq-mean-token-sum, dr_grpo"),
+        ("example_dapo", "token, clip 0.2/0.28 (to [0.8, 1.28]), no dual clip, token-mean, grpo"),
+    ],
+)
+def test_objective_is_shown_with_what_bounds_it(example: str, text: str) -> None:
+    assert row(plan_of(example), "ratio") == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label", "text"),
+    [
+        (("query_filter=std_filter",), "samples", "groups whose scores deviate by more than 0 stay"),
+        (("query_filter=mean_filter", "max_sampling_rounds=3"), "samples", "between 0.1 and 0.9 stay, others are"),
+        (("query_filter=mean_filter", "max_sampling_rounds=3"), "samples", "; 3 generations a step at most"),
+        (("overlong_buffer_length=8",), "samples", "responses over 40 tokens lose up to 1 of their score"),
+        (("max_len_mask=true",), "samples", "not in the loss: responses cut at the limit"),
+        (("difficulty_mask=true",), "samples", "not in the loss: groups with a mean score outside (0, 1)"),
+        (("length_loss_weight=true",), "samples", "weighed by length"),
+        (("difficulty_loss_weight=true",), "samples", "weighed by the difficulty of the data row"),
+        (("train_infer_correction=token_truncate",), "log-probs", "clamped to [0, 2]"),
+        (
+            ("train_infer_correction=geometric_mask",),
+            "log-probs",
+            "geometric weights of trainer over engine, 0 outside",
+        ),
+        (("router_replay=R2", "model=tiny_qwen3_moe"), "log-probs", "chosen by the pass that recomputed the old"),
+        (("router_replay=R3", "model=tiny_qwen3_moe"), "log-probs", "chosen by the pass that sampled"),
+        (("router_replay=record", "model=tiny_qwen3_moe"), "log-probs", "none is replayed"),
+    ],
+)
+def test_what_is_switched_on_has_a_row(overrides: tuple[str, ...], label: str, text: str) -> None:
+    plan = plan_of("example_grpo", *overrides)
+    assert text in row(plan, label)
+    assert text not in plan_of("example_grpo").text()
+    assert plan.not_runnable == ()
+
+
+@pytest.mark.parametrize("option", ["record", "R2", "R3"])
+def test_routing_of_a_model_without_experts_cannot_run(option: str) -> None:
+    (refused,) = plan_of("example_gspo", f"router_replay={option}").not_runnable
+    assert refused.startswith("actor_train.router_replay: builtin:tiny_qwen3 has no experts to replay")
+    assert plan_of("qwen3_30b_a3b_gspo", "layout=single", f"router_replay={option}").not_runnable == ()

@@ -39,12 +39,25 @@ SWITCHES = {
         ("use_kl_loss=false", "kl_loss_coef=0", "add_token_level_kl=true", "init_kl_coef=0.1", "target_kl=0.1"),
         ("kl/coef", "reward/kl"),
     ),
+    "a ratio per segment": (("importance_sampling=segment",), ()),
+    "sample weights by length": (("length_loss_weight=true",), ("actor/sample_weight_max",)),
+    "overlong penalty": (("overlong_buffer_length=31", "overlong_penalty_factor=2"), ("reward/overlong_penalty",)),
+    "cut-off samples masked": (("max_len_mask=true",), ()),
+    "correction of the engines' mismatch": (
+        ("train_infer_correction=token_truncate", "train_infer_correction.upper_bound=1.0"),
+        ("correction/weight_mean", "correction/bounded_fraction"),
+    ),
+    "PPO": (("algorithm=ppo",), ("critic/loss", "critic/explained_variance", "time/values", "time/update_critic")),
+    **{
+        preset: ((f"algorithm={preset}",), ())
+        for preset in ("cispo", "gmpo", "sapo", "topr", "luspo", "rloo", "reinforce_plus_plus", "raft_plus_plus")
+    },
 }
 
 
 # Sequence-level and token-wise GSPO have the same gradient where a sequence has one advantage, and whitening undoes
-# what any affine norm of the rewards did.
-AS_DEFAULT = ("GSPO-token", "running reward norm")
+# what any affine norm of the rewards did. A single turn is a single segment, and engines that agree need no correction.
+AS_DEFAULT = ("GSPO-token", "running reward norm", "a ratio per segment", "correction of the engines' mismatch")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +105,8 @@ def test_without_recomputed_old_log_probs_the_engines_own_are_used(command: Comm
     outcome = _train(command, *HF, *small, "enable_old_logprobs_recompute=false")
     assert "weight transfer checked" in outcome.out
     first, second = metrics_of(RUN)[1:]
-    assert not any(name.startswith("mismatch/") for name in first)
+    for row in (first, second):
+        assert 0 < row["mismatch/log_prob_diff_mean"] < 1e-4, "measured in the first mini-batch of the update"
     assert second["time/old_log_probs"] < 0.01, "the trainer scores the first rollout only, for the check"
 
 
@@ -113,6 +127,7 @@ def test_rollouts_and_metrics_tell_the_same_story(command: Command, small: tuple
     lengths = [len(s["response_token_ids"]) for s in samples]
     assert row["reward/score_mean"] == pytest.approx(sum(s["score"] for s in samples) / 32, rel=1e-6)
     assert row["rollout/num_tokens"] == sum(lengths)
+    assert row["rollout/score_mean"] == pytest.approx(row["reward/score_mean"], rel=1e-6)
     assert row["rollout/truncated_fraction"] == sum(s["finish_reason"] == "length" for s in samples) / 32
     weighted = sum(s["advantage"] * n for s, n in zip(samples, lengths, strict=True)) / sum(lengths)
     assert abs(weighted) < 0.2, "whitened advantages, clipped"
@@ -147,3 +162,37 @@ def test_all_rewards_equal_skip_the_update_and_say_so(command: Command, small: t
     rows = metrics_of(RUN)[1:]
     assert [(r["actor/num_updates"], r["actor/skipped_updates"], r["reward/failed"]) for r in rows] == [(0, 4, 32)] * 2
     assert rows[1]["rollout/weights_version"] == 0, "the engine keeps the weights that nothing has changed"
+
+
+def test_groups_without_spread_are_replaced_and_their_tokens_are_counted(
+    command: Command, small: tuple[str, ...]
+) -> None:
+    """A reward that one sample in eight gets: more than half of the groups of four have no spread."""
+    coarse = "rewards.column_addition.worker_cls=my_reward.coarse"
+    _train(command, *HF, *small, coarse, "query_filter=std_filter", "max_sampling_rounds=3")
+    for row in metrics_of(RUN)[1:]:
+        samples = [json.loads(line) for line in rollouts_of(RUN)[f"step_{row['step']:06d}.jsonl"].splitlines()]
+        assert len(samples) == 32, "the batch is full"
+        spread = [len({s["score"] for s in samples if s["group"] == g}) > 1 for g in range(8)]
+        assert spread.count(False) == row["sampling/groups_filled"]
+        assert spread == sorted(spread, reverse=True), "what fills the batch comes last"
+        dropped = row["sampling/groups_dropped"]
+        assert dropped > 0 and row["sampling/prompts"] == 8 - row["sampling/groups_filled"] + dropped
+        assert row["sampling/rounds"] == 3 or row["sampling/groups_filled"] == 0
+        used = sum(len(s["response_token_ids"]) for s in samples)
+        assert row["rollout/num_tokens"] == used + row["sampling/tokens_dropped"]
+        if row["sampling/tokens_dropped"]:
+            assert row["rollout/score_mean"] != row["reward/score_mean"], "the honest figure counts every sample"
+
+
+def test_every_sample_masked_skips_the_update_and_says_so(command: Command, small: tuple[str, ...]) -> None:
+    outcome = _train(command, *HF, *small, "max_len_mask=true", "response_length=2")
+    assert "every sample is masked (max_len_mask, difficulty_mask); the update is skipped" in outcome.out
+    assert [r["actor/num_updates"] for r in metrics_of(RUN)[1:]] == [0, 0]
+    assert [r["actor/masked_fraction"] for r in metrics_of(RUN)[1:]] == [1, 1]
+
+
+def test_rows_without_difficulty_are_refused_where_it_weighs(command: Command, small: tuple[str, ...]) -> None:
+    outcome = command(*HF, *small, "difficulty_loss_weight=true")
+    assert outcome.code == 2
+    assert "difficulty_loss_weight: the row '" in outcome.err and "give every row a number from 0 to 1" in outcome.err

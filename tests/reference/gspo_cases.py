@@ -25,10 +25,19 @@ class Case:
     advantages: Tensor
     mask: Tensor
     ref: Tensor
+    rollout: Tensor | None = None
+    weights: Tensor | None = None
 
     def batch(self) -> TrainBatch:
         rows = torch.arange(len(self.mask))
-        return TrainBatch(sequences_of(self.mask), rows, self.advantages, self.old, self.old, self.ref)
+        rollout = self.old if self.rollout is None else self.rollout
+        return TrainBatch(
+            sequences_of(self.mask), rows, self.advantages, self.old, rollout, self.ref, sample_weights=self.weights
+        )
+
+    def tables(self) -> tuple[list[list[float]], ...]:
+        """log_probs, old, advantages and mask as lists of rows."""
+        return tuple(t.tolist() for t in (self.log_probs, self.old, self.advantages, self.mask))
 
 
 def random_case(
@@ -38,8 +47,14 @@ def random_case(
     spread: float = 0.3,
     dtype: torch.dtype = torch.float64,
     constant_advantages: bool = False,
+    gaps: bool = False,
+    weighted: bool = False,
 ) -> Case:
-    """Right-padded responses of random length; one of them empty, one of a single token."""
+    """Right-padded responses of random length; one of them empty, one of a single token.
+
+    With `gaps`, masks of several turns: some tokens inside a response are masked as well. With `weighted`, engine
+    log-probabilities that differ from the old ones, and sample weights.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -54,4 +69,11 @@ def random_case(
     advantages = normal()
     if constant_advantages:
         advantages = advantages[:, :1].expand(batch, width).clone()
-    return Case(old + spread * normal(), old, advantages, mask, old + 0.5 * normal())
+    case = Case(old + spread * normal(), old, advantages, mask, old + 0.5 * normal())
+    if gaps:
+        case.mask = mask & (torch.rand(batch, width, generator=generator) < 0.7)
+        case.mask[0, -1] = True
+    if weighted:
+        case.rollout = old + 0.3 * normal()
+        case.weights = normal()[:, 0].abs() + 0.1
+    return case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.errors import TrainingError
 from roll_gspo.roles.actor import Actor
+from roll_gspo.roles.mini_batches import MiniBatches
 from roll_gspo.strategies.base import TrainStrategy
 from roll_gspo.strategies.hf.train import HfTrain
 
@@ -40,7 +42,7 @@ def hf(checkpoint: Path) -> TrainStrategy:
     return HfTrain(model_setup(checkpoint), optimizer_setup(), HfConfig())
 
 
-def actor_of(strategy: TrainStrategy, **changes: int) -> Actor:
+def actor_of(strategy: TrainStrategy, **changes: int | bool) -> Actor:
     sizes = {
         "mini_batch_size": 3,
         "micro_batch_size": 2,
@@ -48,7 +50,7 @@ def actor_of(strategy: TrainStrategy, **changes: int) -> Actor:
         "max_consecutive_skipped_steps": 3,
         "seed": 0,
     }
-    return Actor(strategy, LOSS, **(sizes | changes))
+    return Actor(strategy, LOSS, **(sizes | changes))  # type: ignore[arg-type]
 
 
 def rollout(actor: Actor) -> TrainBatch:
@@ -77,21 +79,6 @@ def test_update_makes_every_optimizer_step_and_reports_means_over_them(checkpoin
     assert metrics["actor/grad_norm"] > 0 and metrics["actor/lr"] > 0
 
 
-def test_mini_batches_depend_on_seed_step_and_epoch_and_cover_the_rollout(checkpoint: Path) -> None:
-    actor, other = actor_of(hf(checkpoint)), actor_of(hf(checkpoint), seed=1)
-    batch = rollout(actor)
-
-    def drawn(actor: Actor, step: int) -> list[list[int]]:
-        return [sorted(index.tolist()) for index in actor._mini_batches(batch, step)]
-
-    first = drawn(actor, 1)
-    half = len(first) // 2
-    for epoch in (first[:half], first[half:]):
-        assert sorted(i for index in epoch for i in index) == list(range(len(batch)))
-    assert first == drawn(actor, 1)
-    assert first != drawn(actor, 2) and first != drawn(other, 1) and first[:half] != first[half:]
-
-
 def test_update_that_is_not_finite_changes_nothing_is_counted_and_stops_the_run_in_the_end(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,9 +96,50 @@ def test_update_that_is_not_finite_changes_nothing_is_counted_and_stops_the_run_
     actor.update(bad, 3, nothing)
     actor.update(bad, 4, nothing)
     with pytest.raises(
-        TrainingError, match=r"3 optimizer steps in a row were not finite.*max_consecutive_skipped_steps"
+        TrainingError,
+        match=r"step 5: actor_train: 3 optimizer steps in a row were not finite"
+        r".*actor_train\.training_args\.learning_rate.*max_consecutive_skipped_steps",
     ):
         actor.update(bad, 5, nothing)
+
+
+def test_first_mini_batch_measures_the_mismatch_to_the_engine_that_sampled(checkpoint: Path) -> None:
+    actor = actor_of(hf(checkpoint), num_epochs=1)
+    assert not [name for name in actor.update(rollout(actor), 1, nothing) if name.startswith("mismatch/")]
+
+    actor = actor_of(hf(checkpoint), num_epochs=1, measure_mismatch=True)
+    batch = rollout(actor)
+    sampled = batch.old_log_probs - 0.25  # an engine that is off by as much everywhere
+    batch = replace(batch, old_log_probs=sampled, rollout_log_probs=sampled)
+    metrics = actor.update(batch, 1, nothing)
+    # later mini-batches, whose policy has moved on, are not in it
+    assert metrics["mismatch/log_prob_diff_mean"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["mismatch/log_prob_diff_max"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["mismatch/kl"] == pytest.approx(math.exp(0.25) - 1.25, abs=1e-5) and metrics["mismatch/ess"] > 0
+    again = actor.update(batch, 2, nothing)
+    assert again["mismatch/log_prob_diff_max"] > 0.26, "every update measures anew, and this policy has moved on"
+
+
+def test_mini_batch_that_is_masked_whole_takes_no_step(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    actor = actor_of(hf(checkpoint), num_epochs=1, max_consecutive_skipped_steps=1, measure_mismatch=True)
+    batch = rollout(actor)
+    first, second = MiniBatches(
+        "actor_train", mini_batch_size=3, num_epochs=1, max_consecutive_skipped_steps=1, seed=0
+    ).indices(batch, 1)
+    mask = batch.response_mask.clone()
+    mask[first] = False
+    masked = replace(batch, sequences=replace(batch.sequences, response_mask=mask))
+    metrics = actor.update(masked, 1, nothing)
+    assert metrics["actor/num_updates"] == 1 and metrics["actor/skipped_updates"] == 1
+    assert "step 1: actor_train: no optimizer step, all 3 samples are masked" in caplog.text
+    assert metrics["mismatch/log_prob_diff_max"] < 1e-5, "the first mini-batch with a token is still on-policy"
+
+    alone = actor_of(hf(checkpoint), mini_batch_size=3, num_epochs=1)
+    expected = alone.update(batch.rows(second), 1, nothing)
+    for name in ("actor/total_loss", "actor/grad_norm", "actor/lr", "actor/ratio_max"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+    theirs = dict(alone.weights())
+    assert all(torch.allclose(weight, theirs[name], atol=1e-5) for name, weight in actor.weights())
 
 
 @pytest.mark.megatron

@@ -41,14 +41,21 @@ def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: f
 
     Padding lies to the right of causal attention, so it is never seen and no mask is passed.
     """
-    mask, positions = sequences.response_mask, sequences.predicting_positions
-    first = int(positions[mask].min()) if bool(mask.any()) else 0
-    kept = torch.arange(first, int(positions.max()) + 1, device=mask.device)
+    mask = sequences.response_mask
+    samples, positions = predicting_rows(sequences)
+    first, last = (int(positions.min()), int(positions.max())) if len(positions) else (0, 0)
+    kept = torch.arange(first, last + 1, device=mask.device)
     logits = model(input_ids=sequences.input_ids, use_cache=False, logits_to_keep=kept).logits
-    samples = torch.arange(len(sequences), device=mask.device)[:, None].expand_as(mask)[mask]
-    rows = logits[samples, positions[mask] - first]
+    rows = logits[samples, positions - first]
     log_probs, entropies = token_log_probs(rows, sequences.response_ids[mask], temperature, entropy)
     return TokenScores(place(log_probs, mask), None if entropies is None else place(entropies, mask))
+
+
+def predicting_rows(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Samples [N] and positions [N] whose outputs predict the response tokens, in row order."""
+    mask = sequences.response_mask
+    samples = torch.arange(len(sequences), device=mask.device)[:, None].expand_as(mask)[mask]
+    return samples, sequences.predicting_positions[mask]
 
 
 class HfWeights:

@@ -1,4 +1,4 @@
-"""Train and score with megatron-core; on a host without CUDA through `compat` (gloo, plain torch kernels)."""
+"""Train, score and value with megatron-core; on a host without CUDA through `compat` (gloo, plain torch kernels)."""
 
 import importlib.util
 import warnings
@@ -17,5 +17,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\
 
 from roll_gspo.strategies.megatron.infer import MegatronInfer  # noqa: E402 - megatron.core comes after install()
 from roll_gspo.strategies.megatron.train import MegatronTrain  # noqa: E402
+from roll_gspo.strategies.megatron.value import MegatronValue  # noqa: E402
 
-__all__ = ["MegatronInfer", "MegatronTrain"]
+__all__ = ["MegatronInfer", "MegatronTrain", "MegatronValue"]

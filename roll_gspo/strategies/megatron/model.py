@@ -30,6 +30,7 @@ from roll_gspo.strategies.base import ModelSetup, TokenScores
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.log_probs import place, score_in_micro_batches, token_log_probs
 from roll_gspo.strategies.megatron.attention import HAVE_TE, decoder_spec
+from roll_gspo.strategies.megatron.router_replay import Routers
 from roll_gspo.strategies.megatron.weights import load_weights
 
 
@@ -166,6 +167,7 @@ class ResponseModel:
         architecture: of the checkpoint.
         setup: what it was made from.
         device: where it computes.
+        routers: of a mixture of experts whose choices `score` records; None where nothing is recorded.
     """
 
     gpt: GPTModel
@@ -173,6 +175,7 @@ class ResponseModel:
     architecture: Architecture
     setup: ModelSetup
     device: torch.device
+    routers: Routers | None = None
 
     def __post_init__(self) -> None:
         self._rows = _ResponseRows(self.gpt.output_layer)
@@ -196,10 +199,19 @@ class ResponseModel:
         )
         return TokenScores(place(log_probs, mask), None if entropies is None else place(entropies, mask))
 
+    def chosen_experts(self, sequences: Sequences) -> Tensor | None:
+        """[B, S, L, K] int16 of the pass over `sequences` that was just made, -1 on padding; None: not recorded."""
+        if self.routers is None:
+            return None
+        chosen = self.routers.chosen(*sequences.input_ids.shape)
+        return chosen.masked_fill(~sequences.attention_mask[:, :, None, None], -1)
+
     @torch.no_grad()
     def score(self, sequences: Sequences, entropy: bool) -> TokenScores:
         """Score all samples in micro-batches through megatron's schedule; result on the CPU."""
         self.wrapped.eval()
+        if self.routers is not None:
+            self.routers.prescribe(None)
         forward = functools.partial(self._score_micro_batch, entropy=entropy)
         return score_in_micro_batches(sequences, self.setup.micro_batch_size, forward)
 
@@ -208,7 +220,8 @@ class ResponseModel:
 
         def step(_: Iterator[Any], __: Any) -> tuple[Tensor, Callable[..., TokenScores]]:
             def scores(logits: Tensor, non_loss_data: bool = True) -> TokenScores:
-                return self.scores(logits, sequences, entropy)
+                found = self.scores(logits, sequences, entropy)
+                return found._replace(routed_experts=self.chosen_experts(sequences))
 
             return self.logits(sequences), scores
 

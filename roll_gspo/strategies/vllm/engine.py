@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import psutil
 from vllm import LLM, SamplingParams
@@ -16,6 +17,7 @@ from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.errors import ConfigError, DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, Sampling, WeightSource
 from roll_gspo.strategies.vllm.host_process import close_engine, global_rng_kept, open_engine
+from roll_gspo.strategies.vllm.routed_experts import ExpertSource, expert_source, recording_args
 from roll_gspo.strategies.vllm.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
 
 _CPU_BLOCK_TOKENS = 128
@@ -33,12 +35,20 @@ class VllmGenerate:
         model: which model; `temperature` and `micro_batch_size` are not used.
         strategy_config: size and behaviour of the engine.
         max_model_len: longest prompt plus response, in tokens.
+        record_routed_experts: return the experts of every token; on a CPU this switches prefix caching off.
 
     Raises:
-        ConfigError: vLLM does not accept the settings.
+        ConfigError: vLLM does not accept the settings, or the experts of a dense model are to be recorded.
     """
 
-    def __init__(self, model: ModelSetup, strategy_config: VllmConfig, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: ModelSetup,
+        strategy_config: VllmConfig,
+        max_model_len: int,
+        *,
+        record_routed_experts: bool = False,
+    ) -> None:
         config = strategy_config
         if config.tensor_parallel_size != 1:
             raise ConfigError(
@@ -48,12 +58,14 @@ class VllmGenerate:
         self._max_model_len = max_model_len
         # Dummy weights are no policy's; those of the checkpoint are the initial policy's.
         self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
+        recording = recording_args(model.checkpoint) if record_routed_experts else {}
         try:
-            llm = open_engine(**_engine_args(model, config, max_model_len))
+            llm = open_engine(**_engine_args(model, config, max_model_len) | recording)
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
+        self._experts = expert_source(llm) if record_routed_experts else None
         self._vocab_size = llm.model_config.get_vocab_size()
         transfer = WeightTransfer(llm, InProcessTrainerInitInfo(rank=0))
         self._engine: tuple[LLM, WeightTransfer] | None = (llm, transfer)
@@ -80,7 +92,7 @@ class VllmGenerate:
             raise WeightTransferError(f"generate: {self._unusable}; call update_weights first")
         self._check(prompts, seeds)
         with global_rng_kept():
-            completions = _run(llm, prompts, sampling, seeds, progress)
+            completions = _run(llm, self._experts, prompts, sampling, seeds, progress)
         size = sampling.num_samples
         return [completions[start : start + size] for start in range(0, len(completions), size)]
 
@@ -96,7 +108,7 @@ class VllmGenerate:
         """Free the engine; calling it again does nothing."""
         if self._engine is not None:
             close_engine(self._engine[0])
-            self._engine = None
+            self._engine = self._experts = None
 
     def _open_engine(self) -> tuple[LLM, WeightTransfer]:
         if self._engine is None:
@@ -183,6 +195,7 @@ def _cpu_kv_cache_bytes(model_config: ModelConfig, max_num_seqs: int, max_model_
 
 def _run(
     llm: LLM,
+    experts: ExpertSource | None,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     seeds: Sequence[int],
@@ -202,12 +215,17 @@ def _run(
             outputs = engine.step()
             for output in outputs:
                 assert isinstance(output, RequestOutput)
-                finished[int(output.request_id)] = _completion(output.outputs[0])
+                completion = _completion(output.outputs[0])
+                if experts is not None:
+                    completion = replace(completion, routed_experts=experts.take(output))
+                finished[int(output.request_id)] = completion
             if progress is not None and outputs:
                 progress(len(finished), len(samples))
     finally:  # an interrupt must not leave requests that the next call would go on with
         if engine.has_unfinished_requests():
             engine.abort_request(request_ids, internal=True)
+        if experts is not None:
+            experts.forget()
     return [finished[key] for key in sorted(finished)]
 
 

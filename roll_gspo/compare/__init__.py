@@ -1,0 +1,1 @@
+"""Several runs on the same axes, as one self-contained page with figures for papers and slides."""

@@ -1,0 +1,84 @@
+"""The critic: what return it expects before each token, and how it learns to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from roll_gspo.algorithms.aggregate import Denominators
+from roll_gspo.algorithms.value_loss import ValueLossSettings, value_loss
+from roll_gspo.batch import Sequences, TrainBatch
+from roll_gspo.metrics import Metric
+from roll_gspo.roles.mini_batches import MiniBatches, summary
+from roll_gspo.strategies.base import UpdateResult, ValueStrategy
+
+
+class Critic:
+    """`critic`.
+
+    Args:
+        strategy: the engine that holds the model, its value head and its optimizer.
+        loss_settings: the value loss.
+        mini_batch_size: samples of one optimizer step.
+        micro_batch_size: samples of one forward and backward pass.
+        num_epochs: passes over a rollout.
+        max_consecutive_skipped_steps: stop after this many non-finite optimizer steps in a row.
+        seed: of the order in which samples form mini-batches.
+    """
+
+    def __init__(
+        self,
+        strategy: ValueStrategy,
+        loss_settings: ValueLossSettings,
+        *,
+        mini_batch_size: int,
+        micro_batch_size: int,
+        num_epochs: int,
+        max_consecutive_skipped_steps: int,
+        seed: int,
+    ) -> None:
+        self._strategy = strategy
+        self._loss_settings = loss_settings
+        self._micro_batch_size = micro_batch_size
+        self._mini_batches = MiniBatches(
+            "critic",
+            mini_batch_size=mini_batch_size,
+            num_epochs=num_epochs,
+            max_consecutive_skipped_steps=max_consecutive_skipped_steps,
+            seed=seed,
+        )
+
+    def values(self, sequences: Sequences) -> Tensor:
+        """[B, T] float32: the return expected in the state that each response token was sampled in; 0 where masked."""
+        return self._strategy.values(sequences)
+
+    def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
+        """Train on a whole rollout with `returns`; returns the metrics, averaged over its optimizer steps.
+
+        A mini-batch without a valid token takes no optimizer step and counts in `critic/skipped_updates`.
+
+        Raises:
+            TrainingError: too many optimizer steps in a row were not finite.
+        """
+        return summary(self._mini_batches.train(batch, step, self._optimizer_step, progress), "critic")
+
+    def _optimizer_step(self, mini_batch: TrainBatch) -> UpdateResult:
+        denominators = Denominators.of(mini_batch.response_mask)
+
+        def loss(values: Tensor, micro_batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
+            return value_loss(values, micro_batch, denominators, self._loss_settings)
+
+        return self._strategy.update(mini_batch.split(self._micro_batch_size), loss)
+
+    def save(self, folder: Path) -> None:
+        """Write the training state into an existing folder."""
+        self._strategy.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote."""
+        self._strategy.load(folder)
+
+    def close(self) -> None:
+        """The engine lives as long as the process."""

@@ -1,0 +1,126 @@
+"""The optimizer of the transformers engines: every step of an update, to be read in one go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roll_gspo.batch import TrainBatch
+from roll_gspo.errors import CheckpointError, ConfigError
+from roll_gspo.metrics import Metric, merge
+from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
+from roll_gspo.strategies.schedule import learning_rate
+
+_STATE_FILE = "hf_train.pt"
+
+
+class HfTrainer:
+    """AdamW and its schedule around a float32 module, whatever its head.
+
+    Gradients and moments are float32; with `dtype` bfloat16 the passes run under autocast. Weight decay is decoupled
+    and leaves biases and norms alone.
+
+    Args:
+        module: what is trained, on its device.
+        setup: of optimizer and schedule.
+        dtype: of the passes.
+
+    Raises:
+        ConfigError: a dtype that is not supported.
+    """
+
+    def __init__(self, module: torch.nn.Module, setup: OptimizerSetup, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"hf_train: dtype {dtype} is not supported; use float32 or bfloat16")
+        self._module = module
+        self._setup = setup
+        self._dtype = dtype
+        parameters = list(module.parameters())
+        self._device = parameters[0].device
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": setup.weight_decay},
+                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            lr=setup.learning_rate,
+            betas=setup.betas,
+            eps=setup.epsilon,
+        )
+        self._applied_steps = 0
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """What a forward pass runs under."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
+
+    def update(
+        self,
+        micro_batches: Sequence[TrainBatch],
+        loss: Callable[[TrainBatch], tuple[Tensor, dict[str, Metric]]],
+    ) -> UpdateResult:
+        """One optimizer step; skipped where loss or gradient norm are not finite.
+
+        Args:
+            micro_batches: of one mini-batch, anywhere.
+            loss: forward pass and share of the loss of one of them, on the module's device.
+        """
+        if not micro_batches:
+            raise ValueError("update: no micro-batches")
+        self._optimizer.zero_grad()
+        losses, metrics = [], []
+        for batch in micro_batches:
+            share, figures = loss(batch.to(self._device))
+            share.backward()
+            losses.append(share.item())
+            metrics.append(figures)
+        max_norm = self._setup.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), max_norm).item()
+        rate = learning_rate(self._setup, self._applied_steps)
+        applied = math.isfinite(grad_norm) and all(map(math.isfinite, losses))
+        if applied:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+            self._applied_steps += 1
+        self._optimizer.zero_grad()
+        return UpdateResult(sum(losses), grad_norm, rate, applied, merge(metrics))
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, optimizer state, applied steps and RNG states into one file."""
+        state = {
+            "parameters": dict(self._module.named_parameters()),
+            "optimizer": self._optimizer.state_dict(),
+            "applied_steps": self._applied_steps,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        torch.save(state, folder / _STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model.
+        """
+        path = folder / _STATE_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; the checkpoint is of another strategy or incomplete")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        parameters = dict(self._module.named_parameters())
+        if {n: p.shape for n, p in parameters.items()} != {n: p.shape for n, p in state["parameters"].items()}:
+            raise CheckpointError(f"{path}: parameters of another model; use the configuration that wrote it")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._applied_steps = state["applied_steps"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])

@@ -1,0 +1,68 @@
+"""A critic with plain transformers: the trunk of a checkpoint under a value head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from roll_gspo.batch import Sequences, TrainBatch
+from roll_gspo.config.strategy import HfConfig
+from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, UpdateResult, ValueLossFunction
+from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.hf.model import load_model, predicting_rows
+from roll_gspo.strategies.hf.trainer import HfTrainer
+from roll_gspo.strategies.log_probs import place
+from roll_gspo.strategies.value_head import ValueHead, values_in_micro_batches
+
+
+class HfValue:
+    """`ValueStrategy` of a checkpoint, on one device; a `ValueHead` replaces the output layer.
+
+    Where input and output embeddings are tied, the input keeps the tensor.
+
+    Raises:
+        ConfigError: the checkpoint cannot be loaded, or a dtype that is not supported.
+    """
+
+    def __init__(self, model: ModelSetup, optimizer: OptimizerSetup, strategy_config: HfConfig) -> None:
+        self._setup = model
+        self._device = local_device()
+        self._model = load_model(model.checkpoint, torch.float32, strategy_config.attn_implementation)
+        self._head = ValueHead(self._model.config.get_text_config().hidden_size).to(self._device)
+        self._model.config.tie_word_embeddings = False
+        self._model.set_output_embeddings(self._head)
+        self._trainer = HfTrainer(self._model, optimizer, model.dtype)
+
+    def _forward(self, sequences: Sequences) -> Tensor:
+        """[B, T] values of the states that response tokens were drawn in; differentiable."""
+        with self._trainer.precision():
+            # the body alone: what a model does to its logits, such as capping them, is not for values
+            hidden = self._model.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+        samples, positions = predicting_rows(sequences)
+        return place(self._head(hidden[samples, positions])[:, 0], sequences.response_mask)
+
+    @torch.no_grad()
+    def values(self, sequences: Sequences) -> Tensor:
+        """[B, T] float32 on the CPU, without gradient: expected return before each response token; 0 where masked."""
+        return values_in_micro_batches(
+            sequences, self._setup.micro_batch_size, lambda part: self._forward(move(part, self._device))
+        )
+
+    def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
+        """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
+        return self._trainer.update(micro_batches, lambda batch: loss(self._forward(batch.sequences), batch))
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, value head, optimizer state, applied steps and RNG states into one file."""
+        self._trainer.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model.
+        """
+        self._trainer.load(folder)

@@ -1,0 +1,130 @@
+"""Every combination of options that the axes of the algorithm allow has a plan, or is refused with a reason."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from composed import load_config
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.errors import ConfigError
+from roll_gspo.pipelines.plan import make_plan
+from roll_gspo.run import run, shipped_folders
+
+GROUPS = shipped_folders()[1]
+# In the order of base.yaml, which decides which file wins.
+AXES = (
+    *("adv_estimator", "importance_sampling", "policy_loss", "loss_agg_mode", "reward_norm", "kl", "query_filter"),
+    *("train_infer_correction", "old_log_probs"),
+)
+OPTIONS = {axis: sorted(file.stem for file in (GROUPS / axis).glob("*.yaml")) for axis in AXES}
+Choice = dict[str, str]
+
+
+def expected_refusals(choice: Choice) -> set[str]:
+    """The keys whose rules a combination breaks."""
+    broken = set()
+    if choice["policy_loss"] in ("gmpo", "topr") and choice["importance_sampling"] != "token":
+        broken.add("policy_loss")  # the objective computes the ratio of the whole response itself
+    if choice["train_infer_correction"] != "none" and choice["old_log_probs"] == "rollout":
+        broken.add("train_infer_correction")  # every weight would be 1
+    return broken
+
+
+def files_of(choice: Choice) -> list[Any]:
+    """The parsed YAML of the chosen options."""
+    return [OmegaConf.load(GROUPS / axis / f"{option}.yaml") for axis, option in choice.items()]
+
+
+def fragments() -> dict[str, dict[str, dict[str, Any]]]:
+    """axis -> option -> the keys that it sets, interpolations resolved beside the rest of base.yaml."""
+    base = load_config("base").config.model_dump(mode="json")
+    critic = GROUPS / "combination" / "critic" / "gae-tiny_qwen3.yaml"
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for axis in AXES:
+        for option in OPTIONS[axis]:
+            (file,) = files_of({axis: option})
+            keys = {str(key) for key in file}
+            if option == "gae":
+                file = OmegaConf.merge(file, OmegaConf.load(critic))
+            whole = OmegaConf.to_container(OmegaConf.merge({"actor_train": base["actor_train"]}, file), resolve=True)
+            assert isinstance(whole, dict)
+            found.setdefault(axis, {})[option] = {str(k): v for k, v in whole.items() if k in keys}
+    return found
+
+
+def combinations() -> Iterator[Choice]:
+    """All of them, in order."""
+    for options in itertools.product(*OPTIONS.values()):
+        yield dict(zip(AXES, options, strict=True))
+
+
+def lines_of(error: ValidationError) -> list[str]:
+    """What the rules say, one text a line."""
+    return [line for detail in error.errors() for line in str(detail.get("ctx", {}).get("error", detail)).splitlines()]
+
+
+def test_every_combination_of_the_axes_has_a_plan_or_a_reason() -> None:
+    parts = fragments()
+    base = load_config("base").config
+    chosen_by_axes = {key for options in parts.values() for keys in options.values() for key in keys}
+    # Blocks that no axis touches are validated once.
+    fixed = {key: value for key, value in base if key in base.model_fields_set and key not in chosen_by_axes}
+    num_planned, reasons = 0, set()
+    for choice in combinations():
+        values = dict(fixed)
+        for axis, option in choice.items():
+            values |= parts[axis][option]
+        expected = expected_refusals(choice)
+        try:
+            config = ExperimentConfig.model_validate(values)
+        except ValidationError as error:
+            lines = lines_of(error)
+            reasons |= {re.sub(r"importance_sampling: \w+", "importance_sampling", line) for line in lines}
+            assert {re.split(r"\W", line)[0] for line in lines} == expected, (choice, lines)
+            continue
+        assert not expected, choice
+        plan = make_plan(config)
+        assert not plan.not_runnable
+        num_planned += 1
+    assert num_planned > 100_000
+    assert len(reasons) == 3, reasons
+    for line in reasons:
+        assert re.match(r"[a-z_]+", line)[0] in ExperimentConfig.model_fields  # type: ignore[index]
+        assert re.search(r"; (set|remove|lower|add) ", line), f"says no way out: {line}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_combination_is_the_same_through_hydra_and_dry_run(
+    seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ROLL_GSPO_DRY_RUN", "1")
+    parts = fragments()
+    base = load_config("base").config
+    fixed = {key: value for key, value in base if key in base.model_fields_set}
+    generator = random.Random(seed)
+    for _ in range(12):
+        choice = {axis: generator.choice(OPTIONS[axis]) for axis in AXES}
+        overrides = [f"{axis}={option}" for axis, option in choice.items()]
+        if keys := expected_refusals(choice):
+            with pytest.raises(ConfigError) as caught:
+                load_config("base", *overrides)
+            assert {
+                line.partition("): ")[2].partition(" ")[0].rstrip(":") for line in str(caught.value).splitlines()
+            } == keys
+            continue
+        loaded = load_config("base", *overrides)
+        assert loaded.warnings == ()
+        values = dict(fixed)
+        for axis, option in choice.items():
+            values |= parts[axis][option]
+        assert loaded.config == ExperimentConfig.model_validate(values)
+        assert run(loaded) == 0
+        assert capsys.readouterr().out.strip() == make_plan(loaded.config).text()
