@@ -97,7 +97,8 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, int, str], ...], bool, bool]
     ),
 )
 
-_REWARD = "reward/score_mean"
+# of every sample; else of those that were trained on
+_REWARDS = ("rollout/score_mean", "reward/score_mean")
 _VALIDATION = "validation/score_mean"
 
 
@@ -145,7 +146,7 @@ def render(run: RunFolder) -> str:
 
 def headline(run: RunFolder) -> str:
     """The figures that one looks for first."""
-    reward, validation = run.points(_REWARD), run.points(_VALIDATION)
+    reward, validation = _rewards(run), run.points(_VALIDATION)
     tiles = []
     if reward:
         first, last = _mean(reward[:_ENDS]), _mean(reward[-_ENDS:])
@@ -206,8 +207,13 @@ def _curves(run: RunFolder) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if any(cards) else ""
 
 
+def _rewards(run: RunFolder) -> Points:
+    """Mean score of every sample of each step."""
+    return next((points for name in _REWARDS if (points := run.points(name))), [])
+
+
 def _reward_chart(run: RunFolder) -> Chart:
-    reward, validation = run.points(_REWARD), run.points(_VALIDATION)
+    reward, validation = _rewards(run), run.points(_VALIDATION)
     series, note = [], "Mean score of the step's samples."
     if len(reward) >= 2 * _ENDS:
         window = max(_ENDS, len(reward) // 40)
@@ -224,7 +230,7 @@ def _reward_chart(run: RunFolder) -> Chart:
 
 
 def _other_curves(run: RunFolder) -> str:
-    shown = {name for _, _, lines, _, _ in CHARTS for _, name, _, _ in lines} | {_REWARD, _VALIDATION}
+    shown = {name for _, _, lines, _, _ in CHARTS for _, name, _, _ in lines} | {*_REWARDS, _VALIDATION}
     names = [n for n in run.names() if n not in shown and not n.startswith("time/")]
     cards = [chart_card(Chart(n, "", (Series("", run.points(n), 1),))) for n in names if run.points(n)]
     if not cards:

@@ -52,7 +52,7 @@ class Console:
         name: str,
         num_steps: int,
         output: Path,
-        headline: str = "reward/score_mean",
+        headline: str = "rollout/score_mean",
         stream: TextIO | None = None,
         interval_s: float = 10.0,
         log_folder: Path | None = None,

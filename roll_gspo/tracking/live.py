@@ -103,8 +103,7 @@ def sparkline(values: Sequence[float], width: int = SPARKLINE_WIDTH) -> str:
 def step_line(view: RunView) -> str:
     """One finished step on one line."""
     parts = [f"step {view.steps_done}/{view.num_steps}"]
-    label = view.headline.partition("/")[0]
-    shown = ((label, view.headline, "{:.4f}"), *FIGURES)
+    shown = (("reward", view.headline, "{:.4f}"), *FIGURES)
     parts += [f"{label} {form.format(view.metrics[m])}" for label, m, form in shown if m in view.metrics]
     if view.validation and view.validation[0] == view.steps_done:
         parts.append(f"validation {view.validation[1]:.4f}")
@@ -177,5 +176,4 @@ def _add_headline(grid: Table, view: RunView) -> None:
     figures = f"[bold]{view.history[-1]:.4f}[/]"
     if view.validation:
         figures += f"   [dim]validation[/] {view.validation[1]:.4f} [dim](step {view.validation[0]})[/]"
-    label = view.headline.partition("/")[0]
-    grid.add_row(label, Text(sparkline(view.history), style="cyan"), Text.from_markup(figures))
+    grid.add_row("reward", Text(sparkline(view.history), style="cyan"), Text.from_markup(figures))

@@ -17,7 +17,7 @@ from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.jsonl import JsonlTracker
 from roll_gspo.tracking.live import RunView, duration, sparkline, step_line
 
-METRICS = {"reward/score_mean": 0.25, "actor/clip_fraction": 0.15, "rollout/response_length_mean": 26.4}
+METRICS = {"rollout/score_mean": 0.25, "actor/clip_fraction": 0.15, "rollout/response_length_mean": 26.4}
 
 
 def test_console_without_terminal_prints_a_line_a_step(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_console_keeps_the_traceback_of_a_failure(tmp_path: Path) -> None:
 def test_console_resumed_run_knows_its_history(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
     for step in range(1, 6):
-        tracker.log(step, {"reward/score_mean": step / 10, "validation/score_mean": step / 20})
+        tracker.log(step, {"rollout/score_mean": step / 10, "validation/score_mean": step / 20})
     tracker.close()
     with Console("run", 9, tmp_path, stream=io.StringIO()) as console:
         console.start_steps(first_step=4)
@@ -120,7 +120,7 @@ with Console("my [run]", 4, Path(sys.argv[1])) as console:
         if step == 2:
             logging.getLogger("roll_gspo").warning("above the panel")
             print("a bare print")
-        console.step(step, {"reward/score_mean": step / 10, **console.timings()})
+        console.step(step, {"rollout/score_mean": step / 10, **console.timings()})
 """
 
 
@@ -174,6 +174,6 @@ def test_duration_reads_naturally() -> None:
 
 
 def test_step_line_estimates_what_is_left(tmp_path: Path) -> None:
-    view = RunView("run", tmp_path, 20, "reward/score_mean", steps_done=15, durations=[99.0] + [2.0] * 10)
+    view = RunView("run", tmp_path, 20, "rollout/score_mean", steps_done=15, durations=[99.0] + [2.0] * 10)
     assert view.eta_s == 10.0
     assert step_line(view) == "step 15/20  2.0 s  10.0 s left"
