@@ -34,6 +34,7 @@ SIXTEEN = (
     "actor_train.training_args.per_device_train_batch_size=16",
     "actor_train.training_args.gradient_accumulation_steps=1",
 )
+BF16 = ("actor_infer.model_args.dtype=bf16", "actor_train.router_replay.record=true")
 Row = dict[str, Any]
 
 
@@ -112,6 +113,18 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
                 ("GSPO", LEVELS["GSPO"], "record"),
                 ("GRPO", LEVELS["GRPO"], "record"),
                 ("GRPO + replay R2", LEVELS["GRPO"], "R2"),
+                ("GRPO + replay R3", LEVELS["GRPO"], "R3"),
+            )
+        ),
+        ROUTING,
+    ),
+    # vLLM samples in bfloat16, the trainer stays in float32: now the two route differently
+    "routing_bf16": (
+        tuple(
+            Setting(f"MoE {name}, bf16 rollouts", (*MOE, *BF16, level, f"router_replay={replay}"), 50)
+            for name, level, replay in (
+                ("GSPO", LEVELS["GSPO"], "record"),
+                ("GRPO", LEVELS["GRPO"], "record"),
                 ("GRPO + replay R3", LEVELS["GRPO"], "R3"),
             )
         ),

@@ -139,7 +139,8 @@ class Rlvr:
             return rollouts.rollout_log_probs, None, {}
         own = self._parts.actor_train.score(rollouts.sequences)
         if not self._checked_transfer:
-            check_transfer(rollouts, own.log_probs, self._parts.sampling, self._config.actor_train.model_args.dtype)
+            dtypes = (role.model_args.dtype for role in (self._config.actor_train, self._config.actor_infer))
+            check_transfer(rollouts, own.log_probs, self._parts.sampling, *dtypes)
             self._checked_transfer = True
         if not recompute:  # then the first mini-batch of every step measures the mismatch
             return rollouts.rollout_log_probs, None, {}

@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
 
 
-def check_transfer(rollouts: Rollouts, trainer_log_probs: Tensor, sampling: Sampling, dtype: str) -> None:
+def check_transfer(rollouts: Rollouts, trainer_log_probs: Tensor, sampling: Sampling, *dtypes: str) -> None:
     """Compare the log-probs of the rollout's tokens as the two engines see them.
 
-    With top-p or top-k the engine's are of a truncated distribution, and there is nothing to compare.
+    `dtypes` are those that the two compute in. With top-p or top-k the engine's are of a truncated distribution, and there is nothing to compare.
 
     Raises:
         WeightTransferError: they differ by more than rounding explains.
@@ -29,12 +29,13 @@ def check_transfer(rollouts: Rollouts, trainer_log_probs: Tensor, sampling: Samp
         logger.info("weight transfer not checked: top_p/top_k make the engine's log-probs differ by design")
         return
     mask = rollouts.sequences.response_mask
+    tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
     difference = (trainer_log_probs - rollouts.rollout_log_probs)[mask].abs()
     mean, largest = float(difference.mean()), float(difference.max())
-    if not mean <= TOLERANCE[dtype]:
+    if not mean <= tolerance:
         raise WeightTransferError(
             "after the first weight transfer the trainer's log-probs differ from the generation engine's by "
-            f"{mean:.3g} nats on average ({largest:.3g} at most), where rounding explains {TOLERANCE[dtype]:g}: the "
+            f"{mean:.3g} nats on average ({largest:.3g} at most), where rounding explains {tolerance:g}: the "
             "engine does not compute with the trainer's weights; please report this with the versions of vllm and "
             "megatron-core"
         )

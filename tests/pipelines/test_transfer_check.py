@@ -42,3 +42,10 @@ def test_cut_distribution_is_not_compared_and_that_is_logged(cut: Sampling, capl
     with caplog.at_level(logging.INFO, "roll_gspo"):
         check_transfer(ROLLOUTS, ROLLOUTS.rollout_log_probs + 1, cut, "fp32")
     assert "weight transfer not checked" in caplog.text
+
+
+def test_coarser_of_the_two_dtypes_decides() -> None:
+    own = ROLLOUTS.rollout_log_probs + 0.01
+    check_transfer(ROLLOUTS, own, SAMPLING, "fp32", "bf16")
+    with pytest.raises(WeightTransferError, match="differ from the generation engine's by 0.01 nats"):
+        check_transfer(ROLLOUTS, own, SAMPLING, "fp32", "fp32")
