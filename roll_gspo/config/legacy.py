@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from roll_gspo.config.algorithm import AlgorithmConfig
+
 ROLES = ("actor_train", "actor_infer", "reference", "critic", "validation")
 NEVER_READ = "ROLL never reads it"
 OVERWRITTEN = "ROLL overwrites it"
@@ -270,7 +272,8 @@ def _without_reader(values: dict[str, Any], path: str) -> str | None:
     if path not in IGNORED_WITHOUT:
         return None
     key, value = IGNORED_WITHOUT[path]
-    return None if values.get(key) == value else reader_text(key, value)
+    says_nothing = values[path] == AlgorithmConfig.model_fields[path].default  # as in a run's own config.yaml
+    return None if says_nothing or values.get(key) == value else reader_text(key, value)
 
 
 def _is_fit_to_print(key: str, value: Any) -> bool:

@@ -47,5 +47,5 @@ def test_cut_distribution_is_not_compared_and_that_is_logged(cut: Sampling, capl
 def test_coarser_of_the_two_dtypes_decides() -> None:
     own = ROLLOUTS.rollout_log_probs + 0.01
     check_transfer(ROLLOUTS, own, SAMPLING, "fp32", "bf16")
-    with pytest.raises(WeightTransferError, match="differ from the generation engine's by 0.01 nats"):
+    with pytest.raises(WeightTransferError, match=r"differ from the generation engine's by 0\.01 nats"):
         check_transfer(ROLLOUTS, own, SAMPLING, "fp32", "fp32")
