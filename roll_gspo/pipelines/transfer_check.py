@@ -20,7 +20,8 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
 def check_transfer(rollouts: Rollouts, trainer_log_probs: Tensor, sampling: Sampling, *dtypes: str) -> None:
     """Compare the log-probs of the rollout's tokens as the two engines see them.
 
-    `dtypes` are those that the two compute in. With top-p or top-k the engine's are of a truncated distribution, and there is nothing to compare.
+    `dtypes` are those that the two compute in. With top-p or top-k the engine's log-probs are of a truncated
+    distribution, and there is nothing to compare.
 
     Raises:
         WeightTransferError: they differ by more than rounding explains.
