@@ -13,7 +13,6 @@ import torch
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.pipelines.build import Parts, build_parts
-from roll_gspo.pipelines.collect import Collected
 from roll_gspo.pipelines.experience import (
     TokenScoring,
     entropy_metrics,
@@ -109,7 +108,7 @@ class Rlvr:
         if parts.critic is not None:
             with stage("update_critic") as progress:
                 metrics |= parts.critic.update(batch, step, progress)
-        metrics |= self._update_policy(batch, step, collected)
+        metrics |= self._update_policy(batch, step, metrics["reward/score_min"], metrics["reward/score_max"])
         return metrics | parts.state.metrics() | {"data/prompts_dropped": float(parts.num_prompts_dropped)}
 
     def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
@@ -147,14 +146,17 @@ class Rlvr:
         metrics = mismatch(rollouts, own.log_probs) | entropy_metrics(rollouts, own.entropy)
         return own.log_probs, own, metrics | routing_metrics(rollouts, own.routed_experts)
 
-    def _update_policy(self, batch: TrainBatch, step: int, collected: Collected) -> dict[str, float]:
-        """Train the actor and hand on its weights, or say why there is nothing to learn from."""
-        scores, stage = collected.scores, self._console.stage
-        reason = None
+    def _update_policy(self, batch: TrainBatch, step: int, lowest: float, highest: float) -> dict[str, float]:
+        """Train the actor and hand on its weights, or say why there is nothing to learn from.
+
+        `lowest` and `highest` are the scores of the rollout's worst and best samples.
+        """
+        stage = self._console.stage
         if step <= self._config.critic_warmup:
-            reason = f"critic_warmup: {self._config.critic_warmup}: only the critic trains"
-        elif bool((scores == scores[0]).all()):
-            reason = f"every reward is {scores[0]:g}; nothing to learn from, the update is skipped"
+            return {"actor/num_updates": 0.0, "actor/skipped_updates": 0.0}
+        reason = None
+        if lowest == highest:
+            reason = f"every reward is {lowest:g}; nothing to learn from, the update is skipped"
         elif not bool(batch.response_mask.any()):
             reason = "every sample is masked (max_len_mask, difficulty_mask); the update is skipped"
         if reason is not None:

@@ -148,7 +148,11 @@ METRICS: dict[str, MetricInfo] = {
             "fraction",
             "mean over layers of tokens that predict a response token",
         ),
-        "reward/score_mean": ("Score of the reward workers, before normalisation.", "score", _SAMPLES),
+        "reward/score_mean": (
+            "Score of the samples trained on, with the overlong penalty, before normalisation.",
+            "score",
+            _SAMPLES,
+        ),
         "reward/score_std": ("Spread of the scores.", "score", "standard deviation over samples"),
         "reward/score_min": ("Lowest score.", "score", "min over samples"),
         "reward/score_max": ("Highest score.", "score", "max over samples"),
