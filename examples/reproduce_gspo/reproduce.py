@@ -34,7 +34,6 @@ SIXTEEN = (
     "actor_train.training_args.per_device_train_batch_size=16",
     "actor_train.training_args.gradient_accumulation_steps=1",
 )
-BF16 = ("actor_infer.model_args.dtype=bf16", "actor_train.router_replay.record=true")
 Row = dict[str, Any]
 
 
@@ -97,6 +96,7 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
             Setting(f"{name}, {what}", (level, *overrides), 50)
             for what, overrides in (
                 ("4 mini-batches, lr 2e-4", (f"{RATE}=2e-4",)),
+                ("4 mini-batches, lr 4e-4", (f"{RATE}=4e-4",)),
                 ("4 mini-batches, lr 8e-4", (f"{RATE}=8e-4",)),
                 ("16 mini-batches, lr 2e-4", (f"{RATE}=2e-4", *SIXTEEN)),
             )
@@ -113,18 +113,6 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
                 ("GSPO", LEVELS["GSPO"], "record"),
                 ("GRPO", LEVELS["GRPO"], "record"),
                 ("GRPO + replay R2", LEVELS["GRPO"], "R2"),
-                ("GRPO + replay R3", LEVELS["GRPO"], "R3"),
-            )
-        ),
-        ROUTING,
-    ),
-    # vLLM samples in bfloat16, the trainer stays in float32: now the two route differently
-    "routing_bf16": (
-        tuple(
-            Setting(f"MoE {name}, bf16 rollouts", (*MOE, *BF16, level, f"router_replay={replay}"), 50)
-            for name, level, replay in (
-                ("GSPO", LEVELS["GSPO"], "record"),
-                ("GRPO", LEVELS["GRPO"], "record"),
                 ("GRPO + replay R3", LEVELS["GRPO"], "R3"),
             )
         ),
