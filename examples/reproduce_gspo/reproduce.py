@@ -99,6 +99,7 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
                 ("4 mini-batches, lr 4e-4", (f"{RATE}=4e-4",)),
                 ("4 mini-batches, lr 8e-4", (f"{RATE}=8e-4",)),
                 ("16 mini-batches, lr 2e-4", (f"{RATE}=2e-4", *SIXTEEN)),
+                ("16 mini-batches, lr 4e-4", (f"{RATE}=4e-4", *SIXTEEN)),
             )
             for name, level in LEVELS.items()
         ),
