@@ -65,8 +65,8 @@ python -m roll_gspo.run --config-name mine --config-dir my_configs             #
   `+group=option`: there is no option yet that `group=option` could replace. Plain keys never need a `+`.
 * **Look before you run**: `--cfg job` prints the composed configuration, `--dry-run` checks it and prints the plan.
 * **Pipelines**: `pipeline: sft` ([supervised fine-tuning](sft.md), `defaults: [base_sft]`) has the keys of the run and
-  its own, with the groups `strategy`, `model`, `layout`, `data` and `tracker`. What only `rlvr` reads of their options is
-  left aside; in a file of yours or on the command line it is refused.
+  its own, with the groups `strategy`, `model`, `layout`, `data` and `tracker`. What only `rlvr` reads of their options
+  is left aside; in a file of yours or on the command line it is refused.
 * **Several runs**: `--multirun seed=0,1,2 algorithm=gspo,grpo` makes one run of each combination, each in
   a process of its own.
 

@@ -166,9 +166,8 @@ def make_samples(
         if system_prompt is not None and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": system_prompt}, *messages)
         for part in _parts(messages) if separate_turns else [messages]:
-            token_ids, spans = find(tokenizer, part, conversation.place)
+            token_ids, spans = find(tokenizer, part, conversation.place, separate_turns)
             spans = [(start, _without_trailing(tokenizer, token_ids, start, end, special)) for start, end in spans]
-            spans = spans[-1:] if separate_turns else spans
             ends |= {token_ids[end - 1] for _, end in spans} & special
             sample = _sample(row, token_ids, spans, conversation.place)
             if len(sample) > sequence_length:
@@ -193,15 +192,15 @@ def _sample(row: int, token_ids: Sequence[int], spans: Sequence[tuple[int, int]]
     return ChatSample(row, tuple(token_ids[:first]), tuple(token_ids[first:last]), tuple(mask))
 
 
-def _by_prefixes(tokenizer: Any, messages: Messages, place: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _by_prefixes(
+    tokenizer: Any, messages: Messages, place: str, last_only: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokens, and (begin, end) of each assistant's turn: where the conversation before it, and with it, end."""
-    whole, spans = _encode(tokenizer, messages, place), []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    whole, spans, last = _encode(tokenizer, messages, place), [], len(messages) - 1
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    for number in [last] if last_only else turns:
         before = _encode(tokenizer, messages[:number], place, add_generation_prompt=True)
-        last = number == len(messages) - 1
-        until = whole if last else _encode(tokenizer, messages[: number + 1], place)
+        until = whole if number == last else _encode(tokenizer, messages[: number + 1], place)
         if whole[: len(before)] != before or whole[: len(until)] != until or len(until) <= len(before):
             raise DataError(
                 f"{place}: the chat template renders the conversation up to messages[{number}] otherwise than at the "
@@ -212,14 +211,17 @@ def _by_prefixes(tokenizer: Any, messages: Messages, place: str) -> tuple[list[i
     return whole, spans
 
 
-def _by_marks(tokenizer: Any, messages: Messages, place: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _by_marks(
+    tokenizer: Any, messages: Messages, place: str, last_only: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokens, and the runs of them that the template itself marks as generated."""
     encoded = _apply(tokenizer, messages, place, return_assistant_tokens_mask=True)
     token_ids, marks = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
     edges = [place for place in range(len(marks) - 1) if bool(marks[place]) != bool(marks[place + 1])]
     if not edges:
         raise DataError(f"{place}: the chat template marks no token of this row with {{% generation %}}; mend it")
-    return token_ids, list(zip(edges[::2], edges[1::2], strict=True))
+    spans = list(zip(edges[::2], edges[1::2], strict=True))
+    return token_ids, spans[-1:] if last_only else spans
 
 
 def _without_trailing(tokenizer: Any, token_ids: list[int], start: int, end: int, special: set[int]) -> int:
