@@ -122,7 +122,9 @@ def _conversation(value: Any, place: str) -> Conversation:
 
 def _refuse_other_keys(messages: Any, place: str) -> None:
     """Tool calls and the like would be lost without a word: what cannot be rendered is no demonstration."""
-    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+    if not isinstance(messages, list):
+        return
+    for number, message in enumerate(messages):
         if not isinstance(message, dict):
             continue
         if others := [key for key, value in message.items() if key not in MESSAGE_KEYS and value is not None]:
