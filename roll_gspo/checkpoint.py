@@ -13,12 +13,14 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from roll_gspo.errors import CheckpointError, RollGspoError, WorkerError
 
 MARKER = "COMPLETE.json"
+BEST = "best.json"
+HF_EXPORT = "actor_train_hf"  # the policy in Hugging Face layout, where `save_hf_model` asks for it
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -30,21 +32,44 @@ class Checkpoint:
     folder: Path
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint by a figure of the validation.
+
+    Attributes:
+        step: that it was saved after.
+        metric: the figure's name.
+        mode: `max` or `min`, which values are better.
+        value: of the figure.
+    """
+
+    step: int
+    metric: str
+    mode: str
+    value: float
+
+
 class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
         folder: made with the first checkpoint.
-        max_to_keep: older ones are deleted after a new one is complete; 0 keeps all.
+        max_to_keep: older ones, but for the best, are deleted after a new one is complete; 0 keeps all.
+        best: the best one so far; without its checkpoint in `folder` there is none.
     """
 
-    def __init__(self, folder: Path, max_to_keep: int) -> None:
+    def __init__(self, folder: Path, max_to_keep: int, best: Best | None = None) -> None:
         self.folder = folder
         self._max_to_keep = max_to_keep
+        self.best = best if best is not None and is_complete(self._target(best.step)) else None
+        if self.best is None:  # what lies there is of another attempt, whose later steps will be taken anew
+            (folder / BEST).unlink(missing_ok=True)
+        else:
+            self._mark(self.best)  # the process may have been killed between the checkpoint and its mark
 
     @contextmanager
-    def writing(self, step: int) -> Iterator[Path]:
-        """Yield a folder to fill; on leaving without an error it becomes the checkpoint of `step`.
+    def writing(self, step: int, best: Best | None = None) -> Iterator[Path]:
+        """Yield a folder to fill; on leaving without an error it becomes the checkpoint of `step`: see `complete`.
 
         Raises:
             CheckpointError: the disk refuses; earlier checkpoints are untouched.
@@ -52,7 +77,7 @@ class CheckpointStore:
         folder = self.begin(step)
         with self.filling(step):
             yield folder
-        self.complete(step)
+        self.complete(step, best)
 
     def begin(self, step: int) -> Path:
         """A folder to fill within `filling`, as often as it takes; `complete` makes it the checkpoint of `step`.
@@ -88,8 +113,12 @@ class CheckpointStore:
                 "Earlier checkpoints are untouched"
             ) from error
 
-    def complete(self, step: int) -> None:
-        """Seal what was filled and give it its name.
+    def complete(self, step: int, best: Best | None = None) -> None:
+        """Seal what was filled and give it its name, then name the best checkpoint and delete what is too old.
+
+        Args:
+            step: of the checkpoint.
+            best: which is the best one now, this one included; None: as before.
 
         Raises:
             CheckpointError: the disk refuses; earlier checkpoints are untouched.
@@ -102,6 +131,9 @@ class CheckpointStore:
             aside.rename(target)
             _sync(self.folder)
             self._remove_leftovers()
+            if best is not None and best != self.best:
+                self._mark(best)
+                self.best = best
         self._prune()
 
     def _target(self, step: int) -> Path:
@@ -113,12 +145,23 @@ class CheckpointStore:
     def _remove_leftovers(self) -> None:
         """Delete what a killed process left half-written."""
         for leftover in self.folder.glob(".step_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+    def _mark(self, best: Best) -> None:
+        aside = self.folder / f".step_{best.step:06d}.{os.getpid()}.{BEST}.tmp"
+        aside.write_text(json.dumps(asdict(best), indent=1), encoding="utf-8")
+        _sync(aside)
+        aside.replace(self.folder / BEST)
+        _sync(self.folder)
 
     def _prune(self) -> None:
         if self._max_to_keep:
             for old in complete_checkpoints(self.folder)[: -self._max_to_keep]:
-                shutil.rmtree(old.folder, ignore_errors=True)
+                if self.best is None or old.step != self.best.step:
+                    shutil.rmtree(old.folder, ignore_errors=True)
 
 
 class BackgroundWrite:
@@ -174,7 +217,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoint:
-    """The checkpoint at a path that a user gave: its folder, or a run or `checkpoints` folder (then its newest).
+    """The checkpoint at a path that a user gave: its folder or `best.json`, or a run or `checkpoints` (its newest).
 
     Args:
         path: what was given.
@@ -183,6 +226,8 @@ def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoi
     Raises:
         CheckpointError: there is none, or it is incomplete.
     """
+    if path.name == BEST and (best := read_best(path.parent)) is not None:
+        path = path.parent / f"step_{best.step:06d}"
     match = _NAME.fullmatch(path.name)
     if match and is_complete(path):
         return Checkpoint(int(match[1]), path)
@@ -192,6 +237,14 @@ def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoi
     other = "true" if key == "resume_from_checkpoint" else "RUN"
     state = "is incomplete" if path.is_dir() else "does not exist"
     raise CheckpointError(f"{key}: {path} {state}; give a folder such as RUN/checkpoints/step_000020, or {other}")
+
+
+def read_best(folder: Path) -> Best | None:
+    """What `best.json` of a `checkpoints` folder says; None without one that can be read."""
+    try:
+        return Best(**json.loads((folder / BEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def newest_checkpoint(experiment_folder: Path, run_name: str | None) -> Checkpoint | None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -96,28 +97,40 @@ def main() -> None:
     try:
         num_jobs, arguments = take_jobs([a for a in arguments if a != "--dry-run"])
     except ValueError as error:
-        _report_problems([str(error)], "command line")
+        report_problems([str(error)], "command line")
         raise SystemExit(2) from None
     sweep = Sweep(num_jobs)
+    with_composed(arguments, lambda composed: _job(composed, arguments, sweep), sweep.finish)
+
+
+def with_composed(
+    arguments: list[str], use: Callable[[DictConfig], None], finish: Callable[[], None] = lambda: None
+) -> None:
+    """Compose what the command line says, `use` it (once for each job of a --multirun), and `finish`.
+
+    Raises:
+        SystemExit: it cannot be composed, for which the reason is printed (status 2); or `use` or `finish` raised it.
+    """
+    names = sorted(file.stem for file in shipped_folders()[0].glob("*.yaml"))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's exceptions through: they are worded below
     Plugins.instance().register(ShippedConfigs)
     started: list[bool] = []
 
     def job(composed: DictConfig) -> None:
         started.append(True)
-        _job(composed, arguments, sweep)
+        use(composed)
 
     job.__module__ = "__main__"  # else Hydra takes the folders of this package, e.g. execution/, for config groups
     with tempfile.TemporaryDirectory() as scratch:
         try:
             sys.argv[1:] = hydra_arguments(arguments, scratch)
             hydra.main(version_base="1.3", config_path=None)(job)()
-            sweep.finish()
+            finish()
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ConfigError) as error:
             if started:
                 raise
             users = (file.stem for folder in _user_folders(arguments) for file in folder.glob("*.yaml"))
-            _report_problems([composition_problem(error, [*names, *users])])
+            report_problems([composition_problem(error, [*names, *users])])
             raise SystemExit(2) from None
 
 
@@ -209,24 +222,36 @@ def _job(composed: DictConfig, arguments: list[str], sweep: Sweep) -> None:
         flags, overrides = flags_and_overrides(arguments)
         sweep.start(*job_command(flags, list(info.overrides.task), swept_keys(overrides), info.job.num))
         return
+    code = exit_status(
+        lambda: run(load_composed(composed)), "resume_from_checkpoint=true goes on from the last checkpoint"
+    )
+    if code:
+        raise SystemExit(code)
+
+
+def exit_status(command: Callable[[], int], after_full_disk: str) -> int:
+    """What `command` returns, or the status of its error, which is printed: see `main`.
+
+    Args:
+        command: loads what Hydra composed and does the work.
+        after_full_disk: what to do once there is room again.
+    """
     try:
-        loaded = load_composed(composed)
-        code = run(loaded)
+        code = command()
     except tuple(TO_MEND) as error:
         place = next(place for kind, place in TO_MEND.items() if isinstance(error, kind))
-        _report_problems(str(error).splitlines(), place)
+        report_problems(str(error).splitlines(), place)
         code = 2
     except RollGspoError as error:
         code = _report_failure(str(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        code = _report_failure(f"{error}; make room, and resume_from_checkpoint=true goes on from the last checkpoint")
+        code = _report_failure(f"{error}; make room, and {after_full_disk}")
     except KeyboardInterrupt:
         print("roll_gspo: stopped at once; nothing more was saved", file=sys.stderr)
         code = 128 + signal.SIGINT
-    if code:
-        raise SystemExit(code)
+    return code
 
 
 def _report_failure(text: str) -> int:
@@ -235,7 +260,8 @@ def _report_failure(text: str) -> int:
     return 1
 
 
-def _report_problems(lines: list[str], place: str = "configuration") -> None:
+def report_problems(lines: list[str], place: str = "configuration") -> None:
+    """Print what is to be mended, one line each, and where."""
     print(f"roll_gspo: {len(lines)} problem{'s' * (len(lines) > 1)} in the {place}", file=sys.stderr)
     print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
     _traceback_if_asked()

@@ -50,6 +50,10 @@ def coarse(prompt, response, ground_truth):
     return float(len(response) % 8 == 0)
 
 
+def half(prompt, response, ground_truth):
+    return 0.5
+
+
 def raises(prompt, response, ground_truth):
     raise ValueError("no opinion")
 
@@ -64,7 +68,7 @@ def not_a_number(prompt, response, ground_truth):
     return float("nan") if len(response) % 2 else digits(prompt, response, ground_truth)
 '''
 # Which figures of two runs of one seed may differ.
-MEASURED = ("time/", "memory/", "rollout/tokens_per_s")
+MEASURED = ("time/", "memory/", "rollout/tokens_per_s", "reward/hidden_share", "reward/seconds")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ import pytest
 from roll_gspo.checkpoint import (
     MARKER,
     BackgroundWrite,
+    Best,
     CheckpointStore,
     complete_checkpoints,
     is_complete,
     newest_checkpoint,
     open_checkpoint,
+    read_best,
 )
 from roll_gspo.errors import CheckpointError
 
@@ -135,3 +137,46 @@ def test_path_of_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:
     assert open_checkpoint(store.folder / "step_000001").step == 1
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint(tmp_path / "elsewhere")
+
+
+def best(step: int) -> Best:
+    return Best(step, "validation/score_mean", "max", 0.1 * step)
+
+
+def steps(folder: Path) -> list[int]:
+    return [c.step for c in complete_checkpoints(folder)]
+
+
+def test_best_checkpoint_is_not_deleted_until_there_is_a_better_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, max_to_keep=1)
+    for step, now in ((1, best(1)), (2, best(2)), (3, best(2)), (4, best(2))):
+        with store.writing(step, now) as folder:
+            (folder / "weights").write_text("w")
+    assert steps(tmp_path) == [2, 4] and read_best(tmp_path) == best(2)
+    assert open_checkpoint(tmp_path / "best.json").step == 2 and open_checkpoint(tmp_path).step == 4
+    with store.writing(5, best(5)) as folder:
+        (folder / "weights").write_text("w")
+    assert steps(tmp_path) == [5] and read_best(tmp_path) == best(5)
+
+
+def test_kill_between_a_checkpoint_and_its_mark_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, max_to_keep=1)
+    write(store, 1)
+    with store.writing(2, best(2)) as folder:
+        (folder / "weights").write_text("w")
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), store.writing(3, best(3)) as folder:
+        (folder / "weights").write_text("w")
+    monkeypatch.undo()
+    assert steps(tmp_path) == [2, 3] and read_best(tmp_path) == best(2), "the mark is whole, and nothing is deleted"
+    store = CheckpointStore(tmp_path, max_to_keep=1, best=best(3))  # what the checkpoint's own state says
+    assert read_best(tmp_path) == best(3)
+    write(store, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.json", "step_000003", "step_000004"]
+
+
+def test_best_of_another_folder_or_attempt_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text("torn")
+    assert read_best(tmp_path) is None
+    store = CheckpointStore(tmp_path, max_to_keep=1, best=best(7))
+    assert store.best is None and not (tmp_path / "best.json").exists()

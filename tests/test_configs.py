@@ -28,7 +28,8 @@ from roll_gspo.config.algorithm import (
     RewardNorm,
 )
 from roll_gspo.config.experiment import RunConfig
-from roll_gspo.config.roles import REWARD_WORKERS, ROLL_REWARD_WORKERS, RouterReplayConfig
+from roll_gspo.config.rewards import REWARD_WORKERS, ROLL_REWARD_WORKERS
+from roll_gspo.config.roles import RouterReplayConfig
 from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
 from roll_gspo.config.sft import CONFIGS, AnyConfig, SftConfig
 from roll_gspo.config.strategy import (

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from commands import SIZES, spawn
 
+from roll_gspo.data.__main__ import main as check_data
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 STOPS_BY_ITSELF = {"--dry-run", "--cfg", "--help"}
@@ -47,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 indent = len(text) - len(text.lstrip(" "))
                 path.write_text("\n".join(line[indent:] for line in text.splitlines()) + "\n")
     (folder / "my").mkdir()
+    (folder / "my/words.jsonl").write_text('{"prompt": "Say yes.", "ground_truth": "yes"}\n')
     (folder / "my/train.jsonl").write_text('{"question": "What is 2 + 2?", "answer": "#### 4"}\n')
     return folder
 
@@ -66,6 +69,16 @@ def test_documented_command_is_a_valid_run(command: str, folder: Path) -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_documented_checks_of_data_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "my/test.jsonl").write_text('{"question": "What is 3 + 2?", "answer": "#### 5"}\n')
+    lines = {line.split("  #")[0].strip() for _, text in blocks("bash") for line in text.splitlines()}
+    documented = [shlex.split(line)[3:] for line in lines if line.startswith("python -m roll_gspo.data")]
+    assert len(documented) >= 3
+    for arguments in documented:
+        assert check_data(arguments) == 0
 
 
 def test_documented_commands_are_found() -> None:

@@ -13,18 +13,20 @@ PACKAGE = ROOT / "roll_gspo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **dict.fromkeys(("errors", "registry", "metrics", "batch"), 0),
-    **dict.fromkeys(("config", "algorithms"), 1),
+    **dict.fromkeys(("config", "algorithms", "sandbox"), 1),
     **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
     "roles": 4,
     **dict.fromkeys(("pipelines", "sweep"), 5),
     **dict.fromkeys(("run", "export"), 6),
+    "evaluate": 7,
 }
 BOTTOM = ("metrics", "batch", "registry", "errors")  # the lowest layer may import downwards within itself
 ALLOWED = {  # less than their layer
     "config": ("registry", "errors"),
     "algorithms": ("batch", "metrics", "errors"),
     "compare": ("report", "errors"),
+    "sandbox": ("errors",),
 }
 ENGINES = {
     "megatron": "roll_gspo/strategies/megatron",

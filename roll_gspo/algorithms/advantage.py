@@ -15,6 +15,7 @@ from torch import Tensor
 from roll_gspo.algorithms.advantage_estimators import (
     ADVANTAGE_ESTIMATORS,
     CRITIC_ESTIMATORS,
+    GROUP_ESTIMATORS,
     WHITENED_ESTIMATORS,
     ShapedRewards,
 )
@@ -75,6 +76,11 @@ class AdvantageSettings:
     def whitens(self) -> bool:
         """Whether advantages are whitened, by choice or by the estimator's definition."""
         return self.whiten_advantages or self.adv_estimator in WHITENED_ESTIMATORS
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether a sample's advantage depends on the other samples of its prompt."""
+        return self.adv_estimator in GROUP_ESTIMATORS or self.reward_norm == "group"
 
 
 class Estimated(NamedTuple):

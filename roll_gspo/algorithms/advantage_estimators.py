@@ -200,5 +200,7 @@ ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = {
 
 # Estimators that are whitened by their definition, whatever `whiten_advantages` says (never twice).
 WHITENED_ESTIMATORS = frozenset({"reinforce_plus_plus", "reinforce_plus_plus_baseline"})
+# Estimators that compare the samples of a group.
+GROUP_ESTIMATORS = frozenset({"grpo", "dr_grpo", "rloo", "opo", "raft_plus_plus", "reinforce_plus_plus_baseline"})
 # Estimators that need the critic's values, and make returns for it.
 CRITIC_ESTIMATORS = frozenset({"gae"})

@@ -58,6 +58,18 @@ def kept_samples(scores: Tensor, group_ids: Tensor, truncated: Tensor, settings:
     return kept
 
 
+def comparable_samples(valid: Tensor, group_ids: Tensor) -> Tensor:
+    """[B] bool: valid samples that are not the only one left of their group.
+
+    Args:
+        valid: [B] bool, the sample has a score.
+        group_ids: [B] integers; a group that had one sample from the start has lost nothing.
+    """
+    ids, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    left = torch.zeros(len(ids), dtype=torch.int64).index_add(0, index, valid.long())
+    return valid & (left >= sizes.clamp(max=2))[index]
+
+
 def sample_weights(
     lengths: Tensor, difficulty: Tensor | None, kept: Tensor, *, length_loss_weight: bool, difficulty_loss_weight: bool
 ) -> Tensor:

@@ -116,7 +116,8 @@ class AlgorithmConfig(Schema):
     difficulty_loss_weight: bool = False
     """Weigh hard prompts more: from 0.5 to 2 by the `difficulty` (0 to 1) of the data row, which all rows then need."""
     query_filter_config: QueryFilterConfig | None = None
-    """Dynamic sampling: drop groups that teach nothing and generate others in their place; null: off."""
+    """Dynamic sampling: drop groups that teach nothing and generate others in their place; null: off. The same key in a
+    block of `rewards` decides for that domain."""
     max_sampling_rounds: PositiveInt = 10
     """Generations a step at most, before dropped groups fill the batch; acts with `query_filter_config` only."""
 

@@ -9,19 +9,22 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.base import Schema
+from roll_gspo.config.data import DataArgs, Template
+from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, model_parallel_size, num_ranks
+from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.config.roles import (
     ActorInferConfig,
     ActorTrainConfig,
     CheckpointConfig,
     CriticConfig,
     ReferenceConfig,
-    RewardConfig,
     TrackerKwargs,
-    ValidationConfig,
     WarmStart,
     WeightTransferConfig,
 )
-from roll_gspo.config.strategy import MegatronTrainArgs, VllmArgs
+from roll_gspo.config.selection import QueryFilterConfig
+from roll_gspo.config.strategy import VllmArgs
+from roll_gspo.config.validation import ValidationConfig
 
 # Values of adv_estimator and reward_norm that compare the samples of a group.
 GROUP_COMPARISONS = ("grpo", "dr_grpo", "rloo", "opo", "raft_plus_plus", "reinforce_plus_plus_baseline", "group")
@@ -42,6 +45,13 @@ class BatchConfig(Schema):
     """prompt_length + response_length; give this or `response_length`."""
     max_steps: PositiveInt = 500
     """Rollouts of the whole run."""
+    trace_groups: NonNegativeInt = 1
+    """Groups a step that are scored again after the update, so that the report shows each token's ratio; 0: none."""
+    val_prompt_length: PositiveInt | None = None
+    """Longest prompt in validation, in tokens; null: `prompt_length`."""
+    val_sequence_length: PositiveInt | None = None
+    """Longest prompt plus longest response in validation; null: as much room for the response as in training, or
+    `validation.generating_args.max_new_tokens`."""
 
     @property
     def max_response_length(self) -> int:
@@ -55,6 +65,11 @@ class BatchConfig(Schema):
     def max_sequence_length(self) -> int:
         """Longest prompt plus longest response in tokens."""
         return self.prompt_length + self.max_response_length
+
+    @property
+    def validation_prompt_length(self) -> int:
+        """Longest prompt in validation, in tokens."""
+        return self.val_prompt_length or self.prompt_length
 
     @property
     def samples_per_rollout(self) -> int:
@@ -74,6 +89,12 @@ class BatchConfig(Schema):
             )
         elif total is not None and total <= self.prompt_length:
             yield f"sequence_length {total} leaves no room after prompt_length {self.prompt_length}; raise it"
+        if self.val_sequence_length is not None and self.val_sequence_length <= self.validation_prompt_length:
+            key = "val_prompt_length" if self.val_prompt_length else "prompt_length"
+            yield (
+                f"val_sequence_length {self.val_sequence_length} leaves no room after {key} "
+                f"{self.validation_prompt_length}; raise it"
+            )
 
 
 class RunConfig(Schema):
@@ -97,6 +118,10 @@ class RunConfig(Schema):
     """Times that a run whose trainer or other worker was lost goes on from its last checkpoint by itself."""
     pretrain: str
     """Hugging Face name or folder of the model to start from, or `builtin:NAME` (made on the spot)."""
+    global_template: Template | None = None
+    """Chat template of all data, instead of `data_args.template`."""
+    tag_to_template: dict[str, Template] = Field(default_factory=dict)
+    """Chat templates of the rows with a tag, instead of every other."""
     warm_start: WarmStart | None = None
     """Supervised start of a `builtin:` model."""
     save_steps: PositiveInt = 50
@@ -153,6 +178,35 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     """Held-out prompts."""
 
     @property
+    def query_filters(self) -> dict[str, QueryFilterConfig]:
+        """What dynamic sampling drops, by reward domain; without those where it drops nothing."""
+        found = {
+            domain: block.query_filter_config or self.query_filter_config for domain, block in self.rewards.items()
+        }
+        return {domain: block for domain, block in found.items() if block is not None and block.type != "no_filter"}
+
+    @property
+    def filters_groups(self) -> bool:
+        """Whether dynamic sampling is on, for any domain."""
+        return bool(self.query_filters)
+
+    @property
+    def validation_response_length(self) -> int:
+        """Longest response in validation, in tokens, whichever key gave it."""
+        if self.validation is not None and self.validation.generating_args.max_new_tokens is not None:
+            return self.validation.generating_args.max_new_tokens
+        if self.val_sequence_length is not None:
+            return self.val_sequence_length - self.validation_prompt_length
+        return self.max_response_length
+
+    @property
+    def engine_sequence_length(self) -> int:
+        """Longest prompt plus response that the generation engine has to hold, in training or validation."""
+        if self.validation is None:
+            return self.max_sequence_length
+        return max(self.max_sequence_length, self.validation_prompt_length + self.validation_response_length)
+
+    @property
     def data_parallel_size(self) -> int:
         """Copies of the trained model."""
         return num_ranks(self.actor_train) // model_parallel_size(self.actor_train)
@@ -197,6 +251,10 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         yield from self._broken_sampling_rules()
         yield from self._broken_model_rules()
         yield from self._broken_replay_rules()
+        yield from self._broken_data_rules("actor_train", self.actor_train.data_args)
+        if self.validation is not None:
+            yield from self._broken_data_rules("validation", self.validation.data_args)
+        yield from self._broken_validation_rules()
         if self.needs_critic and self.critic is None:
             yield "adv_estimator: gae needs the critic block; add it (adv_estimator=gae as a group option does)"
         if self.critic_warmup >= self.max_steps:
@@ -204,6 +262,42 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         if self.needs_reference and self.reference is None:
             flag = "use_kl_loss" if self.use_kl_loss else "add_token_level_kl"
             yield f"{flag}: true needs the reference block; add it"
+
+    def _broken_data_rules(self, role: str, args: DataArgs) -> Iterator[str]:
+        """Domains of the data are blocks of `rewards`."""
+        named = {
+            "domain_interleave_probs": args.domain_interleave_probs or (),
+            "domain_system_prompts": args.domain_system_prompts,
+            "file_domains": args.file_domains.values(),
+            "domain": [args.domain] if args.domain is not None else [],
+        }
+        for key, domains in named.items():
+            if strange := sorted({d for d in domains if d not in self.rewards}):
+                yield (
+                    f"{role}.data_args.{key} names {', '.join(strange)}, but the blocks of rewards are "
+                    f"{', '.join(self.rewards)}; write it as there, or add the block"
+                )
+
+    def _broken_validation_rules(self) -> Iterator[str]:
+        if self.validation is None:
+            if self.checkpoint_config.keep_best is not None:
+                yield (
+                    f"checkpoint_config.keep_best: {self.checkpoint_config.keep_best} needs the validation block; add "
+                    "it, or remove the key"
+                )
+            for key, value in (
+                ("val_prompt_length", self.val_prompt_length),
+                ("val_sequence_length", self.val_sequence_length),
+            ):
+                if value is not None:
+                    yield f"{key} {value} acts with the validation block only; add it, or remove the key"
+            return
+        tokens, total = self.validation.generating_args.max_new_tokens, self.val_sequence_length
+        if tokens is not None and total is not None and total != self.validation_prompt_length + tokens:
+            yield (
+                f"val_sequence_length {total} is not the prompt's {self.validation_prompt_length} + "
+                f"validation.generating_args.max_new_tokens {tokens}; remove one of them"
+            )
 
     def _broken_model_rules(self) -> Iterator[str]:
         trained = self.actor_train.model_args.model_name_or_path or self.pretrain
@@ -286,37 +380,3 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             )
         if sampling.temperature == 0:
             yield f"{block}.temperature: 0 is greedy, and equal answers teach nothing; set it above 0"
-
-
-def broken_dtype_rules(role: str, block: ActorTrainConfig | CriticConfig | ReferenceConfig) -> Iterator[str]:
-    """What no engine computes in."""
-    if block.model_args.dtype == "fp16":
-        yield f"{role}.model_args.dtype: fp16 is not supported yet; set bf16 or fp32"
-
-
-def broken_rank_rules(role: str, block: ActorTrainConfig | CriticConfig) -> Iterator[str]:
-    """The ranks of a trained role hold whole copies of the model."""
-    ranks, copy = num_ranks(block), model_parallel_size(block)
-    if ranks % copy:
-        yield (
-            f"{role}.device_mapping names {ranks} device(s), not a multiple of the "
-            f"{copy} that one copy of the model takes (tensor * pipeline * context parallel "
-            f"size in {role}.strategy_args.strategy_config); name {_nearest_multiples(ranks, copy)} devices, or "
-            "change a size"
-        )
-
-
-def _nearest_multiples(number: int, factor: int) -> str:
-    below = number // factor * factor
-    return f"{below} or {below + factor}" if below else str(factor)
-
-
-def num_ranks(block: ActorTrainConfig | CriticConfig) -> int:
-    """Of a trained role."""
-    return len(block.device_mapping or (0,))
-
-
-def model_parallel_size(block: ActorTrainConfig | CriticConfig) -> int:
-    """Ranks that hold one copy of a trained model together."""
-    args = block.strategy_args
-    return args.strategy_config.model_parallel_size if isinstance(args, MegatronTrainArgs) else 1

@@ -17,9 +17,8 @@ ALONE = "it acts with {} only, which is not supported yet"
 
 IGNORED: dict[str, str] = {
     # run
-    **dict.fromkeys(
-        ("base_dir", "local_rank", "report_length_and_rewards", "length_profiler_dir", "val_batch_size"), NEVER_READ
-    ),
+    **dict.fromkeys(("base_dir", "local_rank", "report_length_and_rewards", "length_profiler_dir"), NEVER_READ),
+    "val_batch_size": "ROLL never reads it; validation.batch_size decides",
     **dict.fromkeys(("is_offload_states", "is_offload_optimizer_states_in_train_step"), NEVER_READ),
     "rpc_timeout": "worker_timeout_s decides (rewards have timeout_s)",
     "model_download_type": "transformers reads the Hugging Face hub, or a local folder",
@@ -35,7 +34,7 @@ IGNORED: dict[str, str] = {
     "router_args": "one engine answers all requests",
     "dataset_filter": NEVER_READ,
     # algorithm
-    "reward_pretrain": ALONE.format("a reward model"),
+    "reward_pretrain": "worker_args.model_name_or_path of a reward_model names it",
     "error_max_len_threshold": ALONE.format("error_max_len_clip"),
     **dict.fromkeys(
         (
@@ -97,9 +96,7 @@ IGNORED: dict[str, str] = {
     **dict.fromkeys(("*.data_args.dataset_dir", "*.data_args.interleave_probs"), NEVER_READ),
     **dict.fromkeys(("*.data_args.id", "*.data_args.response", "*.data_args.eval_file_name"), NEVER_READ),
     "*.data_args.preprocessing_num_workers": "prompts are tokenized once, in this process",
-    **dict.fromkeys(
-        ("*.data_args.prompt", "*.data_args.messages"), "columns are recognised by name: messages, prompt or question"
-    ),
+    "*.data_args.dataset_type": "the ending of a file's name decides",
     "*.generating_args.max_length": "max_new_tokens and response_length decide",
     "*.generating_args.include_stop_str_in_output": ALONE.format("stop_strings"),
     "validation.eval_steps": "ROLL never reads it; the top-level eval_steps decides",
@@ -116,16 +113,14 @@ IGNORED: dict[str, str] = {
     "*.strategy_args.strategy_config.overlap_p2p_comm": "it is on where virtual pipeline stages need it",
     "*.strategy_args.strategy_config.moe_router_dtype": "routers always compute in float32",
     # rewards
-    "rewards.*.model_args": "rule-based workers hold no model",
+    "rewards.*.model_args": "rule-based workers hold no model; llm_judge and reward_model name theirs in worker_args",
     "rewards.*.data_args": "rows are routed by domain and tag",
-    "rewards.*.infer_batch_size": "samples are scored one by one, each with its own timeout",
-    "rewards.*.strategy_args": "rule-based workers have no engine",
-    "rewards.*.generating_args": "rule-based workers do not generate",
-    "rewards.*.device_mapping": "rule-based workers run on the CPU",
+    "rewards.*.strategy_args": "rule-based workers have no engine; llm_judge has worker_args.engine",
+    "rewards.*.generating_args": "rule-based workers do not generate; llm_judge has worker_args.max_tokens",
+    "rewards.*.device_mapping": "rule-based workers run on the CPU; the models of others have worker_args.device(s)",
     "rewards.*.num_gpus_per_worker": "rule-based workers run on the CPU",
     "rewards.*.name": OVERWRITTEN,
     "rewards.*.response_filter_config": NEVER_READ,
-    "rewards.*.format_pattern": "ROLL discards the format reward that it computes with it",
 }
 
 
@@ -137,7 +132,7 @@ class Later:
     off: tuple[Any, ...] = (None, False)
 
 
-_DISTILLATION, _JUDGES = Later("on-policy distillation"), Later("judge models")
+_DISTILLATION = Later("on-policy distillation")
 _PG_VARIANT = Later("this name (write policy_loss)", (None, "ppo"))
 _CORRECTION = Later("this form (write level, mode, lower_bound and upper_bound)")
 
@@ -167,11 +162,7 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "generate_opt_level": Later("request-level scheduling", (None, 0, 1)),
     "user_defined_rollout_loop_cls": Later("rollout loops of your own", (None,)),
     "is_use_additional_prompts": Later("generation ahead of the batch (query_filter_config refills it)"),
-    "rewards.*.query_filter_config": Later("a filter for each domain (write query_filter_config)", (None, "no_filter")),
     "enable_reference": Later("a reference without a KL term"),
-    **dict.fromkeys(("val_prompt_length", "val_sequence_length"), Later("other lengths in validation", (None,))),
-    "global_template": Later("named chat templates", (None, "native")),
-    "tag_to_template": Later("named chat templates"),
     **dict.fromkeys(("profiler_timeline", "profiler_memory"), Later("profiling")),
     "rollout_mock": Later("record and replay of rollouts"),
     "rollout_dump_dir": Later("another folder for rollouts (they lie in the run's rollouts/)", (None,)),
@@ -180,9 +171,6 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.worker_cls": Later("worker classes of your own for roles", (None,)),
     "*.world_size": Later("this name (write device_mapping, with execution: ray)", (None, 1)),
     "*.system_envs": Later("environment variables of a role (use the top-level system_envs)"),
-    "*.data_args.domain_interleave_probs": Later("mixing of domains", (None, 1)),
-    "*.data_args.dataset_type": Later("formats other than JSON", (None, "json")),
-    "*.data_args.tag": Later("another name for the column 'tag'", (None, "tag")),
     "*.model_args.model_type": Later("models other than causal language models", (None,)),
     "*.model_args.num_labels": Later("models other than causal language models", (None, 1)),
     "*.model_args.model_config_kwargs": Later("changes to the model's configuration"),
@@ -215,24 +203,24 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     ),
     "*.mtp_training_mode": Later("multi-token prediction", (None, "disabled")),
     "*.model_update_frequency": Later("rarer weight transfer", (None, 1)),
-    "rewards.*.reward_type": Later("soft and hard reward variants", (None,)),
-    "rewards.*.response_length_penalty_coef": Later("length shaping", (None, 0)),
+    "rewards.*.response_length_penalty_coef": Later(
+        "length shaping by this key (worker_cls: length does it)", (None, 0)
+    ),
     "rewards.*.reward_manager_config": Later("remote reward systems"),
     "rewards.*.system_envs": Later("environment variables of a role (use the top-level system_envs)"),
-    **dict.fromkeys(
-        (
-            *("rewards.*.judge_prompt", "rewards.*.judge_model_type", "rewards.*.judge_model_name"),
-            *("rewards.*.judge_api_url", "rewards.*.judge_api_key"),
-        ),
-        _JUDGES,
+    "rewards.*.judge_api_key": Later(
+        "a password in a file (name an environment variable: worker_args.api_key_env)", (None,)
     ),
-    "rewards.*.code_url": Later("code execution", (None,)),
-    "rewards.*.use_local": Later("code execution", (None, True)),
+    "rewards.*.code_url": Later("code execution elsewhere (code_sandbox runs programs on this machine)", (None,)),
+    "rewards.*.use_local": Later("code execution elsewhere (code_sandbox runs programs on this machine)", (None, True)),
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {
     "adv_estimator": dict.fromkeys(("gigpo", "step_reinforce", "agentic_reinforce"), "this estimator"),
-    "pipeline": {"evaluate": "evaluation alone", "agentic": "multi-turn rollouts"},
+    "pipeline": {
+        "evaluate": "this name (write python -m roll_gspo.evaluate)",
+        "agentic": "multi-turn rollouts",
+    },
     "track_with": dict.fromkeys(("wandb", "mlflow", "swanlab", "trackio"), "this tracker"),
 }
 

@@ -37,8 +37,8 @@ python -m roll_gspo.run --config-name mine --config-dir my_configs             #
   in `defaults:`, the command line replaces them. The axes of the algorithm are `adv_estimator`,
   `importance_sampling`, `policy_loss`, `loss_agg_mode`, `reward_norm`, `kl`, `query_filter` (dynamic sampling),
   `train_infer_correction`, `old_log_probs` and `router_replay`; the rest are `strategy` (engines), `model` (with its
-  sizes), `data` (with its rewards) and `tracker`. `layout` (devices and parallel sizes) follows from model and
-  strategy, and `layout=single` gives each role one rank. `none` is the option that switches an axis off.
+  sizes), `data` and `validation` (each with its rewards) and `tracker`. `layout` (devices and parallel sizes) follows
+  from model and strategy, and `layout=single` gives each role one rank. `none` is the option that switches an axis off.
 * **Presets.** An option of the group `algorithm` is a published method: an option on each axis, and the keys that are
   left. There are `gspo`, `gspo_paper`, `gspo_token`, `grpo`, `dr_grpo`, `dapo`, `ppo`, `rloo`, `reinforce_plus_plus`,
   `raft_plus_plus`, `topr`, `cispo`, `gmpo`, `sapo` and `luspo`. Every axis can still be named beside it:
@@ -88,9 +88,10 @@ TITLES = {
     ExperimentConfig: "Blocks",
     SftConfig: "Supervised fine-tuning (`pipeline: sft`, beside the keys of the run)",
 }
+NAMES_BELOW = {"rewards": ".DOMAIN", "parts": ".NAME"}  # blocks that the user names
 READ_FROM_TEXT = {  # what a validator takes beside the type that it makes of it
     "device_mapping": "devices or null",
-    **dict.fromkeys(("file_name", "tag_included"), "string or list of strings"),
+    **dict.fromkeys(("file_name", "tag_included", "sources"), "string or list of strings"),
 }
 
 
@@ -128,7 +129,7 @@ def _blocks(root: type[BaseModel]) -> dict[type[BaseModel], str]:
                     names = engines.setdefault(config, [])
                     names += [f"`{engine}`"] if f"`{engine}`" not in names else []
                 else:
-                    path = f"{prefix}{key}" + (".DOMAIN" if info.annotation is not block and key == "rewards" else "")
+                    path = f"{prefix}{key}{NAMES_BELOW.get(key, '')}"
                     paths.setdefault(block, []).append(f"`{path}`")
                     visit(block, f"{path}.")
 

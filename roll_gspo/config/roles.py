@@ -1,13 +1,14 @@
-"""Role blocks, named as in ROLL: `actor_train`, `actor_infer`, `reference`, `critic`, `rewards`, `validation`."""
+"""Role blocks, named as in ROLL: `actor_train`, `actor_infer`, `reference`, `critic`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_gspo.config.base import DeviceMapping, Names, Schema
+from roll_gspo.config.base import DeviceMapping, Schema
+from roll_gspo.config.data import DataArgs
 from roll_gspo.config.strategy import (
     GenerateStrategyArgs,
     HfInferArgs,
@@ -17,23 +18,8 @@ from roll_gspo.config.strategy import (
     TrainStrategyArgs,
     generating_keys,
 )
-from roll_gspo.registry import did_you_mean
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
-REWARD_WORKERS = ("exact_match", "math_rule")
-ROLL_REWARD_WORKERS = {"roll.pipeline.rlvr.rewards.math_rule_reward_worker.MathRuleRewardWorker": "math_rule"}
-
-
-def _reward_worker(name: str) -> str:
-    """A shipped name (ROLL's class of the same rule stands for it), or the dotted path of a user's own."""
-    name = ROLL_REWARD_WORKERS.get(name, name)
-    known = ", ".join(REWARD_WORKERS)
-    if name.startswith("roll."):
-        raise ValueError(f"not supported yet: ROLL's {name.rpartition('.')[2]} (this package has {known})")
-    if name not in REWARD_WORKERS and not {".", ":"} & set(name):
-        hint = did_you_mean(name, list(REWARD_WORKERS))
-        raise ValueError(f"expected {known} or the dotted path of a worker of yours, got '{name}'{hint}")
-    return name
 
 
 class ModelArgs(Schema):
@@ -109,21 +95,6 @@ class GeneratingArgs(Schema):
     """Samples a prompt; null: the group size in training, 1 in validation."""
 
 
-class DataArgs(Schema):
-    """Where prompts come from."""
-
-    file_name: Annotated[Names, Field(min_length=1)]
-    """JSONL or JSON files, or `builtin:column_addition` (generated on the spot)."""
-    num_rows: PositiveInt | None = None
-    """Use (or generate) at most this many rows."""
-    template: Literal["native"] | None = None
-    """Chat template: the tokenizer's own."""
-    system_prompt: str | None = None
-    """Put before every conversation that has no system message."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """What a malformed row does: stop the run with file and line, or be counted and left out."""
-
-
 class RouterReplayConfig(Schema):
     """Which experts of a mixture of experts an update uses; without replay the router decides anew in every pass."""
 
@@ -139,13 +110,11 @@ class RouterReplayConfig(Schema):
         return self.record or self.mode == "R3"
 
 
-class ActorTrainConfig(Schema):
-    """The policy that is trained."""
+class PolicyConfig(Schema):
+    """The policy that is trained, whatever on."""
 
     training_args: TrainingArgs
     """Optimizer and mini-batches."""
-    data_args: DataArgs
-    """Training prompts."""
     strategy_args: TrainStrategyArgs
     """Engine."""
     model_args: ModelArgs = ModelArgs()
@@ -195,6 +164,13 @@ def _cuts_of_tokens(config: MegatronConfig) -> Iterator[str]:
         yield "sequence_parallel: true"
     if config.use_sequence_packing:
         yield "use_sequence_packing: true"
+
+
+class ActorTrainConfig(PolicyConfig):
+    """The policy that is trained."""
+
+    data_args: DataArgs
+    """Training prompts."""
 
 
 class CriticConfig(Schema):
@@ -257,7 +233,7 @@ class ReferenceConfig(Schema):
             yield from generating_keys(self.strategy_args.strategy_config, "strategy_args.strategy_config")
 
 
-def _token_budget_rules(block: ActorTrainConfig | CriticConfig | ReferenceConfig) -> Iterator[str]:
+def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[str]:
     """Only megatron engines cut forward passes by tokens."""
     engine = block.strategy_args.strategy_name
     if block.max_tokens_per_microbatch_in_infer is not None and not engine.startswith("megatron"):
@@ -265,30 +241,6 @@ def _token_budget_rules(block: ActorTrainConfig | CriticConfig | ReferenceConfig
             f"max_tokens_per_microbatch_in_infer acts with megatron engines only, this is {engine}; remove it "
             "(infer_batch_size decides)"
         )
-
-
-class RewardConfig(Schema):
-    """One reward domain: rows of this `domain`, or with one of these tags, are judged by this worker."""
-
-    worker_cls: Annotated[str, AfterValidator(_reward_worker)]
-    """`exact_match`, `math_rule`, or the dotted path of your own `(prompt, response, ground_truth, **row)`."""
-    worker_args: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keyword arguments of the worker."""
-    tag_included: Names = ()
-    """Tags of the data rows that belong here, beside those whose domain has this block's name."""
-    world_size: PositiveInt = 1
-    """Worker processes."""
-    timeout_s: PositiveFloat = 10.0
-    """Seconds that one sample may take before it is marked failed and its worker replaced."""
-
-
-class ValidationConfig(Schema):
-    """Held-out prompts, scored before the first step, every `eval_steps`, and after the last."""
-
-    data_args: DataArgs
-    """Validation prompts."""
-    generating_args: GeneratingArgs = GeneratingArgs()
-    """Sampling of validation responses."""
 
 
 class WarmStart(Schema):
@@ -312,9 +264,26 @@ class CheckpointConfig(Schema):
     output_dir: str | None = None
     """Folder of the checkpoints; null: `checkpoints/` of the run."""
     max_ckpt_to_keep: NonNegativeInt = 2
-    """Older ones are deleted; 0 keeps all."""
+    """Older ones are deleted, but for the best one; 0 keeps all."""
+    keep_best: str | None = None
+    """A figure of the validation, e.g. `validation/score_mean` or `validation/aime2024/avg@32`: a validation that is
+    better than all before it is followed by a checkpoint, which stays until a better one is complete;
+    `checkpoints/best.json` names it."""
+    keep_best_mode: Literal["max", "min"] = "max"
+    """Which values of `keep_best` are better."""
     async_save: bool = False
     """Go on with the next step while a checkpoint is written; it counts once it is complete."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Only what validation measures tells a good policy."""
+        yield from super().broken_rules()
+        if self.keep_best is not None and not self.keep_best.startswith("validation/"):
+            yield (
+                f"keep_best is '{self.keep_best}', which is no figure of the validation; give one, such as "
+                "validation/score_mean"
+            )
+        if self.keep_best is None and self.keep_best_mode != "max":
+            yield f"keep_best_mode: {self.keep_best_mode} acts with keep_best only; set that or remove it"
 
 
 class WeightTransferConfig(Schema):

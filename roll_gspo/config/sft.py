@@ -8,21 +8,18 @@ from typing import Any, Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Schema
-from roll_gspo.config.experiment import (
-    ExperimentConfig,
-    RunConfig,
-    broken_dtype_rules,
-    broken_rank_rules,
-    model_parallel_size,
-    num_ranks,
-)
-from roll_gspo.config.roles import ActorTrainConfig, DataArgs, RouterReplayConfig
+from roll_gspo.config.data import SourceArgs
+from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, model_parallel_size, num_ranks
+from roll_gspo.config.roles import PolicyConfig, RouterReplayConfig
 
 # Keys that the two pipelines share by their class, and that only generation engines read.
 OF_GENERATION = ("max_worker_restarts", "weight_transfer")
+# What of the validation falls as the model gets better, so that a checkpoint can be kept for it.
+FIGURES = ("validation/loss", "validation/perplexity")
 
 
-class SftDataArgs(DataArgs):
+class SftDataArgs(SourceArgs):
     """Where conversations come from."""
 
     multi_turn: Literal["joint", "separate"] = "joint"
@@ -31,7 +28,7 @@ class SftDataArgs(DataArgs):
     than the last, such as those that leave out its thinking."""
 
 
-class SftTrainConfig(ActorTrainConfig):
+class SftTrainConfig(PolicyConfig):
     """The model that is trained."""
 
     data_args: SftDataArgs
@@ -96,6 +93,33 @@ class SftConfig(RunConfig):
         for key in OF_GENERATION:
             if self.__dict__[key] != RunConfig.model_fields[key].default:
                 yield f"{key} acts with generation engines, and pipeline: sft has none; remove it"
+        yield from self._broken_template_rules()
+        yield from self._broken_best_rules()
+
+    def _broken_template_rules(self) -> Iterator[str]:
+        """Where a turn has no mark, its tokens cannot be told from those before it, and the model learns no end."""
+        named = {"actor_train.data_args.template": self.actor_train.data_args.template}
+        if self.validation is not None:
+            named["validation.data_args.template"] = self.validation.data_args.template
+        named["global_template"] = self.global_template
+        named |= {f"tag_to_template.{tag}": name for tag, name in self.tag_to_template.items()}
+        for key, name in named.items():
+            if name == "plain":
+                yield (
+                    f"{key}: plain marks neither turns nor their end, so that pipeline: sft cannot tell what to "
+                    "imitate; choose a template that does, such as chatml"
+                )
+
+    def _broken_best_rules(self) -> Iterator[str]:
+        keep, key = self.checkpoint_config, "checkpoint_config.keep_best"
+        if keep.keep_best is None:
+            return
+        if self.validation is None:
+            yield f"{key}: {keep.keep_best} needs the validation block; add it, or remove the key"
+        if keep.keep_best not in FIGURES:
+            yield f"{key}: {keep.keep_best} is no figure of pipeline: sft; choose one of {', '.join(FIGURES)}"
+        elif keep.keep_best_mode != "min":
+            yield f"{key}_mode: {keep.keep_best_mode} would keep the worst {keep.keep_best}; set min"
 
 
 AnyConfig = ExperimentConfig | SftConfig

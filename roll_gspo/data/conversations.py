@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from roll_gspo.data import column_addition
-from roll_gspo.data.rows import columns_of, read_each, take_messages
+from roll_gspo.data.files import Item, shown
+from roll_gspo.data.prompts import ChatFormat, checked_templates
+from roll_gspo.data.rows import Columns, Problem, Reading, columns_of, read_each, take_messages, text_of
+from roll_gspo.data.templates import ChatTemplate
 from roll_gspo.errors import DataError
 
 logger = logging.getLogger(__name__)
 RESPONSES = ("response", "completion", "answer")
-MESSAGE_KEYS = ("role", "content")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Messages = tuple[dict[str, str], ...]
+Turns = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Conversation:
     Attributes:
         place: `file:line`, for the errors.
         messages: {role, content}; the last one is the assistant's, and other ones may be.
+        tag: which chat template it has; empty where the row does not say.
     """
 
     place: str
     messages: Messages
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class ChatSamples:
     end_token_ids: frozenset[int]
 
 
-def read_conversations(file_names: Sequence[str], where: str, on_bad_row: str = "error") -> list[Conversation]:
+def read_conversations(
+    file_names: Sequence[str], where: str, on_bad_row: str = "error", reading: Reading | None = None
+) -> list[Conversation]:
     """Read rows of `messages` with assistant turns, or of a prompt and a response, from files as in `read_rows`.
 
     A prompt is `prompt`, `question`, or `messages` that end with the user's; a response `response`, `completion` or
@@ -80,7 +85,13 @@ def read_conversations(file_names: Sequence[str], where: str, on_bad_row: str = 
     Raises:
         DataError: a file is missing or empty, or a row is malformed: with file and line.
     """
-    return read_each(file_names, where, on_bad_row, _conversation)
+    known = reading or Reading()
+
+    def parse(item: Item, _: str) -> tuple[Conversation | None, tuple[Problem, ...]]:
+        found = _conversation(item, known.columns)
+        return (found, ()) if isinstance(found, Conversation) else (None, (found,))
+
+    return read_each(file_names, where, on_bad_row, known, parse)
 
 
 def generate_conversations(num_rows: int, seed: int, split: str) -> list[Conversation]:
@@ -93,45 +104,31 @@ def generate_conversations(num_rows: int, seed: int, split: str) -> list[Convers
     return found
 
 
-def _conversation(value: Any, place: str) -> Conversation:
-    columns = columns_of(value, place)
-    if isinstance(columns.get("messages"), str):  # ROLL's files hold the list as a JSON string
-        with suppress(ValueError):  # what is wrong with it, `take_messages` says
-            columns["messages"] = json.loads(columns["messages"])
-    _refuse_other_keys(columns.get("messages"), place)
-    found = ", ".join(columns)
-    messages = take_messages(columns, place)
+def _conversation(item: Item, columns: Columns) -> Conversation | Problem:
+    rest = columns_of(item.value)
+    if isinstance(rest, Problem):
+        return rest
+    found = ", ".join(rest)
+    # Tool calls and the like would be lost without a word: what cannot be rendered is no demonstration.
+    messages, problems = take_messages(rest, columns, found, nothing_lost=True)
+    if problems:
+        return problems[0]
     if messages[-1]["role"] != "assistant":
-        name = next((name for name in RESPONSES if columns.get(name) is not None), None)
+        name = next((name for name in RESPONSES if rest.get(name) is not None), None)
         if name is not None:
-            if not isinstance(columns[name], str):
-                raise DataError(f"{place}: {name} must be a text, got {columns[name]!r:.80}")
-            messages = (*messages, {"role": "assistant", "content": columns[name]})
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            if not isinstance(rest[name], str):
+                return Problem("no response", f"{name} must be a text, got {shown(rest[name])}", "write a text")
+            messages = (*messages, {"role": "assistant", "content": rest[name]})
+    turns = [number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"]
     if not turns:
-        raise DataError(
-            f"{place}: nothing to imitate: expected messages with an assistant's turn, or {', '.join(RESPONSES)} "
-            f"beside the prompt, found {found}"
-        )
-    if turns[0] == 0:
-        raise DataError(f"{place}: messages[0] is the assistant's, and there is nothing that it answers")
-    if empty := [number for number in turns if not messages[number]["content"]]:
-        raise DataError(f"{place}: messages[{empty[0]}], the assistant's, is empty")
-    return Conversation(place, messages[: turns[-1] + 1])
-
-
-def _refuse_other_keys(messages: Any, place: str) -> None:
-    """Tool calls and the like would be lost without a word: what cannot be rendered is no demonstration."""
-    if not isinstance(messages, list):
-        return
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            continue
-        if others := [key for key, value in message.items() if key not in MESSAGE_KEYS and value is not None]:
-            raise DataError(
-                f"{place}: messages[{number}] has {', '.join(others)}, which would be lost: only role and content are "
-                "trained on; write them into the content"
-            )
+        expected = f"expected messages with an assistant's turn, or {', '.join(RESPONSES)} beside the prompt"
+        return Problem("nothing to imitate", f"nothing to imitate: {expected}, found {found}", "add a response")
+    if turns[0] == 1:
+        detail = "message 1 is the assistant's, and there is nothing that it answers"
+        return Problem("an answer to nothing", detail, "put what it answers before it")
+    if empty := [number for number in turns if not messages[number - 1]["content"]]:
+        return Problem("an empty answer", f"message {empty[0]}, the assistant's, is empty", "write something")
+    return Conversation(item.place, messages[: turns[-1]], text_of(rest.get(columns.tag)))
 
 
 def make_samples(
@@ -139,38 +136,34 @@ def make_samples(
     tokenizer: Any,
     sequence_length: int,
     where: str,
+    chat: ChatFormat | None = None,
     *,
-    system_prompt: str | None = None,
     separate_turns: bool = False,
 ) -> ChatSamples:
     """Apply the chat template, find the assistant's tokens, and drop sequences of more than `sequence_length` tokens.
 
     Args:
         conversations: rows.
-        tokenizer: with a chat template.
+        tokenizer: of the model.
         sequence_length: the longest sequence in tokens; longer ones are dropped and counted, never cut.
         where: the files, for the errors.
-        system_prompt: put before conversations that have none.
+        chat: templates, and what is put before conversations without a system message; None: the tokenizer's, nothing.
         separate_turns: a sequence for each assistant's turn with all that comes before it, in place of one sequence in
             which all of its turns are imitated.
 
     Raises:
-        DataError: no chat template, or one that refuses a row or renders the beginning of a conversation otherwise than
-            the whole: with the row; or no sequence is short enough.
+        DataError: a template that does not exist, does not fit the tokenizer, refuses a row, or renders the beginning
+            of a conversation otherwise than the whole: with the row; or no sequence is short enough.
     """
-    if tokenizer.chat_template is None:
-        raise DataError(f"{where}: the tokenizer has no chat template; add chat_template to its tokenizer_config.json")
-    find = _by_marks if GENERATION_MARK.search(str(tokenizer.chat_template)) else _by_prefixes
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    chat = chat or ChatFormat()
+    renderers = {name: _Renderer(tokenizer, t) for name, t in checked_templates(chat, tokenizer, where).items()}
     kept, dropped, ends = [], [], set()
     for row, conversation in enumerate(conversations):
-        messages = conversation.messages
-        if system_prompt is not None and messages[0]["role"] != "system":
-            messages = ({"role": "system", "content": system_prompt}, *messages)
+        renderer = renderers[chat.tag_templates.get(conversation.tag, chat.template)]
+        messages = chat.with_system(conversation.messages, "")
         for part in _parts(messages) if separate_turns else [messages]:
-            token_ids, spans = find(tokenizer, part, conversation.place, separate_turns)
-            spans = [(start, _without_trailing(tokenizer, token_ids, start, end, special)) for start, end in spans]
-            ends |= {token_ids[end - 1] for _, end in spans} & special
+            token_ids, spans = renderer.find(part, conversation.place, separate_turns)
+            ends |= {token_ids[end - 1] for _, end in spans} & renderer.special
             sample = _sample(row, token_ids, spans, conversation.place)
             if len(sample) > sequence_length:
                 dropped.append(len(sample))
@@ -180,7 +173,7 @@ def make_samples(
     return ChatSamples(tuple(kept), len(dropped), frozenset(ends))
 
 
-def _parts(messages: Messages) -> list[Messages]:
+def _parts(messages: Turns) -> list[Turns]:
     return [messages[: number + 1] for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 
@@ -194,58 +187,75 @@ def _sample(row: int, token_ids: Sequence[int], spans: Sequence[tuple[int, int]]
     return ChatSample(row, tuple(token_ids[:first]), tuple(token_ids[first:last]), tuple(mask))
 
 
-def _by_prefixes(
-    tokenizer: Any, messages: Messages, place: str, last_only: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens, and (begin, end) of each assistant's turn: where the conversation before it, and with it, end."""
-    whole, spans, last = _encode(tokenizer, messages, place), [], len(messages) - 1
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    for number in [last] if last_only else turns:
-        before = _encode(tokenizer, messages[:number], place, add_generation_prompt=True)
-        until = whole if number == last else _encode(tokenizer, messages[: number + 1], place)
-        if whole[: len(before)] != before or whole[: len(until)] != until or len(until) <= len(before):
-            raise DataError(
-                f"{place}: the chat template renders the conversation up to messages[{number}] otherwise than at the "
-                "beginning of the whole, so that the tokens of this turn cannot be told; set data_args.multi_turn: "
-                "separate, or mark them in the template with {% generation %}"
+class _Renderer:
+    """One chat template at work.
+
+    Attributes:
+        special: tokens that are markup.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._has_marks = GENERATION_MARK.search(str(template.source or tokenizer.chat_template)) is not None
+        self.special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if template.end_of_turn is not None:
+            self.special.add(tokenizer.convert_tokens_to_ids(template.end_of_turn))
+
+    def find(self, messages: Turns, place: str, last_only: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens, and (begin, end) of what is imitated of every assistant's turn, or of the last one only."""
+        find = self._by_marks if self._has_marks else self._by_prefixes
+        token_ids, spans = find(messages, place, last_only)
+        return token_ids, [(start, self._without_trailing(token_ids, start, end)) for start, end in spans]
+
+    def _by_prefixes(self, messages: Turns, place: str, last_only: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """A turn is from where the conversation before it ends to where it ends with it."""
+        whole, spans, last = self._encode(messages, place), [], len(messages) - 1
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        for number in [last] if last_only else turns:
+            before = self._encode(messages[:number], place, add_generation_prompt=True)
+            until = whole if number == last else self._encode(messages[: number + 1], place)
+            if whole[: len(before)] != before or whole[: len(until)] != until or len(until) <= len(before):
+                raise DataError(
+                    f"{place}: the chat template renders the conversation up to messages[{number}] otherwise than at "
+                    "the beginning of the whole, so that the tokens of this turn cannot be told; set "
+                    "data_args.multi_turn: separate, or mark them in the template with {% generation %}"
+                )
+            spans.append((len(before), len(until)))
+        return whole, spans
+
+    def _by_marks(self, messages: Turns, place: str, last_only: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Turns are the runs of tokens that the template itself marks as generated."""
+        encoded = self._apply(messages, place, return_assistant_tokens_mask=True)
+        token_ids, marks = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
+        edges = [place for place in range(len(marks) - 1) if bool(marks[place]) != bool(marks[place + 1])]
+        if not edges:
+            raise DataError(f"{place}: the chat template marks no token of this row with {{% generation %}}; mend it")
+        spans = list(zip(edges[::2], edges[1::2], strict=True))
+        return token_ids, spans[-1:] if last_only else spans
+
+    def _without_trailing(self, token_ids: list[int], start: int, end: int) -> int:
+        """The end of a turn: after its last special token, where only white space follows, which nobody generates."""
+        last = next((place for place in range(end - 1, start - 1, -1) if token_ids[place] in self.special), None)
+        if last is None or self._tokenizer.decode(token_ids[last + 1 : end]).strip():
+            return end
+        return last + 1
+
+    def _encode(self, messages: Turns, place: str, add_generation_prompt: bool = False) -> list[int]:
+        return list(self._apply(messages, place, add_generation_prompt=add_generation_prompt)["input_ids"])
+
+    def _apply(self, messages: Turns, place: str, **options: bool) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                chat_template=self._template.source,
+                tokenize=True,
+                return_dict=True,
+                **options,
             )
-        spans.append((len(before), len(until)))
-    return whole, spans
-
-
-def _by_marks(
-    tokenizer: Any, messages: Messages, place: str, last_only: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens, and the runs of them that the template itself marks as generated."""
-    encoded = _apply(tokenizer, messages, place, return_assistant_tokens_mask=True)
-    token_ids, marks = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
-    edges = [place for place in range(len(marks) - 1) if bool(marks[place]) != bool(marks[place + 1])]
-    if not edges:
-        raise DataError(f"{place}: the chat template marks no token of this row with {{% generation %}}; mend it")
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    return token_ids, spans[-1:] if last_only else spans
-
-
-def _without_trailing(tokenizer: Any, token_ids: list[int], start: int, end: int, special: set[int]) -> int:
-    """The end of a turn: after its last special token, where only white space follows, which is never generated."""
-    last = next((place for place in range(end - 1, start - 1, -1) if token_ids[place] in special), None)
-    if last is None or tokenizer.decode(token_ids[last + 1 : end]).strip():
-        return end
-    return last + 1
-
-
-def _encode(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], place: str, add_generation_prompt: bool = False
-) -> list[int]:
-    return list(_apply(tokenizer, messages, place, add_generation_prompt=add_generation_prompt)["input_ids"])
-
-
-def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], place: str, **options: bool) -> Any:
-    try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=True, return_dict=True, **options)
-    except Exception as error:  # what a template raises is up to its author, e.g. for a role it does not take
-        roles = ", ".join(m["role"] for m in messages)
-        raise DataError(f"{place}: the chat template refuses {roles} ({error})") from error
+        except Exception as error:  # what a template raises is up to its author, e.g. for a role it does not take
+            roles = ", ".join(m["role"] for m in messages)
+            raise DataError(f"{place}: the chat template refuses {roles} ({error})") from error
 
 
 def _report_lengths(where: str, sequence_length: int, num_kept: int, dropped: Sequence[int]) -> None:

@@ -33,6 +33,12 @@ def architecture_of(pretrain: str) -> Architecture | None:
     return None if config is None else Architecture.from_config({"rms_norm_eps": 1e-6, **config}, pretrain)
 
 
+def context_length_of(pretrain: str) -> int | None:
+    """Positions that a builtin model or a local checkpoint was made for; None where that is not known here."""
+    config = _hf_config(pretrain)
+    return None if config is None else config.get("max_position_embeddings")
+
+
 def _hf_config(pretrain: str) -> Mapping[str, Any] | None:
     if pretrain.startswith(BUILTIN):
         spec = TINY_MODELS.get(pretrain.removeprefix(BUILTIN))

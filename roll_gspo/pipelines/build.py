@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.batch import Prompt
 from roll_gspo.checkpoint import CheckpointStore
+from roll_gspo.config.data import SourceArgs
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.sft import AnyConfig
-from roll_gspo.data.sampler import PromptSampler
+from roll_gspo.data.prompts import end_of_turn_ids
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.execution.base import Executor
 from roll_gspo.pipelines.collect import Collector
-from roll_gspo.pipelines.datasets import Datasets, read_datasets, tokenize
+from roll_gspo.pipelines.datasets import Datasets, chat_format, make_sampler, read_datasets, tokenize
 from roll_gspo.pipelines.experience import ExperienceSettings
 from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.placement import execution_settings, start_models
@@ -29,6 +31,7 @@ from roll_gspo.pipelines.settings import (
     sampling,
 )
 from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState, TrainerState
+from roll_gspo.pipelines.validation import Validation
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
@@ -58,8 +61,7 @@ class Parts:
     state: TrainerState
     output: Output
     sampling: Sampling
-    validation_prompts: tuple[Prompt, ...]
-    validation_sampling: Sampling | None
+    validation: Validation | None
     num_prompts_dropped: int
 
 
@@ -96,16 +98,17 @@ def _start_roles(
     rewards: Judge,
 ) -> Parts:
     data = _tokenized(config, datasets, checkpoint, console)
+    sampler = make_sampler(config, data.train)
     models = start_models(config, checkpoint, executor, console, data.tokenizer.pad_token_id)
     state = TrainerState(
         step=0,
-        sampler=PromptSampler(data.train, config.seed),
+        sampler=sampler,
         running_moments=RunningMoments(),
         kl_controller=new_kl_controller(config),
     )
     resume(config, folder, console, models.actor_train, models.critic, state)
-    validation, length = config.validation, config.max_response_length
-    training = sampling(config.actor_infer.generating_args, config.num_return_sequences_in_group, length, data.stop_ids)
+    groups, length = config.num_return_sequences_in_group, config.max_response_length
+    training = sampling(config.actor_infer.generating_args, groups, length, data.stop_ids)
     return Parts(
         executor=executor,
         actor_train=models.actor_train,
@@ -117,10 +120,9 @@ def _start_roles(
         collector=_collector(config, state, models.actor_infer, rewards, training, data.tokenizer),
         experience=experience_settings(config),
         state=state,
-        output=make_output(config, folder, console, state.step, data.tokenizer),
+        output=make_output(config, folder, console, state, data.tokenizer),
         sampling=training,
-        validation_prompts=data.validation,
-        validation_sampling=sampling(validation.generating_args, 1, length, data.stop_ids) if validation else None,
+        validation=new_validation(config, data.validation, data.stop_ids, rewards) if config.validation else None,
         num_prompts_dropped=len(datasets.train) - len(data.train),
     )
 
@@ -138,12 +140,33 @@ class _Tokenized:
 def _tokenized(config: ExperimentConfig, datasets: Datasets, checkpoint: Path, console: Console) -> _Tokenized:
     with console.stage("tokenize prompts"):
         tokenizer = load_tokenizer(checkpoint)
-        train = tokenize(datasets.train, tokenizer, config.actor_train.data_args, config.prompt_length)
+        blocks = [config.actor_train.data_args]
+        train = tokenize(config, blocks[0], datasets.train, tokenizer, config.prompt_length)
         validation: tuple[Prompt, ...] = ()
         if config.validation is not None:
-            args = config.validation.data_args
-            validation = tokenize(datasets.validation, tokenizer, args, config.prompt_length)
-    return _Tokenized(tokenizer, train, validation, stop_token_ids(tokenizer, checkpoint))
+            blocks.append(config.validation.data_args)
+            length = config.validation_prompt_length
+            validation = tokenize(config, blocks[1], datasets.validation, tokenizer, length)
+    return _Tokenized(tokenizer, train, validation, stop_ids(config, blocks, tokenizer, checkpoint))
+
+
+def stop_ids(config: AnyConfig, blocks: Sequence[SourceArgs], tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
+    """Every id that ends a response: those of the model, and those that end a turn in the templates of the data."""
+    stops = set(stop_token_ids(tokenizer, checkpoint))
+    for args in blocks:
+        stops |= end_of_turn_ids(tokenizer, chat_format(config, args))
+    return tuple(sorted(stops))
+
+
+def new_validation(
+    config: ExperimentConfig, prompts: tuple[Prompt, ...], stop_ids: tuple[int, ...], rewards: Judge
+) -> Validation:
+    """What the block `validation`, which must be there, asks for."""
+    block = config.validation
+    assert block is not None
+    length = config.validation_response_length
+    how = sampling(block.generating_args, block.num_samples, length, stop_ids)
+    return Validation(block, prompts, how, rewards.domains)
 
 
 def resume(
@@ -165,6 +188,9 @@ def resume(
         if critic is not None:
             critic.load(source / CRITIC)
         state.load(source)
+        keep = config.checkpoint_config
+        if state.best is not None and (state.best.metric, state.best.mode) != (keep.keep_best, keep.keep_best_mode):
+            state.best = None  # another figure decides now
     console.message(f"resumed after step {state.step} from {source}")
 
 
@@ -183,7 +209,7 @@ def _collector(
         training,
         lambda completion: tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
         num_prompts=config.rollout_batch_size,
-        query_filter=query_filter_settings(config),
+        query_filters=query_filter_settings(config),
         max_rounds=config.max_sampling_rounds,
     )
 
@@ -209,15 +235,18 @@ def stop_token_ids(tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def make_output(config: AnyConfig, folder: RunFolder, console: Console, steps_done: int, tokenizer: Any) -> Output:
-    """What writes into the run's folder from the step after `steps_done` on."""
-    first_step = steps_done + 1 if steps_done else 0  # from the beginning step 0, the first validation, is repeated
+def make_output(config: AnyConfig, folder: RunFolder, console: Console, state: RunState[Any], tokenizer: Any) -> Output:
+    """What writes into the run's folder from the step after those that are done on."""
+    first_step = state.step + 1 if state.step else 0  # from the beginning step 0, the first validation, is repeated
     kwargs = config.tracker_kwargs.model_dump(exclude_none=True)
+    checkpoints = CheckpointStore(folder.checkpoints, config.checkpoint_config.max_ckpt_to_keep, state.best)
+    state.best = checkpoints.best  # that of another folder is not kept here
     return Output(
         folder=folder.path,
-        checkpoints=CheckpointStore(folder.checkpoints, config.checkpoint_config.max_ckpt_to_keep),
+        checkpoints=checkpoints,
         trackers=build_trackers([config.track_with], folder.path, first_step, kwargs),
         rollouts=RolloutWriter(folder.path / "rollouts", first_step),
+        validation=RolloutWriter(folder.path / "validation", first_step),
         console=console,
         config_text=config_yaml(config),
         save_hf_model=config.actor_train.training_args.save_hf_model,

@@ -22,11 +22,19 @@ from roll_gspo.data.conversations import (
     make_samples,
     read_conversations,
 )
+from roll_gspo.data.rows import Columns, Reading
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.execution.base import Executor
-from roll_gspo.pipelines.build import load_tokenizer, make_output, resume, stop_token_ids
-from roll_gspo.pipelines.datasets import DATA_SEED, DEFAULT_GENERATED_ROWS, is_generated
+from roll_gspo.pipelines.build import load_tokenizer, make_output, resume, stop_ids
+from roll_gspo.pipelines.datasets import (
+    DATA_SEED,
+    DEFAULT_GENERATED_ROWS,
+    chat_format,
+    check_tags,
+    fingerprint,
+    is_generated,
+)
 from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.placement import execution_settings, start_sft_actor
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
@@ -64,16 +72,17 @@ def build_sft_parts(config: SftConfig, folder: RunFolder, console: Console) -> S
         held_out: list[Conversation] = []
         if config.validation is not None:
             held_out = _conversations(config.validation.data_args, "validation.data_args.file_name", "validation")
+        check_tags(config, {row.tag for row in (*train, *held_out)})
     checkpoint = prepare_checkpoint(
         config, config.actor_train.model_args.model_name_or_path or config.pretrain, console
     )
     with console.stage("tokenize conversations"):
         tokenizer = load_tokenizer(checkpoint)
-        samples = _tokenized(train, tokenizer, config.actor_train.data_args, config.sequence_length)
+        samples = _tokenized(config, config.actor_train.data_args, train, tokenizer)
         validation: tuple[ChatSample, ...] = ()
         if config.validation is not None:
-            validation = _tokenized(held_out, tokenizer, config.validation.data_args, config.sequence_length).samples
-        _check_ends(samples, tokenizer, checkpoint)
+            validation = _tokenized(config, config.validation.data_args, held_out, tokenizer).samples
+        _check_ends(config, samples, tokenizer, checkpoint)
     num_steps = config.num_steps(len(samples.samples))
     epochs = num_steps * config.mini_batch_size / len(samples.samples)
     console.message(f"{len(samples.samples)} sequences, {num_steps} steps: {epochs:.2g} pass(es)")
@@ -81,7 +90,8 @@ def build_sft_parts(config: SftConfig, folder: RunFolder, console: Console) -> S
         executor: Executor = EXECUTORS.load(config.execution)(execution_settings(config))
     try:
         actor = start_sft_actor(config, checkpoint, executor, console, num_steps)
-        state = RunState(0, PromptSampler(samples.samples, config.seed))
+        parts = (part for sample in samples.samples for part in (sample.prompt_ids, sample.rest_ids, sample.mask))
+        state = RunState(0, PromptSampler(samples.samples, config.seed, fingerprint(parts)))
         resume(config, folder, console, actor, None, state)
     except BaseException:
         executor.close()
@@ -90,7 +100,7 @@ def build_sft_parts(config: SftConfig, folder: RunFolder, console: Console) -> S
         executor=executor,
         actor_train=actor,
         state=state,
-        output=make_output(config, folder, console, state.step, tokenizer),
+        output=make_output(config, folder, console, state, tokenizer),
         validation=validation,
         pad_token_id=tokenizer.pad_token_id,
         num_steps=num_steps,
@@ -112,23 +122,24 @@ def sequences_of(samples: Sequence[ChatSample], pad_token_id: int) -> tuple[Sequ
 def _conversations(args: SftDataArgs, where: str, split: str) -> list[Conversation]:
     if is_generated(args, where):
         return generate_conversations(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
-    return read_conversations(args.file_name, where, args.on_bad_row)[: args.num_rows]
+    reading = Reading(Columns(args.messages, args.prompt, tag=args.tag), args.dataset_config, args.split)
+    return read_conversations(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]
 
 
-def _tokenized(rows: list[Conversation], tokenizer: Any, args: SftDataArgs, sequence_length: int) -> ChatSamples:
+def _tokenized(config: SftConfig, args: SftDataArgs, rows: list[Conversation], tokenizer: Any) -> ChatSamples:
     return make_samples(
         rows,
         tokenizer,
-        sequence_length,
+        config.sequence_length,
         ", ".join(args.file_name),
-        system_prompt=args.system_prompt,
+        chat_format(config, args),
         separate_turns=args.multi_turn == "separate",
     )
 
 
-def _check_ends(samples: ChatSamples, tokenizer: Any, checkpoint: Path) -> None:
+def _check_ends(config: SftConfig, samples: ChatSamples, tokenizer: Any, checkpoint: Path) -> None:
     """A model that never learns to end its turn, or ends it with a token that stops no generation, never stops."""
-    stops = stop_token_ids(tokenizer, checkpoint)
+    stops = stop_ids(config, [config.actor_train.data_args], tokenizer, checkpoint)
     if not samples.end_token_ids:
         logger.warning(
             "the chat template ends the assistant's turns with no special token, so that the model will not learn to "

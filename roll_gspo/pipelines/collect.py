@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -12,10 +12,19 @@ from torch import Tensor
 
 from roll_gspo.algorithms.query_filter import QueryFilterSettings, kept_groups
 from roll_gspo.batch import Completion, Prompt, Rollouts
-from roll_gspo.data.sampler import PromptSampler
+from roll_gspo.data.sampler import Sampler
+from roll_gspo.pipelines.reward_alarm import RewardAlarm
+from roll_gspo.pipelines.reward_metrics import (
+    component_metrics,
+    count_by_domain,
+    domain_metrics,
+    num_failed,
+    score_mean,
+)
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.judge import Judge
+from roll_gspo.roles.scoring import RewardTime
 from roll_gspo.strategies.base import Sampling
 from roll_gspo.tracking.console import Progress
 
@@ -39,8 +48,13 @@ class Collected:
 
     @property
     def scores(self) -> Tensor:
-        """[B] float32."""
+        """[B] float32; 0 where `valid` is false."""
         return torch.tensor([result.score for result in self.results])
+
+    @property
+    def valid(self) -> Tensor:
+        """[B] bool: the reward did not fail; the others are to be left out of everything."""
+        return torch.tensor([result.failed is None for result in self.results])
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class _Group:
     """The samples of one prompt."""
 
     prompt: Prompt
+    domain: str
     completions: tuple[Completion, ...]
     results: tuple[RewardResult, ...]
 
@@ -65,20 +80,20 @@ class Collector:
         sampling: how responses are sampled.
         text_of: the response as the rewards see it.
         num_prompts: groups of a full batch.
-        query_filter: which groups are dropped and replaced; None keeps all.
+        query_filters: which groups are dropped and replaced, by domain; all groups of other domains stay.
         max_rounds: generations a step at most; groups that are still missing then are filled with dropped ones.
     """
 
     def __init__(
         self,
-        sampler: PromptSampler[Prompt],
+        sampler: Sampler[Prompt],
         generator: Generator,
         judge: Judge,
         sampling: Sampling,
         text_of: Callable[[Completion], str],
         *,
         num_prompts: int,
-        query_filter: QueryFilterSettings | None,
+        query_filters: Mapping[str, QueryFilterSettings],
         max_rounds: int,
     ) -> None:
         self._sampler = sampler
@@ -87,7 +102,8 @@ class Collector:
         self._sampling = sampling
         self._text_of = text_of
         self._num_prompts = num_prompts
-        self._filter = query_filter
+        self._filters = query_filters
+        self._alarm = RewardAlarm()
         self._max_rounds = max_rounds
 
     def collect(self, step: int, stage: Stage) -> Collected:
@@ -95,24 +111,42 @@ class Collector:
         kept: list[_Group] = []
         dropped: list[_Group] = []
         rounds = 0
+        time = RewardTime(0.0, 0.0)
         while len(kept) < self._num_prompts and rounds < self._max_rounds:
             prompts = self._sampler.next_batch(self._num_prompts - len(kept))
             purpose = f"step {step} round {rounds}" if rounds else f"step {step}"
-            with stage("generate") as progress:
-                rollouts = self._generator.generate(prompts, self._sampling, purpose, progress)
-            with stage("score") as progress:
-                results = self.judge(rollouts, progress)
+            rollouts, results, spent = self._generate(prompts, purpose, stage)
+            time = RewardTime(time.hidden_s + spent.hidden_s, time.total_s + spent.total_s)
             rounds += 1
-            if self._filter is None:
-                return Collected(rollouts, tuple(results), _metrics(_groups(rollouts, results)))
-            _sort(rollouts, results, self._filter, kept, dropped)
-        return self._batch(step, kept, dropped, rounds)
+            groups = self._groups(rollouts, results)
+            if not self._filters:
+                return Collected(rollouts, tuple(results), self._metrics(step, groups, time))
+            for group in groups:
+                query_filter = self._filters.get(group.domain)
+                (kept if query_filter is None or _passes(group, query_filter) else dropped).append(group)
+        return self._batch(step, kept, dropped, rounds, time)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], purpose: str, stage: Stage
+    ) -> tuple[Rollouts, list[RewardResult], RewardTime]:
+        """Samples of the prompts with their results; each is scored as soon as it is there."""
+        with self._judge.open() as scoring:
+
+            def submit(number: int, sample: int, completion: Completion) -> None:
+                domain, request = self._judge.request(prompts[number], self._text_of(completion))
+                scoring.submit(number * self._sampling.num_samples + sample, domain, request)
+
+            with stage("generate") as progress:
+                rollouts = self._generator.generate(prompts, self._sampling, purpose, progress, submit)
+            with stage("score") as progress:
+                results = scoring.results(progress)
+            return rollouts, results, scoring.time
 
     def judge(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:
         """What the reward workers say, one result a sample."""
         return self._judge.score(rollouts, [self._text_of(c) for c in rollouts.completions], progress)
 
-    def _batch(self, step: int, kept: list[_Group], dropped: list[_Group], rounds: int) -> Collected:
+    def _batch(self, step: int, kept: list[_Group], dropped: list[_Group], rounds: int, time: RewardTime) -> Collected:
         num_missing = self._num_prompts - len(kept)
         if num_missing:
             logger.warning(
@@ -122,52 +156,48 @@ class Collector:
             )
         used = kept + dropped[:num_missing]
         rollouts = self._generator.collate([g.prompt for g in used], [g.completions for g in used])
-        metrics = _metrics(kept + dropped) | {
+        rejected = [group.domain for group in dropped]
+        metrics = self._metrics(step, kept + dropped, time) | {
             "sampling/rounds": float(rounds),
             "sampling/prompts": float(len(kept) + len(dropped)),
             "sampling/groups_dropped": float(len(dropped)),
             "sampling/groups_filled": float(num_missing),
             "sampling/tokens_dropped": float(sum(group.num_tokens for group in dropped[num_missing:])),
+            **count_by_domain(self._judge.domain_names, rejected, "groups_dropped"),
         }
         return Collected(rollouts, tuple(result for group in used for result in group.results), metrics)
 
+    def _groups(self, rollouts: Rollouts, results: Sequence[RewardResult]) -> list[_Group]:
+        """The samples of each prompt, in the order of the prompts."""
+        found: dict[int, list[int]] = {}
+        for sample, group in enumerate(rollouts.group_ids.tolist()):
+            found.setdefault(group, []).append(sample)
+        prompts = [rollouts.prompts[samples[0]] for samples in found.values()]
+        return [
+            _Group(prompt, domain, tuple(rollouts.completions[i] for i in samples), tuple(results[i] for i in samples))
+            for prompt, domain, samples in zip(prompts, self._judge.domains(prompts), found.values(), strict=True)
+        ]
 
-def _groups(rollouts: Rollouts, results: Sequence[RewardResult]) -> list[_Group]:
-    """The samples of each prompt, in the order of the prompts."""
-    found: dict[int, list[int]] = {}
-    for sample, group in enumerate(rollouts.group_ids.tolist()):
-        found.setdefault(group, []).append(sample)
-    return [
-        _Group(
-            rollouts.prompts[samples[0]],
-            tuple(rollouts.completions[i] for i in samples),
-            tuple(results[i] for i in samples),
-        )
-        for samples in found.values()
-    ]
-
-
-def _sort(
-    rollouts: Rollouts,
-    results: Sequence[RewardResult],
-    query_filter: QueryFilterSettings,
-    kept: list[_Group],
-    dropped: list[_Group],
-) -> None:
-    """Put every group of a generation where it belongs."""
-    scores = torch.tensor([result.score for result in results])
-    stays = kept_groups(scores, rollouts.group_ids, query_filter)
-    passed = set(rollouts.group_ids[stays].tolist())
-    numbers = dict.fromkeys(rollouts.group_ids.tolist())
-    for number, group in zip(numbers, _groups(rollouts, results), strict=True):
-        (kept if number in passed else dropped).append(group)
+    def _metrics(self, step: int, groups: Sequence[_Group], time: RewardTime) -> dict[str, float]:
+        """Cost and quality of everything that was generated; and a warning where it looks wrong."""
+        results = [result for group in groups for result in group.results]
+        domains = [group.domain for group in groups for _ in group.results]
+        lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+        self._alarm.check(step, domains, results)
+        return {
+            "rollout/num_tokens": float(sum(lengths)),
+            "rollout/score_mean": score_mean(results),
+            "reward/failed": float(num_failed(results)),
+            "reward/seconds": time.total_s,
+            "reward/hidden_share": time.hidden_s / time.total_s if time.total_s else 1.0,
+            **component_metrics(results),
+            **domain_metrics(self._judge.domain_names, domains, results, lengths),
+        }
 
 
-def _metrics(groups: Sequence[_Group]) -> dict[str, float]:
-    """Cost and quality of everything that was generated."""
-    results = [result for group in groups for result in group.results]
-    return {
-        "rollout/num_tokens": float(sum(group.num_tokens for group in groups)),
-        "rollout/score_mean": sum(result.score for result in results) / len(results),
-        "reward/failed": float(sum(result.failed is not None for result in results)),
-    }
+def _passes(group: _Group, query_filter: QueryFilterSettings) -> bool:
+    """Whether the group's scores teach something; samples whose reward failed have none."""
+    scores = torch.tensor([result.score for result in group.results if result.failed is None])
+    if len(scores) < min(2, len(group.results)):
+        return False
+    return bool(kept_groups(scores, torch.zeros(len(scores), dtype=torch.int64), query_filter).all())

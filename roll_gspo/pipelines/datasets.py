@@ -1,22 +1,33 @@
-"""The prompts of a run: the configured files, or a generated task."""
+"""The prompts of a run: the configured files, or a generated task; and the order in which they are drawn."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from roll_gspo.batch import Prompt
-from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import DataArgs
+from roll_gspo.config.data import DataArgs, SourceArgs
+from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.sft import AnyConfig
+from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition
-from roll_gspo.data.prompts import make_prompts
-from roll_gspo.data.rows import DataRow, read_rows
+from roll_gspo.data.prompts import ChatFormat, make_prompts
+from roll_gspo.data.rows import Columns, DataRow, Reading, read_rows
+from roll_gspo.data.sampler import InterleavedSampler, PromptSampler, Sampler
+from roll_gspo.data.templates import NATIVE
 from roll_gspo.errors import DataError
+from roll_gspo.rewards.routing import Router
 
 BUILTIN = "builtin:"
 DEFAULT_GENERATED_ROWS = 4096
+UNLABELLED = "unlabelled"
 DATA_SEED = 0  # generated rows are the same for every seed of a comparison
+SHARES = "actor_train.data_args.domain_interleave_probs"
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,122 @@ def read_datasets(config: ExperimentConfig) -> Datasets:
         DataError: names the YAML key, the file and the line.
     """
     train = _rows(config.actor_train.data_args, "actor_train.data_args.file_name", "train")
-    validation = []
-    if config.validation is not None:
-        validation = _rows(config.validation.data_args, "validation.data_args.file_name", "validation")
+    validation = [] if config.validation is None else read_validation(config.validation)
     if config.difficulty_loss_weight:
         _check_difficulty(train)
+    check_tags(config, {row.tag for row in (*train, *validation)})
+    shares = config.actor_train.data_args.domain_interleave_probs
+    if shares is not None:
+        check_shares(shares, domains_of(config, [_labels(row) for row in train]), "the data")
     return Datasets(train, validation)
+
+
+def check_tags(config: RunConfig, tags: set[str]) -> None:
+    """See that `tag_to_template` names tags of the data.
+
+    Raises:
+        DataError: it names others.
+    """
+    if strange := [tag for tag in config.tag_to_template if tag not in tags]:
+        raise DataError(
+            f"tag_to_template: no row has the tag {', '.join(strange)} (tags of the data: "
+            f"{', '.join(sorted(tags - {''})) or 'none'}); write it as there, or remove it"
+        )
+
+
+def _labels(row: DataRow) -> dict[str, str]:
+    return {"id": row.id, "domain": row.domain, "tag": row.tag}
+
+
+def domains_of(config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The reward block that judges each row.
+
+    Args:
+        rows: with `id`, `domain` and `tag`.
+
+    Raises:
+        DataError: a row has none.
+    """
+    router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
+    router.check(rows)
+    return [router.domain_of(row) for row in rows]
+
+
+def check_shares(shares: Mapping[str, float], domains: Sequence[str], data: str) -> None:
+    """See that shares and data name the same domains.
+
+    Args:
+        shares: as configured.
+        domains: of each row.
+        data: what the rows are called.
+
+    Raises:
+        DataError: a domain of the data has no share, or one with a share has no row.
+    """
+    counts = Counter(domains)
+    without_share = [name for name in counts if name not in shares]
+    without_rows = [name for name in shares if name not in counts]
+    if not without_share and not without_rows:
+        return
+    wrong = [f"it does not name {', '.join(without_share)}"] if without_share else []
+    wrong += [f"{data} has no row of {', '.join(without_rows)}"] if without_rows else []
+    listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+    raise DataError(
+        f"{SHARES}: {', and '.join(wrong)} (rows of {data}: {listed}; shares: {', '.join(shares) or 'none'}); name "
+        "the domains of the data and no others, with 0 for those to leave out"
+    )
+
+
+def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler[Prompt]:
+    """Draws the training prompts: by the shares of their domains, or from one shuffled list.
+
+    Raises:
+        DataError: all prompts of a domain with a share were too long.
+    """
+    mark = fingerprint(prompt.token_ids for prompt in prompts)
+    shares = config.actor_train.data_args.domain_interleave_probs
+    if shares is None:
+        return PromptSampler(prompts, config.seed, mark)
+    domains = domains_of(config, [prompt.row for prompt in prompts])
+    check_shares(shares, domains, f"the data within prompt_length {config.prompt_length}")
+    by_domain: dict[str, list[Prompt]] = {name: [] for name in shares}
+    for prompt, domain in zip(prompts, domains, strict=True):
+        by_domain[domain].append(prompt)
+    return InterleavedSampler(by_domain, shares, config.seed, mark)
+
+
+def fingerprint(token_ids: Iterable[Sequence[int]]) -> str:
+    """Changes with any token of any prompt, and with their order; not with the place of the files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in token_ids:
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(array("q", ids).tobytes())
+    return digest.hexdigest()
+
+
+def read_validation(block: ValidationConfig) -> list[DataRow]:
+    """The validation rows, only those of `sources` where the block names some.
+
+    Raises:
+        DataError: names the YAML key, the file and the line; or a source that no row has.
+    """
+    args, where = block.data_args, "validation.data_args.file_name"
+    if not block.sources:
+        return _rows(args, where, "validation")
+    rows = _rows(args.model_copy(update={"num_rows": None}), where, "validation")  # `num_rows` of those that stay
+    labels = [group_of({**row.extra, "domain": row.domain, "tag": row.tag}, block.group_by) for row in rows]
+    if unknown := [name for name in block.sources if name not in labels]:
+        raise DataError(
+            f"validation.sources: no row has the {block.group_by} {', '.join(unknown)} (there are "
+            f"{', '.join(dict.fromkeys(labels))}); write it as there, or leave it out"
+        )
+    return [row for row, label in zip(rows, labels, strict=True) if label in block.sources][: args.num_rows]
+
+
+def group_of(row: Mapping[str, Any], group_by: str) -> str:
+    """What `validation.group_by` makes of a row's columns."""
+    columns = ("source", "tag", "domain") if group_by == "source" else (group_by,)
+    return next((str(row[name]) for name in columns if row.get(name)), UNLABELLED)
 
 
 def _check_difficulty(rows: list[DataRow]) -> None:
@@ -56,12 +177,27 @@ def _check_difficulty(rows: list[DataRow]) -> None:
             )
 
 
-def tokenize(rows: list[DataRow], tokenizer: Any, args: DataArgs, prompt_length: int) -> tuple[Prompt, ...]:
-    """Prompts that fit into `prompt_length`."""
-    return make_prompts(rows, tokenizer, prompt_length, ", ".join(args.file_name), args.system_prompt)
+def chat_format(config: AnyConfig, args: SourceArgs) -> ChatFormat:
+    """Template and system prompts of a block of data; validation has the template of training where it names none."""
+    own = args.template or config.actor_train.data_args.template or NATIVE
+    by_domain = args.domain_system_prompts if isinstance(args, DataArgs) else {}
+    return ChatFormat(config.global_template or own, config.tag_to_template, args.system_prompt, by_domain)
 
 
-def is_generated(args: DataArgs, where: str) -> bool:
+def tokenize(
+    config: ExperimentConfig, args: DataArgs, rows: list[DataRow], tokenizer: Any, prompt_length: int
+) -> tuple[Prompt, ...]:
+    """Prompts that fit into `prompt_length`.
+
+    Raises:
+        DataError: the chat template cannot be used, or none fits.
+    """
+    domains = domains_of(config, [_labels(row) for row in rows])
+    where, chat = ", ".join(args.file_name), chat_format(config, args)
+    return make_prompts(rows, tokenizer, prompt_length, where, chat, domains)
+
+
+def is_generated(args: SourceArgs, where: str) -> bool:
     """Whether rows are made on the spot.
 
     Raises:
@@ -79,4 +215,9 @@ def is_generated(args: DataArgs, where: str) -> bool:
 def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:
     if is_generated(args, where):
         return column_addition.rows(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
-    return read_rows(args.file_name, where, args.on_bad_row)[: args.num_rows]
+    columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
+    reading = Reading(columns, args.dataset_config, args.split, args.file_domains)
+    rows = read_rows(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]
+    if args.domain is None:
+        return rows
+    return [row if row.domain or row.tag else replace(row, domain=args.domain) for row in rows]

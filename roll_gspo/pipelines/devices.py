@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from roll_gspo.config.roles import ActorInferConfig, ActorTrainConfig, CriticConfig, ReferenceConfig
+from roll_gspo.config.roles import ActorInferConfig, CriticConfig, PolicyConfig, ReferenceConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.config.strategy import MegatronInferArgs, MegatronTrainArgs, VllmArgs
 from roll_gspo.errors import ConfigError
@@ -16,7 +16,7 @@ from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.layout import engine_problems, layout_problems
 from roll_gspo.models.size import architecture_of
 
-Role = ActorTrainConfig | ActorInferConfig | ReferenceConfig | CriticConfig
+Role = PolicyConfig | ActorInferConfig | ReferenceConfig | CriticConfig
 
 
 def roles_of(config: AnyConfig) -> dict[str, Role]:

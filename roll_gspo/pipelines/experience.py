@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.advantage import AdvantageSettings, advantages
+from roll_gspo.algorithms.advantage import AdvantageSettings, Estimated, advantages
 from roll_gspo.algorithms.correction import mismatch_metrics
 from roll_gspo.algorithms.routing import expert_difference
-from roll_gspo.algorithms.sample_weighting import SampleMaskSettings, kept_samples, overlong_penalty, sample_weights
+from roll_gspo.algorithms.sample_weighting import (
+    SampleMaskSettings,
+    comparable_samples,
+    kept_samples,
+    overlong_penalty,
+    sample_weights,
+)
 from roll_gspo.algorithms.value_loss import explained_variance
 from roll_gspo.batch import Prompt, Rollouts, TrainBatch
 from roll_gspo.metrics import mean_of, to_floats
@@ -61,32 +67,24 @@ class TokenScoring:
 def train_batch(
     collected: Collected, scoring: TokenScoring, settings: ExperienceSettings, state: TrainerState
 ) -> tuple[TrainBatch, dict[str, float]]:
-    """Advantages of a rollout and the batch that carries them; `state` takes in its scores and its KL."""
+    """Advantages of a rollout and the batch that carries them; `state` takes in its scores and its KL.
+
+    Samples whose reward failed are masked from the loss, have advantage 0, and all else is as if they were not there.
+    """
     rollouts = collected.rollouts
-    mask = rollouts.sequences.response_mask
+    valid = collected.valid
     scores, metrics = _shaped_scores(collected, settings)
-    truncated = torch.tensor([completion.finish_reason == "length" for completion in rollouts.completions])
-    kept = kept_samples(collected.scores, rollouts.group_ids, truncated, settings.masks)
-    loss_mask = mask & kept[:, None]
+    kept = _kept(collected, settings)
+    loss_mask = rollouts.sequences.response_mask & kept[:, None]
     controller = state.kl_controller
     kl_coef = controller.kl_coef if controller else 0.0
-    estimated = advantages(
-        scores,
-        rollouts.group_ids,
-        mask,
-        settings.advantages,
-        log_probs=scoring.old_log_probs,
-        ref_log_probs=scoring.ref_log_probs,
-        kl_coef=kl_coef,
-        running=state.running_moments,
-        values=scoring.values,
-        loss_mask=loss_mask,
-    )
+    estimated = _estimated(collected, scores, scoring, loss_mask, settings.advantages, kl_coef, state)
     metrics |= estimated.statistics
     if controller is not None:
         metrics["kl/coef"] = kl_coef
-        controller.update(metrics["reward/kl"], len(rollouts))
+        controller.update(metrics["reward/kl"], int(valid.sum()))
     if scoring.values is not None and estimated.returns is not None:
+        mask = rollouts.sequences.response_mask & valid[:, None]
         metrics["critic/explained_variance"] = explained_variance(scoring.values, estimated.returns, mask)
     metrics["actor/masked_fraction"] = 1.0 - float(kept.double().mean())
     weights = _weights(rollouts, kept, settings)
@@ -107,6 +105,51 @@ def train_batch(
     return batch, metrics
 
 
+def _kept(collected: Collected, settings: ExperienceSettings) -> Tensor:
+    """[B] bool: the loss sees this sample."""
+    valid, group_ids = collected.valid, collected.rollouts.group_ids
+    truncated = torch.tensor([c.finish_reason == "length" for c in collected.rollouts.completions])
+    kept = comparable_samples(valid, group_ids) if settings.advantages.compares_groups else valid.clone()
+    kept[valid] &= kept_samples(collected.scores[valid], group_ids[valid], truncated[valid], settings.masks)
+    return kept
+
+
+def _estimated(
+    collected: Collected,
+    scores: Tensor,
+    scoring: TokenScoring,
+    loss_mask: Tensor,
+    settings: AdvantageSettings,
+    kl_coef: float,
+    state: TrainerState,
+) -> Estimated:
+    """Advantages and returns [B, T] of the samples that have a score, as of a rollout without the others (0 there)."""
+    valid = collected.valid
+
+    def present(values: Tensor | None) -> Tensor | None:
+        return values if values is None else values[valid]
+
+    def restored(values: Tensor) -> Tensor:
+        whole = values.new_zeros(len(valid), *values.shape[1:])
+        whole[valid] = values
+        return whole
+
+    estimated = advantages(
+        scores[valid],
+        collected.rollouts.group_ids[valid],
+        collected.rollouts.sequences.response_mask[valid],
+        settings,
+        log_probs=present(scoring.old_log_probs),
+        ref_log_probs=present(scoring.ref_log_probs),
+        kl_coef=kl_coef,
+        running=state.running_moments,
+        values=present(scoring.values),
+        loss_mask=loss_mask[valid],
+    )
+    returns = None if estimated.returns is None else restored(estimated.returns)
+    return Estimated(restored(estimated.advantages), returns, estimated.statistics)
+
+
 def _shaped_scores(collected: Collected, settings: ExperienceSettings) -> tuple[Tensor, dict[str, float]]:
     """[B] scores, less the penalty of responses that come near the limit."""
     scores = collected.scores
@@ -118,7 +161,8 @@ def _shaped_scores(collected: Collected, settings: ExperienceSettings) -> tuple[
         settings.overlong_buffer_length,
         settings.overlong_penalty_factor,
     )
-    return scores + penalty, {"reward/overlong_penalty": float(penalty.double().mean())}
+    present = penalty[collected.valid].double()
+    return scores + penalty, {"reward/overlong_penalty": float(present.sum() / max(len(present), 1))}
 
 
 def _weights(rollouts: Rollouts, kept: Tensor, settings: ExperienceSettings) -> Tensor | None:

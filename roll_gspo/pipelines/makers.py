@@ -99,6 +99,21 @@ def make_generator(config: ExperimentConfig, checkpoint: Path, pad_token_id: int
     return Generator(_engine(config, checkpoint, over_wire=False), pad_token_id, config.seed)
 
 
+def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
+    """`actor_infer` with the weights of `checkpoint`, which no trainer will replace."""
+    role, args = config.actor_infer, config.actor_infer.strategy_args
+    setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
+    engine_class = STRATEGIES.load(args.strategy_name)
+    if isinstance(args, VllmArgs):
+        engine = args.strategy_config.model_copy(update={"load_format": "auto"})
+        length = config.validation_prompt_length + config.validation_response_length
+        # several devices need processes of their own, which only an engine over a wire has
+        strategy = engine_class(setup, engine, length, over_wire=engine.tensor_parallel_size > 1)
+    else:
+        strategy = engine_class(setup, args.strategy_config)
+    return Generator(strategy, pad_token_id, config.seed)
+
+
 def make_replica(config: ExperimentConfig, checkpoint: Path) -> Replica:
     """One engine of `actor_infer` in a process of its own."""
     return Replica(_engine(config, checkpoint, over_wire=True))
@@ -115,7 +130,7 @@ def _engine(config: ExperimentConfig, checkpoint: Path, *, over_wire: bool) -> A
         return engine_class(
             setup,
             args.strategy_config,
-            config.max_sequence_length,
+            config.engine_sequence_length,
             record_routed_experts=record,
             over_wire=over_wire,
         )

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass
 
-from roll_gspo.config.roles import ActorTrainConfig, CriticConfig
+from roll_gspo.config.roles import CriticConfig, PolicyConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import MegatronConfig, MegatronInferArgs, MegatronTrainArgs
 from roll_gspo.errors import ConfigError
@@ -91,7 +91,7 @@ def _of_role(config: AnyConfig, role: Role) -> tuple[float, ...] | None:
     """Bytes on each device of a role."""
     args, world_size, name = role.strategy_args, len(devices_of(role)), model_of(config, role)
     itemsize = BYTES_PER_PARAMETER[role.model_args.dtype]
-    is_trained = isinstance(role, ActorTrainConfig | CriticConfig)
+    is_trained = isinstance(role, PolicyConfig | CriticConfig)
     if not isinstance(args, MegatronTrainArgs | MegatronInferArgs):
         size = size_of(name)
         if size is None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from roll_gspo.batch import Rollouts
-from roll_gspo.checkpoint import CheckpointStore
+from roll_gspo.batch import Rollouts, TrainBatch
+from roll_gspo.checkpoint import HF_EXPORT, Best, CheckpointStore
+from roll_gspo.pipelines.records import figures_of_response, rollout_records
 from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState
+from roll_gspo.pipelines.validation import JudgedBatch, validation_records
 from roll_gspo.report.page import write_report
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.critic import Critic
@@ -20,10 +23,9 @@ from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.tracking.base import Trackers
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.live import VALIDATION_FIGURES
-from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
+from roll_gspo.tracking.rollouts import RolloutWriter, UpdatedRecord
 
 logger = logging.getLogger(__name__)
-HF_EXPORT = "actor_train_hf"
 
 
 class Output:
@@ -34,6 +36,7 @@ class Output:
         checkpoints: where they are kept.
         trackers: metrics.jsonl and what `track_with` adds.
         rollouts: writer of the samples.
+        validation: writer of the validation samples.
         console: the live view.
         config_text: `config.yaml`, kept in every checkpoint.
         save_hf_model: export the actor in Hugging Face layout with every checkpoint.
@@ -47,6 +50,7 @@ class Output:
         checkpoints: CheckpointStore,
         trackers: Trackers,
         rollouts: RolloutWriter,
+        validation: RolloutWriter,
         console: Console,
         config_text: str,
         save_hf_model: bool,
@@ -57,11 +61,12 @@ class Output:
         self._checkpoints = checkpoints
         self._trackers = trackers
         self._rollouts = rollouts
+        self._validation = validation
         self._console = console
         self._config_text = config_text
         self._save_hf_model = save_hf_model
         self._asynchronous = asynchronous
-        self._saving: tuple[int, list[TrainedRole | Critic]] | None = None
+        self._saving: tuple[int, Best | None, list[TrainedRole | Critic]] | None = None
         self._decode = decode
 
     def before_training(self, metrics: Mapping[str, float]) -> None:
@@ -82,36 +87,22 @@ class Output:
         rollouts: Rollouts,
         domains: Sequence[str],
         results: Sequence[RewardResult],
-        advantages: Tensor,
+        batch: TrainBatch,
     ) -> None:
-        """Every sample of the step, with the reward block that judged it."""
-        means = advantages.sum(-1) / rollouts.sequences.response_mask.sum(-1).clamp(min=1)
-        records = [
-            RolloutRecord(
-                prompt=prompt.text,
-                response=self._decode(completion.token_ids),
-                score=result.score,
-                failed=result.failed is not None,
-                advantage=advantage,
-                ground_truth=prompt.row["ground_truth"],
-                domain=domain,
-                group=group,
-                finish_reason=completion.finish_reason,
-                prompt_token_ids=prompt.token_ids,
-                response_token_ids=completion.token_ids,
-                weights_version=rollouts.weights_version,
-            )
-            for prompt, completion, domain, result, advantage, group in zip(
-                rollouts.prompts,
-                rollouts.completions,
-                domains,
-                results,
-                means.tolist(),
-                rollouts.group_ids.tolist(),
-                strict=True,
-            )
-        ]
-        self._rollouts.write(step, records)
+        """Every sample of the step, with the reward block that judged it; `batch` is what is trained on of them."""
+        self._rollouts.write(step, rollout_records(rollouts, domains, results, self._decode, batch))
+
+    def write_validation(self, step: int, batches: Iterable[JudgedBatch]) -> None:
+        """Every validation sample of the step, as the batches come."""
+        self._validation.write(
+            step, (record for batch in batches for record in validation_records(batch, self._decode))
+        )
+
+    def write_updated(self, step: int, rows: Tensor, log_probs: Tensor, mask: Tensor) -> None:
+        """Log-probs [b, T] of the samples `rows` [b] after the step's update; `mask` [b, T] is that of the response."""
+        samples = enumerate(rows.tolist())
+        records = [UpdatedRecord(sample, figures_of_response(log_probs, mask, place)) for place, sample in samples]
+        self._rollouts.write_updated(step, records)
 
     def save(self, step: int, actor: TrainedRole, critic: Critic | None, state: RunState[Any]) -> None:
         """A complete checkpoint of the run, then the report so far.
@@ -134,7 +125,7 @@ class Output:
             if critic is not None:
                 (folder / CRITIC).mkdir()
                 critic.save(folder / CRITIC, self._asynchronous)
-        self._saving = step, [role for role in (actor, critic) if role is not None]
+        self._saving = step, state.best, [role for role in (actor, critic) if role is not None]
         self.finish_save(wait=not self._asynchronous)
         self.report()
 
@@ -146,12 +137,12 @@ class Output:
         """
         if self._saving is None:
             return
-        (step, roles), self._saving = self._saving, None
+        (step, best, roles), self._saving = self._saving, None
         with self._checkpoints.filling(step):
             if not all(role.finish_save(wait) for role in roles):
-                self._saving = step, roles
+                self._saving = step, best, roles
                 return
-        self._checkpoints.complete(step)
+        self._checkpoints.complete(step, best)
         logger.info("checkpoint of step %d: %s", step, os.path.relpath(self._checkpoints.folder))
 
     def hf_model(self, step: int) -> Path | None:
@@ -169,3 +160,12 @@ class Output:
     def close(self) -> None:
         """Close the trackers; calling it twice is harmless."""
         self._trackers.close()
+
+
+def traced_samples(rollouts: Rollouts, results: Sequence[RewardResult], num_groups: int) -> Tensor:
+    """Rows of the first groups whose scores differ, and of the first others where those are too few."""
+    scores: dict[int, set[float]] = {}
+    for group, result in zip(rollouts.group_ids.tolist(), results, strict=True):
+        scores.setdefault(group, set()).add(result.score)
+    chosen = sorted(scores, key=lambda group: len(scores[group]) == 1)[:num_groups]
+    return torch.isin(rollouts.group_ids, torch.tensor(chosen, dtype=rollouts.group_ids.dtype)).nonzero().flatten()

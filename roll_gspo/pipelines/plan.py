@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import roll_gspo
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
-from roll_gspo.models.size import ModelSize, size_of
+from roll_gspo.models.size import ModelSize, context_length_of, size_of
 from roll_gspo.pipelines.advice import warnings_of
 from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text, roles_of
 from roll_gspo.pipelines.memory import memory_texts, memory_warnings
@@ -55,7 +56,8 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = ()) -> Plan:
     ]
     title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
     warnings = (*warnings_of(config), *memory_warnings(config, on_cuda), *config_warnings)
-    return Plan(title, tuple(rows), warnings, (*_of_replay(config, size), *device_problems(config, on_cuda)))
+    too_long = _sft_context_problems(config) if isinstance(config, SftConfig) else context_problems(config)
+    return Plan(title, tuple(rows), warnings, (*_of_replay(config, size), *too_long, *device_problems(config, on_cuda)))
 
 
 def _rlvr_rows(config: ExperimentConfig) -> list[tuple[str, str]]:
@@ -152,13 +154,11 @@ def _objective_text(config: ExperimentConfig) -> str:
 
 def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
     """What is left out, replaced, punished or weighed; nothing where nothing is switched on."""
-    query_filter = config.query_filter_config
-    if query_filter is not None and config.filters_groups:
-        args = query_filter.filter_args
-        kept = f"scores deviate by more than {args.std_threshold:g}"
-        if query_filter.type == "mean_filter":
-            kept = f"mean score is between {args.threshold_down:g} and {args.threshold_up:g}"
-        yield f"groups whose {kept} stay, others are replaced; {config.max_sampling_rounds} generations a step at most"
+    filters = {domain: _filter_text(block) for domain, block in config.query_filters.items()}
+    one = len(set(filters.values())) == 1 and len(filters) == len(config.rewards)
+    for domain, kept in [("", next(iter(filters.values())))] if one else filters.items():
+        whose = f"{domain}: groups" if domain else "groups"
+        yield f"{whose} whose {kept} stay, others are replaced; {config.max_sampling_rounds} generations a step at most"
     if config.overlong_buffer_length is not None:
         first = config.max_response_length - config.overlong_buffer_length
         yield f"responses over {first} tokens lose up to {config.overlong_penalty_factor:g} of their score"
@@ -172,6 +172,13 @@ def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
         yield "weighed by length: short responses count more"
     if config.difficulty_loss_weight:
         yield "weighed by the difficulty of the data row: hard prompts count more"
+
+
+def _filter_text(query_filter: QueryFilterConfig) -> str:
+    args = query_filter.filter_args
+    if query_filter.type == "mean_filter":
+        return f"mean score is between {args.threshold_down:g} and {args.threshold_up:g}"
+    return f"scores deviate by more than {args.std_threshold:g}"
 
 
 def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
@@ -190,7 +197,7 @@ def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
 
 def _rewards_text(config: ExperimentConfig) -> str:
     return "; ".join(
-        f"{name}: {r.worker_cls} × {r.world_size}, {r.timeout_s:g} s a sample" for name, r in config.rewards.items()
+        f"{name}: {r.title} × {r.num_workers}, {r.timeout_s:g} s a sample" for name, r in config.rewards.items()
     )
 
 
@@ -217,9 +224,46 @@ def _sft_run_text(config: SftConfig) -> str:
 
 
 def _habits_text(config: AnyConfig) -> str:
-    validation = f"validation every {config.eval_steps}" if config.validation else "no validation"
+    validation = f"validation before, every {config.eval_steps} and after" if config.validation else "no validation"
     resume = f", resume: {config.resume_from_checkpoint}" if config.resume_from_checkpoint else ""
-    return f"checkpoint every {config.save_steps}, {validation}, seed {config.seed}{resume}"
+    saved = f"checkpoint every {config.save_steps}"
+    if config.checkpoint_config.keep_best is not None:
+        saved += f" and at the best {config.checkpoint_config.keep_best}"
+    return f"{saved}, {validation}, seed {config.seed}{resume}"
+
+
+def context_problems(config: ExperimentConfig, model: str | None = None) -> Iterator[str]:
+    """Sequences that are longer than the model's context.
+
+    Args:
+        config: the whole configuration.
+        model: name or folder, where it is not the one that training starts from.
+    """
+    name = model or config.actor_train.model_args.model_name_or_path or config.pretrain
+    context = context_length_of(name)
+    training = config.max_sequence_length
+    validation = config.validation_prompt_length + config.validation_response_length if config.validation else 0
+    if context is not None and model is None and training > context:
+        yield (
+            f"response_length: prompt_length {config.prompt_length} + response_length {config.max_response_length} are "
+            f"{training} tokens, but the context of {name} has {context}; lower one"
+        )
+    elif context is not None and validation > context:
+        yield (
+            f"val_sequence_length: prompts of {config.validation_prompt_length} and responses of "
+            f"{config.validation_response_length} tokens in validation are {validation}, but the context of {name} has "
+            f"{context}; lower val_prompt_length or validation.generating_args.max_new_tokens"
+        )
+
+
+def _sft_context_problems(config: SftConfig) -> Iterator[str]:
+    name = config.actor_train.model_args.model_name_or_path or config.pretrain
+    context = context_length_of(name)
+    if context is not None and config.sequence_length > context:
+        yield (
+            f"sequence_length: {config.sequence_length} tokens, but the context of {name} has {context}; lower it to "
+            "that (longer conversations are dropped)"
+        )
 
 
 def _of_replay(config: AnyConfig, size: ModelSize | None) -> Iterator[str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
+from roll_gspo.config.data import CHAT_TEMPLATES, SourceArgs
 from roll_gspo.config.sft import AnyConfig
+from roll_gspo.data.named import dataset_name
 from roll_gspo.errors import DataError, MissingDependencyError
 from roll_gspo.models.tiny import BUILTIN
 from roll_gspo.pipelines.devices import model_of, roles_of
@@ -33,16 +36,24 @@ def check_engines(config: AnyConfig) -> None:
     missing = []
     if config.execution == "ray" and not _is_installed("ray"):
         missing.append("execution: ray needs the package 'ray': pip install 'roll-gspo[ray]'; or execution=local")
-    for role, block in roles_of(config).items():
-        name = block.strategy_args.strategy_name
-        package, install = REQUIREMENTS[name]
-        if not _is_installed(package):
-            missing.append(
-                f"{role}.strategy_args.strategy_name: {name} needs the package '{package}': {install}; or "
-                "strategy=hf for plain transformers"
-            )
+    missing += (
+        text
+        for role, block in roles_of(config).items()
+        if (text := missing_engine(role, block.strategy_args.strategy_name))
+    )
     if missing:
         raise MissingDependencyError("\n".join(missing))
+
+
+def missing_engine(role: str, strategy_name: str) -> str | None:
+    """The package of a role's engine that is not installed, with its `pip install` line; None if it is."""
+    package, install = REQUIREMENTS[strategy_name]
+    if _is_installed(package):
+        return None
+    return (
+        f"{role}.strategy_args.strategy_name: {strategy_name} needs the package '{package}': {install}; or "
+        "strategy=hf for plain transformers"
+    )
 
 
 def check_models(config: AnyConfig) -> None:
@@ -56,22 +67,48 @@ def check_models(config: AnyConfig) -> None:
 
 
 def check_data_files(config: AnyConfig) -> None:
-    """See that every data file is there; what is in it is seen when it is read.
+    """See that every data file and chat template is there; what is in it is seen when it is read.
+
+    A name on the Hugging Face hub is not looked up.
 
     Raises:
         DataError: lists each missing one with the key that names it.
+        MissingDependencyError: a name or a folder for the `datasets` library, and it is not installed.
     """
-    blocks = {"actor_train.data_args.file_name": config.actor_train.data_args}
+    blocks: dict[str, SourceArgs] = {"actor_train.data_args.file_name": config.actor_train.data_args}
     if config.validation is not None:
         blocks["validation.data_args.file_name"] = config.validation.data_args
+    check_files(config, blocks)
+
+
+def check_files(config: AnyConfig, blocks: Mapping[str, SourceArgs]) -> None:
+    """See that files and chat templates of `data_args` blocks, by the key that names the files, are there.
+
+    Raises:
+        DataError: lists each missing one.
+        MissingDependencyError: a name or a folder for the `datasets` library, and it is not installed.
+    """
     missing = [
         f"{key}: {name} cannot be read (no such file); set {key} to a JSONL file"
         for key, block in blocks.items()
         for name in block.file_name
-        if not name.startswith(BUILTIN) and not Path(name).exists()
+        if not name.startswith(BUILTIN) and not Path(name).exists() and dataset_name(name) is None
+    ]
+    templates = {key.replace("file_name", "template"): [block.template] for key, block in blocks.items()}
+    templates |= {"global_template": [config.global_template], "tag_to_template": [*config.tag_to_template.values()]}
+    missing += [
+        f"{key}: {name} cannot be read (no such file); name a file, or one of {', '.join(CHAT_TEMPLATES)}"
+        for key, names in templates.items()
+        for name in names
+        if name is not None and name not in CHAT_TEMPLATES and not Path(name).is_file()
     ]
     if missing:
         raise DataError("\n".join(missing))
+    named = [name for block in blocks.values() for name in block.file_name if dataset_name(name) is not None]
+    if named and not _is_installed("datasets"):
+        raise MissingDependencyError(
+            f"{named[0]} needs the package 'datasets': pip install 'roll-gspo[data]'; or name JSONL files"
+        )
 
 
 def _is_installed(package: str) -> bool:

@@ -21,22 +21,28 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def prepare_checkpoint(config: RunConfig, name: str, console: Console) -> Path:
+def prepare_checkpoint(config: RunConfig, name: str, console: Console, key: str = "pretrain") -> Path:
     """A folder in Hugging Face layout (config.json, safetensors, tokenizer) for a `pretrain` or `model_name_or_path`.
+
+    Args:
+        config: says how a `builtin:` model is made, and where.
+        name: of the model.
+        console: shows what takes long.
+        key: what the name was given for.
 
     Raises:
         ConfigError: there is no such model, or it cannot be downloaded.
     """
-    check_model_name(name)
+    check_model_name(name, key)
     if name.startswith(tiny.BUILTIN):
         return _builtin(config, name.removeprefix(tiny.BUILTIN), console)
     if Path(name).is_dir():
         return Path(name)
     with console.stage(f"download {name}"):
-        return _download(name)
+        return _download(name, key)
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, key: str = "pretrain") -> None:
     """See that `name` can be a model: a `builtin:` one, a folder with one, or a name `organisation/model` on the hub.
 
     Raises:
@@ -47,18 +53,18 @@ def check_model_name(name: str) -> None:
         known = sorted(tiny.TINY_MODELS)
         if (builtin := name.removeprefix(tiny.BUILTIN)) not in known:
             raise ConfigError(
-                f"pretrain: unknown builtin model '{builtin}'{did_you_mean(builtin, known)} (known: {', '.join(known)})"
+                f"{key}: unknown builtin model '{builtin}'{did_you_mean(builtin, known)} (known: {', '.join(known)})"
             )
     elif local.is_dir():
         if not (local / "config.json").is_file():
-            raise ConfigError(f"pretrain: {local} has no config.json; give a folder in Hugging Face layout")
+            raise ConfigError(f"{key}: {local} has no config.json; give a folder in Hugging Face layout")
     elif local.exists():
-        raise ConfigError(f"pretrain: {local} is a file; give a folder in Hugging Face layout")
+        raise ConfigError(f"{key}: {local} is a file; give a folder in Hugging Face layout")
     elif not HUB_NAME.fullmatch(name):
-        raise ConfigError(f"pretrain: no folder '{name}'; give one in Hugging Face layout, or a name on the hub")
+        raise ConfigError(f"{key}: no folder '{name}'; give one in Hugging Face layout, or a name on the hub")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -67,7 +73,7 @@ def _download(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"pretrain: '{name}' is neither a local folder nor to be had from the Hugging Face hub ({first_line}); "
+            f"{key}: '{name}' is neither a local folder nor to be had from the Hugging Face hub ({first_line}); "
             "check the name, or download it and give the folder"
         ) from error
 

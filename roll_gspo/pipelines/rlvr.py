@@ -12,7 +12,9 @@ import torch
 
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.build import Parts, build_parts
+from roll_gspo.pipelines.collect import Collected
 from roll_gspo.pipelines.experience import (
     TokenScoring,
     entropy_metrics,
@@ -23,11 +25,12 @@ from roll_gspo.pipelines.experience import (
 )
 from roll_gspo.pipelines.interrupt import Interrupt, graceful_interrupt
 from roll_gspo.pipelines.lifecycle import finish, open_console, run_with_restarts
-from roll_gspo.pipelines.output import Output
+from roll_gspo.pipelines.output import Output, traced_samples
 from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.state import TrainerState
 from roll_gspo.pipelines.transfer_check import check_transfer
+from roll_gspo.pipelines.validation import Answers, JudgedBatch, answers_of, figure_names, summaries, validation_metrics
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.memory import rss_mb
@@ -70,25 +73,27 @@ class Rlvr:
 
     def train(self) -> int:
         """Every step that is left; a checkpoint follows the last one, or the one that Ctrl-C interrupted."""
-        config, state = self._config, self._state
+        config, state, keep = self._config, self._state, self._config.checkpoint_config
         with self._console.stage("sync_weights"):
             self._parts.weights.push(state.step)
         if state.step == 0:
-            self._output.before_training(self._validate())
+            self._output.before_training(self._validate(0))
         self._console.start_steps(self._first_step)
         stopping = self._interrupt.requested
         while state.step < config.max_steps and not stopping:
             step = state.step + 1
             metrics = self._step(step)
             state.step = step
-            last = step == config.max_steps
+            last, best = step == config.max_steps, False
             if last or step % config.eval_steps == 0:
-                metrics |= self._validate()
+                figures = self._validate(step)
+                metrics |= figures
+                best = state.take_if_best(keep.keep_best, keep.keep_best_mode, figures)
             # Logged before it is saved: a run killed in between is resumed from the checkpoint before, and the
             # line is written again.
             self._output.log(step, metrics | self._costs(metrics["rollout/num_tokens"]))
             stopping = self._interrupt.requested  # asked once: whoever stops has saved
-            if last or stopping or step % config.save_steps == 0:
+            if last or stopping or best or step % config.save_steps == 0:
                 with self._console.stage("save"):
                     self._output.save(step, self._parts.actor_train, self._parts.critic, state)
             else:
@@ -108,12 +113,22 @@ class Rlvr:
         metrics |= figures | statistics
         with stage("log"):  # before the update, which may fail and names samples of this file
             domains = parts.rewards.domains(rollouts.prompts)
-            self._output.write_rollouts(step, rollouts, domains, collected.results, batch.advantages)
+            self._output.write_rollouts(step, rollouts, domains, collected.results, batch)
         if parts.critic is not None:
             with stage("update_critic") as progress:
                 metrics |= parts.critic.update(batch, step, progress)
         metrics |= self._update_policy(batch, step, metrics["reward/score_min"], metrics["reward/score_max"])
+        if metrics["actor/num_updates"] and self._config.trace_groups:
+            with stage("trace"):
+                self._trace(step, collected)
         return metrics | parts.state.metrics() | {"data/prompts_dropped": float(parts.num_prompts_dropped)}
+
+    def _trace(self, step: int, collected: Collected) -> None:
+        """Score a few samples again, for the ratio of each token that the report shows."""
+        rows = traced_samples(collected.rollouts, collected.results, self._config.trace_groups)
+        traced = collected.rollouts.sequences.rows(rows)
+        log_probs = self._parts.actor_train.score(traced).log_probs
+        self._output.write_updated(step, rows, log_probs, traced.response_mask)
 
     def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
         """What reference, critic and trainer say of the sampled tokens, before any update."""
@@ -159,10 +174,10 @@ class Rlvr:
         if step <= self._config.critic_warmup:
             return {"actor/num_updates": 0.0, "actor/skipped_updates": 0.0}
         reason = None
-        if lowest == highest:
+        if not bool(batch.response_mask.any()):
+            reason = "every sample is masked (max_len_mask, difficulty_mask, failed rewards); the update is skipped"
+        elif lowest == highest:
             reason = f"every reward is {lowest:g}; nothing to learn from, the update is skipped"
-        elif not bool(batch.response_mask.any()):
-            reason = "every sample is masked (max_len_mask, difficulty_mask); the update is skipped"
         if reason is not None:
             logger.warning("step %d: %s", step, reason)
             return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self._config.updates_per_rollout)}
@@ -172,19 +187,29 @@ class Rlvr:
             self._parts.weights.push(step)
         return metrics
 
-    def _validate(self) -> dict[str, float]:
-        parts = self._parts
-        if not parts.validation_prompts or parts.validation_sampling is None:
+    def _validate(self, step: int) -> dict[str, float]:
+        """Figures of the current policy on the held-out prompts, whose samples are written as they come.
+
+        Raises:
+            ConfigError: `keep_best` is none of these figures.
+        """
+        parts, validation = self._parts, self._parts.validation
+        if validation is None:
             return {}
+        answers: list[Answers] = []
+
+        def seen(batch: JudgedBatch) -> JudgedBatch:
+            answers.extend(answers_of(batch, validation.config.group_by))
+            return batch
+
         with self._console.stage("validate") as progress:
-            rollouts = parts.actor_infer.generate(
-                parts.validation_prompts, parts.validation_sampling, "validation", progress
-            )
-            scores = [result.score for result in parts.collector.judge(rollouts)]
-        return {
-            "validation/score_mean": sum(scores) / len(scores),
-            "validation/num_samples": float(len(scores)),
-        }
+            batches = validation.judged(parts.actor_infer, parts.collector.judge, progress)
+            self._output.write_validation(step, (seen(batch) for batch in batches))
+        figures = summaries(answers, validation.config)
+        keep, known = self._config.checkpoint_config.keep_best, figure_names(figures, validation.config)
+        if keep is not None and keep not in known:
+            raise ConfigError(f"checkpoint_config.keep_best: no figure '{keep}'; choose one of {', '.join(known)}")
+        return validation_metrics(figures)
 
     def _costs(self, num_tokens: float) -> dict[str, float]:
         """Time and memory of the step that ends here."""

@@ -58,7 +58,7 @@ def open_run_folder(config: RunConfig, plan: Plan) -> RunFolder:
             raise ConfigError(str(error)) from error
     path = experiment / name
     if config.run_name is None and checkpoint is None:
-        path = _unused(path)
+        path = unused(path)
     folder = RunFolder(
         path,
         saved / path.name / "checkpoints",
@@ -67,9 +67,9 @@ def open_run_folder(config: RunConfig, plan: Plan) -> RunFolder:
     )
     if config.resume_from_checkpoint is not True:
         _refuse_to_overwrite(folder)
-    _make(folder.path, "output_dir")
-    _make(folder.checkpoints, "checkpoint_config.output_dir")
-    _make(folder.log_folder, "logging_dir")
+    make_folder(folder.path, "output_dir")
+    make_folder(folder.checkpoints, "checkpoint_config.output_dir")
+    make_folder(folder.log_folder, "logging_dir")
     (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
     (path / "plan.txt").write_text(plan.text() + "\n", encoding="utf-8")
     return folder
@@ -80,7 +80,7 @@ def config_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, ... that does not exist: two runs may start in one second."""
     candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 1000))
     return path if not path.exists() else next(c for c in candidates if not c.exists())
@@ -97,7 +97,12 @@ def _refuse_to_overwrite(folder: RunFolder) -> None:
         )
 
 
-def _make(folder: Path, key: str) -> None:
+def make_folder(folder: Path, key: str) -> None:
+    """Make it, and see that it can be written.
+
+    Raises:
+        ConfigError: it cannot; names `key`, which gave it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

@@ -14,7 +14,7 @@ from roll_gspo.algorithms.query_filter import QueryFilterSettings
 from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
 from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import ActorTrainConfig, CriticConfig, GeneratingArgs, TrainingArgs
+from roll_gspo.config.roles import CriticConfig, GeneratingArgs, PolicyConfig, TrainingArgs
 from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.config.strategy import MegatronTrainArgs
 from roll_gspo.pipelines.experience import ExperienceSettings
@@ -39,7 +39,7 @@ def model_setup(
     )
 
 
-def micro_batching(role: ActorTrainConfig | CriticConfig) -> MicroBatching:
+def micro_batching(role: PolicyConfig | CriticConfig) -> MicroBatching:
     """How the mini-batches of a trained role are cut into passes."""
     args = role.strategy_args
     packed = isinstance(args, MegatronTrainArgs) and args.strategy_config.use_sequence_packing
@@ -118,12 +118,12 @@ def experience_settings(config: ExperimentConfig) -> ExperienceSettings:
     )
 
 
-def query_filter_settings(config: ExperimentConfig) -> QueryFilterSettings | None:
-    """Which groups are dropped and replaced, or None where all are kept."""
-    block = config.query_filter_config
-    if block is None or block.type == "no_filter":
-        return None
-    return QueryFilterSettings(type=block.type, **block.filter_args.model_dump(exclude_none=True))
+def query_filter_settings(config: ExperimentConfig) -> dict[str, QueryFilterSettings]:
+    """Which groups are dropped and replaced, by reward domain; a domain whose groups are all kept is left out."""
+    return {
+        domain: QueryFilterSettings(type=block.type, **block.filter_args.model_dump(exclude_none=True))
+        for domain, block in config.query_filters.items()
+    }
 
 
 def sampling(args: GeneratingArgs, num_samples: int, response_length: int, stop_ids: tuple[int, ...]) -> Sampling:

@@ -51,6 +51,7 @@ class Sft:
     def train(self) -> int:
         """Every step that is left; a checkpoint follows the last one, or the one that Ctrl-C interrupted."""
         config, parts, state, output = self._config, self._parts, self._parts.state, self._parts.output
+        keep = config.checkpoint_config
         if state.step == 0:
             output.before_training(self._validate())
         self._console.start_steps(self._first_step, parts.num_steps)
@@ -59,14 +60,16 @@ class Sft:
             step = state.step + 1
             metrics, num_tokens = self._step(step)
             state.step = step
-            last = step == parts.num_steps
+            last, best = step == parts.num_steps, False
             if last or step % config.eval_steps == 0:
-                metrics |= self._validate()
+                figures = self._validate()
+                metrics |= figures
+                best = state.take_if_best(keep.keep_best, keep.keep_best_mode, figures)
             # Logged before it is saved: a run killed in between is resumed from the checkpoint before, and the
             # line is written again.
             output.log(step, metrics | self._costs(num_tokens))
             stopping = self._interrupt.requested  # asked once: whoever stops has saved
-            if last or stopping or step % config.save_steps == 0:
+            if last or stopping or best or step % config.save_steps == 0:
                 with self._console.stage("save"):
                     output.save(step, parts.actor_train, None, state)
             else:

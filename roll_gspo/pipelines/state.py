@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from roll_gspo.algorithms.kl import KLController
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.batch import Prompt
-from roll_gspo.data.sampler import PromptSampler
+from roll_gspo.checkpoint import Best
+from roll_gspo.data.sampler import Sampler
 from roll_gspo.errors import CheckpointError
 
 FILE = "state.json"
@@ -26,14 +29,17 @@ class RunState(Generic[ItemT]):
     Attributes:
         step: steps that are done.
         sampler: the data order and the place in it.
+        best: the best checkpoint so far by `checkpoint_config.keep_best`, the one that is being written included.
     """
 
     step: int
-    sampler: PromptSampler[ItemT]
+    sampler: Sampler[ItemT]
+    best: Best | None = field(default=None, kw_only=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"step": self.step, "sampler": self.sampler.state_dict()}
+        best = asdict(self.best) if self.best else None
+        return {"step": self.step, "sampler": self.sampler.state_dict(), "best": best}
 
     def load_state_dict(self, document: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -43,6 +49,8 @@ class RunState(Generic[ItemT]):
         """
         self.step = document["step"]
         self.sampler.load_state_dict(document["sampler"])
+        best = document.get("best")  # earlier versions had none
+        self.best = Best(**best) if best else None
 
     def save(self, folder: Path) -> None:
         """Write into an existing folder."""
@@ -56,12 +64,29 @@ class RunState(Generic[ItemT]):
         """
         try:
             self.load_state_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / FILE}: cannot be read ({error}); choose another checkpoint") from error
 
+    def take_if_best(self, metric: str | None, mode: str, figures: Mapping[str, float]) -> bool:
+        """Whether the figures of this step's validation are the best so far; then `best` is this step.
+
+        A figure that is missing or NaN, for nothing could be scored, is no improvement.
+
+        Args:
+            metric, mode: `checkpoint_config.keep_best` (None: there is no best) and `keep_best_mode`.
+            figures: of the validation.
+        """
+        value = figures.get(metric, math.nan) if metric is not None else math.nan
+        before = self.best.value if self.best is not None else math.inf if mode == "min" else -math.inf
+        better = value < before if mode == "min" else value > before
+        if better and metric is not None:
+            self.best = Best(self.step, metric, mode, value)
+        return better
+
     def metrics(self) -> dict[str, float]:
-        """The place in the data."""
-        return {"data/epoch": float(self.sampler.epoch)}
+        """The place in the data, and in that of each domain where the batches have shares of them."""
+        passes = self.sampler.epochs()
+        return {f"domain/{name}/epoch" if name else "data/epoch": figure for name, figure in passes.items()}
 
 
 @dataclass
@@ -69,7 +94,7 @@ class TrainerState(RunState[Prompt]):
     """Of reinforcement learning.
 
     Attributes:
-        step, sampler: see `RunState`.
+        step, sampler, best: see `RunState`.
         running_moments: of all scores.
         kl_controller: of the token-level KL, or None where it is off.
     """

@@ -8,7 +8,10 @@ from html import escape
 from pathlib import Path
 
 from roll_gspo.report.assets import PAGE, SCRIPT, STYLE
+from roll_gspo.report.browser import BROWSER_SCRIPT, BROWSER_STYLE, browser_section
 from roll_gspo.report.curves import Chart, Series, chart_card, figure, stacked_bars, trailing_mean
+from roll_gspo.report.embedded import embedded
+from roll_gspo.report.families import family_charts, family_names
 from roll_gspo.report.run_folder import Points, RunFolder, read_run
 from roll_gspo.report.samples import rollouts_section
 
@@ -121,7 +124,7 @@ def write_report(run_folder: Path) -> Path:
     page = render(read_run(run_folder))
     path = run_folder / "report.html"
     temporary = run_folder / f".report.html.{os.getpid()}.tmp"
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # data may hold half a character
     temporary.replace(path)
     return path
 
@@ -135,7 +138,7 @@ def render(run: RunFolder) -> str:
         ("Attention", _attention(run)),
         ("Curves", _curves(run)),
         ("Where the time goes", _times(run)),
-        ("Rollouts", rollouts_section(run.rollouts)),
+        ("Rollouts", browser_section(embedded(run.rollout_files), rollouts_section(run.rollouts))),
         ("All other metrics", _other_curves(run)),
         ("Plan and configuration", _texts(run)),
     )
@@ -146,8 +149,8 @@ def render(run: RunFolder) -> str:
         title=escape(run.name),
         subtitle=span if steps else "no step yet",
         body=body,
-        style=STYLE,
-        script=SCRIPT,
+        style=STYLE + BROWSER_STYLE,
+        script=SCRIPT + BROWSER_SCRIPT,
     )
 
 
@@ -211,6 +214,7 @@ def _curves(run: RunFolder) -> str:
     for title, note, lines, log, band in CHARTS:
         found = [Series(label, run.points(name), color, style) for label, name, color, style in lines]
         cards.append(chart_card(Chart(title, note, tuple(s for s in found if s.points), log, band)))
+    cards[1:1] = [chart_card(chart) for chart in family_charts(run)]
     return f'<div class="cards">{"".join(cards)}</div>' if any(cards) else ""
 
 
@@ -238,6 +242,7 @@ def _reward_chart(run: RunFolder) -> Chart:
 
 def _other_curves(run: RunFolder) -> str:
     shown = {name for _, _, lines, _, _ in CHARTS for _, name, _, _ in lines} | {*_REWARDS, _VALIDATION}
+    shown |= family_names(run)
     names = [n for n in run.names() if n not in shown and not n.startswith("time/")]
     cards = [chart_card(Chart(n, "", (Series("", run.points(n), 1),))) for n in names if run.points(n)]
     if not cards:

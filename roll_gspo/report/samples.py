@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from roll_gspo.report.curves import figure
-from roll_gspo.report.run_folder import Rollout
+from roll_gspo.report.embedded import chosen_samples, number
+from roll_gspo.report.run_folder import Rollout, Sample
 
 _GROUPS = 2
 _SAMPLES = 4
 _MAX_CHARACTERS = 6000
-
-Sample = dict[str, Any]
 
 
 def rollouts_section(rollouts: Sequence[Rollout]) -> str:
     """The steps as collapsible blocks, the last one open."""
     blocks = []
     for rollout in rollouts:
-        scores = [s for s in (_number(sample, "score") for sample in rollout.samples) if s is not None]
+        scores = [s for s in (number(sample, "score") for sample in rollout.samples) if s is not None]
         mean = f", mean score {figure(sum(scores) / len(scores))}" if scores else ""
         groups = "".join(_group(group) for group in _chosen_groups(rollout.samples))
         is_open = " open" if rollout is rollouts[-1] else ""
@@ -42,12 +40,9 @@ def _chosen_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def _group(samples: Sequence[Sample]) -> str:
-    ranked = sorted(samples, key=lambda s: -_rank(s))
-    last = len(ranked) - 1
-    shown = min(_SAMPLES, len(ranked))
-    chosen = [ranked[round(i * last / max(shown - 1, 1))] for i in range(shown)]
+    chosen = chosen_samples(samples, _SAMPLES)
     head = chosen[0]
-    facts = [f"group {head.get('group')}", f"{shown} of {len(ranked)} responses, best to worst"]
+    facts = [f"group {head.get('group')}", f"{len(chosen)} of {len(samples)} responses, best to worst"]
     if head.get("domain") is not None:
         facts.insert(0, str(head["domain"]))
     truth = head.get("ground_truth")
@@ -61,7 +56,7 @@ def _group(samples: Sequence[Sample]) -> str:
 
 
 def _response(sample: Sample) -> str:
-    score, advantage = _number(sample, "score"), _number(sample, "advantage")
+    score, advantage = number(sample, "score"), number(sample, "advantage")
     tone = "" if not advantage else " good" if advantage > 0 else " bad"
     facts = [f'<span class="score{tone}">score {"unknown" if score is None else figure(score)}</span>']
     if advantage is not None:
@@ -79,13 +74,3 @@ def _text(value: Any) -> str:
     text = "" if value is None else str(value)
     cut = f"… ({len(text) - _MAX_CHARACTERS} more characters)" if len(text) > _MAX_CHARACTERS else ""
     return f"<pre>{escape(text[:_MAX_CHARACTERS])}{cut}</pre>"
-
-
-def _number(sample: Sample, name: str) -> float | None:
-    value = sample.get(name)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _rank(sample: Sample) -> float:
-    score = _number(sample, "score")
-    return -math.inf if score is None else score

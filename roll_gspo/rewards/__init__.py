@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from roll_gspo.rewards.base import RewardRequest, RewardResult, Verdict
+from roll_gspo.rewards.base import BatchReward, RewardRequest, RewardResult, Verdict
 from roll_gspo.rewards.catalog import REWARDS, RewardSpec, reward_spec
 from roll_gspo.rewards.pool import RewardPool
 from roll_gspo.rewards.routing import Router
 
-__all__ = ["REWARDS", "RewardPool", "RewardRequest", "RewardResult", "RewardSpec", "Router", "Verdict", "reward_spec"]
+__all__ = [
+    "REWARDS",
+    "BatchReward",
+    "RewardPool",
+    "RewardRequest",
+    "RewardResult",
+    "RewardSpec",
+    "Router",
+    "Verdict",
+    "reward_spec",
+]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,24 @@ class Verdict:
     components: Mapping[str, float] = field(default_factory=dict)
 
 
+@runtime_checkable
+class BatchReward(Protocol):
+    """A reward that wants several responses at once, e.g. a model: a class with this method instead of `__call__`."""
+
+    def score_batch(self, requests: Sequence[RewardRequest]) -> Sequence[float | Verdict]:
+        """One number or verdict a request, in their order; at most `infer_batch_size` requests come at once.
+
+        A batch in which one raises, hangs or dies is taken apart: each of its samples is scored once more, alone.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class RewardResult:
     """What came of one request.
 
     Attributes:
-        score: finite; 0 where the reward failed.
+        score: finite; 0 where the reward failed, and then to be left out of everything.
         failed: why there is no score (raised, returned no finite number, hung, died), else None.
         answer, components: as in `Verdict`.
     """

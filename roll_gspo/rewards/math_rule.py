@@ -10,17 +10,27 @@ from typing import Any
 from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 
-_THINKING_END = "</think>"
+from roll_gspo.rewards.base import Verdict
+from roll_gspo.rewards.final_answer import after_thinking, count_boxes, last_box
+from roll_gspo.rewards.math_text import canonical_text, readings
+
 _DELIMITED = re.compile(r"\\boxed|(?<!\\)\$[^$]+(?<!\\)\$")  # an escaped dollar is money
+# The library looks for units and separators at the very ends of a formula.
+_SPACE_AT_END = re.compile(r"\s+(?=\\\]|\\\)|\$\$)")
+# After an equals sign the library makes a set of `1,234`.
+_SEPARATED = re.compile(r"(=\s*(?:\\\$)?-?\d{1,3})((?:,(?:\\!)?\d{3})+)(?![\d,])")
 _WARM_UP_TIMEOUT_S = 60
 
 
 class MathRule:
-    r"""1 where the response's final answer equals the ground truth, else 0.
+    r"""1 where the response's final answer equals the ground truth, else 0; the verdict has the answer, too.
 
     The final answer is the last `\boxed{}`, or all of them taken as a set where the ground truth is one, else what
     follows "final answer is", else the last number or formula.
     What was thought aloud before the last `</think>` does not count.
+
+    The verdict's answer is that of the ground truth for whatever equals it, else the formula in a fixed notation
+    (`math_text.canonical_text`), None where there is no mathematics.
 
     Args:
         timeout_s: whole seconds for each parsing and each comparison, well below the pool's own timeout.
@@ -38,17 +48,24 @@ class MathRule:
         one = parse("$1$", parsing_timeout=_WARM_UP_TIMEOUT_S)
         verify(one, one, timeout_seconds=_WARM_UP_TIMEOUT_S)
 
-    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> float:
-        gold = self._gold(ground_truth)
-        return float(any(self._equal(gold, self._parse(text)) for text in _final_answers(response)))
+    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> Verdict:
+        gold, gold_text = self._gold(ground_truth)
+        read: list[Any] = []
+        for text in _final_answers(response):
+            answer = self._parse(text)
+            if self._equal(gold, answer):
+                return Verdict(1.0, gold_text)
+            read += answer
+        return Verdict(0.0, canonical_text(read))
 
-    def _parse_ground_truth(self, ground_truth: str) -> list[Any]:
+    def _parse_ground_truth(self, ground_truth: str) -> tuple[list[Any], str | None]:
         # The library finds LaTeX only between delimiters, which most data sets leave out.
         delimited = _DELIMITED.search(ground_truth) or not ground_truth.strip()
-        gold = self._parse(ground_truth if delimited else f"\\boxed{{{ground_truth}}}")
+        texts = [ground_truth] if delimited else readings(ground_truth)
+        gold = [formula for text in texts for formula in self._parse(text)]
         if not gold:
             raise ValueError(f"math_rule: the ground truth {ground_truth!r} cannot be parsed; correct the row")
-        return gold
+        return gold, canonical_text(gold)
 
     def _parse(self, text: str) -> list[Any]:
         """The readings of a text's final answer; none where it has no mathematics."""
@@ -77,6 +94,10 @@ class MathRule:
 
 def _final_answers(response: str) -> list[str]:
     """Where to look, in turn; the library by itself would make a set of a box and its later correction."""
-    answer = response.rpartition(_THINKING_END)[2]
-    last_box = answer.rfind("\\boxed")
-    return [answer] if answer.count("\\boxed") < 2 else [answer[last_box:], answer]
+    answer = _SPACE_AT_END.sub("", after_thinking(response))
+    answer = _SEPARATED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), answer)
+    box = last_box(answer)
+    if box is None or not box.strip():
+        return [answer]
+    texts = readings(box)
+    return texts if count_boxes(answer) < 2 else [*texts, answer]

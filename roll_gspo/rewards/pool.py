@@ -6,59 +6,54 @@ import contextlib
 import logging
 import os
 import selectors
+import socket
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 
 from roll_gspo.errors import RewardError
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.catalog import RewardSpec
 from roll_gspo.rewards.process import WorkerProcess
+from roll_gspo.rewards.round import Round
 
 logger = logging.getLogger(__name__)
 
-# Enough requests in a message that its cost does not count, few enough that no worker idles at the end.
-_MAX_CHUNK = 32
-_CHUNKS_PER_WORKER = 4
-
-
-@dataclass
-class _Round:
-    """The state of one call of `score`; `lost` are the samples at which a worker died."""
-
-    requests: Sequence[RewardRequest]
-    lost: set[int] = field(default_factory=set)
-    pending: deque[int] = field(init=False)
-    results: dict[int, RewardResult] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.pending = deque(range(len(self.requests)))
-
-    @property
-    def finished(self) -> bool:
-        return len(self.results) == len(self.requests)
+_CHUNKS_PER_WORKER = 4  # few enough requests in a message that no worker idles at the end
+_LONGEST_WAIT_S = 60.0
+_MAX_REASONS = 7  # in a warning, beside the first
 
 
 class RewardPool:
     """Scores responses in `num_workers` processes, started when first needed and kept until `close`.
 
     A sample whose reward raises, returns no finite number, hangs or kills its process (twice) is marked as failed; no
-    other sample is touched. The processes end with the pool, and with this process, however that ends.
+    other sample is touched. The processes end with the pool, and with this process, however that ends. Rounds are
+    worked off one after another, whichever thread they come from.
 
     Args:
         spec: of the reward, which is built once in each process.
         num_workers: processes.
-        timeout_s: for one sample, by the clock; the process that takes longer is killed and replaced.
+        timeout_s: for one sample, by the clock; the process that takes longer is killed and replaced. A batch of n
+            samples may take n times as long; one that takes longer is scored again, each sample alone.
         where: key path of the reward's block, for errors and warnings.
         start_timeout_s: for importing and building the reward.
+        max_batch: requests that a process is sent at once, and so the most that a `BatchReward` is asked together.
+        max_memory_mb: what a process may allocate; None: no limit.
     """
 
     def __init__(
-        self, spec: RewardSpec, num_workers: int, timeout_s: float, where: str, start_timeout_s: float = 120.0
+        self,
+        spec: RewardSpec,
+        num_workers: int,
+        timeout_s: float,
+        where: str,
+        start_timeout_s: float = 120.0,
+        max_batch: int = 32,
+        max_memory_mb: int | None = None,
     ) -> None:
         if num_workers < 1 or timeout_s <= 0:
             raise RewardError(f"{where}: {num_workers} workers with {timeout_s:g} s a sample; both must be positive")
@@ -67,8 +62,13 @@ class RewardPool:
         self._timeout_s = timeout_s
         self._where = where
         self._start_timeout_s = start_timeout_s
+        self._max_batch = max_batch
+        self._max_memory_mb = max_memory_mb
         self._workers: list[WorkerProcess] = []
         self._selector = selectors.DefaultSelector()
+        self._wake_up, self._woken = socket.socketpair()
+        self._wake_up.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         self._lock = threading.Lock()
         self._closed = False
         self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
@@ -114,17 +114,35 @@ class RewardPool:
         Raises:
             ConfigError, MissingDependencyError, RewardError: a process cannot be started (see `check`).
         """
-        work = _Round(requests)
+        work = self.new_round()
+        for request in requests:
+            work.submit(request)
+        work.finish()
+        return self.work_off(work, progress)
+
+    def new_round(self) -> Round:
+        """An empty round, for a thread that calls `work_off` while others submit to it."""
+        return Round(self._wake)
+
+    def work_off(self, work: Round, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
+        """Score what is in the round and what still comes, until it is finished; in the order of `submit`.
+
+        Raises:
+            RoundCancelled: it was cancelled; the processes that were at work are gone.
+            ConfigError, MissingDependencyError, RewardError: as `score`.
+        """
         with self._lock, self._killing_on_error():
+            work.take_in()
             while not work.finished:
-                self._start_up_to(min(self._num_workers, len(requests) - len(work.results)))
+                self._start_up_to(min(self._num_workers, work.num_open))
                 self._hand_out(work)
                 for worker in self._wait(lambda late: self._give_up(late, work)):
                     self._take_message(worker, work)
                 if progress is not None:
-                    progress(len(work.results), len(requests))
-        results = [work.results[index] for index in range(len(requests))]
-        self._warn_of_failures(requests, results)
+                    progress(len(work.results), len(work.requests))
+                work.take_in()
+        results = work.ordered_results()
+        self._warn_of_failures(work.requests, results)
         return results
 
     def close(self) -> None:
@@ -133,34 +151,43 @@ class RewardPool:
             self._closed = True
             self._kill_workers()
             self._selector.close()
+            self._wake_up.close()
+            self._woken.close()
         self._finalizer.detach()
+
+    def _wake(self) -> None:
+        # Refused where it is full, and then it wakes all the same; or closed, and then nobody waits.
+        with contextlib.suppress(OSError):
+            self._wake_up.send(b"!")
 
     def _start_up_to(self, num_workers: int) -> None:
         if self._closed:
             raise RewardError(f"{self._where}: the pool is closed; make a new one")
         while len(self._workers) < num_workers:
-            worker = WorkerProcess(self._spec, self._where, self._start_timeout_s)
+            worker = WorkerProcess(self._spec, self._where, self._start_timeout_s, self._max_memory_mb)
             self._workers.append(worker)
             self._selector.register(worker, selectors.EVENT_READ, worker)
 
-    def _hand_out(self, work: _Round) -> None:
+    def _hand_out(self, work: Round) -> None:
         for worker in [w for w in self._workers if w.idle]:
             if not work.pending:
                 return
-            share = -(-len(work.pending) // (_CHUNKS_PER_WORKER * self._num_workers))
-            taken = [work.pending.popleft() for _ in range(min(share, _MAX_CHUNK))]
+            chunks = self._num_workers if worker.takes_batches else _CHUNKS_PER_WORKER * self._num_workers
+            taken = work.take(min(-(-len(work.pending) // chunks), self._max_batch))
             try:
                 worker.assign(taken, [work.requests[i] for i in taken], self._timeout_s)
             except OSError:  # it died while it had nothing to do: no sample's fault
-                work.pending.extendleft(reversed(taken))
+                work.give_back(taken)
                 self._remove(worker)
 
     def _wait(self, on_late: Callable[[WorkerProcess], None]) -> list[WorkerProcess]:
-        """Workers that have a message, once one has; `on_late` is called for each whose time is up without one."""
+        """Workers that have a message, once one has; `on_late` is called for each whose time is up without one.
+
+        Ends without one, too: when the pool was woken, and after a while.
+        """
         waited_for = [w for w in self._workers if not w.idle]
-        if not waited_for:
-            return []
-        speaking = self._poll(max(0.0, min(w.deadline for w in waited_for) - time.monotonic()))
+        until = min((w.deadline - time.monotonic() for w in waited_for), default=_LONGEST_WAIT_S)
+        speaking = self._poll(min(max(0.0, until), _LONGEST_WAIT_S))
         now = time.monotonic()
         for worker in waited_for:
             # A worker whose message is there is not late, however busy this process was meanwhile.
@@ -168,42 +195,63 @@ class RewardPool:
                 on_late(worker)
         return speaking
 
-    def _give_up(self, late: WorkerProcess, work: _Round) -> None:
+    def _give_up(self, late: WorkerProcess, work: Round) -> None:
         if not late.ready:
             late.raise_not_ready()
-        self._fail_current(late, work, f"timeout after {self._timeout_s:g} s")
+        if not self._took_batch_apart(late, work):
+            self._fail_current(late, work, f"timeout after {self._timeout_s:g} s")
 
     def _poll(self, timeout_s: float) -> list[WorkerProcess]:
-        return [key.data for key, _ in self._selector.select(timeout_s)]
+        speaking = [key.data for key, _ in self._selector.select(timeout_s)]
+        if None in speaking:
+            self._woken.recv(4096)
+        return [worker for worker in speaking if worker is not None]
 
-    def _take_message(self, worker: WorkerProcess, work: _Round) -> None:
+    def _take_message(self, worker: WorkerProcess, work: Round) -> None:
         if not worker.ready:
             worker.receive_ready()
         elif worker.idle:  # it can only have died
             self._remove(worker)
         else:
             try:
+                begin = worker.busy_since
                 index, result = worker.receive_result(self._timeout_s)
                 work.results[index] = result
+                work.spans.append((begin, worker.busy_since))
             except (EOFError, OSError):
                 self._lost(worker, work)
 
-    def _lost(self, worker: WorkerProcess, work: _Round) -> None:
+    def _lost(self, worker: WorkerProcess, work: Round) -> None:
         """A worker died: its sample is tried once more, for whoever killed it may have been someone else."""
+        if self._took_batch_apart(worker, work):
+            return
         current = worker.assigned[0]
         if current in work.lost:
             self._fail_current(worker, work)
             return
         work.lost.add(current)
-        self._remove(worker)
-        work.pending.extendleft(reversed(worker.assigned))
+        self._end(worker, work)
+        work.give_back(worker.assigned)
 
-    def _fail_current(self, worker: WorkerProcess, work: _Round, reason: str | None = None) -> None:
+    def _took_batch_apart(self, worker: WorkerProcess, work: Round) -> bool:
+        """Where a batch hung or died nobody knows whose fault it was: each of its samples is tried alone."""
+        if not worker.takes_batches or len(worker.assigned) < 2:
+            return False
+        self._end(worker, work)
+        work.alone.update(worker.assigned)
+        work.give_back(worker.assigned)
+        return True
+
+    def _fail_current(self, worker: WorkerProcess, work: Round, reason: str | None = None) -> None:
         """Mark the sample that the worker was at (by default: it died), and give back its others to be scored."""
-        ended = self._remove(worker)
+        ended = self._end(worker, work)
         current, *others = worker.assigned
         work.results[current] = RewardResult(0.0, reason or f"its worker process {ended}")
-        work.pending.extendleft(reversed(others))
+        work.give_back(others)
+
+    def _end(self, worker: WorkerProcess, work: Round) -> str:
+        work.spans.append((worker.busy_since, time.monotonic()))
+        return self._remove(worker)
 
     def _remove(self, worker: WorkerProcess) -> str:
         self._selector.unregister(worker)
@@ -227,10 +275,12 @@ class RewardPool:
         failures = [(r, request) for r, request in zip(results, requests, strict=True) if r.failed]
         if failures:
             first, request = failures[0]
+            others = Counter(result.failed for result, _ in failures if result.failed != first.failed)
+            listed = "".join(f"; {count} times: {reason}" for reason, count in others.most_common(_MAX_REASONS))
             logger.warning(
-                "%s: %d of %d samples failed, first (row %s): %s",
-                self._where, len(failures), len(results), request.row.get("id", "?"), first.failed,
-            )  # fmt: skip
+                "%s: %d of %d samples failed, first (row %s): %s%s",
+                *(self._where, len(failures), len(results), request.row.get("id", "?"), first.failed, listed),
+            )
 
 
 def _kill_all(workers: list[WorkerProcess], owner_pid: int) -> None:

@@ -36,15 +36,19 @@ class WorkerProcess:
 
     Attributes:
         ready: the reward is built.
-        assigned: indices of the requests it has not answered; it is at work on the first.
+        takes_batches: it is a `BatchReward`.
+        assigned: indices of the requests it has not answered; it is at work on the first, or on all as one batch.
+        busy_since: `time.monotonic()` at which it began with what it is at work on.
         deadline: `time.monotonic()` at which it has been silent for too long.
     """
 
-    def __init__(self, spec: RewardSpec, where: str, start_timeout_s: float) -> None:
+    def __init__(self, spec: RewardSpec, where: str, start_timeout_s: float, max_memory_mb: int | None = None) -> None:
         self._where = where
         self._name = spec.name
         self._start_timeout_s = start_timeout_s
         self.ready = False
+        self.takes_batches = False
+        self.busy_since = 0.0
         self.assigned: deque[int] = deque()
         self.deadline = time.monotonic() + start_timeout_s
         self._connection, theirs = socket.socketpair()
@@ -59,7 +63,7 @@ class WorkerProcess:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         try:
-            wire.send(self._connection, pickle.dumps(spec))
+            wire.send(self._connection, pickle.dumps((spec, max_memory_mb)))
         except OSError:
             self.kill()
             raise RewardError(self._not_started("it died at once")) from None
@@ -79,13 +83,13 @@ class WorkerProcess:
         return self.ready and not self.assigned
 
     def assign(self, indices: Sequence[int], requests: Sequence[RewardRequest], timeout_s: float) -> None:
-        """Hand over requests; each may take `timeout_s`.
+        """Hand over requests; each may take `timeout_s`, a batch as much as its requests together.
 
         Raises:
             OSError: the process is gone, or did not take them within 30 s.
         """
         self.assigned = deque(indices)
-        self.deadline = time.monotonic() + timeout_s
+        self._start_clock(timeout_s)
         wire.send(self._connection, pickle.dumps((timeout_s, list(requests))))
 
     def receive_ready(self) -> None:
@@ -95,14 +99,15 @@ class WorkerProcess:
             ConfigError, MissingDependencyError, RewardError: it could not be.
         """
         try:
-            problem = self._receive()
+            answer = self._receive()
         except (EOFError, OSError):
             raise RewardError(self._not_started(f"it {self.kill()}")) from None
-        if problem:
-            kind, text = problem
+        if "error" in answer:
+            kind, text = answer["error"]
             if kind in _KNOWN_ERRORS:
                 raise _KNOWN_ERRORS[kind](f"{self._where}: {text}")
             raise RewardError(self._not_started(f"{kind}: {text}"))
+        self.takes_batches = answer["batch"]
         self.ready = True
 
     def receive_result(self, timeout_s: float) -> tuple[int, RewardResult]:
@@ -112,8 +117,13 @@ class WorkerProcess:
             EOFError, OSError: the process died.
         """
         result = RewardResult(**self._receive())
-        self.deadline = time.monotonic() + timeout_s
-        return self.assigned.popleft(), result
+        index = self.assigned.popleft()
+        self._start_clock(timeout_s)
+        return index, result
+
+    def _start_clock(self, timeout_s: float) -> None:
+        self.busy_since = time.monotonic()
+        self.deadline = self.busy_since + timeout_s * (len(self.assigned) if self.takes_batches else 1)
 
     def raise_not_ready(self) -> None:
         """Say that the start took too long."""
@@ -130,6 +140,8 @@ class WorkerProcess:
                 code = self._process.wait(timeout=_EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 return f"did not end within {_EXIT_TIMEOUT_S:g} s of SIGKILL (pid {self.pid})"
+        if code == -signal.SIGKILL:
+            return "died (signal 9: killed from outside, by the kernel where memory ran out)"
         return f"died (signal {-code})" if code < 0 else f"died (exit code {code})"
 
     def _receive(self) -> Any:

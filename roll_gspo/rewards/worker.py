@@ -1,27 +1,31 @@
 """The process that computes rewards: `main` is its whole life. It imports no torch.
 
-In come the pickled `RewardSpec`, then pickled `(timeout_s, requests)`. Out go, as JSON, `[]` once the reward is built
-or `[error class, text]`, then the fields of a `RewardResult` for each request, sent before the next one is started, so
-that the pool knows which sample a process hung on or died of.
+In come the pickled `(RewardSpec, max_memory_mb)`, then pickled `(timeout_s, requests)`. Out go, as JSON, `{"batch":
+bool}` once the reward is built or `{"error": [class, text]}`, then the fields of a `RewardResult` for each request.
+Each is sent before the next one is started (or, by a `BatchReward`, all once they are done), so that the pool knows
+which sample, or batch, a process hung on or died of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import math
 import os
 import pickle
+import resource
 import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, SupportsFloat
 
 from roll_gspo.rewards import wire
-from roll_gspo.rewards.base import RewardRequest, RewardResult, Verdict
+from roll_gspo.rewards.base import BatchReward, RewardRequest, RewardResult, Verdict
 from roll_gspo.rewards.catalog import build_reward
 
 _PARENT_CHECK_S = 0.5
@@ -46,41 +50,91 @@ def main(descriptor: int, parent_pid: int) -> None:
 
 
 def _serve(connection: socket.socket) -> None:
-    spec = pickle.loads(wire.receive(connection))
+    spec, max_memory_mb = pickle.loads(wire.receive(connection))
+    _limit_memory(max_memory_mb)
     try:
         reward = build_reward(spec)
     except BaseException as error:
-        wire.send(connection, json.dumps([type(error).__name__, _text_of(error)]).encode())
+        _send(connection, {"error": [type(error).__name__, _text_of(error)]})
         return
-    wire.send(connection, b"[]")
+    _send(connection, {"batch": isinstance(reward, BatchReward)})
     with open(os.devnull, "w") as nowhere:
         while True:
             timeout_s, requests = pickle.loads(wire.receive(connection))
+            if isinstance(reward, BatchReward):
+                with _ended_after(timeout_s * len(requests), nowhere):
+                    results = evaluate_batch(reward, requests)
+                for result in results:
+                    _send(connection, vars(result))
+                continue
             for request in requests:
-                # The pool kills a worker that hangs. Should the pool be gone, too, while this process is stuck
-                # in C code that holds the GIL, then no Python thread can end it, but faulthandler's can.
-                faulthandler.dump_traceback_later(timeout_s + _LAST_RESORT_S, exit=True, file=nowhere)
-                result = evaluate(reward, request)
-                faulthandler.cancel_dump_traceback_later()
-                wire.send(connection, json.dumps(vars(result)).encode())
+                with _ended_after(timeout_s, nowhere):
+                    result = evaluate(reward, request)
+                _send(connection, vars(result))
+
+
+def _limit_memory(max_memory_mb: int | None) -> None:
+    """Bound what this process allocates; and where the machine runs out, let the kernel take it, not the training."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    if max_memory_mb is not None:  # not the address space, of which libraries map much more than they use
+        resource.setrlimit(resource.RLIMIT_DATA, (max_memory_mb << 20, max_memory_mb << 20))
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, nowhere: Any) -> Iterator[None]:
+    """The pool kills a worker that hangs. Should the pool be gone, too, while this process is stuck in C code that
+    holds the GIL, then no Python thread can end it, but faulthandler's can."""
+    faulthandler.dump_traceback_later(seconds + _LAST_RESORT_S, exit=True, file=nowhere)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _send(connection: socket.socket, message: object) -> None:
+    wire.send(connection, json.dumps(message).encode())
 
 
 def evaluate(reward: Callable[[RewardRequest], Any], request: RewardRequest) -> RewardResult:
     """What the reward says of a request, or why it says nothing."""
     try:
-        value = reward(request)
-        verdict = value if isinstance(value, Verdict) else Verdict(value)
-        score = _number(verdict.score)
-        components = {str(name): _number(part) for name, part in verdict.components.items()}
-        return RewardResult(score, None, _answer(verdict.answer), components)
-    except _Unusable as error:
-        return RewardResult(0.0, _clipped(str(error)))
+        return _result(reward(request))
     except BaseException as error:  # also sys.exit(): the process serves on
-        return RewardResult(0.0, _clipped(f"{type(error).__name__}: {_text_of(error)}"))
+        return _failure(error)
+
+
+def evaluate_batch(reward: BatchReward, requests: Sequence[RewardRequest]) -> list[RewardResult]:
+    """What the reward says of each request; where it raises, they are tried one by one, and only the guilty fail."""
+    try:
+        values = list(reward.score_batch(requests))
+    except BaseException as error:
+        if len(requests) == 1:
+            return [_failure(error)]
+        return [result for request in requests for result in evaluate_batch(reward, [request])]
+    if len(values) != len(requests):
+        wrong = _Unusable(f"returned {len(values)} scores for {len(requests)} requests")
+        return [_failure(wrong) for _ in requests]
+    return [evaluate(lambda _, value=value: value, request) for value, request in zip(values, requests, strict=True)]
 
 
 class _Unusable(Exception):
     """A reward returned something else."""
+
+
+def _result(value: object) -> RewardResult:
+    verdict = value if isinstance(value, Verdict) else Verdict(value)  # pyright: ignore[reportArgumentType]
+    score = _number(verdict.score)
+    components = {str(name): _number(part) for name, part in verdict.components.items()}
+    return RewardResult(score, None, _answer(verdict.answer), components)
+
+
+def _failure(error: BaseException) -> RewardResult:
+    text = _text_of(error)
+    if isinstance(error, MemoryError) and not text:
+        text = "out of memory"
+    told = text if isinstance(error, _Unusable) else f"{type(error).__name__}: {text}"
+    return RewardResult(0.0, told if len(told) <= _MAX_FAILURE_CHARS else told[:_MAX_FAILURE_CHARS] + "...")
 
 
 def _answer(value: object) -> str | None:
@@ -102,10 +156,6 @@ def _text_of(error: BaseException) -> str:
         return str(error)
     except Exception:
         return "(its text cannot be shown)"
-
-
-def _clipped(text: str) -> str:
-    return text if len(text) <= _MAX_FAILURE_CHARS else text[:_MAX_FAILURE_CHARS] + "..."
 
 
 def _end_with_parent(parent_pid: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
-from roll_gspo.strategies.base import GenerateStrategy, Sampling, WeightSource
+from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightSource
 
 
 class Generator:
@@ -30,14 +30,18 @@ class Generator:
         sampling: Sampling,
         purpose: str,
         progress: Callable[[int, int], None] | None = None,
+        finished: SampleFinished | None = None,
+        first: int = 0,
     ) -> Rollouts:
         """Sample `sampling.num_samples` responses a prompt.
 
         Args:
             purpose: e.g. `step 12`; with the run's seed it decides every sample, so that a resumed run repeats them.
+            progress, finished: see `GenerateStrategy`.
+            first: number of the first prompt, where a purpose's prompts are given batch by batch.
         """
-        seeds = sample_seeds(self._seed, purpose, len(prompts), sampling.num_samples)
-        completions = self._strategy.generate([p.token_ids for p in prompts], sampling, seeds, progress)
+        seeds = sample_seeds(self._seed, purpose, first + len(prompts), sampling.num_samples)[first:]
+        completions = self._strategy.generate([p.token_ids for p in prompts], sampling, seeds, progress, finished)
         return self.collate(prompts, completions)
 
     def collate(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Rollouts:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from roll_gspo.batch import Prompt, Rollouts
-from roll_gspo.config.roles import RewardConfig
-from roll_gspo.rewards import reward_spec
+from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.rewards.base import RewardRequest, RewardResult
+from roll_gspo.rewards.blocks import block_spec
+from roll_gspo.rewards.llm_judge.server import JudgeServers
 from roll_gspo.rewards.pool import RewardPool
 from roll_gspo.rewards.routing import Router
+from roll_gspo.roles.scoring import Scoring
 
 COLUMNS_OF_REQUEST = ("ground_truth",)
 
@@ -24,12 +26,16 @@ class Judge:
 
     def __init__(self, config: Mapping[str, RewardConfig]) -> None:
         self._router = Router({domain: block.tag_included for domain, block in config.items()})
+        self._servers = JudgeServers()
         self._pools = {
             domain: RewardPool(
-                reward_spec(block.worker_cls, block.worker_args, f"rewards.{domain}"),
-                block.world_size,
+                self._servers.resolve(block_spec(block, f"rewards.{domain}"), f"rewards.{domain}"),
+                block.num_workers,
                 block.timeout_s,
                 f"rewards.{domain}",
+                block.start_timeout_s,
+                max_batch=block.infer_batch_size,
+                max_memory_mb=block.max_memory_mb,
             )
             for domain, block in config.items()
         }
@@ -45,12 +51,28 @@ class Judge:
             ConfigError, MissingDependencyError, RewardError: a reward cannot be imported or made.
         """
         self._router.check(rows)
+        self._servers.start()
         for pool in self._pools.values():
             pool.check()
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Of all reward blocks."""
+        return list(self._pools)
 
     def domains(self, prompts: Iterable[Prompt]) -> list[str]:
         """Which reward block judges each prompt."""
         return [self._router.domain_of(prompt.row) for prompt in prompts]
+
+    def open(self) -> Scoring:
+        """Somewhere to submit samples to as soon as they are there; see `request`. One at a time."""
+        self._servers.start()  # again, where one has died
+        return Scoring(self._pools)
+
+    def request(self, prompt: Prompt, response: str) -> tuple[str, RewardRequest]:
+        """The domain that judges a sample, and what its reward is asked; `response` has no special tokens."""
+        row = {name: value for name, value in prompt.row.items() if name not in COLUMNS_OF_REQUEST}
+        return self._router.domain_of(prompt.row), RewardRequest(prompt.text, response, prompt.row["ground_truth"], row)
 
     def score(
         self, rollouts: Rollouts, responses: Sequence[str], progress: Callable[[int, int], None] | None = None
@@ -60,19 +82,13 @@ class Judge:
         Args:
             responses: the text of every sample, without special tokens.
         """
-        domains = self.domains(rollouts.prompts)
-        results: dict[int, RewardResult] = {}
-        for domain, pool in self._pools.items():
-            indices = [i for i, d in enumerate(domains) if d == domain]
-            requests = [self._request(rollouts.prompts[i], responses[i]) for i in indices]
-            results |= dict(zip(indices, pool.score(requests, progress), strict=True))
-        return [results[i] for i in range(len(rollouts))]
-
-    def _request(self, prompt: Prompt, response: str) -> RewardRequest:
-        row = {name: value for name, value in prompt.row.items() if name not in COLUMNS_OF_REQUEST}
-        return RewardRequest(prompt.text, response, prompt.row["ground_truth"], row)
+        with self.open() as scoring:
+            for index, (prompt, response) in enumerate(zip(rollouts.prompts, responses, strict=True)):
+                scoring.submit(index, *self.request(prompt, response))
+            return scoring.results(progress)
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and the servers of judges."""
         for pool in self._pools.values():
             pool.close()
+        self._servers.close()

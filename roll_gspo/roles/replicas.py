@@ -15,7 +15,7 @@ from typing import Protocol
 from roll_gspo.batch import Completion
 from roll_gspo.errors import WeightTransferError, WorkerDiedError, WorkerHungError
 from roll_gspo.execution.base import Pending, Progress, WorkerGroup, wait_first
-from roll_gspo.strategies.base import GenerateStrategy, Sampling, WeightReceiver, WeightSource
+from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightReceiver, WeightSource
 from roll_gspo.strategies.wire import WireAddress
 
 logger = logging.getLogger(__name__)
@@ -91,15 +91,16 @@ class Replicas:
         sampling: Sampling,
         seeds: Sequence[int],
         progress: Progress | None = None,
+        finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
-        """See `GenerateStrategy`; the least busy replica gets the next prompts.
+        """See `GenerateStrategy`; the least busy replica gets the next prompts. Samples are finished chunk by chunk.
 
         Raises:
             WorkerDiedError, WorkerHungError: more workers were lost than may be.
         """
         todo = deque(self._chunks(len(prompts), sampling.num_samples))
         running: dict[Pending, tuple[int, _Chunk]] = {}
-        finished: dict[_Chunk, list[list[Completion]]] = {}
+        answers: dict[_Chunk, list[list[Completion]]] = {}
         while todo or running:
             if not self._complete() and not running:
                 self.revive()
@@ -112,14 +113,17 @@ class Replicas:
             for pending in wait_first(list(running), timeout_s=0.25):
                 rank, chunk = running.pop(pending)
                 try:
-                    finished[chunk] = pending.result()
+                    answers[chunk] = pending.result()
                 except (WorkerDiedError, WorkerHungError) as error:
                     todo.appendleft(chunk)
                     logger.warning("%s; its %d prompts are redone", error, len(chunk))
+                    continue
+                if finished is not None:
+                    _hand_out(answers[chunk], chunk.start, finished)
             if progress is not None:
-                done = sum(map(len, finished)) * sampling.num_samples + sum(p.progress[0] for p in running)
+                done = sum(map(len, answers)) * sampling.num_samples + sum(p.progress[0] for p in running)
                 progress(done, len(prompts) * sampling.num_samples)
-        return [group for chunk in sorted(finished, key=lambda c: c.start) for group in finished[chunk]]
+        return [group for chunk in sorted(answers, key=lambda c: c.start) for group in answers[chunk]]
 
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Not the way to processes of their own: whoever holds the trainer's group sends, see `WireSync`."""
@@ -170,6 +174,12 @@ class Replicas:
         size = max(-(-num_prompts // (self.group.size * _CHUNKS_PER_REPLICA)), -(-_SAMPLES_PER_CHUNK // num_samples))
         size = max(1, min(size, share))
         return [_Chunk(start, min(start + size, num_prompts)) for start in range(0, num_prompts, size)]
+
+
+def _hand_out(groups: Sequence[Sequence[Completion]], first: int, finished: SampleFinished) -> None:
+    for number, group in enumerate(groups, first):
+        for sample, completion in enumerate(group):
+            finished(number, sample, completion)
 
 
 def _progress(done: int, total: int) -> None:

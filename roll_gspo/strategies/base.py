@@ -204,6 +204,10 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
 
+# Called with (number of the prompt, number of its sample, what was sampled).
+SampleFinished = Callable[[int, int, Completion], None]
+
+
 class GenerateStrategy(Protocol):
     """A generation engine whose weights can be replaced while it lives."""
 
@@ -213,11 +217,13 @@ class GenerateStrategy(Protocol):
         sampling: Sampling,
         seeds: Sequence[int],
         progress: Callable[[int, int], None] | None = None,
+        finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
         """Sample `num_samples` responses a prompt; sample j of prompt i is drawn with seed `seeds[i] + j`.
 
         Log-probabilities are those of the distribution sampled from (temperature, top-p, top-k applied).
-        `progress` is called with (finished samples, all samples).
+        `progress` is called with (finished samples, all samples). `finished` is called for every sample once, in any
+        order, as early as the engine can: others may go on meanwhile. What it raises ends the generation.
         """
         ...
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -26,6 +27,7 @@ _TOKENS = "mean over response tokens"
 _SEQUENCES = "mean over sequences"
 _UPDATES = "mean over optimizer steps"
 _SAMPLES = "mean over samples"
+_PROMPTS = "mean over validation prompts"
 _STEP = "value of the step"
 _SUM = "sum over the step"
 
@@ -87,7 +89,7 @@ METRICS: dict[str, MetricInfo] = {
         ),
         "actor/num_updates": ("Optimizer steps taken.", "optimizer steps", _SUM),
         "actor/masked_fraction": (
-            "Samples that the loss does not see: `max_len_mask`, `difficulty_mask`.",
+            "Samples that the loss does not see: `max_len_mask`, `difficulty_mask`, failed rewards.",
             "fraction",
             _SAMPLES,
         ),
@@ -173,7 +175,17 @@ METRICS: dict[str, MetricInfo] = {
             "nats a token",
             _TOKENS,
         ),
-        "reward/failed": ("Samples whose reward could not be computed.", "samples", _SUM),
+        "reward/failed": (
+            "Samples whose reward could not be computed, among all generated; nothing else counts them.",
+            "samples",
+            _SUM,
+        ),
+        "reward/seconds": ("Time that reward processes worked, summed over them.", "s", _SUM),
+        "reward/hidden_share": (
+            "Part of `reward/seconds` that lay before the end of generation, and so cost no time.",
+            "fraction",
+            "over the seconds that processes worked, summed",
+        ),
         "reward/overlong_penalty": (
             "What `overlong_buffer_length` added to the scores (0 or less).",
             "score",
@@ -235,6 +247,21 @@ METRICS: dict[str, MetricInfo] = {
         ),
         "validation/score_mean": ("Score on the validation set.", "score", "mean over validation samples"),
         "validation/num_samples": ("Validation samples scored.", "samples", _SUM),
+        "validation/failed": (
+            "Validation samples whose reward could not be computed; no figure counts them.",
+            "samples",
+            _SUM,
+        ),
+        "validation/response_length_mean": (
+            "Length of the validation responses.",
+            "tokens",
+            "mean over validation samples",
+        ),
+        "validation/truncated_fraction": (
+            "Validation responses that ended at the length limit, without an end of sequence.",
+            "fraction",
+            "mean over validation samples",
+        ),
         "validation/loss": (
             "With `pipeline: sft`: negative log-likelihood of the held-out tokens.",
             "nats a token",
@@ -244,7 +271,7 @@ METRICS: dict[str, MetricInfo] = {
         "validation/num_tokens": ("Held-out tokens scored.", "tokens", _SUM),
         "time/step": ("Whole step; the sum of the stages below.", "s", _SUM),
         "time/generate": ("Sampling the responses.", "s", _SUM),
-        "time/score": ("Reward workers.", "s", _SUM),
+        "time/score": ("Waiting for reward workers after the last response was generated.", "s", _SUM),
         "time/reference_log_probs": ("Forward passes of the reference.", "s", _SUM),
         "time/old_log_probs": ("Forward passes for the old log-probabilities.", "s", _SUM),
         "time/advantages": ("Rewards to advantages.", "s", _SUM),
@@ -252,6 +279,7 @@ METRICS: dict[str, MetricInfo] = {
         "time/update_critic": ("Optimizer steps of the critic.", "s", _SUM),
         "time/update": ("Optimizer steps: forward, backward, update.", "s", _SUM),
         "time/sync_weights": ("Moving the new weights into the generation engine.", "s", _SUM),
+        "time/trace": ("Scoring `trace_groups` again after the update.", "s", _SUM),
         "time/validate": ("Validation.", "s", _SUM),
         "time/log": ("Writing metrics, rollouts and the report.", "s", _SUM),
         "time/save": ("Writing checkpoints.", "s", _SUM),
@@ -259,6 +287,44 @@ METRICS: dict[str, MetricInfo] = {
         "memory/rss_mb": ("Resident memory of the controlling process.", "MiB", _STEP),
     }.items()
 }
+
+# Names with a part that the run or the data decide, in angle brackets: the domains where `rewards` has several (of all
+# samples generated, before dynamic sampling drops groups), the components of which a reward makes its score, and in
+# validation the group: a value of `validation.group_by`, or `all`.
+METRIC_PATTERNS: dict[str, MetricInfo] = {
+    name: MetricInfo(*info)
+    for name, info in {
+        "domain/<domain>/score_mean": ("Score, as the reward gave it.", "score", _SAMPLES),
+        "domain/<domain>/failed": ("Samples whose reward could not be computed.", "samples", _SUM),
+        "domain/<domain>/num_samples": ("Samples generated.", "samples", _SUM),
+        "domain/<domain>/response_length_mean": ("Length of the responses.", "tokens", _SAMPLES),
+        "domain/<domain>/groups_dropped": ("Groups that its `query_filter_config` rejected.", "groups", _SUM),
+        "domain/<domain>/epoch": ("Passes over the domain's data so far.", "epochs", _STEP),
+        "reward/component/<component>": (
+            "A part of the score, over all samples generated whose reward told it.",
+            "score",
+            _SAMPLES,
+        ),
+        "validation/<group>/avg@<n>": ("Score, n samples a prompt.", "score", _PROMPTS),
+        "validation/<group>/avg@<n>_low": ("Lower end of its 95 % confidence interval.", "score", _PROMPTS),
+        "validation/<group>/avg@<n>_high": ("Upper end of its 95 % confidence interval.", "score", _PROMPTS),
+        "validation/<group>/pass@<k>": ("Chance that one of k samples is correct.", "fraction", _PROMPTS),
+        "validation/<group>/maj@<k>": ("Score of the answer that most of k samples give.", "score", _PROMPTS),
+    }.items()
+}
+
+
+def metric_info(name: str) -> MetricInfo | None:
+    """What a name stands for, also one that depends on the data; None for a name that is not known."""
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, info in METRIC_PATTERNS.items():
+        parts = re.split(r"<(\w+)>", pattern)
+        values = {"n": r"\d+", "k": r"\d+"}
+        regex = "".join(values.get(part, ".+") if i % 2 else re.escape(part) for i, part in enumerate(parts))
+        if re.fullmatch(regex, name):
+            return info
+    return None
 
 
 _HEAD = """# Metrics
@@ -275,11 +341,16 @@ def metrics_page() -> str:
     """`docs/metrics.md` as Markdown."""
     lines = [_HEAD]
     family = ""
-    for name, info in METRICS.items():
+    families = list(dict.fromkeys(name.partition("/")[0] for name in METRICS))
+    for name, info in sorted(METRICS.items(), key=lambda item: families.index(item[0].partition("/")[0])):
         if name.partition("/")[0] != family:
             family = name.partition("/")[0]
             lines += ["", f"## {family}", "", "| name | meaning | unit | reduction |", "|---|---|---|---|"]
         lines.append(f"| `{name}` | {info.meaning.replace('|', chr(92) + '|')} | {info.unit} | {info.reduction} |")
+    lines += ["", "## By domain, component and group", "", "| name | meaning | unit | reduction |", "|---|---|---|---|"]
+    lines += [
+        f"| `{name}` | {info.meaning} | {info.unit} | {info.reduction} |" for name, info in METRIC_PATTERNS.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

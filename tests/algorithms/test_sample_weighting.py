@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import advantage_reference as reference
 
-from roll_gspo.algorithms.sample_weighting import SampleMaskSettings, kept_samples, overlong_penalty, sample_weights
+from roll_gspo.algorithms.sample_weighting import (
+    SampleMaskSettings,
+    comparable_samples,
+    kept_samples,
+    overlong_penalty,
+    sample_weights,
+)
 
 SCORES = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
 GROUPS = torch.tensor([7, 7, 2, 2, 5, 5, 9])
@@ -33,6 +39,13 @@ def test_kept_samples_difficulty_mask_hand_computed():
 def test_sample_mask_settings_refuse_thresholds_with_nothing_between():
     with pytest.raises(ValueError, match=r"difficulty_low_threshold: 1.0 is not below"):
         SampleMaskSettings(difficulty_low_threshold=1.0)
+
+
+def test_comparable_samples_hand_computed():
+    # Of group 7 one is left, of 2 both, of 5 none; 9 was alone from the start.
+    valid = torch.tensor([True, False, True, True, False, False, True])
+    assert comparable_samples(valid, GROUPS).tolist() == [False, False, True, True, False, False, True]
+    assert comparable_samples(torch.ones_like(valid), GROUPS).all()
 
 
 def test_sample_weights_hand_computed():

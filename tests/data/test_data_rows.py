@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from roll_gspo.data.rows import DataRow, read_rows
+from roll_gspo.data.rows import Columns, DataRow, Reading, read_rows
 from roll_gspo.errors import DataError, MissingDependencyError
 
 WHERE = "actor_train.data_args.file_name"
@@ -28,11 +29,11 @@ def test_rows_of_roll_and_plain_format_become_the_same(tmp_path):
     roll = {"id": "7", "messages": json.dumps(conversation), "ground_truth": "2", "tag": "sums", "domain": "math"}
     plain = {"question": "1+1?", "answer": "One and one.\n#### 1,002", "difficulty": 0.5}
     rows = read_rows([write(tmp_path, json.dumps(roll), "", json.dumps(plain))], WHERE)
-    assert rows[0] == DataRow("7", tuple(conversation), "2", "math", "sums", {})
+    assert rows[0] == DataRow("7", tuple(conversation), "2", "math", "sums", {"source": "rows"})
     assert rows[1].messages == ({"role": "user", "content": "1+1?"},)
     assert rows[1].ground_truth == "1002"
     assert rows[1].id.endswith("rows.jsonl:3")
-    assert rows[1].extra == {"difficulty": 0.5}
+    assert rows[1].extra == {"difficulty": 0.5, "source": "rows"}
 
 
 def test_messages_may_be_a_list_and_ground_truth_a_number(tmp_path):
@@ -123,3 +124,128 @@ def test_math_benchmark_rows_keep_their_system_message():
     assert len(rows) == 560
     assert {row.domain for row in rows} == {"math_rule"}
     assert {tuple(m["role"] for m in row.messages) for row in rows} == {("system", "user")}
+
+
+GOOD = '{"prompt": "x", "ground_truth": "1"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            GOOD + "\n" + GOOD[:20],
+            r"rows\.jsonl:2: not valid JSON .*the last line and has no end: was the file cut off",
+        ),
+        ('{"prompt": "x", "ground_truth": "1", "prompt": "y"}', r"rows\.jsonl:1: .*the key 'prompt' is there twice"),
+        ('{"prompt": "x", "ground_truth": NaN}', r"rows\.jsonl:1: .*NaN is not a JSON value; write null"),
+        (GOOD + "\n[" + GOOD + "]", r"rows\.jsonl:2: expected a JSON object"),
+        ('{"messages": "[{", "ground_truth": "1"}', r"rows\.jsonl:1: .*got a text that is not JSON"),
+        (
+            '{"messages": [{"role": "human", "content": "x"}], "answer": "1"}',
+            r"unknown role 'human' .*did you mean 'user'",
+        ),
+        ('{"messages": [{"from": "human", "value": "x"}], "answer": "1"}', "rename from to role and value to content"),
+        ('{"messages": [{"role": "user", "content": ["x"]}], "answer": "1"}', r"content \['x'\], not a text"),
+        ('{"prompt": "x", "ground_truth": ' + "[" * 100_000, r"rows\.jsonl:1: .*(nested too deeply|not valid JSON)"),
+    ],
+    ids=["cut", "twice", "nan", "list", "messages", "role", "sharegpt", "parts", "deep"],
+)
+def test_damaged_line_says_what_is_wrong_with_it(tmp_path, content, told):
+    with pytest.raises(DataError, match=told):
+        read_rows([write(tmp_path, content)], WHERE)
+
+
+def test_bytes_that_are_no_text_are_named_with_line_and_position(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + GOOD.encode().replace(b"x", b"\xff"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .*not UTF-8: byte 0xff at position 13"):
+        read_rows([str(path)], WHERE)
+    path.write_bytes(GOOD.encode("utf-16"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the file is UTF-16; save it as UTF-8"):
+        read_rows([str(path)], WHERE)
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode() + b"\r\n")
+    assert [row.id for row in read_rows([str(path)], WHERE)] == [f"{path}:1", f"{path}:3"]
+
+
+def test_line_beyond_all_measure_is_one_bad_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("roll_gspo.data.files.MAX_LINE_BYTES", 100)
+    path = write(tmp_path, GOOD, '{"prompt": "' + "x" * 350 + '"}', GOOD)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .*longer than"):
+        read_rows([path], WHERE)
+    assert [row.id for row in read_rows([path], WHERE, "skip")] == [f"{path}:1", f"{path}:3"]
+
+
+def test_zipped_files_are_read_and_torn_ones_refused(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(packed := gzip.compress((GOOD + "\n").encode() * 50))
+    assert len(read_rows([str(path)], WHERE)) == 50
+    path.write_bytes(packed[:-12])
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read .*ended"):
+        read_rows([str(path)], WHERE)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[" + GOOD + ",\n" + GOOD[:22], r"rows\.json:2: not valid JSON .*was it cut off"),
+        ("{\n" + GOOD[1:], r"rows\.json: expected a JSON list of rows"),
+        ("", "rows.json has no usable row"),
+        ("[]", "rows.json has no usable row"),
+    ],
+)
+def test_json_file_that_is_no_list_of_rows(tmp_path, content, told):
+    with pytest.raises(DataError, match=told):
+        read_rows([write(tmp_path, content, name="rows.json")], WHERE)
+
+
+def test_json_file_with_one_object_a_line_is_read_as_lines(tmp_path):
+    path = write(tmp_path, GOOD, GOOD, name="rows.json")
+    assert [row.id for row in read_rows([path], WHERE)] == [f"{path}:1", f"{path}:2"]
+
+
+def test_file_of_another_format_names_those_that_are_read(tmp_path):
+    with pytest.raises(
+        DataError, match=r"rows\.csv: files that end in '\.csv' are not read; convert it to .*\.parquet"
+    ):
+        read_rows([write(tmp_path, "prompt,answer", name="rows.csv")], WHERE)
+
+
+def test_parquet_file_with_a_header_alone_has_no_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"question": [], "answer": []}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet has no usable row"):
+        read_rows([str(path)], WHERE)
+
+
+def test_columns_of_other_names_are_read_when_named(tmp_path):
+    row = {"problem": "1+1?", "solution": "2", "kind": "sums", "answer": "long", "prompt": "unused"}
+    reading = Reading(Columns(prompt="problem", ground_truth="solution", tag="kind"))
+    (read,) = read_rows([write(tmp_path, json.dumps(row))], WHERE, reading=reading)
+    assert (read.messages[0]["content"], read.ground_truth, read.tag) == ("1+1?", "2", "sums")
+    assert read.extra == {"answer": "long", "source": "rows"}, "a reward's own argument cannot be a column"
+    conversation = [{"role": "user", "content": "1+1?"}]
+    path = write(tmp_path, json.dumps({"chat": conversation, "answer": "2"}))
+    assert read_rows([path], WHERE, reading=Reading(Columns(messages="chat")))[0].messages == tuple(conversation)
+    with pytest.raises(DataError, match=r"no prompt: expected talk, found chat, answer"):
+        read_rows([path], WHERE, reading=Reading(Columns(messages="talk")))
+
+
+def test_rows_keep_the_name_of_their_file_unless_they_have_a_source(tmp_path):
+    (tmp_path / "b").mkdir()
+    with_source = json.dumps({**json.loads(GOOD), "source": "own"})
+    paths = [write(tmp_path, GOOD, with_source, name=n) for n in ("aime.jsonl", "math.jsonl", "b/math.jsonl")]
+    sources = [row.extra["source"] for row in read_rows(paths, WHERE)]
+    assert sources == ["aime", "own", paths[1], "own", paths[2], "own"]
+
+
+def test_file_gives_its_domain_to_rows_without_domain_and_tag(tmp_path):
+    lines = [json.dumps({**json.loads(GOOD), **more}) for more in ({}, {"domain": "own"}, {"tag": "t"})]
+    path = write(tmp_path, *lines)
+    rows = read_rows([path], WHERE, reading=Reading(file_domains={path: "math"}))
+    assert [row.domain for row in rows] == ["math", "own", ""]

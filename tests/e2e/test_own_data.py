@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,32 @@ def test_math_rule_scores_what_the_policy_says(command: Callable[..., Outcome], 
         said_it = sample["ground_truth"] in sample["response"]
         assert sample["score"] in (0.0, 1.0)
         assert said_it or sample["score"] == 0.0
+
+
+def test_several_domains_have_their_shares_and_a_resumed_run_goes_on_in_their_order(
+    command: Callable[..., Outcome], small: tuple[str, ...]
+) -> None:
+    for name, count in (("sums", 7), ("words", 40)):
+        rows = [{"prompt": f"{name}{i}", "ground_truth": "1"} for i in range(count)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = "{file_name: [sums.jsonl, words.jsonl], file_domains: {sums.jsonl: column_addition, words.jsonl: words}"
+    arguments = [a for a in small if not a.startswith(("max_steps=", "save_steps="))]
+    arguments += ["--config-name", "example_gspo", "strategy=hf", "validation=null", "save_steps=2"]
+    arguments += ["+rewards.words.worker_cls=my_reward.digits"]
+    arguments += [f"actor_train.data_args={data}, domain_interleave_probs: {{column_addition: 0.75, words: 0.25}}}}"]
+    assert command(*arguments, "run_name=whole", "max_steps=4").code == 0
+    whole, resumed = Path("out/example_gspo/whole"), Path("out/example_gspo/resumed")
+    drawn = {}
+    for file, text in rollouts_of(whole).items():
+        samples = [json.loads(line) for line in text.splitlines()]
+        assert sorted(Counter(s["prompt"].count("sums") for s in samples).items()) == [(0, 8), (1, 24)]
+        drawn[file] = [s["prompt"] for s in samples]
+    assert metrics_of(whole)[-1]["domain/column_addition/epoch"] == 3, "24 of 7 rows"
+    shares = "actor_train.data_args.domain_interleave_probs.words"
+    from_step_2 = f"resume_from_checkpoint={whole}/checkpoints/step_000002"
+    assert command(*arguments, "run_name=resumed", "max_steps=4", from_step_2).code == 0
+    for file, text in rollouts_of(resumed).items():
+        assert [json.loads(line)["prompt"] for line in text.splitlines()] == drawn[file]
+    assert len(rollouts_of(resumed)) == 2
+    outcome = command(*arguments, "run_name=other", "max_steps=4", from_step_2, f"{shares}=0.2501")
+    assert outcome.code == 1 and "domain_interleave_probs are column_addition: 0.75, words: 0.2501 now" in outcome.err

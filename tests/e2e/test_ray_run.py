@@ -123,6 +123,7 @@ def test_lost_replica_is_started_again_and_its_prompts_are_redone(
     assert gone(family)
 
 
+@pytest.mark.long
 def test_lost_trainer_ends_the_run_and_says_how_to_resume(workplace: Path, small: tuple[str, ...], whole: Path) -> None:
     arguments = (*HF, *small, *RAY, "save_steps=1", "run_name=ray")
     running = Running(workplace, *arguments)
@@ -150,7 +151,7 @@ def test_lost_trainer_is_replaced_where_that_is_allowed(workplace: Path, small: 
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGKILL, signal.SIGINT))]
 )
 def test_nothing_outlives_the_command(
     workplace: Path, small: tuple[str, ...], whole: Path, number: signal.Signals

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from composed import load_config
 
-from roll_gspo.errors import DataError
+from roll_gspo.batch import Prompt
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.data.sampler import Sampler
+from roll_gspo.errors import ConfigError, DataError
 from roll_gspo.models.tiny import byte_tokenizer
-from roll_gspo.pipelines.datasets import read_datasets, tokenize
+from roll_gspo.pipelines.datasets import chat_format, make_sampler, read_datasets, tokenize
 
 FILE = "actor_train.data_args.file_name"
 
@@ -40,6 +44,107 @@ def test_generated_task_stands_alone() -> None:
 def test_prompts_have_the_chat_template_and_the_row() -> None:
     config = load_config("example_gspo", "actor_train.data_args.num_rows=3").config
     rows = read_datasets(config).train
-    prompts = tokenize(rows, byte_tokenizer(), config.actor_train.data_args, config.prompt_length)
+    prompts = tokenize(config, config.actor_train.data_args, rows, byte_tokenizer())
     assert [p.text for p in prompts] == [f"<|user|>{row.id}=<|assistant|>" for row in rows]
     assert [p.row["ground_truth"] for p in prompts] == [row.ground_truth for row in rows]
+
+
+SHARES = "actor_train.data_args.domain_interleave_probs"
+BLOCKS = ("+rewards.code.worker_cls=exact_match", "+rewards.math={worker_cls: math_rule, tag_included: [sums]}")
+
+
+def _config(folder: Path, shares: str | None, *overrides: str) -> ExperimentConfig:
+    """Ten rows of `code` by domain and five of `math` by tag."""
+    code = [{"prompt": f"c{i}", "ground_truth": "1", "domain": "code"} for i in range(10)]
+    sums = [{"prompt": f"m{i}", "ground_truth": "1", "tag": "sums"} for i in range(5)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, code + sums)))
+    given = [] if shares is None else [f"+{SHARES}={shares}"]
+    arguments = (f"{FILE}={folder}/rows.jsonl", "validation=null", *BLOCKS, *given, *overrides)
+    return load_config("example_gspo", *arguments).config
+
+
+def _sampler(config: ExperimentConfig) -> Sampler[Prompt]:
+    args = config.actor_train.data_args
+    return make_sampler(config, tokenize(config, args, read_datasets(config).train, byte_tokenizer()))
+
+
+def test_batches_have_the_shares_of_the_reward_blocks(tmp_path: Path) -> None:
+    sampler = _sampler(_config(tmp_path, "{code: 0.25, math: 0.75}"))
+    for _ in range(5):
+        batch = sampler.next_batch(8)
+        assert sum(prompt.row["tag"] == "sums" for prompt in batch) == 6
+    assert sampler.epochs() == {"": 0.0, "code": 0.0, "math": 5.0}
+
+
+def test_without_shares_all_rows_are_one_list(tmp_path: Path) -> None:
+    sampler = _sampler(_config(tmp_path, None))
+    assert len({prompt.token_ids for prompt in sampler.next_batch(15)}) == 15 and sampler.epochs() == {"": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ("{code: 1}", "it does not name math .rows of the data: code 10, math 5; shares: code."),
+        ("{column_addition: 0.5, code: 0.5}", "it does not name math, and the data has no row of column_addition"),
+        ("{math: 0.5, code: 0.5, column_addition: 0}", "the data has no row of column_addition"),
+    ],
+)
+def test_shares_and_data_name_the_same_domains(tmp_path: Path, shares: str, told: str) -> None:
+    with pytest.raises(DataError, match=f"{SHARES}: {told}"):
+        read_datasets(_config(tmp_path, shares))
+
+
+def test_domain_that_the_length_filter_empties_is_named(tmp_path: Path) -> None:
+    config = _config(tmp_path, "{code: 0.5, math: 0.5}", "prompt_length=4")
+    rows = read_datasets(config).train
+    long = [replace(row, messages=({"role": "user", "content": "m" * 9},)) if row.tag else row for row in rows]
+    prompts = tokenize(config, config.actor_train.data_args, long, byte_tokenizer())
+    with pytest.raises(DataError, match=r"the data within prompt_length 4 has no row of math"):
+        make_sampler(config, prompts)
+
+
+def test_resume_with_other_prompts_of_the_same_number_is_refused(tmp_path: Path) -> None:
+    state = _sampler(_config(tmp_path, "{code: 0.5, math: 0.5}")).state_dict()
+    _sampler(_config(tmp_path, "{code: 0.5, math: 0.5}")).load_state_dict(state)
+    changed = _config(tmp_path, "{code: 0.5, math: 0.5}", "actor_train.data_args.system_prompt=brief")
+    with pytest.raises(ValueError, match="as many prompts as the checkpoint's, but other ones"):
+        _sampler(changed).load_state_dict(state)
+
+
+def test_chat_format_of_validation_follows_training_unless_it_names_its_own(tmp_path: Path) -> None:
+    template = "actor_train.data_args.template"
+    for overrides, expected in (
+        ((), "native"),
+        ((f"+{template}=plain",), "plain"),
+        ((f"+{template}=plain", "+validation.data_args.template=native"), "native"),
+        ((f"+{template}=plain", "global_template=chatml"), "chatml"),
+    ):
+        config = load_config("example_gspo", *overrides).config
+        assert config.validation is not None
+        assert chat_format(config, config.validation.data_args).template == expected
+
+
+def test_tag_with_a_template_that_no_row_has_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tag_to_template: no row has the tag sum \(tags of the data: sums\)"):
+        read_datasets(_config(tmp_path, None, "tag_to_template={sum: plain}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (f"+{SHARES}={{column_addition: 0.9}}", "domain_interleave_probs sum to 0.9 (0.9), not to 1; change them"),
+        (f"+{SHARES}={{column_addition: .nan}}", "domain_interleave_probs"),
+        (
+            f"+{SHARES}={{poetry: 1}}",
+            "domain_interleave_probs names poetry, but the blocks of rewards are column_addit",
+        ),
+        ("+validation.data_args.domain_interleave_probs={column_addition: 1}", "acts in training only"),
+        ("+actor_train.data_args.file_domains={x: column_addition}", "file_domains names x, not in file_name"),
+        ("actor_train.data_args={file_name: x, prompt: a, messages: b}", "a row has one of the two: remove one"),
+        ("+actor_train.data_args.template=chatlm", "unknown chat template 'chatlm'; did you mean 'chatml'?"),
+    ],
+)
+def test_data_keys_that_contradict_are_refused(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("example_gspo", override)
+    assert told in str(caught.value)

@@ -9,7 +9,7 @@ from roll_gspo.algorithms.advantage import AdvantageSettings
 from roll_gspo.algorithms.kl import AdaptiveKLController, KLController
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
-from roll_gspo.batch import Completion, Prompt, Rollouts
+from roll_gspo.batch import Completion, Prompt, Rollouts, TrainBatch
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.pipelines.collect import Collected
 from roll_gspo.pipelines.experience import ExperienceSettings, TokenScoring, mismatch, rollout_metrics, train_batch
@@ -81,6 +81,95 @@ def test_difficulty_mask_leaves_groups_out_by_their_mean_score() -> None:
     batch, metrics = train_batch(collected(1.0, 0.0, 1.0, 1.0), scoring(), replace(GRPO, masks=masks), state())
     assert batch.response_mask.any(-1).tolist() == [True, True, False, False]
     assert metrics["actor/masked_fraction"] == 0.5
+
+
+MANY = [Prompt((1, 2), "a", {}), Prompt((3,), "b", {}), Prompt((4, 5), "c", {})]
+ESTIMATORS = {
+    "grpo": AdvantageSettings("grpo"),
+    "grpo of the batch": AdvantageSettings("grpo", reward_norm="batch", reward_clip=1.5),
+    "running": AdvantageSettings("reinforce", gamma=0.9, reward_norm="running"),
+    "reinforce++": AdvantageSettings("reinforce_plus_plus", add_token_level_kl=True),
+    "reinforce++ baseline": AdvantageSettings("reinforce_plus_plus_baseline", advantage_clip=0.5),
+    "rloo": AdvantageSettings("rloo", whiten_advantages=True),
+    "opo": AdvantageSettings("opo"),
+    "raft++": AdvantageSettings("raft_plus_plus"),
+    "gae": AdvantageSettings("gae", gamma=0.9),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_failed_samples_are_as_if_they_had_never_been(name: str) -> None:
+    """Three groups of three with two failures, against the seven samples alone: the same numbers, bit for bit."""
+    failed = {1, 8}  # which are not the longest, so that both batches are equally wide
+    lengths, scores = [2, 1, 3, 1, 3, 2, 2, 3, 1], [1.0, 9.0, 0.0, 0.5, 2.0, 1.0, 0.0, 1.0, -9.0]
+    settings = replace(
+        GRPO,
+        advantages=ESTIMATORS[name],
+        masks=replace(NO_MASKS, max_len_mask=True, difficulty_mask=True),
+        length_loss_weight=True,
+        overlong_buffer_length=2,
+    )
+
+    def trained(without: bool) -> tuple[TrainBatch, dict[str, float], TrainerState]:
+        numbers = [i for i in range(9) if not without or i not in failed]
+        groups = [
+            [Completion((7,) * lengths[i], (-0.5,) * lengths[i], "stop") for i in numbers if i // 3 == group]
+            for group in range(3)
+        ]
+        rolled = Rollouts.collate(MANY, groups, pad=0, weights_version=0)
+        results = [RewardResult(0.0, "died") if i in failed else RewardResult(scores[i]) for i in numbers]
+        whole = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))[numbers]
+        old = torch.where(rolled.sequences.response_mask, whole, 0.0)
+        values = torch.where(rolled.sequences.response_mask, whole.sin(), 0.0)
+        tokens = TokenScoring(old, ref_log_probs=old * 0.9, values=values)
+        kept_state = state(AdaptiveKLController(init_kl_coef=0.5, target_kl=0.01, kl_horizon=8))
+        if not ESTIMATORS[name].add_token_level_kl:
+            kept_state = state()
+        return *train_batch(Collected(rolled, tuple(results), {}), tokens, settings, kept_state), kept_state
+
+    batch, metrics, after = trained(without=False)
+    expected, expected_metrics, expected_after = trained(without=True)
+    present = torch.tensor([i for i in range(9) if i not in failed])
+    absent = torch.tensor(sorted(failed))
+    assert torch.equal(batch.advantages[present], expected.advantages) and bool(expected.advantages.any())
+    assert torch.equal(batch.response_mask[present], expected.response_mask)
+    assert batch.sample_weights is not None and expected.sample_weights is not None
+    assert torch.equal(batch.sample_weights[present], expected.sample_weights)
+    assert not batch.advantages[absent].any() and not batch.response_mask[absent].any()
+    if batch.returns is not None and expected.returns is not None:
+        assert torch.equal(batch.returns[present], expected.returns) and not batch.returns[absent].any()
+    assert metrics.pop("actor/masked_fraction") > expected_metrics.pop("actor/masked_fraction")
+    assert metrics == expected_metrics
+    assert after.running_moments.state_dict() == expected_after.running_moments.state_dict()
+    if after.kl_controller is not None and expected_after.kl_controller is not None:
+        assert after.kl_controller.state_dict() == expected_after.kl_controller.state_dict()
+
+
+def with_failures(*scores: float | None) -> Collected:
+    results = [RewardResult(0.0, "hung") if score is None else RewardResult(score) for score in scores]
+    return Collected(rollouts(), tuple(results), {})
+
+
+def test_sample_whose_group_failed_has_nobody_to_be_compared_with() -> None:
+    batch, metrics = train_batch(with_failures(3.0, None, 1.0, 0.0), scoring(), GRPO, state())
+    assert batch.response_mask.any(-1).tolist() == [False, False, True, True]
+    assert not batch.advantages[:2].any() and batch.advantages[2, 0] > 0 > batch.advantages[3, 0]
+    assert metrics["actor/masked_fraction"] == 0.5
+    assert metrics["reward/score_mean"] == pytest.approx(4 / 3), "but it has a score"
+    alone = replace(GRPO, advantages=AdvantageSettings("reinforce"))
+    batch, _ = train_batch(with_failures(3.0, None, 1.0, 0.0), scoring(), alone, state())
+    assert batch.advantages[:, 0].tolist() == [3.0, 0.0, 1.0, 0.0], "where nobody is compared it trains"
+    assert batch.response_mask.any(-1).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_rollout_of_failures_alone_trains_nothing(name: str) -> None:
+    settings = replace(GRPO, advantages=ESTIMATORS[name], overlong_buffer_length=2)
+    values = torch.zeros(4, 3)
+    tokens = scoring(ref_log_probs=rollouts().rollout_log_probs, values=values)
+    batch, metrics = train_batch(with_failures(None, None, None, None), tokens, settings, state())
+    assert not batch.response_mask.any() and not batch.advantages.any() and metrics["actor/masked_fraction"] == 1
+    assert all(value == value for value in metrics.values()), "no figure is not a number"
 
 
 def test_sample_weights_have_mean_one_over_the_samples_of_the_loss() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from commands import Outcome, computed, metrics_of, rollouts_of
 
-from roll_gspo.tracking.names import METRICS
+from roll_gspo.tracking.names import metric_info
 
 Command = Callable[..., Outcome]
 HF = ("--config-name", "example_gspo", "strategy=hf")
@@ -73,7 +73,7 @@ def test_switch_trains(command: Command, small: tuple[str, ...], seen: dict[str,
     rows = metrics_of(RUN)
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
-        assert set(adds) <= set(row) <= {"step", *METRICS}
+        assert set(adds) <= set(row) and all(metric_info(name) for name in row if name != "step")
         assert None not in row.values(), "everything is finite"
         assert row["actor/num_updates"] == (8 if switch == "two epochs" else 4)
         assert row["actor/grad_norm"] > 0
@@ -157,10 +157,10 @@ def test_real_reward_and_short_warm_start_keep_running(command: Command, small: 
 
 
 def test_all_rewards_equal_skip_the_update_and_say_so(command: Command, small: tuple[str, ...]) -> None:
-    outcome = _train(command, *HF, *small, "rewards.column_addition={worker_cls: my_reward.raises}")
-    assert "every reward is 0; nothing to learn from, the update is skipped" in outcome.out
+    outcome = _train(command, *HF, *small, "rewards.column_addition={worker_cls: my_reward.half}")
+    assert "every reward is 0.5; nothing to learn from, the update is skipped" in outcome.out
     rows = metrics_of(RUN)[1:]
-    assert [(r["actor/num_updates"], r["actor/skipped_updates"], r["reward/failed"]) for r in rows] == [(0, 4, 32)] * 2
+    assert [(r["actor/num_updates"], r["actor/skipped_updates"], r["reward/failed"]) for r in rows] == [(0, 4, 0)] * 2
     assert rows[1]["rollout/weights_version"] == 0, "the engine keeps the weights that nothing has changed"
 
 
@@ -187,7 +187,9 @@ def test_groups_without_spread_are_replaced_and_their_tokens_are_counted(
 
 def test_every_sample_masked_skips_the_update_and_says_so(command: Command, small: tuple[str, ...]) -> None:
     outcome = _train(command, *HF, *small, "max_len_mask=true", "response_length=2")
-    assert "every sample is masked (max_len_mask, difficulty_mask); the update is skipped" in outcome.out
+    assert (
+        "every sample is masked (max_len_mask, difficulty_mask, failed rewards); the update is skipped" in outcome.out
+    )
     assert [r["actor/num_updates"] for r in metrics_of(RUN)[1:]] == [0, 0]
     assert [r["actor/masked_fraction"] for r in metrics_of(RUN)[1:]] == [1, 1]
 

@@ -18,7 +18,7 @@ from roll_gspo.tracking.names import METRICS
 from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
 
 EVIL = "<script>alert('&')</script>\"><img src=x onerror=alert(1)> </pre>"
-VOID = {"meta", "img", "br", "link", "path", "circle"}
+VOID = {"meta", "img", "br", "link", "path", "circle", "input"}
 
 
 class Page(HTMLParser):
@@ -81,6 +81,13 @@ def write_rollouts(folder: Path, steps: range, text: str = "1+1=2", samples: int
                 prompt_token_ids=(1,),
                 response_token_ids=(2, 3),
                 weights_version=step - 1,
+                failure=text,
+                answer=text,
+                components={text: 1.0},
+                response_tokens=(f"response {i} ", text),
+                rollout_log_probs=(-0.5, -0.25),
+                old_log_probs=(-0.5, -0.25),
+                advantages=(0.5, 0.5),
             )
             for i in range(samples)
         ]

@@ -26,7 +26,7 @@ def rule() -> MathRule:
 
 
 def score(rule: MathRule, response: str, ground_truth: str) -> float:
-    return rule(prompt="", response=response, ground_truth=ground_truth, tag="ignored")
+    return rule(prompt="", response=response, ground_truth=ground_truth, tag="ignored").score
 
 
 def golds(path: str, every: int) -> list[str]:

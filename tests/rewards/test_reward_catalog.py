@@ -43,16 +43,25 @@ def test_every_registered_reward_exists():
         assert callable(import_target(REWARDS[name], name))
 
 
-def test_rolls_math_worker_is_math_rule():
-    spec = reward_spec(ROLL + "math_rule_reward_worker.MathRuleRewardWorker", {}, "rewards.x")
-    assert spec == reward_spec("math_rule", {}, "rewards.x")
+@pytest.mark.parametrize(
+    ("worker", "name"),
+    [
+        ("code_sandbox_reward_worker.CodeSandboxRewardWorker", "code_sandbox"),
+        ("math_rule_reward_worker.MathRuleRewardWorker", "math_rule"),
+        ("ifeval_rule_reward_worker.GeneralRuleRewardWorker", "ifeval"),
+        ("multiple_choice_boxed_rule_reward_worker.MultipleChoiceBoxedRuleRewardWorker", "multiple_choice_boxed"),
+        ("crossthinkqa_rule_reward_worker.CrossThinkQARuleRewardWorker", "crossthinkqa"),
+    ],
+)
+def test_rolls_workers_have_counterparts(worker, name):
+    assert reward_spec(ROLL + worker, {}, "rewards.x") == reward_spec(name, {}, "rewards.x")
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (ROLL + "code_sandbox_reward_worker.CodeSandboxRewardWorker", "not supported yet"),
-        ("math_rul", "did you mean 'math_rule'.*exact_match, math_rule"),
+        (ROLL + "general_val_rule_reward_worker.GeneralValRuleRewardWorker", "not supported yet"),
+        ("math_rul", "did you mean 'math_rule'.*code_sandbox, exact_match, .*math_rule"),
     ],
 )
 def test_unknown_name_is_an_error_that_names_key_and_choices(name, told):
@@ -92,21 +101,24 @@ def test_wrong_target_or_argument_is_an_error(target, arguments, told):
 
 
 @pytest.mark.parametrize(
-    ("response", "arguments", "score"),
+    ("response", "arguments", "score", "answer"),
     [
-        ("7+6+0=13,3+0+1=4:433", {}, 1),
-        ("1:2: 433\n", {}, 1),
-        ("433:4", {}, 0),
-        ("433", {}, 0),
-        ("433", {"delimiter": ""}, 1),
-        ("so #### 433", {"delimiter": "####"}, 1),
-        (":", {}, 0),
+        ("7+6+0=13,3+0+1=4:433", {}, 1, "433"),
+        ("1:2: 433\n", {}, 1, "433"),
+        ("433:4", {}, 0, "4"),
+        ("433", {}, 0, None),
+        ("433", {"delimiter": ""}, 1, "433"),
+        ("so #### 433", {"delimiter": "####"}, 1, "433"),
+        (":", {}, 0, ""),
     ],
 )
-def test_exact_match_compares_what_follows_the_last_delimiter(response, arguments, score):
-    assert build("exact_match", **arguments)(RewardRequest("347+86=", response, "433")) == score
+def test_exact_match_compares_what_follows_the_last_delimiter(response, arguments, score, answer):
+    verdict = build("exact_match", **arguments)(RewardRequest("347+86=", response, "433"))
+    assert (verdict.score, verdict.answer) == (score, answer)
 
 
 def test_importing_rewards_does_not_import_torch():
-    code = "import sys, roll_gspo.rewards, roll_gspo.rewards.worker; sys.exit('torch' in sys.modules)"
+    rules = ("exact_match", "format", "ifeval", "length", "math_rule", "multiple_choice")
+    modules = ", ".join(f"roll_gspo.rewards.{name}" for name in (*rules, "worker"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

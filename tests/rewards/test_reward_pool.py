@@ -14,6 +14,7 @@ import pytest
 
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
 from roll_gspo.rewards import RewardPool, RewardRequest, RewardResult, reward_spec
+from roll_gspo.rewards.round import RoundCancelled
 
 HOSTILE = """
 import os, re, subprocess, sys, time
@@ -41,6 +42,18 @@ def reward(prompt, response, ground_truth, **row):
     print("a reward that prints")
     return float(response)
 def slow(prompt, response, ground_truth): time.sleep(0.02); return os.getpid()
+class Batch:
+    def score_batch(self, requests):
+        responses = [request.response for request in requests]
+        for word in {"raise", "die", "hang"} & set(responses):
+            reward("", word, "")
+        if "short" in responses: return [1.0]
+        if "not a list" in responses: return 1.0
+        return [float("nan") if r == "nan" else "1" if r == "text" else len(requests) for r in responses]
+def allocate(prompt, response, ground_truth): return len(bytearray(int(response) << 20)) >> 20
+def oom_killed(prompt, response, ground_truth):
+    if response == "large": os.kill(os.getpid(), 9)
+    return float(int(open("/proc/self/oom_score_adj").read()))
 class Broken:
     def __init__(self): raise OSError("no licence server")
 class Dies:
@@ -94,6 +107,71 @@ def test_a_verdict_says_more_than_a_number():
     with pool_of("hostile.reward") as pool:
         results = pool.score(ask("verdict", "1"))
         assert results == [RewardResult(0.75, None, "42", {"right": 1.0, "form": 0.5}), RewardResult(1.0)]
+
+
+def test_batch_reward_gets_several_samples_at_once_but_not_more_than_allowed():
+    with pool_of("hostile.Batch", num_workers=1, max_batch=4) as pool:
+        assert [r.score for r in pool.score(ask(*["1"] * 10))] == [4] * 8 + [2] * 2
+
+
+@pytest.mark.parametrize(
+    ("hostile", "told", "num_failed"),
+    [
+        ("raise", "KeyError: 'no such thing'", 1),
+        ("nan", "returned nan, not a finite number", 1),
+        ("text", "returned '1', not a number", 1),
+        ("die", "died (exit code 3)", 1),
+        ("hang", "timeout after 1 s", 1),
+        ("short", "returned 1 scores for 4 requests", 4),
+        ("not a list", "TypeError", 1),
+    ],
+)
+def test_hostile_batch_is_taken_apart_so_that_the_guilty_sample_fails(hostile, told, num_failed):
+    with pool_of("hostile.Batch", num_workers=1, max_batch=4) as pool:
+        results = pool.score(ask("1", "2", hostile, "3", "4", "5"))
+    failed = [index for index, result in enumerate(results) if result.failed]
+    assert failed == ([2] if num_failed == 1 else [0, 1, 2, 3])
+    assert told in (results[2].failed or "")
+
+
+def test_memory_limit_fails_the_sample_that_needs_more():
+    with pool_of("hostile.allocate", num_workers=1, max_memory_mb=400) as pool:
+        few, much, again = pool.score(ask("50", "4000", "60"))
+        assert (few.score, again.score) == (50, 60) and len(pool.pids) == 1
+    assert much.failed == "MemoryError: out of memory"
+
+
+def test_kernel_takes_a_worker_when_memory_runs_out_and_the_sample_fails():
+    with pool_of("hostile.oom_killed", num_workers=1) as pool:
+        before, killed, after = pool.score(ask("a", "large", "b"))
+    assert (before.score, after.score) == (1000, 1000), "the first in line for the kernel"
+    assert "died (signal 9: killed from outside, by the kernel where memory ran out)" in (killed.failed or "")
+
+
+def test_samples_may_come_while_others_are_scored():
+    with pool_of("hostile.reward", num_workers=1) as pool:
+        work, results = pool.new_round(), []
+        thread = threading.Thread(target=lambda: results.extend(pool.work_off(work)))
+        thread.start()
+        for number, request in enumerate(ask(*(str(n) for n in range(20)))):
+            work.submit(request)
+            while number == 9 and len(work.results) < 10:  # until the pool has nothing more to do
+                assert thread.is_alive()
+                time.sleep(0.01)
+        work.finish()
+        thread.join(60)
+        assert results == [RewardResult(float(n)) for n in range(20)]
+        assert len(work.spans) == 20 and all(begin <= end for begin, end in work.spans)
+
+
+def test_cancelled_round_ends_at_once_and_the_pool_serves_on():
+    with pool_of("hostile.reward", num_workers=1) as pool:
+        work = pool.new_round()
+        work.submit(ask("1")[0])
+        work.cancel()
+        with pytest.raises(RoundCancelled):
+            pool.work_off(work)
+        assert pool.score(ask("5")) == [RewardResult(5.0)]
 
 
 def test_all_workers_share_the_work():
@@ -322,4 +400,4 @@ def test_worker_that_someone_kills_costs_no_sample():
 
         results = pool.score(ask(*["x"] * 100), kill_once)
         assert killed and not [result for result in results if result.failed]
-        assert killed[0] not in pool.pids and len({result.score for result in results}) > 1
+        assert killed[0] not in pool.pids

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
-from roll_gspo.config.roles import RewardConfig
+from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.errors import ConfigError, DataError
 from roll_gspo.roles.judge import Judge
 

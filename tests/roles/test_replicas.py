@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ray_roles import DEADLY_VERSION, Trainer, replica
 
+from roll_gspo.batch import Completion
 from roll_gspo.errors import WorkerDiedError
 from roll_gspo.execution.base import Devices, ExecutionSettings
 from roll_gspo.execution.ray.executor import RayExecutor
@@ -61,7 +62,10 @@ class Engines:
 
     def samples(self, seen: list[tuple[int, int]] | None = None) -> list[list[tuple[int, ...]]]:
         progress = None if seen is None else lambda done, total: seen.append((done, total))
-        found = self.replicas.generate(PROMPTS, SAMPLING, SEEDS, progress)
+        handed: list[tuple[int, int, Completion]] = []
+        found = self.replicas.generate(PROMPTS, SAMPLING, SEEDS, progress, lambda *sample: handed.append(sample))
+        one_by_one = [(p, j, completion) for p, group in enumerate(found) for j, completion in enumerate(group)]
+        assert sorted(handed, key=lambda sample: sample[:2]) == one_by_one, "each once, whoever died meanwhile"
         return [[completion.token_ids for completion in group] for group in found]
 
     def processes(self) -> set[str]:

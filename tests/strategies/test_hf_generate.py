@@ -95,6 +95,18 @@ def test_progress_counts_finished_samples_to_the_end(checkpoint: Checkpoints) ->
     assert calls[-1] == (8, 8) and [c[0] for c in calls] == sorted({c[0] for c in calls}) and len(calls) > 2
 
 
+def test_each_sample_is_handed_out_once_when_it_ends(checkpoint: Checkpoints) -> None:
+    handed: list[tuple[int, int, Completion]] = []
+    counts: list[int] = []
+    sampling = Sampling(num_samples=2, max_new_tokens=12, stop_token_ids=tuple(range(1, 20)))
+    groups = _engine(checkpoint, batch_size=3).generate(
+        PROMPTS, sampling, SEEDS, lambda done, _: counts.append(len(handed)), lambda *sample: handed.append(sample)
+    )
+    assert sorted((p, j) for p, j, _ in handed) == [(p, j) for p in range(4) for j in range(2)]
+    assert all(groups[p][j] == completion for p, j, completion in handed)
+    assert counts[-1] > 0, "some while others are still decoded"
+
+
 def test_update_weights_refuses_what_does_not_fit(checkpoint: Checkpoints) -> None:
     engine = _engine(checkpoint, family="qwen3_moe")
     trainer = HfTrain(model_setup(checkpoint("qwen3_moe")), optimizer_setup(), HfConfig())

@@ -337,6 +337,17 @@ def test_unusable_seeds_are_refused(dense: Tiny, seeds: list[int], message: str)
         dense.engine.generate(PROMPTS[:2], Sampling(1, 4), seeds)
 
 
+def test_each_sample_is_handed_out_once_while_others_go_on(dense: Tiny) -> None:
+    handed: list[tuple[int, int, Completion]] = []
+    counts: list[int] = []
+    groups = dense.engine.generate(
+        PROMPTS, Sampling(8, 8), SEEDS, lambda *_: counts.append(len(handed)), lambda *sample: handed.append(sample)
+    )
+    assert sorted((p, j) for p, j, _ in handed) == [(p, j) for p in range(len(PROMPTS)) for j in range(8)]
+    assert all(groups[p][j] == completion for p, j, completion in handed)
+    assert counts == sorted(counts) and counts[0] < counts[-1] == len(handed)
+
+
 def test_progress_counts_samples_and_may_interrupt(dense: Tiny) -> None:
     calls: list[tuple[int, int]] = []
     expected = dense.engine.generate(PROMPTS, Sampling(8, 8), SEEDS, lambda done, total: calls.append((done, total)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from roll_gspo.tracking.names import METRICS, metrics_page
+from roll_gspo.tracking.names import METRIC_PATTERNS, METRICS, metrics_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -13,7 +13,10 @@ def test_metrics_page_is_current() -> None:
 
 
 def test_metrics_names_are_family_and_quantity() -> None:
-    for name, info in METRICS.items():
+    for name in METRICS:
         assert re.fullmatch(r"[a-z]+/[a-z_]+", name), name
+    for name in METRIC_PATTERNS:
+        assert re.fullmatch(r"[a-z]+(/([a-z_]+|<[a-z]+>))+", name), name
+    for name, info in (METRICS | METRIC_PATTERNS).items():
         assert info.meaning.endswith("."), name
         assert info.unit and info.reduction, name

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from roll_gspo.batch import Completion, Sequences
 from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.strategies.base import ModelSetup, Sampling, TokenScores, WeightSource
+from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, TokenScores, WeightSource
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
 from roll_gspo.strategies.hf.sampling import draw, sampling_log_probs, uniforms
@@ -27,6 +27,7 @@ from roll_gspo.strategies.wire import WireAddress, WireReceiver
 class _Row:
     """One sample while it is decoded."""
 
+    number: int
     prompt: Sequence[int]
     seed: int
     token_ids: list[int] = field(default_factory=list)
@@ -81,6 +82,7 @@ class HfInfer:
         sampling: Sampling,
         seeds: Sequence[int],
         progress: Callable[[int, int], None] | None = None,
+        finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
         """Sample `num_samples` responses a prompt, `generate_batch_size` rows at a time.
 
@@ -90,21 +92,23 @@ class HfInfer:
         if not all(prompts):
             raise ValueError("generate: a prompt is empty; give it at least one token")
         rows = [
-            _Row(prompt, seed + sample)
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            _Row(number * sampling.num_samples + sample, prompt, seed + sample)
+            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             for sample in range(sampling.num_samples)
         ]
-        finished = 0
+        done, samples = 0, sampling.num_samples
         for start in range(0, len(rows), self._batch_size):
             for newly in self._decode(rows[start : start + self._batch_size], sampling):
-                finished += newly
+                done += len(newly)
                 if progress is not None and newly:
-                    progress(finished, len(rows))
-        samples = sampling.num_samples
+                    progress(done, len(rows))
+                for row in newly:
+                    if finished is not None:
+                        finished(*divmod(row.number, samples), row.completion())
         return [[row.completion() for row in rows[start : start + samples]] for start in range(0, len(rows), samples)]
 
-    def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[int]:
-        """Decode rows together to their ends, filling them in; yields after each token how many have just ended."""
+    def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[list[_Row]]:
+        """Decode rows together to their ends, filling them in; yields after each token those that have just ended."""
         stop = set(sampling.stop_token_ids) | self._end_of_sequence()
         input_ids, attention_mask = _left_pad([row.prompt for row in rows], self._device)
         noise = uniforms([row.seed for row in rows], sampling.max_new_tokens)
@@ -125,7 +129,7 @@ class HfInfer:
             last = step + 1 == sampling.max_new_tokens
             _append(rows, tokens.tolist(), chosen.tolist(), stop, last)
             alive = [i for i, row in enumerate(rows) if not row.finish_reason]
-            yield len(rows) - len(alive)
+            yield [row for row in rows if row.finish_reason]
             if not alive:
                 return
             if len(alive) < len(rows):

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from roll_gspo.batch import Completion
 from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.errors import ConfigError, DataError, WeightTransferError
-from roll_gspo.strategies.base import ModelSetup, Sampling, WeightSource
+from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, WeightSource
 from roll_gspo.strategies.vllm.host_process import close_engine, global_rng_kept, open_engine
 from roll_gspo.strategies.vllm.routed_experts import ExpertSource, expert_source, recording_args
 from roll_gspo.strategies.vllm.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
@@ -86,6 +86,7 @@ class VllmGenerate:
         sampling: Sampling,
         seeds: Sequence[int],
         progress: Callable[[int, int], None] | None = None,
+        finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
         """See `GenerateStrategy`; results are in the order of `prompts`.
 
@@ -103,7 +104,7 @@ class VllmGenerate:
             raise WeightTransferError(f"generate: {self._unusable}; call {missing} first")
         self._check(prompts, seeds)
         with global_rng_kept():
-            completions = _run(llm, self._experts, prompts, sampling, seeds, progress)
+            completions = _run(llm, self._experts, prompts, sampling, seeds, progress, finished)
         size = sampling.num_samples
         return [completions[start : start + size] for start in range(0, len(completions), size)]
 
@@ -260,6 +261,7 @@ def _run(
     sampling: Sampling,
     seeds: Sequence[int],
     progress: Callable[[int, int], None] | None,
+    on_finished: SampleFinished | None,
 ) -> list[Completion]:
     """All samples as requests of their own (vLLM splits `n` samples into such anyway), flat."""
     samples = [(list(p), seed + j) for p, seed in zip(prompts, seeds, strict=True) for j in range(sampling.num_samples)]
@@ -268,8 +270,10 @@ def _run(
         [_sampling_params(sampling, seed) for _, seed in samples],
         use_tqdm=False,
     )
+    # vLLM numbers its requests in the order they are added; what follows the number makes an id unique.
+    first = int(request_ids[0].partition("-")[0])
     engine = llm.llm_engine
-    finished: dict[int, Completion] = {}  # vLLM numbers its requests in the order they are added
+    finished: dict[int, Completion] = {}
     try:
         while engine.has_unfinished_requests():
             outputs = engine.step()
@@ -278,7 +282,10 @@ def _run(
                 completion = _completion(output.outputs[0])
                 if experts is not None:
                     completion = replace(completion, routed_experts=experts.take(output))
-                finished[int(output.request_id)] = completion
+                index = int(output.request_id) - first
+                finished[index] = completion
+                if on_finished is not None:
+                    on_finished(*divmod(index, sampling.num_samples), completion)
             if progress is not None and outputs:
                 progress(len(finished), len(samples))
     finally:  # an interrupt must not leave requests that the next call would go on with
@@ -286,7 +293,7 @@ def _run(
             engine.abort_request(request_ids, internal=True)
         if experts is not None:
             experts.forget()
-    return [finished[key] for key in sorted(finished)]
+    return [finished[index] for index in range(len(samples))]
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:

@@ -1,0 +1,88 @@
+"""What n samples of a prompt say of k attempts at it: pass@k and maj@k, each the exact expectation over k of the n.
+
+Nothing is drawn at random, and the order of the samples does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Chance that k of the samples, drawn without replacement, hold a correct one.
+
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1.
+
+    Raises:
+        ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+    """
+    _check(num_samples, k)
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"pass@{k}: {num_correct} of {num_samples} samples cannot be correct")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def maj_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> float:
+    """Expected score of the answer that most of k samples give, the k drawn without replacement.
+
+    Samples without an answer (None) abstain; where all k do, the score is 0. Of answers with equally many votes each
+    wins with the same chance. Where samples of one answer score differently (a reward may look at more than the
+    answer), the winner has their mean score.
+
+    Args:
+        answers: of every sample; equal texts are equal answers.
+        scores: of every sample.
+
+    Raises:
+        ValueError: not 1 <= k <= n.
+    """
+    _check(len(answers), k)
+    groups: dict[str, list[float]] = {}
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is not None:
+            groups.setdefault(answer, []).append(score)
+    counts = {answer: len(group) for answer, group in groups.items()}
+    abstaining = len(answers) - sum(counts.values())
+    expected = 0.0
+    for answer, group in groups.items():
+        mean = sum(group) / len(group)
+        if mean:
+            others = [count for other, count in counts.items() if other != answer]
+            expected += mean * _chance_to_win(counts[answer], others, abstaining, k)
+    return expected
+
+
+def _chance_to_win(own: int, others: Sequence[int], abstaining: int, k: int) -> float:
+    """Of an answer that `own` samples give, when k of all are drawn; ties are shared."""
+    total = 0.0
+    num_subsets = math.comb(own + sum(others) + abstaining, k)
+    for votes in range(1, min(own, k) + 1):
+        for tied, ways in _ways_below(others, abstaining, k - votes, votes).items():
+            total += math.comb(own, votes) * ways / num_subsets / (tied + 1)
+    return total
+
+
+def _ways_below(others: Sequence[int], abstaining: int, k: int, votes: int) -> dict[int, int]:
+    """In how many ways k of the other samples can be drawn so that no answer has more than `votes`.
+
+    Returns:
+        The number of ways by the number of answers that have exactly `votes`.
+    """
+    ways = {(0, 0): 1}  # (drawn so far, answers with exactly `votes`) -> number of ways
+    for count in others:
+        following: dict[tuple[int, int], int] = {}
+        for (drawn, tied), number in ways.items():
+            for took in range(min(count, votes, k - drawn) + 1):
+                key = (drawn + took, tied + (took == votes))
+                following[key] = following.get(key, 0) + number * math.comb(count, took)
+        ways = following
+    by_tied: dict[int, int] = {}
+    for (drawn, tied), number in ways.items():
+        by_tied[tied] = by_tied.get(tied, 0) + number * math.comb(abstaining, k - drawn)
+    return by_tied
+
+
+def _check(num_samples: int, k: int) -> None:
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k is {k}, but there are {num_samples} samples; choose 1 to {num_samples}")

@@ -1,0 +1,240 @@
+"""The blocks of `rewards`: one worker, or a composition of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt, model_validator
+
+from roll_gspo.config.base import Names, Schema
+from roll_gspo.config.selection import QueryFilterConfig
+from roll_gspo.registry import did_you_mean
+
+REWARD_WORKERS = (
+    "code_sandbox",
+    "crossthinkqa",
+    "exact_match",
+    "format",
+    "ifeval",
+    "length",
+    "llm_judge",
+    "math_rule",
+    "multiple_choice_boxed",
+    "reward_model",
+)
+_ROLL = "roll.pipeline.rlvr.rewards."
+ROLL_REWARD_WORKERS = {
+    f"{_ROLL}code_sandbox_reward_worker.CodeSandboxRewardWorker": "code_sandbox",
+    f"{_ROLL}crossthinkqa_rule_reward_worker.CrossThinkQARuleRewardWorker": "crossthinkqa",
+    f"{_ROLL}ifeval_rule_reward_worker.GeneralRuleRewardWorker": "ifeval",
+    f"{_ROLL}llm_judge_reward_worker.LLMJudgeRewardWorker": "llm_judge",
+    f"{_ROLL}math_rule_reward_worker.MathRuleRewardWorker": "math_rule",
+    f"{_ROLL}multiple_choice_boxed_rule_reward_worker.MultipleChoiceBoxedRuleRewardWorker": "multiple_choice_boxed",
+}
+# Which shipped workers take a key of the reward block as an argument; a user's own takes what its signature says.
+REWARD_TYPES = {"ifeval": ("soft", "hard"), "crossthinkqa": ("loose", "soft", "strict")}
+_TAKES = {"reward_type": tuple(REWARD_TYPES), "format_pattern": ("format",)}
+LONG_TIMEOUT_S = {"llm_judge": 330.0, "reward_model": 120.0}
+"""`timeout_s` where the block says nothing: a judge answers, or gives up, within its own `deadline_s` of 300."""
+
+
+def _reward_worker(name: str) -> str:
+    """A shipped name (ROLL's class of the same rule stands for it), or the dotted path of a user's own."""
+    name = ROLL_REWARD_WORKERS.get(name, name)
+    known = ", ".join(REWARD_WORKERS)
+    if name.startswith("roll."):
+        raise ValueError(f"not supported yet: ROLL's {name.rpartition('.')[2]} (this package has {known})")
+    if name not in REWARD_WORKERS and not {".", ":"} & set(name):
+        hint = did_you_mean(name, list(REWARD_WORKERS))
+        raise ValueError(f"expected {known} or the dotted path of a worker of yours, got '{name}'{hint}")
+    return name
+
+
+RewardWorker = Annotated[str, AfterValidator(_reward_worker)]
+
+
+class RewardPart(Schema):
+    """One of the rewards that a block combines; parts have no parts."""
+
+    worker_cls: RewardWorker
+    """As in the block."""
+    worker_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keyword arguments of the worker."""
+    weight: FiniteFloat | None = None
+    """Factor of the part's score in a sum; null: 1. Neither the gate itself nor the parts of a `min` have one."""
+    threshold: FiniteFloat | None = None
+    """What the score of a gate, the first part of `combine: gate`, must reach; null: 1."""
+
+
+class RewardConfig(Schema):
+    """One reward domain: rows of this `domain`, or with one of these tags, are judged by this worker."""
+
+    worker_cls: RewardWorker | None = None
+    """A shipped worker (`code_sandbox`, `crossthinkqa`, `exact_match`, `format`, `ifeval`, `length`, `llm_judge`,
+    `math_rule`, `multiple_choice_boxed`, `reward_model`), or the dotted path of your own
+    `(prompt, response, ground_truth, **row)`. Either this or `parts`."""
+    worker_args: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keyword arguments of the worker."""
+    reward_type: Literal["soft", "hard", "loose", "strict"] | None = None
+    """Argument of `ifeval` (`soft`: the share of followed instructions; `hard`: all or nothing), `crossthinkqa`
+    (`loose`, `soft`, `strict`) or a worker of yours that takes it; null: the worker's default."""
+    format_pattern: str | None = None
+    """Argument of `format`, or of a worker of yours that takes it: a named form or a regular expression; null: the
+    worker's default."""
+    combine: Literal["weighted_sum", "gate", "min"] | None = None
+    """How the `parts` make one score: `weighted_sum` is the sum of weight × score; `gate` is that sum over all parts
+    but the first where the first reaches its `threshold`, else `else_score`, and then the others are not evaluated;
+    `min` is the lowest score."""
+    parts: dict[str, RewardPart] = Field(default_factory=dict)
+    """Two or more rewards by a name of your choice, evaluated in this order in one process."""
+    else_score: FiniteFloat = 0.0
+    """Score of what does not pass the gate of `combine: gate`."""
+    judge_model_type: Literal["api", "inference"] | None = None
+    """ROLL's name for where the model of `llm_judge` runs: `api` is an endpoint (`judge_api_url`), `inference` a vLLM
+    server of our own (`worker_args.engine`)."""
+    judge_model_name: str | None = None
+    """ROLL's name of `worker_args.model` (of `worker_args.engine.model` with `judge_model_type: inference`)."""
+    judge_api_url: str | None = None
+    """ROLL's name of `worker_args.base_url`."""
+    judge_prompt: str | None = None
+    """ROLL's name of `worker_args.prompt`: a template or the path of one."""
+    tag_included: Names = ()
+    """Tags of the data rows that belong here, beside those whose domain has this block's name."""
+    world_size: PositiveInt | None = None
+    """Worker processes; null: half as many as the machine has CPU cores, 8 at most."""
+    infer_batch_size: PositiveInt = 16
+    """Samples that a worker is sent at once, at most; a worker that scores in batches (`score_batch`) gets them
+    together. What one of them does wrong fails that one alone, in batches too."""
+    timeout_s: PositiveFloat = 10.0
+    """Seconds that one sample, all parts together, may take before it is marked failed and its worker replaced; where
+    nothing is said, 330 with an `llm_judge` and 120 with a `reward_model`. A batch of n may take n times as long, and
+    if it does not end by then, each of its samples is scored again alone."""
+    start_timeout_s: PositiveFloat = 120.0
+    """Seconds that a worker process may take to start, with the model that it loads."""
+    max_memory_mb: PositiveInt | None = None
+    """MiB that a worker process may allocate (libraries included, code not); a sample that needs more fails. null: no
+    limit; where the machine runs out of memory the kernel ends a worker rather than the training."""
+    query_filter_config: QueryFilterConfig | None = None
+    """Which groups of this domain dynamic sampling drops; null: those of the top-level `query_filter_config`."""
+
+    @property
+    def num_workers(self) -> int:
+        """`world_size`, or what it stands for on this machine."""
+        return self.world_size or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+    @property
+    def workers(self) -> dict[str, str]:
+        """Every worker that the block names, by the key path at which it does."""
+        single = {"worker_cls": self.worker_cls} if self.worker_cls is not None else {}
+        return single | {f"parts.{name}.worker_cls": part.worker_cls for name, part in self.parts.items()}
+
+    @property
+    def arguments(self) -> dict[str, JsonValue]:
+        """`worker_args`, and the keys beside them that are arguments."""
+        named = {key: value for key, value in self._named_arguments.items() if value is not None}
+        return self.worker_args | self._judge_arguments | named
+
+    @property
+    def title(self) -> str:
+        """In one line of the plan."""
+        parts = ", ".join(f"{name} {part.worker_cls}" for name, part in self.parts.items())
+        return self.worker_cls or f"{self.combine} of {parts}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wait_for_models(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "timeout_s" in values:
+            return values
+        parts = values.get("parts")
+        blocks = [values, *(parts.values() if isinstance(parts, Mapping) else ())]
+        names = [str(block.get("worker_cls")) for block in blocks if isinstance(block, Mapping)]
+        timeouts = [LONG_TIMEOUT_S.get(ROLL_REWARD_WORKERS.get(name, name), 0.0) for name in names]
+        return {**values, "timeout_s": max(timeouts)} if max(timeouts, default=0.0) > 0 else values
+
+    def broken_rules(self) -> Iterator[str]:
+        """One worker or parts, and no key without effect."""
+        yield from super().broken_rules()
+        if self.worker_cls is None and not self.parts:
+            yield "worker_cls: missing; name a worker, or give parts and combine"
+        elif self.worker_cls is not None and self.parts:
+            yield f"parts stand in the place of worker_cls, which is '{self.worker_cls}'; set one of them to null"
+        elif self.parts:
+            yield from self._rules_of_parts()
+        elif self.combine is not None:
+            yield f"combine: {self.combine} needs parts; add them or remove it"
+        if self.else_score and self.combine != "gate":
+            yield "else_score acts with combine: gate only; set that or remove it"
+        yield from self._rules_of_judge()
+        yield from self._rules_of_named_arguments()
+
+    def _rules_of_parts(self) -> Iterator[str]:
+        names = list(self.parts)
+        if self.worker_args:
+            yield "worker_args belong to worker_cls; write those of a part in parts.NAME.worker_args"
+        if self.combine is None:
+            yield "combine: missing; say how the parts make one score: weighted_sum, gate or min"
+            return
+        if len(names) < 2:
+            yield f"parts: '{names[0]}' is alone; add another, or write its worker_cls in the block itself"
+        for name, part in self.parts.items():
+            is_gate = self.combine == "gate" and name == names[0]
+            if "/" in name:
+                yield f"parts: '{name}' has a slash, which separates a part from its own components; rename it"
+            if part.threshold is not None and not is_gate:
+                yield f"parts.{name}.threshold acts in the first part of combine: gate only; remove it"
+            if part.weight is not None and (is_gate or self.combine == "min"):
+                what = "the gate itself" if is_gate else "combine: min"
+                yield f"parts.{name}.weight: {what} has no weights; remove it"
+
+    def _rules_of_judge(self) -> Iterator[str]:
+        keys = {
+            "judge_model_type": self.judge_model_type,
+            "judge_model_name": self.judge_model_name,
+            "judge_api_url": self.judge_api_url,
+            "judge_prompt": self.judge_prompt,
+        }
+        given = [key for key, value in keys.items() if value is not None]
+        if not given:
+            return
+        if self.worker_cls != "llm_judge":
+            yield f"{given[0]} acts with worker_cls: llm_judge only (in a part, write its worker_args); remove it"
+            return
+        if self.judge_model_type == "inference" and self.judge_model_name is None:
+            yield "judge_model_type: inference needs the model to run; name it in judge_model_name"
+        if self.judge_model_type == "inference" and self.judge_api_url is not None:
+            yield "judge_api_url has no effect with judge_model_type: inference; remove it, or write api"
+        if both := sorted(self.worker_args.keys() & self._judge_arguments.keys()):
+            yield f"worker_args.{both[0]} and ROLL's key for it (judge_*) both stand here; remove one of them"
+
+    def _rules_of_named_arguments(self) -> Iterator[str]:
+        worker = self.worker_cls
+        for key, value in self._named_arguments.items():
+            if value is None:
+                continue
+            if worker is None:
+                yield f"{key} '{value}' belongs to worker_cls; write it in parts.NAME.worker_args"
+            elif worker in REWARD_WORKERS and worker not in _TAKES[key]:
+                yield f"{key} '{value}' acts with worker_cls: {' or '.join(_TAKES[key])} only, not {worker}; remove it"
+            elif key in self.worker_args:
+                yield f"{key} '{value}' stands in worker_args, too; remove one of the two"
+        types = REWARD_TYPES.get(worker or "", ())
+        if self.reward_type and types and self.reward_type not in types:
+            known = ", ".join(types)
+            yield f"reward_type '{self.reward_type}' is not one of {worker}, which has {known}; choose one of these"
+
+    @property
+    def _named_arguments(self) -> dict[str, str | None]:
+        return {"reward_type": self.reward_type, "format_pattern": self.format_pattern}
+
+    @property
+    def _judge_arguments(self) -> dict[str, JsonValue]:
+        inference = self.judge_model_type == "inference"
+        named: dict[str, JsonValue] = {
+            "engine": {"model": self.judge_model_name} if inference else None,
+            "model": None if inference else self.judge_model_name,
+            "base_url": self.judge_api_url,
+            "prompt": self.judge_prompt,
+        }
+        return {key: value for key, value in named.items() if value is not None}

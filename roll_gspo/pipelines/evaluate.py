@@ -1,0 +1,198 @@
+"""Evaluation alone: generator and rewards, no trainer; a table of figures and the samples behind it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import roll_gspo
+from roll_gspo.algorithms.interval import Estimate
+from roll_gspo.batch import Prompt, Rollouts
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.data.rows import DataRow
+from roll_gspo.errors import RewardError
+from roll_gspo.pipelines.build import load_tokenizer, new_validation, stop_ids
+from roll_gspo.pipelines.datasets import read_validation, tokenize
+from roll_gspo.pipelines.evaluated import REPORT, Evaluated
+from roll_gspo.pipelines.makers import make_evaluated
+from roll_gspo.pipelines.pretrain import prepare_checkpoint
+from roll_gspo.pipelines.run_folder import config_yaml, make_folder
+from roll_gspo.pipelines.validation import Answers, Summary, answers_of, summaries, validation_records
+from roll_gspo.rewards.base import RewardResult
+from roll_gspo.rewards.routing import Router
+from roll_gspo.roles.judge import Judge
+from roll_gspo.tracking.console import Console
+from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
+
+TABLE, SAMPLES = "evaluation.md", "validation"
+
+
+def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
+    """Sample and judge the validation prompts; write table, figures and samples into `evaluated.out`.
+
+    Returns:
+        The figures of every group, and of all prompts last.
+
+    Raises:
+        DataError, ConfigError: the data, the model or a reward cannot be used.
+        RewardError: no sample could be scored.
+    """
+    make_folder(evaluated.out, "out")
+    (evaluated.out / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+    started = time.perf_counter()
+    with Console("evaluation", 1, evaluated.out) as console:
+        assert config.validation is not None  # the plan refuses it
+        with console.stage("read data"):
+            rows = read_validation(config.validation)
+        with console.stage("start rewards"):
+            judge = _judge(config, rows)
+        try:
+            answers, failures = _sample(config, evaluated, rows, judge, console)
+        finally:
+            judge.close()
+        figures = summaries(answers, config.validation)
+        document = _document(config, evaluated, figures, time.perf_counter() - started)
+        _write(evaluated.out / REPORT, json.dumps(_finite(document), indent=1, ensure_ascii=False) + "\n")
+        _write(evaluated.out / TABLE, f"# {evaluated.model}\n\n{table(figures)}\n")
+        if failures:
+            console.warning(f"{figures[-1].num_failed} rewards failed and are left out, the first: {failures[0]}")
+    if not figures[-1].num_scored:
+        raise RewardError(f"no reward could be computed, the first failed so: {failures[0]}")
+    return figures
+
+
+def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> Judge:
+    """The reward blocks that these rows need; those of the training data alone are not started."""
+    columns = [{"id": row.id, "domain": row.domain, "tag": row.tag} for row in rows]
+    router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
+    router.check(columns)
+    used = {router.domain_of(row) for row in columns}
+    judge = Judge({domain: block for domain, block in config.rewards.items() if domain in used})
+    try:
+        judge.check(columns)
+    except BaseException:
+        judge.close()
+        raise
+    return judge
+
+
+def _sample(
+    config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], judge: Judge, console: Console
+) -> tuple[list[Answers], list[str]]:
+    """The samples of every prompt, and why rewards failed."""
+    assert config.validation is not None
+    checkpoint = prepare_checkpoint(config, evaluated.model, console, evaluated.key)
+    with console.stage("tokenize prompts"):
+        tokenizer = load_tokenizer(checkpoint)
+        block = config.validation.data_args
+        prompts = tokenize(config, block, rows, tokenizer, config.validation_prompt_length)
+    validation = new_validation(config, prompts, stop_ids(config, [block], tokenizer, checkpoint), judge)
+    with console.stage("start actor_infer"):
+        generator = make_evaluated(config, checkpoint, tokenizer.pad_token_id)
+        generator.weights_version = evaluated.step
+    answers: list[Answers] = []
+    failures: list[str] = []
+
+    def judged(rollouts: Rollouts) -> list[RewardResult]:
+        texts = [tokenizer.decode(list(c.token_ids), skip_special_tokens=True) for c in rollouts.completions]
+        return judge.score(rollouts, texts)
+
+    def records() -> Iterator[RolloutRecord]:
+        with console.stage("evaluate") as progress:
+            for batch in validation.judged(generator, judged, progress):
+                answers.extend(answers_of(batch, validation.config.group_by))
+                failures.extend(result.failed for result in batch.results if result.failed is not None)
+                yield from validation_records(batch, lambda ids: tokenizer.decode(list(ids)))
+
+    try:
+        RolloutWriter(evaluated.out / SAMPLES).write(evaluated.step, records())
+    finally:
+        generator.close()
+    _say_what_is_missing(rows, prompts, console)
+    return answers, failures
+
+
+def _say_what_is_missing(rows: Sequence[DataRow], prompts: Sequence[Prompt], console: Console) -> None:
+    """A benchmark without its longest prompts is another benchmark."""
+    if len(prompts) < len(rows):
+        console.warning(
+            f"{len(rows) - len(prompts)} of {len(rows)} prompts were too long and are not in these figures; raise "
+            "val_prompt_length"
+        )
+
+
+def _document(config: ExperimentConfig, evaluated: Evaluated, figures: Sequence[Summary], seconds: float) -> Any:
+    assert config.validation is not None
+    return {
+        "model": evaluated.model,
+        "step": evaluated.step,
+        "validation": config.validation.model_dump(mode="json"),
+        "prompt_length": config.validation_prompt_length,
+        "response_length": config.validation_response_length,
+        "seed": config.seed,
+        "engine": config.actor_infer.strategy_args.strategy_name,
+        "version": roll_gspo.__version__,
+        "seconds": seconds,
+        "figures": [
+            {
+                "group": s.group,
+                "num_prompts": s.num_prompts,
+                "num_scored": s.num_scored,
+                "num_failed": s.num_failed,
+                "response_length_mean": s.response_length_mean,
+                "truncated_fraction": s.truncated_fraction,
+                **{name: figure._asdict() for name, figure in s.estimates.items()},
+            }
+            for s in figures
+        ],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """Complete or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def table(figures: Sequence[Summary]) -> str:
+    """The figures as a Markdown table whose columns line up; — where there is nothing to average."""
+    names = list(dict.fromkeys(name for summary in figures for name in summary.estimates))
+    head = ["group", "prompts", *(f"{n} [95 %]" if n.startswith("avg") else n for n in names)]
+    head += ["length", "truncated", "failed"]
+    lines = [head, *(_row(summary, names) for summary in figures)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    cells = [
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], rule, *cells[1:]])
+
+
+def _row(summary: Summary, names: Sequence[str]) -> list[str]:
+    figures = [_cell(name, summary.estimates[name]) if name in summary.estimates else "—" for name in names]
+    length, truncated = f"{summary.response_length_mean:.1f}", f"{summary.truncated_fraction:.1%}"
+    return [summary.group, str(summary.num_prompts), *figures, length, truncated, str(summary.num_failed)]
+
+
+def _cell(name: str, figure: Estimate) -> str:
+    if not name.startswith("avg"):
+        return f"{figure.mean:.4f}"
+    return f"{figure.mean:.4f} [{figure.low:.4f}, {figure.high:.4f}]"

@@ -1,0 +1,129 @@
+"""Which model an evaluation takes, and what it will do with it: checked before torch or an engine is imported."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import roll_gspo
+from roll_gspo.checkpoint import HF_EXPORT, open_checkpoint
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.strategy import VllmArgs
+from roll_gspo.config.validation import ValidationConfig
+from roll_gspo.errors import CheckpointError, ConfigError, MissingDependencyError
+from roll_gspo.pipelines.plan import Plan, context_problems
+from roll_gspo.pipelines.preflight import check_files, missing_engine
+from roll_gspo.pipelines.pretrain import check_model_name
+from roll_gspo.pipelines.run_folder import unused
+
+REPORT = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is evaluated, and where the result goes.
+
+    Attributes:
+        model: name or folder in Hugging Face layout.
+        key: what named it.
+        step: of the checkpoint, 0 for a model that is none.
+        out: folder of the result.
+    """
+
+    model: str
+    key: str
+    step: int
+    out: Path
+
+
+def find_evaluated(config: ExperimentConfig, ckpt: str | None, out: str | None) -> Evaluated:
+    """The model that `ckpt` names: a run (its newest checkpoint), a checkpoint, or a Hugging Face folder or name.
+
+    Args:
+        config: without `ckpt` it is the model that its training starts from.
+        ckpt: what the command line gave.
+        out: likewise; None: a new folder beside the runs.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be loaded for inference; or `out` holds a result.
+    """
+    if ckpt is None:
+        name = config.actor_train.model_args.model_name_or_path or config.pretrain
+        model, key, step = name, "pretrain", 0
+    else:
+        model, step = _of_checkpoint(Path(ckpt)) or (ckpt, 0)
+        key = "ckpt"
+    check_model_name(model, key)
+    folder = Path(out) if out else None
+    if folder is not None and (folder / REPORT).exists():
+        raise ConfigError(f"out: {folder} holds an evaluation already; remove it or choose another folder")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Evaluated(
+        model, key, step, folder or unused(Path(config.output_dir) / config.exp_name / f"evaluation-{stamp}")
+    )
+
+
+def _of_checkpoint(path: Path) -> tuple[str, int] | None:
+    """The exported policy of a run or checkpoint and its step; None where the path is a model itself, or no path."""
+    if not path.exists() or (path / "config.json").is_file():
+        return None
+    try:
+        checkpoint = open_checkpoint(path, "ckpt")
+    except CheckpointError as error:
+        raise ConfigError(f"{error}, or a folder in Hugging Face layout") from error
+    exported = checkpoint.folder / HF_EXPORT
+    if not (exported / "config.json").is_file():
+        raise ConfigError(
+            f"ckpt: {checkpoint.folder} has no {HF_EXPORT} (save_hf_model: false); make one with python -m "
+            f"roll_gspo.export {checkpoint.folder} OUT, and give ckpt=OUT"
+        )
+    return str(exported), checkpoint.step
+
+
+def evaluation_plan(config: ExperimentConfig, evaluated: Evaluated) -> Plan:
+    """What will be done.
+
+    Raises:
+        ConfigError: there is nothing to evaluate on.
+    """
+    block = config.validation
+    if block is None:
+        raise ConfigError("validation: there is no such block, so nothing to evaluate on; add validation=OPTION")
+    args, sampling = config.actor_infer.strategy_args, block.generating_args
+    size = args.strategy_config.tensor_parallel_size if isinstance(args, VllmArgs) else 1
+    engine = f"{args.strategy_name} on {size} device(s), {config.actor_infer.model_args.dtype}; no trainer"
+    sources = f", only {', '.join(block.sources)}" if block.sources else ""
+    rows = (
+        ("model", evaluated.model + (f" (step {evaluated.step})" if evaluated.step else "")),
+        ("engine", engine),
+        ("data", ", ".join(block.data_args.file_name) + sources),
+        (
+            "sampling",
+            f"{block.num_samples} sample(s) a prompt, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; "
+            f"prompt ≤ {config.validation_prompt_length}, response ≤ {config.validation_response_length} tokens",
+        ),
+        ("figures", _figures_text(block)),
+        ("output", str(evaluated.out)),
+    )
+    title = f"roll_gspo {roll_gspo.__version__}: evaluation"
+    return Plan(title, rows, (), tuple(context_problems(config, evaluated.model)))
+
+
+def _figures_text(block: ValidationConfig) -> str:
+    attempts = (f"{kind}@{k}" for kind in ("pass", "maj") for k in block.attempts)
+    return f"{', '.join([f'avg@{block.num_samples}', *attempts])}; by {block.group_by}"
+
+
+def check_evaluation(config: ExperimentConfig, plan: Plan) -> None:
+    """See that engine and data files are there and the plan can be run.
+
+    Raises:
+        ConfigError, MissingDependencyError, DataError: they are not.
+    """
+    if plan.not_runnable:
+        raise ConfigError("\n".join(plan.not_runnable))
+    if missing := missing_engine("actor_infer", config.actor_infer.strategy_args.strategy_name):
+        raise MissingDependencyError(missing)
+    if config.validation is not None:
+        check_files(config, {"validation.data_args.file_name": config.validation.data_args})

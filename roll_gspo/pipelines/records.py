@@ -1,0 +1,61 @@
+"""Samples as they are written into files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from roll_gspo.batch import Rollouts, TrainBatch
+from roll_gspo.rewards.base import RewardResult
+from roll_gspo.tracking.rollouts import Figures, RolloutRecord, compact
+from roll_gspo.tracking.token_texts import TokenTexts
+
+
+def rollout_records(
+    rollouts: Rollouts,
+    domains: Sequence[str],
+    results: Sequence[RewardResult],
+    decode: Callable[[Sequence[int]], str],
+    trained: TrainBatch | None = None,
+    first_group: int = 0,
+) -> Iterator[RolloutRecord]:
+    """Every sample with what judged it.
+
+    Args:
+        rollouts, domains, results: the samples, and of each the reward block and its result.
+        decode: token ids to text.
+        trained: what is trained on of them; None in validation, where tokens have no old log-probs and advantages.
+        first_group: number of the first group, where a file gets several batches.
+    """
+    mask = rollouts.sequences.response_mask
+    token_texts = TokenTexts(decode)
+    for row, (prompt, completion) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True)):
+        result = results[row]
+        yield RolloutRecord(
+            prompt=prompt.text,
+            response=decode(completion.token_ids),
+            score=result.score,
+            failed=result.failed is not None,
+            advantage=math.nan if trained is None else float(trained.advantages[row].sum() / mask[row].sum().clamp(1)),
+            ground_truth=prompt.row["ground_truth"],
+            domain=domains[row],
+            group=first_group + int(rollouts.group_ids[row]),
+            finish_reason=completion.finish_reason,
+            prompt_token_ids=prompt.token_ids,
+            response_token_ids=completion.token_ids,
+            weights_version=rollouts.weights_version,
+            failure=result.failed,
+            answer=result.answer,
+            components=result.components,
+            response_tokens=token_texts(completion.token_ids),
+            rollout_log_probs=figures_of_response(rollouts.rollout_log_probs, mask, row),
+            old_log_probs=() if trained is None else figures_of_response(trained.old_log_probs, mask, row),
+            advantages=() if trained is None else figures_of_response(trained.advantages, mask, row),
+        )
+
+
+def figures_of_response(figures: Tensor, mask: Tensor, row: int) -> Figures:
+    """The figures [B, T] of one sample's response tokens."""
+    return compact(figures[row][mask[row]].tolist())

@@ -1,0 +1,66 @@
+"""Says aloud when rewards look broken, which a loss curve would not show."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from roll_gspo.rewards.base import RewardResult
+
+logger = logging.getLogger(__name__)
+FEW_STEPS = 3
+FAILED_SHARE = 0.5
+
+
+class RewardAlarm:
+    """Warns of domains whose scores are all equal in `FEW_STEPS` steps on end, or where most samples fail.
+
+    What goes on is told again when it has lasted twice as long. A resumed run counts from its start.
+    """
+
+    def __init__(self) -> None:
+        self._equal: Counter[str] = Counter()
+        self._failing: Counter[str] = Counter()
+
+    def check(self, step: int, domains: Sequence[str], results: Sequence[RewardResult]) -> None:
+        """Look at all samples of a step; `domains` and `results` are one a sample."""
+        by_domain: dict[str, list[RewardResult]] = {}
+        for domain, result in zip(domains, results, strict=True):
+            by_domain.setdefault(domain, []).append(result)
+        for domain, judged in by_domain.items():
+            self._check_failures(step, domain, judged)
+            self._check_spread(step, domain, [result.score for result in judged if result.failed is None])
+
+    def _check_failures(self, step: int, domain: str, judged: Sequence[RewardResult]) -> None:
+        reasons = Counter(result.failed for result in judged if result.failed is not None)
+        if reasons.total() <= FAILED_SHARE * len(judged):
+            self._failing[domain] = 0
+            return
+        self._failing[domain] += 1
+        if _is_due(self._failing[domain], 1):
+            reason, count = reasons.most_common(1)[0]
+            logger.warning(
+                "step %d: rewards.%s: %d of %d samples failed and are not trained on, most often (%d times): %s; try "
+                "worker_cls on a row of the data by hand, and see timeout_s (and max_memory_mb) where it was ended",
+                *(step, domain, reasons.total(), len(judged), count, reason),
+            )
+
+    def _check_spread(self, step: int, domain: str, scores: Sequence[float]) -> None:
+        if len(set(scores)) > 1:
+            self._equal[domain] = 0
+        elif len(scores) > 1:
+            self._equal[domain] += 1
+            if _is_due(self._equal[domain], FEW_STEPS):
+                logger.warning(
+                    "step %d: rewards.%s: all scores were equal in each of the last %d steps (now %g, %d samples), so "
+                    "that nothing is learned from them; see in rollouts/ whether responses have the form that the "
+                    "reward reads (response_length cuts them?) and ground_truth is right, or the task is too %s",
+                    *(step, domain, self._equal[domain], scores[0], len(scores), "hard" if scores[0] <= 0 else "easy"),
+                )
+
+
+def _is_due(count: int, first: int) -> bool:
+    """At `first`, and each time that the count has doubled."""
+    times, rest = divmod(count, first)
+    return not rest and times & (times - 1) == 0 and times > 0

@@ -1,0 +1,110 @@
+"""The verdict in a judge's answer. Only what the judge wrote is read here, never what it was shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+
+from roll_gspo.errors import ConfigError
+
+Parser = Callable[[str], float | None]
+"""The judge's answer to a score, None where it holds none."""
+
+_THINKING = re.compile(r"^.*</think>", re.DOTALL)
+_SCORE = re.compile(r"\bscore[\s*_`\"']*(?:[:=]|\bis\b)[\s*_`\"'\[(]*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE)
+_BARE_SCORE = re.compile(r"[\s*_`]*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?[\s*_`.]*")
+_VERDICT_LINE = re.compile(
+    r"^\W*(?:(?:final\W+)?(?:verdict|answer|judg(?:e?ment)|decision|correct)\W*(?:is)?\W*)?(yes|no)\W*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_FIRST_WORD = re.compile(r"^\W*(yes|no)\b", re.IGNORECASE)
+_LAST_WORD = re.compile(r"\b(yes|no)\W*$", re.IGNORECASE)
+_JSON = "json:"
+_TEN = 10.0
+
+
+def make_parser(name: str) -> Parser:
+    """A parser by its name, or of a regular expression with one group (a number; the last match wins).
+
+    `yes_no`: the last line that says yes or no alone ("Verdict: yes"), else the answer's first word, else its last;
+    1 or 0. `score_0_10`: the last "score: 7" (or "7/10"), divided by 10. `json:KEY`: the number or boolean under KEY
+    in the last JSON object that has it, as it is.
+
+    What precedes the last `</think>` is not read.
+
+    Raises:
+        ConfigError: neither a name nor such an expression.
+    """
+    named: dict[str, Parser] = {"yes_no": _yes_no, "score_0_10": _score_0_10}
+    parse = named.get(name) or (_json_parser(name.removeprefix(_JSON)) if name.startswith(_JSON) else None)
+    if parse is None:
+        parse = _regex_parser(name)
+    return lambda answer: _finite(parse(_without_thinking(answer)))
+
+
+def _without_thinking(answer: str) -> str:
+    visible = _THINKING.sub("", answer)
+    return "" if "<think>" in visible else visible  # it never came to an end
+
+
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _yes_no(answer: str) -> float | None:
+    lines = _VERDICT_LINE.findall(answer)
+    words = lines[-1:] or [m[1] for m in (_FIRST_WORD.search(answer), _LAST_WORD.search(answer)) if m]
+    return float(words[0].lower() == "yes") if words else None
+
+
+def _score_0_10(answer: str) -> float | None:
+    matches = _SCORE.findall(answer)
+    bare = _BARE_SCORE.fullmatch(answer)
+    if not matches and bare is None:
+        return None
+    number, scale = matches[-1] if matches else (bare[1], bare[2] or "") if bare else ("", "")
+    score = float(number)
+    return score / _TEN if 0 <= score <= _TEN and scale in ("", "10") else None
+
+
+def _json_parser(key: str) -> Parser:
+    decoder = json.JSONDecoder()
+
+    def parse(answer: str) -> float | None:
+        found, start = None, answer.find("{")
+        while start >= 0:
+            try:
+                value, end = decoder.raw_decode(answer, start)
+            except (ValueError, RecursionError):
+                value, end = None, start + 1
+            if isinstance(value, dict) and isinstance(value.get(key), int | float):
+                found = float(value[key])
+            start = answer.find("{", end)
+        return found
+
+    if not key:
+        raise ConfigError("llm_judge: parser 'json:' names no key; write json:score or another")
+    return parse
+
+
+def _regex_parser(pattern: str) -> Parser:
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"llm_judge: parser '{pattern}' is no regular expression: {error}") from error
+    if regex.groups != 1:
+        raise ConfigError(
+            f"llm_judge: parser '{pattern}' has {regex.groups} groups; give yes_no, score_0_10, json:KEY or a regular "
+            "expression with one group"
+        )
+
+    def parse(answer: str) -> float | None:
+        groups = regex.findall(answer)
+        try:
+            return float(groups[-1]) if groups else None
+        except ValueError:
+            return None
+
+    return parse

@@ -1,0 +1,135 @@
+"""Scoring in the background, of all domains at once, while the caller goes on generating."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+from roll_gspo.rewards.base import RewardRequest, RewardResult
+from roll_gspo.rewards.pool import RewardPool
+from roll_gspo.rewards.round import Round, RoundCancelled
+
+_NAP_S = 0.1
+_CANCEL_TIMEOUT_S = 60.0
+
+
+class RewardTime(NamedTuple):
+    """Seconds that reward processes were at work, summed over them: before `Scoring.results` was called, and in all."""
+
+    hidden_s: float
+    total_s: float
+
+
+@dataclass
+class _Background:
+    """The round of one domain, and the thread that works it off."""
+
+    pool: RewardPool
+    work: Round
+    thread: threading.Thread
+    indices: list[int]
+    results: list[RewardResult] | None = None
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        """The life of the thread."""
+        try:
+            self.results = self.pool.work_off(self.work)
+        except BaseException as error:
+            self.error = error
+
+
+class Scoring:
+    """Samples on their way through the pools; use it as a context manager, of which no thread outlives the block.
+
+    Args:
+        pools: by domain. Each is busy with this until the block ends.
+    """
+
+    def __init__(self, pools: Mapping[str, RewardPool]) -> None:
+        self._pools = pools
+        self._running: dict[str, _Background] = {}
+        self.time = RewardTime(0.0, 0.0)
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for domain in self._running.values():
+            domain.work.cancel()  # nothing to give up where `results` came to its end
+        for name, domain in self._running.items():
+            domain.thread.join(_CANCEL_TIMEOUT_S)
+            if domain.thread.is_alive() and error is None:
+                raise TimeoutError(f"rewards.{name}: scoring did not stop within {_CANCEL_TIMEOUT_S:g} s")
+
+    @property
+    def num_scored(self) -> int:
+        """Samples that have a result by now."""
+        return sum(len(domain.work.results) for domain in self._running.values())
+
+    def submit(self, index: int, domain: str, request: RewardRequest) -> None:
+        """Have a sample scored; returns at once, however busy the processes are.
+
+        Args:
+            index: where its result belongs.
+
+        Raises:
+            ConfigError, MissingDependencyError, RewardError: scoring has failed meanwhile.
+        """
+        running = self._running.get(domain) or self._start(domain)
+        self._raise_failure()
+        running.indices.append(index)
+        running.work.submit(request)
+
+    def results(self, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
+        """One result for each sample that was submitted, by `index`; waits for them, each as long as its timeout lets.
+
+        Args:
+            progress: called with (finished samples, all samples).
+
+        Raises:
+            ConfigError, MissingDependencyError, RewardError: a reward's process cannot be started.
+        """
+        called = time.monotonic()
+        for domain in self._running.values():
+            domain.work.finish()
+        total = sum(len(domain.indices) for domain in self._running.values())
+        waited_for = list(self._running.values())
+        while waited_for:
+            # As long as it takes: every sample, and every start of a process, has its own deadline in the pool.
+            waited_for[0].thread.join(_NAP_S)
+            waited_for = [domain for domain in waited_for if domain.thread.is_alive()]
+            self._raise_failure()
+            if progress is not None:
+                progress(self.num_scored, total)
+        spans = [span for domain in self._running.values() for span in domain.work.spans]
+        self.time = RewardTime(
+            sum(max(0.0, min(end, called) - begin) for begin, end in spans), sum(end - begin for begin, end in spans)
+        )
+        found = {
+            index: result
+            for domain in self._running.values()
+            for index, result in zip(domain.indices, domain.results or (), strict=True)
+        }
+        return [found[index] for index in sorted(found)]
+
+    def _start(self, domain: str) -> _Background:
+        pool = self._pools[domain]
+        work = pool.new_round()
+        started = _Background(pool, work, threading.Thread(), [])
+        # A daemon: an interpreter that ends without this block's end must not wait for it.
+        started.thread = threading.Thread(target=started.run, name=f"score {domain}", daemon=True)
+        self._running[domain] = started
+        started.thread.start()
+        return started
+
+    def _raise_failure(self) -> None:
+        for domain in self._running.values():
+            if domain.error is not None and not isinstance(domain.error, RoundCancelled):
+                raise domain.error

@@ -1,0 +1,8 @@
+"""Runs model-written Python programs without access to anything: see `host`."""
+
+from __future__ import annotations
+
+from roll_gspo.sandbox.host import Program, Sandbox, SandboxError
+from roll_gspo.sandbox.limits import Limits, Outcome
+
+__all__ = ["Limits", "Outcome", "Program", "Sandbox", "SandboxError"]

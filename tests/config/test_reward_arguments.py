@@ -1,0 +1,61 @@
+"""`reward_type` and `format_pattern`: they reach the worker that takes them, or are refused."""
+
+from __future__ import annotations
+
+import pytest
+from composed import load_config
+
+from roll_gspo.config.rewards import REWARD_TYPES, ROLL_REWARD_WORKERS
+from roll_gspo.errors import ConfigError
+from roll_gspo.rewards import ifeval, multiple_choice, reward_spec
+from roll_gspo.rewards.base import RewardRequest
+from roll_gspo.rewards.catalog import ROLL_WORKERS, build_reward
+
+BLOCK = "rewards.column_addition."
+
+
+def block(*settings: str):
+    return load_config("example_gspo", *(BLOCK + setting for setting in settings)).config.rewards["column_addition"]
+
+
+def test_types_of_the_schema_are_those_of_the_workers() -> None:
+    assert {"ifeval": ifeval.REWARD_TYPES, "crossthinkqa": tuple(multiple_choice.REWARD_TYPES)} == REWARD_TYPES
+    assert ROLL_REWARD_WORKERS == ROLL_WORKERS
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        (("worker_cls=crossthinkqa", "reward_type=loose"), {"reward_type": "loose"}),
+        (("worker_cls=format", r"format_pattern='a+'", "worker_args.partial_credit=0"), {"format_pattern": "a+"}),
+        (("worker_cls=math_rule",), {}),
+        (("worker_cls=my.reward", "reward_type=hard"), {"reward_type": "hard"}),
+    ],
+)
+def test_keys_become_arguments(settings, arguments) -> None:
+    config = block("worker_args={}", *settings)
+    assert config.arguments == {**config.worker_args, **arguments}
+
+
+def test_worker_is_built_with_the_key() -> None:
+    config = block("worker_args={}", "worker_cls=crossthinkqa", "reward_type=strict")
+    reward = build_reward(reward_spec(config.worker_cls, config.arguments, "rewards.x"))
+    assert reward(RewardRequest("", "The answer is B.", "B")).score == -1
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            ("worker_cls=math_rule", "reward_type=soft"),
+            "acts with worker_cls: ifeval or crossthinkqa only, not math_rule",
+        ),
+        (("worker_cls=ifeval", "format_pattern=think"), "acts with worker_cls: format only, not ifeval"),
+        (("worker_cls=ifeval", "reward_type=loose"), "'loose' is not one of ifeval, which has soft, hard"),
+        (("worker_cls=ifeval", "reward_type=medium"), "reward_type"),
+        (("worker_cls=ifeval", "reward_type=soft", "worker_args.reward_type=hard"), "stands in worker_args, too"),
+    ],
+)
+def test_keys_without_effect_are_refused(settings, told) -> None:
+    with pytest.raises(ConfigError, match=told):
+        block("worker_args={}", *settings)

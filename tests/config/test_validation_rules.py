@@ -1,0 +1,72 @@
+"""The block `validation` and what belongs to it: rules, lengths, and its config group beside every example."""
+
+from __future__ import annotations
+
+import pytest
+from composed import load_config
+
+from roll_gspo.errors import ConfigError
+from roll_gspo.pipelines.plan import make_plan
+
+GREEDY = "validation.generating_args.temperature=0"
+EIGHT = "validation.generating_args.num_return_sequences=8"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("validation.metrics_k=[4]",), "metrics_k asks for pass@4, but generating_args.num_return_sequences gives 1"),
+        ((EIGHT, "validation.metrics_k=[2,2]"), "expected each k once, got [2, 2]"),
+        ((EIGHT, "validation.metrics_k=[0]"), "greater than 0, got 0"),
+        ((EIGHT, GREEDY), "temperature: 0 is greedy, so that all 8 samples of a prompt are equal"),
+        (("val_prompt_length=64", "val_sequence_length=64"), "leaves no room after val_prompt_length 64; raise it"),
+        (
+            ("val_sequence_length=40", "validation.generating_args.max_new_tokens=8"),
+            "val_sequence_length 40 is not the prompt's 16 + validation.generating_args.max_new_tokens 8",
+        ),
+        (("validation=null", "val_prompt_length=64"), "val_prompt_length 64 acts with the validation block only"),
+        (("validation=null", "checkpoint_config.keep_best=validation/score_mean"), "needs the validation block"),
+        (("checkpoint_config.keep_best=rollout/score_mean",), "which is no figure of the validation"),
+        (("checkpoint_config.keep_best_mode=min",), "keep_best_mode: min acts with keep_best only"),
+    ],
+)
+def test_rules_of_validation(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("example_gspo", *overrides)
+    assert expected in str(caught.value)
+
+
+def test_attempts_follow_from_the_number_of_samples() -> None:
+    for overrides, attempts in (((), ()), ((EIGHT,), (8,)), ((EIGHT, "validation.metrics_k=[8,1]"), (1, 8))):
+        block = load_config("example_gspo", *overrides).config.validation
+        assert block is not None and block.attempts == attempts
+
+
+def test_engine_holds_what_validation_needs() -> None:
+    plain = load_config("example_gspo").config
+    assert plain.engine_sequence_length == plain.max_sequence_length == 64
+    for overrides in (
+        ("val_prompt_length=100", "val_sequence_length=150"),
+        ("val_prompt_length=100", "validation.generating_args.max_new_tokens=50"),
+    ):
+        config = load_config("example_gspo", *overrides).config
+        assert (config.validation_prompt_length, config.validation_response_length) == (100, 50)
+        assert config.engine_sequence_length == 150 and config.max_response_length == 48
+
+
+def test_lengths_beyond_the_models_context_cannot_run() -> None:
+    (problem,) = make_plan(load_config("example_gspo", "val_prompt_length=4090").config).not_runnable
+    assert "val_sequence_length: prompts of 4090 and responses of 48 tokens in validation are 4138" in problem
+    assert "the context of builtin:tiny_qwen3 has 4096" in problem
+    (problem,) = make_plan(load_config("example_gspo", "response_length=4096").config).not_runnable
+    assert problem.startswith("response_length: prompt_length 16 + response_length 4096 are 4112 tokens")
+
+
+@pytest.mark.parametrize("data", ["column_addition", "gsm8k"])
+@pytest.mark.parametrize("option", ["math_benchmarks", "aime", "gsm8k", "math"])
+def test_benchmarks_bring_their_rewards_and_room_for_their_prompts(data: str, option: str) -> None:
+    config = load_config("example_gspo", f"data={data}", f"validation={option}").config
+    assert config.validation is not None and config.validation.data_args.num_rows is None
+    assert config.validation_prompt_length == 2048
+    judged_by = {"math_benchmarks": {"math_rule"}, "aime": {"math_rule"}, "gsm8k": {"gsm8k"}}
+    assert judged_by.get(option, {"math_rule", "gsm8k"}) <= set(config.rewards)

@@ -1,0 +1,242 @@
+"""Programs that attack what runs them, and what a host looks like before and after."""
+
+from __future__ import annotations
+
+import os
+import socket
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+
+# Each prints "escaped" where it gets what it wants, and may end as it likes.
+_SOURCES = {
+    "fork bomb": """
+        import os
+        while True:
+            try: os.fork()
+            except OSError: pass
+        """,
+    "thread bomb": """
+        import threading, time
+        while True:
+            try: threading.Thread(target=time.sleep, args=(100,)).start()
+            except RuntimeError: pass
+        """,
+    "daemon": """
+        import os, time
+        for _ in range(2):
+            if os.fork(): os._exit(0)
+            os.setsid()
+        while True: time.sleep(0.01)
+        """,
+    "memory bomb": """
+        hoard = []
+        while True: hoard.append(bytearray(1 << 20))
+        """,
+    "one huge block": "x = b'x' * (1 << 40)",
+    "shared memory": """
+        import mmap
+        hoard = []
+        while True: hoard.append(mmap.mmap(-1, 1 << 22)); hoard[-1][::4096] = b'x' * 1024
+        """,
+    "endless output": """
+        while True: print('x' * 10000)
+        """,
+    "endless complaints": """
+        import sys
+        while True: print('x' * 10000, file=sys.stderr)
+        """,
+    "kill all": """
+        import os, signal
+        os.kill(-1, signal.SIGKILL)
+        """,
+    "kill the parent": """
+        import os, signal
+        for victim in (os.getppid(), 1):
+            for number in range(1, 32): os.kill(victim, number)
+        """,
+    "kill the group": "import os\nos.killpg(0, 9)",
+    "stop the parent": "import os, signal, time\nos.kill(1, signal.SIGSTOP)\ntime.sleep(100)",
+    "deaf to signals": """
+        import signal, time
+        for number in range(1, 64):
+            try: signal.signal(number, signal.SIG_IGN)
+            except (OSError, ValueError): pass
+        while True: pass
+        """,
+    "others' memory": """
+        import os
+        for pid in range(1, 400):
+            for name in ('environ', 'mem', 'maps', 'root/etc/shadow', 'cwd'):
+                if pid == os.getpid(): continue
+                try: open(f'/proc/{pid}/{name}', 'rb').read(10)
+                except OSError: continue
+                print('escaped')
+        """,
+    "kernel settings": """
+        for path in ('/proc/sys/kernel/core_pattern', '/proc/sysrq-trigger', '/sys/kernel/uevent_helper'):
+            try: open(path, 'w').write('-1')
+            except OSError: continue
+            print('escaped')
+        """,
+    "write outside": """
+        import os, sys
+        folders = ('/', '/usr/lib', '/etc', '/dev', '/proc', '/packages', '/root', os.path.dirname(os.__file__))
+        for folder in folders:
+            try: open(os.path.join(folder, 'x'), 'w')
+            except OSError: continue
+            print('escaped')
+        """,
+    "links": """
+        import os
+        os.symlink('/', 'root'); os.symlink('../../../../..', 'up'); os.symlink('/proc/1/root', 'init')
+        for link in ('root', 'up', 'init'):
+            for path in ('etc/shadow', 'etc/passwd', 'home', 'var'):
+                if os.path.exists(f'{link}/{path}'): print('escaped')
+        os.makedirs('a/b'); os.symlink('/usr/lib', 'a/b/c'); os.symlink('loop', 'loop')
+        """,
+    "device": """
+        import os
+        os.mknod('disk', 0o60666, os.makedev(254, 0))
+        open('disk', 'rb').read(1); print('escaped')
+        """,
+    "huge file": """
+        with open('big', 'wb') as file:
+            while True: file.write(b'x' * (1 << 20))
+        """,
+    "full tmp": """
+        for i in range(1 << 20):
+            with open(f'f{i}', 'wb') as file: file.write(b'x' * (1 << 20))
+        """,
+    "many files": "for i in range(1 << 20): open(f'f{i}', 'w').close()",
+    "many open files": """
+        import os
+        while True: os.open('/dev/null', os.O_RDONLY)
+        """,
+    "deep folders": """
+        import os
+        while True: os.mkdir('d'); os.chdir('d')
+        """,
+    "no rights for the cleaner": """
+        import os
+        os.makedirs('a/b'); os.chmod('a/b', 0); os.chmod('a', 0)
+        """,
+    "close everything": "import os\nos.closerange(0, 100)\nprint('x')",
+    "quit at once": "import os\nos._exit(0)",
+    "crash": "import ctypes\nctypes.string_at(1)",
+    "abort": "import os\nos.abort()",
+    "huge recursion": """
+        import sys
+        sys.setrecursionlimit(10**9)
+        class A:
+            def __repr__(self): return repr(self)
+        repr(A())
+        """,
+    "parser": "eval('(' * 100000)",
+    "sleep": "import time\ntime.sleep(10**6)",
+    "busy": "while True: pass",
+    "other interpreter": """
+        import os, sys
+        for path in ('/bin/sh', '/usr/bin/env', '/bin/bash'):
+            try: os.execv(path, [path])
+            except OSError: pass
+        os.execv(sys.executable, [sys.executable, '-c', 'import socket; socket.socket(); print("escaped")'])
+        """,
+    "become root": """
+        import os
+        for call in (os.setuid, os.setgid, os.seteuid):
+            try: call(0)
+            except OSError: continue
+            print('escaped')
+        """,
+    "system calls": """
+        import ctypes, platform
+        libc = ctypes.CDLL(None, use_errno=True)
+        calls = {
+            'unshare': (0x10000000,), 'mount': (b'none', b'/tmp', b'tmpfs', 0, None), 'umount2': (b'/tmp', 2),
+            'ptrace': (16, 1, 0, 0), 'chroot': (b'/tmp',), 'setns': (0, 0), 'personality': (0,), 'acct': (b'/tmp/x',),
+            'sethostname': (b'x', 1), 'shmget': (0, 4096, 0o1600), 'memfd_create': (b'x', 0), 'swapon': (b'/tmp', 0),
+        }
+        for name, arguments in calls.items():
+            if getattr(libc, name)(*arguments) >= 0: print('escaped', name)
+        number = {'x86_64': (321, 250, 425, 323), 'aarch64': (280, 219, 425, 282)}[platform.machine()]
+        for call in number:
+            if libc.syscall(call, 0, 0, 0, 0, 0) >= 0 or ctypes.get_errno() != 1: print('escaped', call)
+        """,
+    "clone": """
+        import ctypes, platform
+        libc = ctypes.CDLL(None, use_errno=True)
+        pid = libc.syscall({'x86_64': 56, 'aarch64': 220}[platform.machine()], 0x10000000 | 17, 0, 0, 0, 0)
+        if pid >= 0: print('escaped')
+        """,
+    "raise its limits": """
+        import resource
+        for kind in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):
+            try: resource.setrlimit(kind, (resource.RLIM_INFINITY,) * 2)
+            except (OSError, ValueError): continue
+            print('escaped')
+        """,
+    "raw sockets": """
+        import socket
+        for family in range(46):
+            for kind in (1, 2, 3):
+                try: socket.socket(family, kind)
+                except OSError: continue
+                if family != socket.AF_UNIX: print('escaped', family)
+        """,
+    "speak to its runner": """
+        import os, socket
+        for fd in range(3, 200):
+            try: os.write(fd, b'\\x00' * 64 + b'{"status": "finished"}')
+            except OSError: continue
+            print('escaped', fd)
+        """,
+    "wait for its runner's secrets": """
+        import gc, sys
+        frame, seen = sys._getframe(), []
+        while frame: seen.append(repr(frame.f_locals)[:100000]); frame = frame.f_back
+        if 'expected' in ''.join(seen) and 'planted' in ''.join(seen): print('escaped')
+        """,
+}
+HOSTILE = {name: textwrap.dedent(source) for name, source in _SOURCES.items()}
+# Their own end is not to be waited for.
+ENDLESS = {"fork bomb", "thread bomb", "daemon", "stop the parent", "deaf to signals", "sleep", "busy"}
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below one."""
+    try:
+        return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def until(condition: object, timeout_s: float = 60.0) -> bool:
+    """Whether a condition (a function) comes true in time."""
+    assert callable(condition)
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def state() -> dict[str, object]:
+    """What a program might leave behind: of this process's kin, and of the file system that it could have reached."""
+    return {
+        "processes": descendants(os.getpid()),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mounts": Path("/proc/self/mounts").read_text(),
+        "ports": {c.laddr.port for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN},
+        "shared memory": sorted(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else [],
+    }
+
+
+def listener() -> socket.socket:
+    """A TCP socket of this machine that waits for a connection."""
+    server = socket.create_server(("127.0.0.1", 0))
+    server.setblocking(False)
+    return server

@@ -1,0 +1,120 @@
+"""Collecting a batch: which groups each domain drops, and what is told of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from engine_cases import model_setup
+from tiny_models import write_model
+
+from roll_gspo.algorithms.query_filter import QueryFilterSettings
+from roll_gspo.batch import Completion, Prompt
+from roll_gspo.config.rewards import RewardConfig
+from roll_gspo.config.strategy import HfConfig
+from roll_gspo.data.sampler import PromptSampler
+from roll_gspo.pipelines.collect import Collector
+from roll_gspo.roles.generator import Generator
+from roll_gspo.roles.judge import Judge
+from roll_gspo.strategies.base import Sampling
+from roll_gspo.strategies.hf import HfInfer
+from roll_gspo.tracking.console import Progress
+
+MINE = """
+from roll_gspo.rewards import Verdict
+
+def scores(prompt, response, ground_truth, of):
+    # `of` holds the score of each sample of the group, None where it fails; the response begins with its number
+    score = of[int(response[0])]
+    if score is None:
+        raise ValueError("no opinion")
+    return Verdict(score, components={"part": score / 2})
+"""
+GROUPS = {
+    "strict": {"equal": [1, 1, 1], "different": [0, 1, 1], "one left": [None, 2, None], "equal left": [1, None, 1]},
+    "open": {"equal": [1, 1, 1], "none left": [None, None, None]},
+}
+
+
+class Numbered(Generator):
+    """A generator whose samples begin with their number; their tokens are those of the engine."""
+
+    def generate(self, prompts, sampling, purpose, progress=None, finished=None):
+        """See `Generator`."""
+        assert finished is not None
+        rollouts = super().generate(prompts, sampling, purpose, progress)
+        for sample, completion in enumerate(rollouts.completions):
+            number, place = divmod(sample, sampling.num_samples)
+            finished(number, place, Completion((place,), (-1.0,), completion.finish_reason))
+        return rollouts
+
+
+@contextmanager
+def stage(name: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
+    (tmp_path / "my_rewards.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    judge = Judge({domain: RewardConfig(worker_cls="my_rewards.scores") for domain in GROUPS})
+    yield judge
+    judge.close()
+
+
+def collector(judge: Judge, folder: Path, filters: dict[str, QueryFilterSettings], num_prompts: int) -> Collector:
+    prompts = [
+        Prompt((5, 6), name, {"id": name, "domain": domain, "tag": "", "ground_truth": "", "of": scores})
+        for domain, groups in GROUPS.items()
+        for name, scores in groups.items()
+    ]
+    engine = HfInfer(model_setup(write_model(folder / "model", "qwen3_tied")), HfConfig())
+    return Collector(
+        PromptSampler(prompts, seed=0),
+        Numbered(engine, pad_token_id=0, seed=0),
+        judge,
+        Sampling(num_samples=3, max_new_tokens=2),
+        lambda completion: str(completion.token_ids[0]),
+        num_prompts=num_prompts,
+        query_filters=filters,
+        max_rounds=1,
+    )
+
+
+def names(prompts: Sequence[Prompt]) -> set[tuple[str, str]]:
+    return {(prompt.row["domain"], prompt.text) for prompt in prompts}
+
+
+def test_each_domain_drops_by_its_own_filter_and_failures_count_in_none(judge: Judge, tmp_path: Path) -> None:
+    filters = {"strict": QueryFilterSettings("mean_filter", threshold_down=0.0, threshold_up=1.5)}
+    collected = collector(judge, tmp_path, filters, num_prompts=6).collect(1, stage)
+    metrics = collected.metrics
+    assert metrics["domain/strict/groups_dropped"] == 1, "one sample is no group; the others have a mean of 2/3 or 1"
+    assert metrics["domain/open/groups_dropped"] == 0, "without a filter even a group without a score stays"
+    assert collected.rollouts.prompts[-1].text == "one left", "a dropped group fills the batch last"
+    assert metrics["reward/failed"] == 6 == (~collected.valid).sum()
+    assert metrics["rollout/score_mean"] == pytest.approx((3 + 2 + 2 + 2 + 3) / 12)
+    assert (metrics["domain/strict/failed"], metrics["domain/open/failed"]) == (3, 3)
+    assert metrics["domain/open/score_mean"] == 1 and metrics["domain/strict/num_samples"] == 12
+    assert metrics["reward/component/part"] == pytest.approx(0.5)
+    assert metrics["domain/strict/response_length_mean"] == 2
+
+
+def test_failed_samples_lend_a_group_no_spread(judge: Judge, tmp_path: Path) -> None:
+    filters = dict.fromkeys(GROUPS, QueryFilterSettings("std_filter"))
+    collected = collector(judge, tmp_path, filters, num_prompts=6).collect(1, stage)
+    assert collected.rollouts.prompts[0].text == "different", "the only group that teaches"
+    assert collected.metrics["sampling/groups_dropped"] == 5
+    assert collected.metrics["domain/strict/groups_dropped"] == 3
+
+
+def test_without_a_filter_all_groups_are_kept_in_order(judge: Judge, tmp_path: Path) -> None:
+    collected = collector(judge, tmp_path, {}, num_prompts=6).collect(1, stage)
+    assert names(collected.rollouts.prompts) == {(d, name) for d, groups in GROUPS.items() for name in groups}
+    for index, (prompt, result) in enumerate(zip(collected.rollouts.prompts, collected.results, strict=True)):
+        score = prompt.row["of"][index % 3]
+        assert (result.failed is not None) if score is None else result.score == score
+    assert "sampling/rounds" not in collected.metrics and "domain/open/groups_dropped" not in collected.metrics

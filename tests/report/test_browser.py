@@ -1,0 +1,235 @@
+"""The rollout browser in a real one: Chromium, without a window."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browsed_run import record, write_step
+
+from roll_gspo.report.page import write_report
+from roll_gspo.tracking.rollouts import RolloutRecord
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install roll-gspo[test])")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium at the PATH"),
+]
+
+EVIL = "</script><script>window.hurt=1</script><img src=x onerror=window.hurt=1>\"'&amp;"
+CONTROLS = "\x00\x07\x1b[31m\r\x7f\u202eevil\u2066"
+SHOWN_CONTROLS = "␀␇␛[31m␍␡⟨U+202E⟩evil⟨U+2066⟩"
+SAMPLES: dict[str, tuple[str, ...]] = {
+    "plain": ("4", "2", "<|end|>"),
+    "evil": (EVIL, "</pre></article></body>", "<!--", "]]>"),
+    "emoji": ("a", "", "", "👩‍👩‍👧", "é", "\ufffd"),
+    "arabic": ("مرحبا", " ", "بالعالم", " 42"),
+    "controls": (CONTROLS, "\n", "\n\n", "end"),
+    "long": ("word ",) * 20_000,
+    "empty": ("",),
+}
+
+
+def samples() -> list[RolloutRecord]:
+    """A group of each kind, all of one step."""
+    return [
+        record(tokens, group=i, prompt=f"prompt {name} {EVIL}", score=i / 10, domain="code" if i % 2 else "maths")
+        for i, (name, tokens) in enumerate(SAMPLES.items())
+    ]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Step 1 with a sample of every kind, step 2 with failures, steps 3 to 14 with 16 samples each."""
+    folder = tmp_path_factory.mktemp("run")
+    write_step(folder, 1, samples(), traced=[0])
+    why = f"took longer than 5 s {EVIL}"
+    failed = [record(score=0.0, failed=i == 1, failure=why if i == 1 else None, components={}) for i in range(3)]
+    write_step(folder, 2, [*failed, record(["cut"], finish_reason="length", group=1, domain=EVIL)])
+    for step in range(3, 15):
+        write_step(folder, step, [record(score=i / 16, group=i // 4, weights_version=step) for i in range(16)])
+    return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def opened(chromium: playwright.Browser, report: Path) -> tuple[playwright.Page, list[str]]:
+    """The report, and what goes wrong in it."""
+    page = chromium.new_page(viewport={"width": 1300, "height": 900})
+    page.set_default_timeout(60_000)
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
+    page.goto(report.as_uri())
+    page.wait_for_selector("#browser:not([hidden])")
+    return page, wrong
+
+
+@pytest.fixture
+def page(opened: tuple[playwright.Page, list[str]]) -> Iterator[playwright.Page]:
+    """The report without filters; whatever goes wrong in it is an error here."""
+    page, wrong = opened
+    page.click("button[type=reset]")
+    found(page, 203)
+    yield page
+    assert page.evaluate("window.hurt") is None and wrong == []
+
+
+def found(page: playwright.Page, number: int) -> None:
+    """Wait until the filters leave so many samples."""
+    playwright.expect(page.locator("#count")).to_have_text(f"{number} of 203 samples")
+
+
+def show(page: playwright.Page, name: str) -> None:
+    """Choose the sample of step 1 of this kind."""
+    page.fill("[name=words]", f"prompt {name} ")
+    playwright.expect(page.locator("#sample pre").first).to_contain_text(f"prompt {name} ")
+    found(page, 1)
+
+
+def scores(page: playwright.Page) -> list[str]:
+    return page.locator("#rows .score").all_inner_texts()
+
+
+def test_browser_takes_the_place_of_the_plain_samples(page: playwright.Page) -> None:
+    assert page.is_hidden("#rollouts-plain")
+    found(page, 203)
+    assert page.locator("#rows li").count() == 50 and page.inner_text("#page") == "page 1 of 5"
+    page.click("#after")
+    page.click("#after")
+    assert page.inner_text("#page") == "page 3 of 5"
+    assert "Step 14 · group 0 · maths" in page.inner_text("#sample")
+
+
+def test_browser_filters_and_orders(page: playwright.Page) -> None:
+    page.select_option("[name=step]", "2")
+    found(page, 4)
+    page.select_option("[name=kind]", "failed")
+    found(page, 1)
+    assert "No reward: took longer than 5 s </script>" in page.inner_text("#sample .why")
+    assert scores(page) == ["failed"] and "counted as 0" in page.inner_text("#sample")
+    page.select_option("[name=kind]", "cut")
+    found(page, 1)
+    assert "cut at the length limit" in page.inner_text("#sample")
+    page.click("button[type=reset]")
+    found(page, 203)
+    page.select_option("[name=domain]", "code")
+    found(page, 3)
+    page.select_option("[name=order]", "best")
+    playwright.expect(page.locator("#rows .score").first).to_have_text("0.5")
+    assert scores(page) == ["0.5", "0.3", "0.1"]
+    page.select_option("[name=domain]", "")
+    page.fill("[name=low]", "0.5")
+    page.fill("[name=high]", "0.6")
+    found(page, 12 * 2 + 2)
+    page.fill("[name=low]", "2")
+    found(page, 0)
+    assert page.inner_text("#sample") == "No sample matches."
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "long"])
+def test_browser_shows_any_text_as_it_is(page: playwright.Page, name: str) -> None:
+    show(page, name)
+    tokens = page.locator("#tokens > span")
+    assert tokens.count() == len(SAMPLES[name])
+    shown = [token.replace(CONTROLS, SHOWN_CONTROLS).replace("\n", "↵\n") or "·" for token in SAMPLES[name]]
+    assert tokens.all_text_contents() == shown
+    assert page.locator("#sample pre").first.text_content() == f"prompt {name} {EVIL}"
+    assert page.locator("#sample img, #sample script").count() == 0
+
+
+def test_browser_cuts_a_long_response_and_says_so(page: playwright.Page) -> None:
+    show(page, "long")
+    assert page.locator("#tokens > span").count() == 3000
+    assert page.inner_text(".rest") == "… 17,000 more tokens in the file."
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_browser_breaks_the_reward_down(page: playwright.Page) -> None:
+    show(page, "plain")
+    assert page.locator(".parts span").all_inner_texts() == ["correct", "length", "score"]
+    assert page.locator(".parts b").all_inner_texts() == ["1.5", "−0.5", "0"]
+    widths = [bar["width"] for bar in (b.bounding_box() or {} for b in page.locator(".parts i").all())]
+    assert widths[0] == pytest.approx(3 * widths[1], abs=1)
+    left, right = (page.locator(".parts i").nth(i).bounding_box() or {} for i in (1, 0))
+    assert left["x"] + left["width"] == pytest.approx(right["x"], abs=1), "negative ones lie left of 0"
+
+
+def test_browser_colours_tokens_by_each_figure(page: playwright.Page) -> None:
+    show(page, "plain")
+
+    def shades(figure: str) -> list[str]:
+        page.select_option("#shade", figure)
+        return page.locator("#tokens > span").evaluate_all("all => all.map(s => s.style.backgroundColor)")
+
+    pale = [shade.removeprefix("rgb(var(--hot) / ").removesuffix(")") for shade in shades("logp")]
+    assert list(map(float, pale)) == pytest.approx([0.75 * v / 5 for v in (0.25, 0.5, 0.75)], abs=1e-3)
+    assert shades("diff") == shades("ratio") == shades("adv") == ["rgb(var(--cold) / 0.750)"] * 3
+    assert page.locator("#tokens > span").first.evaluate("s => getComputedStyle(s).backgroundColor").startswith("rgba(")
+    assert page.inner_text("#scale").split() == ["≤", "−0.5", "≥", "0.5"]
+    page.select_option("#shade", "ratio")
+    assert page.inner_text("#scale").split() == ["≤", "0.9048", "≥", "1.105"]
+    show(page, "arabic")
+    assert page.locator("#shade option").all_inner_texts() == ["log-prob (trainer)", "engine − trainer", "advantage"]
+
+
+def test_browser_reads_a_token_at_the_pointer_and_by_keyboard(page: playwright.Page) -> None:
+    show(page, "plain")
+    page.locator("#tokens > span").nth(1).hover()
+    told = page.locator("#tip").inner_text()
+    for text in ('token 2 "2"', "−0.5", "60.65 %", "−0.49", "0.01", "1.105"):
+        assert text in told
+    page.focus("#tokens")
+    page.keyboard.press("End")
+    assert page.inner_text("#reading").startswith('token 3 "<|end|>" · log-prob, trainer −0.75')
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#reading").startswith('token 2 "2"')
+
+
+def test_browser_list_is_walked_by_keyboard(page: playwright.Page) -> None:
+    page.focus("#rows")
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    assert page.locator("#rows li[aria-selected=true]").get_attribute("id") == "row3"
+    assert page.get_attribute("#rows", "aria-activedescendant") == "row3"
+    page.keyboard.press("End")
+    assert page.inner_text("#page") == "page 5 of 5" and "Step 1 · " in page.inner_text("#sample")
+    page.keyboard.press("Home")
+    page.locator(".alike button").nth(2).click()
+    assert page.locator("#rows li[aria-selected=true]").get_attribute("id") == "row2"
+
+
+@pytest.mark.parametrize("width", [1300, 420])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_browser_fits_and_can_be_read(page: playwright.Page, width: int, scheme: str) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    show(page, "evil")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.querySelector('#tokens')).color,"
+        " getComputedStyle(document.querySelector('#tokens')).backgroundColor]"
+    )
+    page.set_viewport_size({"width": 1300, "height": 900})
+    lights = [sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(","))) for color in (ink, paper)]
+    assert (lights[1] - lights[0] > 500) is (scheme == "light") and abs(lights[1] - lights[0]) > 500
+
+
+def test_page_without_scripts_shows_the_plain_samples(chromium: playwright.Browser, report: Path) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(report.as_uri())
+    assert page.is_hidden("#browser") and page.is_visible("#rollouts-plain")
+    assert "Step 14" in page.inner_text("#rollouts-plain")
+    context.close()

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+from roll_gspo.report.families import family_charts
+from roll_gspo.report.page import write_report
+from roll_gspo.report.run_folder import RunFolder, read_run
+
+
+def run_with(folder: Path, *names: str) -> RunFolder:
+    rows = [{"step": step, **{name: step + i / 10 for i, name in enumerate(names)}} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_run(folder)
+
+
+def drawn(run: RunFolder) -> dict[str, list[str]]:
+    """Title to labels of its lines."""
+    return {chart.title: [series.label for series in chart.series] for chart in family_charts(run)}
+
+
+def test_family_is_one_chart_with_a_line_for_each(tmp_path: Path) -> None:
+    figures = ("score_mean", "failed", "response_length_mean", "num_samples")
+    domains = [f"domain/{domain}/{figure}" for domain in ("maths", "code") for figure in figures]
+    assert drawn(run_with(tmp_path, *domains, "reward/component/format", "reward/component/correct")) == {
+        "Score by domain": ["code", "maths"],
+        "Reward components": ["correct", "format"],
+        "Response length by domain": ["code", "maths"],
+        "Samples by domain": ["code", "maths"],
+        "Failed rewards by domain": ["code", "maths"],
+    }
+
+
+def test_validation_is_a_chart_a_figure_and_names_k_where_it_differs(tmp_path: Path) -> None:
+    names = ["avg@8", "pass@1", "pass@8", "pass@16", "maj@8"]
+    run = run_with(tmp_path, *(f"validation/{g}/{n}" for g in ("aime/24", "math500") for n in names))
+    assert drawn(run) == {
+        "Validation: avg@k": ["aime/24", "math500"],
+        "Validation: pass@k": [f"{g} @{k}" for g in ("aime/24", "math500") for k in (1, 8, 16)],
+        "Validation: maj@k": ["aime/24", "math500"],
+    }
+
+
+def test_only_domain_has_no_chart_of_its_own(tmp_path: Path) -> None:
+    run = run_with(tmp_path, "domain/maths/score_mean", "validation/math500/avg@4")
+    assert drawn(run) == {"Validation: avg@k": ["math500"]}
+
+
+def test_more_lines_than_colours_take_several_charts(tmp_path: Path) -> None:
+    found = drawn(run_with(tmp_path, *(f"domain/d{i:02}/score_mean" for i in range(19))))
+    assert {title: len(lines) for title, lines in found.items()} == {
+        "Score by domain (1)": 8,
+        "Score by domain (2)": 8,
+        "Score by domain (3)": 3,
+    }
+
+
+def test_page_draws_families_and_does_not_repeat_them(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    run_with(tmp_path, f"domain/{evil}/score_mean", "domain/code/score_mean", "domain/code/odd", "reward/score_mean")
+    parser = HTMLParser()
+    texts: list[str] = []
+    parser.handle_data = lambda data: texts.append(data)  # type: ignore[method-assign]
+    parser.feed(write_report(tmp_path).read_text())
+    assert "Score by domain" in texts and evil in "".join(texts)
+    assert "domain/code/odd" in texts and "domain/code/score_mean" not in texts

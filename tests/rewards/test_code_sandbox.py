@@ -1,0 +1,351 @@
+"""`code_sandbox`: finding the program, reading the rows of data sets, comparing, and not being fooled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from roll_gspo.rewards import RewardPool, RewardRequest, reward_spec
+from roll_gspo.rewards.code_cases import BadCasesError, CallCase, CodeCases, ScriptCase, parse_cases
+from roll_gspo.rewards.code_sandbox import CodeSandbox, extract_program, same_output, same_value
+from roll_gspo.sandbox import SandboxError
+
+SUMS = [{"input": "1 2\n", "output": "3\n"}, {"input": "-5 5\n", "output": "0\n"}, {"input": "7 8\n", "output": "15"}]
+SUM = "print(sum(map(int, input().split())))"
+PATIENT = {"time_limit_s": 60, "total_s": 60}
+
+
+def made(**arguments) -> CodeSandbox:
+    try:
+        return CodeSandbox(**{**PATIENT, **arguments})
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def whole() -> CodeSandbox:
+    return made()
+
+
+@pytest.fixture(scope="module")
+def partial() -> CodeSandbox:
+    return made(partial=True)
+
+
+def score(reward: CodeSandbox, source: str, test_cases, **row) -> float:
+    return reward("", f"Here it is:\n```python\n{source}\n```", "", test_cases=test_cases, **row).score
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("```python\na\n```", "a\n"),
+        ("```python\na\n```\nand better\n```py\nb\n```\nprints\n```\n3\n```", "b\n"),
+        ("<think>\n```python\na\n```\n</think>\n```\nb\n```", "b\n"),
+        ("<think>\n```python\na\n```", "a\n"),
+        ("<think>\n```python\na\n```\n</think> none", None),
+        ("~~~~python3 title\nx = '''```'''\n~~~~", "x = '''```'''\n"),
+        ("1. so:\n   ```Python\n   if a:\n       b\n   ```", "if a:\n    b\n"),
+        ("```python\nprint(1)", None),
+        ("print(1)", None),
+        ("", None),
+    ],
+)
+def test_program_is_the_last_python_block_after_the_thinking(response, program):
+    assert extract_program(response) == program
+
+
+def test_bare_program_is_taken_where_that_is_allowed():
+    assert extract_program("<think>x</think>print(1)", allow_bare=True) == "print(1)"
+    assert extract_program("``` print(1)", allow_bare=True) is None
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "same"),
+    [
+        ("1 2\n3", "1 2 \n3\n\n", True), ("0.3333333", "0.33333333", True), ("1.0", "1", True), ("1e3", "1000.0", True),
+        ("-0.0", "0.0", True), ("10000001", "10000002", False), ("0.34", "0.33", False), ("1 2", "1", False),
+        ("yes", "YES", False), ("nan", "nan", True), ("inf", "1e999", False), ("1_0", "10", False), ("", "", True),
+    ],
+)  # fmt: skip
+def test_outputs_are_compared_by_words(actual, expected, same):
+    assert same_output(actual, expected, 1e-6) is same
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "same"),
+    [
+        ([1, [2.0000000001]], [1, [2.0]], True), ({"a": 1}, {"a": 1.0}, True), ([1], [1, 2], False), ("1", 1, False),
+        (None, [], False), ({"a": 1}, {"b": 1}, False), (10**17, 10**17 + 1, False), (True, True, True),
+    ],
+)  # fmt: skip
+def test_values_are_compared_within_containers(actual, expected, same):
+    assert same_value(actual, expected, 1e-6) is same
+
+
+@pytest.mark.parametrize(
+    ("row", "case"),
+    [
+        ({"case_type": "input", "test_cases": '[{"stdin": "1", "expected_stdout": "2"}]'}, ScriptCase("1", "2")),
+        ({"test_cases": SUMS}, ScriptCase("1 2\n", "3\n")),
+        ({"test_cases": [{"input": "1", "output": "2", "testtype": "stdin"}], "fn_name": "f"}, ScriptCase("1", "2")),
+        ({"test_cases": {"inputs": ["1"], "outputs": ["2"]}}, ScriptCase("1", "2")),
+        ({"test_cases": {"inputs": [["1", "2"]], "outputs": [["3"]]}}, ScriptCase("1\n2", "3")),
+        (
+            {"test_cases": {"inputs": [[[1], 2]], "outputs": [[3]], "fn_name": "f"}},
+            CallCase("f", [[1], 2], [[3], 3]),
+        ),
+        (
+            {
+                "test_cases": [{"input": '[1]\n"a"', "output": "true", "testtype": "functional"}],
+                "metadata": '{"func_name": "f"}',
+            },
+            CallCase("f", [[1], "a"], [True]),
+        ),
+        (
+            {"case_type": "input", "test_case_function": "f", "test_cases": [{"stdin": "1", "expected_stdout": "x"}]},
+            CallCase("f", [1], ["x"]),
+        ),
+        ({"case_type": "pytest", "test_cases": '[{"assert_code": "t"}]'}, CodeCases(("t",))),
+        ({"case_type": "assert", "test_cases": "assert f() == 1"}, CodeCases(("assert f() == 1",))),
+        (
+            {"test_cases": [{"assert_code": "c", "entry_point": "f", "import_prefix": "import x"}]},
+            CodeCases(("c",), "f", "import x"),
+        ),
+        ({"case_type": "text", "test_cases": [{"assert_code": "t"}]}, CodeCases(("t",), about_text=True)),
+    ],
+)
+def test_rows_of_known_data_sets_are_read(row, case):
+    assert parse_cases(row)[0] == case
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({}, "no test_cases"),
+        ({"test_cases": []}, "empty"),
+        ({"test_cases": 3}, "expected a list of cases, got 3"),
+        ({"test_cases": "eJxrYJnKAwA="}, "neither a list nor the JSON text"),
+        ({"test_cases": [*SUMS, {"input": "1"}]}, r"test_cases\[3\]: expected .*found input"),
+        ({"test_cases": SUMS, "case_type": "java"}, "case_type is 'java'; known: input, stdin"),
+        ({"test_cases": [{"input": "1", "output": "2", "testtype": "functional"}]}, "needs the function's name"),
+        ({"test_cases": [{"input": "1 2", "output": "2"}], "fn_name": "f"}, "expected arguments as JSON"),
+        ({"test_cases": {"inputs": ["1"], "outputs": []}}, "as many inputs as outputs"),
+        ({"test_cases": [{"assert_code": ""}], "case_type": "pytest"}, r"test_cases\[0\]: expected the text of a test"),
+        ({"test_cases": ["check"], "case_type": "check_based"}, "needs the name of the function"),
+    ],
+)
+def test_malformed_cases_are_told_with_what_was_expected(row, told):
+    with pytest.raises(BadCasesError, match=told):
+        parse_cases(row)
+
+
+def test_malformed_row_fails_its_sample_by_name(whole):
+    with pytest.raises(ValueError, match="code_sandbox: row 'r7': test_cases is empty"):
+        score(whole, SUM, [], id="r7")
+    for source, told in (
+        ("assert (", "SyntaxError"),
+        ("import pytest\npytest.importorskip('x')", "pytest.importorskip"),
+    ):
+        with pytest.raises(ValueError, match=f"row 'r8': its test cases: .*{told}"):
+            score(whole, "x = 1", [source], case_type="assert", id="r8")
+
+
+def test_scripts_score_all_or_nothing_or_their_share(whole, partial):
+    wrong_once = "a, b = map(int, input().split())\nprint(a + b if a > 0 else 9)"
+    assert (score(whole, SUM, SUMS), score(partial, SUM, SUMS)) == (1, 1)
+    assert (score(whole, wrong_once, SUMS), score(partial, wrong_once, SUMS)) == (0, pytest.approx(2 / 3))
+    verdict = partial("", f"```python\n{wrong_once}\n```", "", test_cases=SUMS)
+    assert verdict.components == {"compiled": 1, "all_passed": 0, "pass_rate": pytest.approx(2 / 3)}
+    assert whole("", "```python\ndef (\n```", "", test_cases=SUMS).components == {"compiled": 0, "all_passed": 0}
+    assert whole("", "no program", "", test_cases=SUMS).score == 0
+
+
+def test_calls_are_compared_outside(whole, partial):
+    row = {"fn_name": "f", "test_cases": [{"input": "[3, 1]", "output": "[1, 3]"}, {"input": "[]", "output": "[]"}]}
+    solution = "class Solution:\n    def f(self, x: List[int]):\n        return sorted(x)"
+    assert score(whole, solution, **row) == 1
+    assert score(partial, "def f(x): return x[:1] and [1, 3]", **row) == 1
+    assert score(partial, "def f(x): return [1, 3]", **row) == 0.5
+    assert score(partial, "def g(x): return x", **row) == 0
+
+
+ROLL_ROW = {
+    "case_type": "pytest",
+    "test_cases": json.dumps(
+        [
+            {
+                "assert_code": "\n\n\ndef test_one():\n    assert permute([1]) == [[1]]\n\ndef test_two():\n"
+                "    result = permute([1, 2])\n    expected = [[1, 2], [2, 1]]\n"
+                "    assert sorted(result) == sorted(expected)"
+            }
+        ]
+    ),
+}
+PERMUTE = "def permute(nums):\n    return [list(p) for p in permutations(nums)]"
+
+
+def test_unit_tests_score_by_test_function(whole, partial):
+    assert (score(whole, PERMUTE, **ROLL_ROW), score(partial, PERMUTE, **ROLL_ROW)) == (1, 1)
+    assert score(partial, "def permute(nums):\n    return [nums]", **ROLL_ROW) == 0.5
+    assert score(partial, "1 / 0", **ROLL_ROW) == 0
+    assert score(partial, "def other(): pass", **ROLL_ROW) == 0
+
+
+UNIT_TESTS = """
+import asyncio
+import pytest
+from solution import Account, Broke, double, sort_in_place, each, counted, later, numbers
+
+def test_argument_is_changed_in_place():
+    xs = [3, 1]
+    assert sort_in_place(xs) is xs and xs == [1, 3]
+
+def test_classes_and_errors():
+    account = Account(5)
+    account.owner = "me"
+    assert isinstance(account, Account) and account.owner == "me" and account == Account(5) and account != Account(6)
+    with pytest.raises(Broke, match="short of 2") as told:
+        account.spend(7)
+    assert told.value.missing == 2 and issubclass(Broke, ValueError)
+
+def test_functions_go_both_ways():
+    assert each(lambda x: x * 2, [1, 2]) == [2, 4]
+    @counted
+    def f(x): return x
+    assert f(1) == (1, 1) and f(2) == (2, 2)
+
+@pytest.mark.parametrize("value, expected", [(1, 2), (0.1, pytest.approx(0.2)), ("a", "aa"), ((1,), (1, 1))])
+def test_values(value, expected):
+    assert double(value) == expected
+
+@pytest.fixture
+def three(): yield 3
+
+class TestMore:
+    def setup_method(self): self.base = 1
+    def test_fixture(self, three): assert list(numbers(three)) == [self.base - 1, 1, 2]
+    async def test_async(self): assert await later(3) == 3
+"""
+SOLUTION = """
+class Broke(ValueError):
+    def __init__(self, missing):
+        super().__init__(f"short of {missing}")
+        self.missing = missing
+class Account:
+    def __init__(self, sum): self.sum = sum
+    def __eq__(self, other): return self.sum == other.sum
+    def spend(self, sum):
+        if sum > self.sum: raise Broke(sum - self.sum)
+def sort_in_place(xs): xs.sort(); return xs
+def each(f, xs): return [f(x) for x in xs]
+def counted(f):
+    calls = 0
+    def g(*args):
+        nonlocal calls
+        calls += 1
+        return f(*args), calls
+    return g
+def double(x): return x + x
+def numbers(n): yield from range(n)
+async def later(x): return x
+"""
+
+
+def test_unit_tests_use_the_program_as_if_it_were_theirs(whole):
+    assert score(whole, SOLUTION, [UNIT_TESTS], case_type="pytest") == 1
+    broken = SOLUTION.replace("xs.sort()", "pass")
+    assert score(whole, broken, [UNIT_TESTS], case_type="pytest") == 0
+
+
+def test_check_based_and_text_cases(whole):
+    check = {
+        "assert_code": "def check(candidate):\n    assert candidate(2) == 4",
+        "entry_point": "f",
+        "import_prefix": "two = 2",
+    }
+    assert score(whole, "def f(x): return x * two", [check], case_type="check_based") == 1
+    assert score(whole, "def f(x): return x", [check], case_type="check_based") == 0
+    text = [{"assert_code": "answer = {response}\nassert len(answer.split()) == 2"}]
+    assert whole("", "<think>no</think>it's \"two\\'", "", test_cases=text, case_type="text").score == 1
+    assert whole("", "one", "", test_cases=text, case_type="text").score == 0
+
+
+EQUAL = (
+    "class E:\n    def __eq__(self, o): return True\n    __lt__ = __gt__ = __le__ = __ge__ = __eq__\n"
+    "    def __ne__(self, o): return False\n"
+)
+FORGED = {
+    "says that it passed": "print('{\"passed\": [true, true], \"reason\": \"\"}')\nprint('All tests passed!')",
+    "leaves": "import sys\nsys.exit(0)",
+    "leaves at once": "import os\nos._exit(0)",
+    "leaves when asked": "import os\ndef permute(x): os._exit(0)",
+    "raises SystemExit when asked": "def permute(x): raise SystemExit(0)",
+    "equals all": EQUAL + "def permute(x): return E()",
+    "equals all within a list": EQUAL + "def permute(x): return [E()] * 2",
+    "equals all as a list": "class E(list):\n    def __eq__(self, o): return True\ndef permute(x): return E()",
+    "patches what compares": "import builtins\nbuiltins.sorted = lambda x: 0\nbuiltins.AssertionError = ValueError\n"
+    "builtins.all = builtins.any = lambda x: True\ndef permute(x): return []",
+    "patches pytest": "import sys, types\nsys.modules['pytest'] = types.ModuleType('pytest')\ndef permute(x): return 0",
+    "patches json": "import json\njson.dumps = lambda *a, **k: '{\"passed\": [true, true]}'\ndef permute(x): return 0",
+    "writes to every descriptor": "import os\nfor fd in range(200):\n"
+    "    try: os.write(fd, b'{\"passed\": [true, true]}')\n    except OSError: pass\ndef permute(x): return 0",
+    "looks at the tests": "import sys\ndef permute(x):\n    f = sys._getframe()\n    while f:\n"
+    "        if 'expected' in f.f_locals: return f.f_locals['expected']\n        f = f.f_back\n    return 0",
+    "does not end": "def permute(x):\n    while True: pass",
+    "closes its connection": "import os\nos.closerange(0, 200)\ndef permute(x): return 0",
+    "kills": "import os\nos.kill(-1, 9)\nos.kill(1, 9)\ndef permute(x): return 0",
+    "renames": "class permute(int):\n    __name__ = 'x'\n    def __new__(cls, x): return True",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trick", FORGED)
+def test_verdict_cannot_be_forged(partial, trick):
+    row = {**ROLL_ROW, "test_cases": json.loads(ROLL_ROW["test_cases"])}
+    if trick == "does not end":
+        hasty = made(time_limit_s=0.5, total_s=0.5)
+        assert score(hasty, FORGED[trick], **row) == 0
+        return
+    assert score(partial, FORGED[trick], **row) == 0
+    assert score(partial, FORGED[trick], SUMS) == 0
+    assert score(partial, FORGED[trick], [{"input": "[1]", "output": "[[1]]"}], fn_name="permute") == 0
+
+
+def test_callbacks_of_the_tests_do_not_open_them_to_the_program(whole):
+    tests = "secret = 42\nclass Thing:\n    hidden = 1\n    def show(self): return 'shown'\n"
+    tests += "def test_it():\n    assert spy(lambda: secret, Thing()) == ['shown']\n"
+    spy = (
+        "def spy(f, thing):\n    seen = []\n"
+        "    for look in (lambda: f.__globals__, lambda: f.gi_frame, lambda: f.__code__, lambda: thing.__class__,\n"
+        "                 lambda: thing.__dict__, lambda: thing.show.__func__, lambda: thing.show()):\n"
+        "        try: seen.append(look())\n"
+        "        except AttributeError: pass\n    return [s for s in seen if isinstance(s, (str, dict))]\n"
+    )
+    assert score(whole, spy, [tests], case_type="pytest") == 1
+
+
+def test_sample_ends_within_its_time_by_itself():
+    hasty = made(partial=True, time_limit_s=0.3, total_s=0.7)
+    assert score(hasty, "while True: pass", [{"input": "", "output": ""}] * 100) == 0
+    with pytest.raises(ValueError, match="total_s is 0"):
+        CodeSandbox(total_s=0)
+
+
+def test_max_cases_uses_the_first(whole):
+    first = made(max_cases=1)
+    assert (score(first, "print(3)", SUMS), score(whole, "print(3)", SUMS)) == (1, 0)
+    with pytest.raises(ValueError, match="max_cases is 0"):
+        CodeSandbox(max_cases=0)
+
+
+def test_pool_scores_programs_and_leaves_no_process(whole):
+    spec = reward_spec("code_sandbox", {**PATIENT, "partial": True}, "rewards.code")
+    sources = [SUM, "import os\nos.kill(-1, 9)", "print(3)"]
+    requests = [
+        RewardRequest("", f"```python\n{s}\n```", "", {"id": str(i), "test_cases": SUMS}) for i, s in enumerate(sources)
+    ]
+    with RewardPool(spec, 1, 60.0, "rewards.code") as pool:
+        results = pool.score([*requests, RewardRequest("", "x", "", {"id": "bad"})])
+    assert [result.score for result in results] == [1, 0, pytest.approx(1 / 3), 0]
+    assert results[3].failed == "ValueError: code_sandbox: row 'bad': the row has no test_cases; add the column"

@@ -1,0 +1,192 @@
+"""Several rewards as one, in the schema and in a worker process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from roll_gspo.config.rewards import RewardConfig
+from roll_gspo.errors import ConfigError, RewardError
+from roll_gspo.rewards import RewardPool, RewardRequest, Verdict
+from roll_gspo.rewards.blocks import block_spec
+from roll_gspo.rewards.composition import Composition, Part
+
+MINE = """
+from roll_gspo.rewards import Verdict
+
+def length(prompt, response, ground_truth, unit=1, **row):
+    return len(response) * unit + row.get("bonus", 0)
+
+def fails(prompt, response, ground_truth):
+    raise ValueError("no idea")
+
+def speaks(prompt, response, ground_truth):
+    return Verdict(0.5, "forty-two", {"style": 0.25})
+"""
+REQUEST = RewardRequest("p", "so: 42", "42", {"bonus": 1, "prompt": "the row's own"})
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module of the user's."""
+    (tmp_path / "my_parts.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+def constant(value: Any) -> Callable[[RewardRequest], Any]:
+    """A reward that says the same of everything."""
+    return lambda request: value
+
+
+def ends(request: RewardRequest) -> float:
+    """A reward that would end its process."""
+    raise SystemExit(3)
+
+
+def never(request: RewardRequest) -> float:
+    """A reward that must not be asked."""
+    raise AssertionError("evaluated in vain")
+
+
+def test_weighted_sum_adds_weight_times_score() -> None:
+    parts = {"a": Part(constant(1), 0.8), "b": Part(constant(0.5), 0.2), "c": Part(constant(2.0), -1.0)}
+    verdict = Composition("weighted_sum", parts)(REQUEST)
+    assert verdict == Verdict(pytest.approx(0.8 + 0.1 - 2.0), None, {"a": 1, "b": 0.5, "c": 2})
+
+
+def test_min_is_the_lowest_score() -> None:
+    parts = {"a": Part(constant(1)), "b": Part(constant(-0.5)), "c": Part(constant(0))}
+    assert Composition("min", parts)(REQUEST) == Verdict(-0.5, None, {"a": 1, "b": -0.5, "c": 0})
+
+
+@pytest.mark.parametrize(("score", "threshold"), [(1.0, 1.0), (0.5, 0.5), (3, 1.0)])
+def test_open_gate_gives_the_sum_of_the_others(score: float, threshold: float) -> None:
+    parts = {"gate": Part(constant(score), threshold=threshold), "a": Part(constant(2), 0.5), "b": Part(constant(3))}
+    verdict = Composition("gate", parts, else_score=-7)(REQUEST)
+    assert verdict == Verdict(4.0, None, {"gate": score, "a": 2, "b": 3})
+
+
+def test_closed_gate_decides_without_asking_the_others() -> None:
+    parts = {"gate": Part(constant(Verdict(0.99, "x", {"why": 1}))), "costly": Part(never)}
+    assert Composition("gate", parts, -1.0)(REQUEST) == Verdict(-1.0, "x", {"gate": 0.99, "gate/why": 1})
+
+
+def test_answer_is_the_first_that_is_given() -> None:
+    parts = {"a": Part(constant(1)), "b": Part(constant(Verdict(1, "b"))), "c": Part(constant(Verdict(1, "c")))}
+    assert Composition("weighted_sum", parts)(REQUEST).answer == "b"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "text", None, Verdict(1, None, {"x": math.nan})])
+def test_part_without_a_number_fails_with_its_name(value: Any) -> None:
+    with pytest.raises(RewardError, match=r"part 'b': returned .*, not a finite number"):
+        Composition("min", {"a": Part(constant(0)), "b": Part(constant(value))})(REQUEST)
+
+
+def test_part_that_raises_fails_with_its_name() -> None:
+    with pytest.raises(RewardError, match="part 'b': SystemExit: 3"):
+        Composition("min", {"a": Part(constant(0)), "b": Part(ends)})(REQUEST)
+
+
+def block(**keys: Any) -> RewardConfig:
+    """A valid block, as from YAML."""
+    return RewardConfig.model_validate(keys)
+
+
+def part(name: str, **keys: Any) -> dict[str, Any]:
+    """A part of a block."""
+    return {"worker_cls": name, **keys}
+
+
+def test_pool_builds_all_parts_in_one_process() -> None:
+    good = block(
+        combine="weighted_sum",
+        parts={
+            "exact": part("exact_match", worker_args={"delimiter": ":"}),
+            "length": part("my_parts.length", worker_args={"unit": 2}, weight=-0.1),
+            "style": part("my_parts:speaks", weight=2.0),
+        },
+    )
+    with RewardPool(block_spec(good, "rewards.x"), 1, 30.0, "rewards.x") as pool:
+        (result,) = pool.score([REQUEST])
+        assert len(pool.pids) == 1
+    assert result.failed is None and result.answer == "forty-two"
+    assert result.score == pytest.approx(1 - 0.1 * 13 + 2 * 0.5)
+    assert result.components == {"exact": 1, "length": 13, "style": 0.5, "style/style": 0.25}
+
+
+def test_failing_part_fails_the_sample_and_leaves_the_pool() -> None:
+    failing = block(
+        combine="gate",
+        parts={"exact": part("exact_match"), "bad": part("my_parts.fails")},
+    )
+    with RewardPool(block_spec(failing, "rewards.x"), 1, 30.0, "rewards.x") as pool:
+        failed, closed = pool.score([REQUEST, RewardRequest("p", "so: 41", "42")])
+        (pid,) = pool.pids
+        assert pool.score([REQUEST])[0] == failed and pool.pids == [pid]
+    assert failed.failed == "RewardError: part 'bad': ValueError: no idea"
+    assert (closed.failed, closed.score, closed.components) == (None, 0.0, {"exact": 0.0})
+
+
+def test_unknown_argument_of_a_part_is_an_error_at_the_start() -> None:
+    wrong = block(combine="min", parts={"a": part("exact_match", worker_args={"delim": ""}), "b": part("math_rule")})
+    with (
+        RewardPool(block_spec(wrong, "rewards.x"), 1, 30.0, "rewards.x") as pool,
+        pytest.raises(ConfigError, match=r"rewards\.x: reward exact_match: .*unexpected keyword argument 'delim'"),
+    ):
+        pool.check()
+
+
+TWO = {"a": part("exact_match"), "b": part("math_rule")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "worker_cls: missing; name a worker, or give parts"),
+        ({"worker_cls": "exact_match", "combine": "min", "parts": TWO}, "parts stand in the place of worker_cls"),
+        ({"worker_cls": "exact_match", "combine": "min"}, "combine: min needs parts"),
+        ({"parts": TWO}, "combine: missing"),
+        ({"combine": "min", "parts": {"a": TWO["a"]}}, "parts: 'a' is alone"),
+        ({"combine": "min", "parts": TWO, "worker_args": {"x": 1}}, "worker_args belong to worker_cls"),
+        ({"combine": "min", "parts": TWO, "else_score": 1.0}, "else_score acts with combine: gate only"),
+        ({"combine": "min", "parts": {**TWO, "c": part("math_rule", weight=2.0)}}, "parts.c.weight: combine: min has"),
+        ({"combine": "gate", "parts": {"a": part("math_rule", weight=2.0), **TWO}}, None),
+        ({"combine": "gate", "parts": {"g": part("math_rule", weight=2.0), **TWO}}, "parts.g.weight: the gate itself"),
+        ({"combine": "gate", "parts": {**TWO, "c": part("math_rule", threshold=2.0)}}, "parts.c.threshold acts in"),
+        ({"combine": "weighted_sum", "parts": {**TWO, "c": part("math_rule", threshold=2.0)}}, "parts.c.threshold"),
+        ({"combine": "weighted_sum", "parts": {**TWO, "c/d": part("math_rule")}}, "'c/d' has a slash"),
+        ({"combine": "weighted_sum", "parts": {**TWO, "c": part("mathrule")}}, "did you mean 'math_rule'"),
+        ({"combine": "min", "parts": {**TWO, "c": {**TWO["a"], "parts": TWO}}}, "Extra inputs are not permitted"),
+        ({"worker_cls": "exact_match", "judge_prompt": "x"}, "judge_prompt acts with worker_cls: llm_judge only"),
+        ({"worker_cls": "llm_judge", "judge_model_type": "inference"}, "needs the model to run"),
+        ({"worker_cls": "llm_judge", "judge_model_name": "m", "worker_args": {"model": "n"}}, "worker_args.model and"),
+    ],
+)
+def test_blocks_say_what_is_wrong(keys: dict[str, Any], told: str | None) -> None:
+    if told is None:  # `a` is written again after the first part, and so is no longer weighted
+        assert block(**keys).parts["a"].weight is None
+        return
+    with pytest.raises(ValidationError) as caught:
+        block(**keys)
+    assert told in str(caught.value)
+
+
+def test_judge_keys_of_roll_become_arguments() -> None:
+    worker = "roll.pipeline.rlvr.rewards.llm_judge_reward_worker.LLMJudgeRewardWorker"
+    api = block(worker_cls=worker, judge_model_type="api", judge_model_name="m", judge_api_url="u", judge_prompt="p")
+    assert (api.worker_cls, api.arguments) == ("llm_judge", {"model": "m", "base_url": "u", "prompt": "p"})
+    own = block(worker_cls=worker, judge_model_type="inference", judge_model_name="m", worker_args={"parser": "yes_no"})
+    assert own.arguments == {"engine": {"model": "m"}, "parser": "yes_no"}
+
+
+def test_models_are_waited_for_longer() -> None:
+    judge, model = part("llm_judge"), part("reward_model")
+    assert block(**judge).timeout_s == 330.0 and block(**model).timeout_s == 120.0
+    assert block(combine="min", parts={"j": judge, "m": model}).timeout_s == 330.0
+    assert block(**judge, timeout_s=5.0).timeout_s == 5.0 and block(worker_cls="math_rule").timeout_s == 10.0

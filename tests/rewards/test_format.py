@@ -1,0 +1,90 @@
+"""`format`: named forms, regular expressions, and one that never ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from roll_gspo.errors import ConfigError
+from roll_gspo.rewards import RewardPool, RewardRequest, reward_spec
+from roll_gspo.rewards.format import Format
+
+GOOD = "<think>two and\ntwo</think>\n<answer> 4 < 5 </answer>"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "response", "score"),
+    [
+        ("think_answer", GOOD, 1),
+        ("think_answer", f"\n{GOOD}\n", 1),
+        ("think_answer", "<think></think><answer>4</answer>", 1),
+        ("think_answer", GOOD + " and more", 0),
+        ("think_answer", "So " + GOOD, 0),
+        ("think_answer", "<think>a</think><answer> </answer>", 0),
+        ("think_answer", "<think>a</think><answer></answer>", 0),
+        ("think_answer", "<think>a</think>4", 0),
+        ("think_answer", "<answer>4</answer><think>a</think>", 0),
+        ("think_answer", "<think>a<think>b</think><answer>4</answer>", 0),
+        ("think_answer", "<think>a</think><answer>3</answer><answer>4</answer>", 0),
+        ("think_answer", "<think>a<answer>3</answer></think><answer>4</answer>", 0),
+        ("think_answer", "", 0),
+        ("think", "<think>a</think> 4", 1),
+        ("think", "<think>a</think>", 0),
+        ("think", "a</think> 4", 0),
+        ("think", "<think>a</think> 4 </think>", 0),
+        ("boxed", r"So \boxed{4}.", 1),
+        ("boxed", r"<think>\boxed{3}</think>So \boxed{\frac{1}{2}}.", 1),
+        ("boxed", r"\boxed{3} or \boxed{4}", 0),
+        ("boxed", r"\boxed{ }", 0),
+        ("boxed", r"\boxed{4", 0),
+        ("boxed", "4", 0),
+        (r"^Answer: \d+$", "Answer: 42", 1),
+        (r"Answer: \d+", "Answer: 42.", 0),
+        (r"a.b", "a\nb", 1),
+    ],
+)
+def test_form_holds_for_the_whole_response(pattern, response, score):
+    assert Format(pattern)("", response, "ignored", id="1").score == score
+
+
+def test_thinking_that_the_template_opened_counts():
+    rule = Format("think")
+    assert rule("<|assistant|>\n<think>\n", "a</think> 4", "").score == 1
+    assert rule("<|assistant|>\n", "a</think> 4", "").score == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        (GOOD, 1),
+        ("<answer>4</answer><think>a</think>", 0.4),
+        ("<think>a</think>", 0.2),
+        ("4", 0),
+        ("<think><think>", 0),
+    ],
+)
+def test_partial_credit_counts_tags_that_occur_once(response, score):
+    assert Format("think_answer", partial_credit=0.4)("", response, "").score == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"format_pattern": "think_anser"}, "did you mean 'think_answer'"),
+        ({"format_pattern": "(a"}, "is no regular expression: missing"),
+        ({"format_pattern": "a+", "partial_credit": 0.5}, "acts with think_answer and think only"),
+        ({"format_pattern": "boxed", "partial_credit": 0.5}, "acts with think_answer and think only"),
+        ({"partial_credit": 1}, "expected 0 up to"),
+    ],
+)
+def test_wrong_arguments_are_errors(arguments, told):
+    with pytest.raises(ConfigError, match=told):
+        Format(**arguments)
+
+
+def test_pathological_expression_costs_its_sample_alone():
+    fine, endless = RewardRequest("", "aab", ""), RewardRequest("", "a" * 60 + "c", "")
+    spec = reward_spec("format", {"format_pattern": "(a+)+b"}, "rewards.f")
+    with RewardPool(spec, 1, 2.0, "rewards.f") as pool:
+        first, slow, last = pool.score([fine, endless, fine])
+    assert (first.score, last.score, slow.score) == (1, 1, 0)
+    assert slow.failed and not first.failed and not last.failed

@@ -1,0 +1,93 @@
+"""`multiple_choice_boxed` and `crossthinkqa`."""
+
+from __future__ import annotations
+
+import pytest
+
+from roll_gspo.errors import ConfigError
+from roll_gspo.rewards.multiple_choice import CrossThinkQa, MultipleChoiceBoxed, option_letters
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        *((form, "B") for form in ("B", " B ", "(B)", "[B]", "b", "(b)", "B.", "(B).", r"\text{B}", r"\text{(B)}")),
+        *((form, "B") for form in (r"\textbf{(B)}", r"\mathrm{B}", r"{B}", "$B$", "**B**", r"\ B", '"B"', "Option B")),
+        *((form, "B") for form in ("B. its text", "(B) its text", "B) its text", "B: its text", r"\text{B. Its text}")),
+        *((form, "B") for form in (r"\textbf{(B)}\ 12", "answer: B", "Answer is (B)", "(B)\nits text")),
+        *(
+            (form, "A,C")
+            for form in ("A, C", "C,A", "A and C", "A, and C", "(A) and (C)", "AC", "A C", "(A)(C)", "A;C")
+        ),
+        *((form, "A,C") for form in (r"\text{A}, \text{C}", "A & C", '["A", "C"]')),
+        ("A, B, C and D", "A,B,C,D"),
+        *((form, None) for form in ("", "42", "A cat", "CAB", "AA", "Yes", "ab", "x = B", "Because", "(", "B2")),
+    ],
+)
+def test_options_are_read_from_every_form(text, letters):
+    assert option_letters(text) == letters
+
+
+@pytest.mark.parametrize(
+    ("response", "ground_truth", "score", "answer"),
+    [
+        (r"So \boxed{B}.", "B", 1, "B"),
+        (r"So \boxed{\textbf{(B)}}", "(B)", 1, "B"),
+        (r"First \boxed{A}, no, \boxed{B}", "B", 1, "B"),
+        (r"First \boxed{A}, no, \boxed{B}", "A", 0, "B"),
+        (r"<think>\boxed{A}</think> \boxed{B}", "B", 1, "B"),
+        (r"<think>\boxed{B}</think> It is B", "B", 0, None),
+        (r"\boxed{A} and then \boxed{B", "A", 1, "A"),
+        (r"\boxed{A, C}", "AC", 1, "A,C"),
+        (r"\boxed{A}", "AC", 0, "A"),
+        (r"\boxed{A, B, C}", "AC", 0, "A,B,C"),
+        (r"\boxed{42}", "B", 0, None),
+        ("The answer is (B).", "B", 0, None),
+        ("", "B", 0, None),
+    ],
+)
+def test_last_box_decides(response, ground_truth, score, answer):
+    verdict = MultipleChoiceBoxed()("", response, ground_truth, choices=["a", "b"])
+    assert (verdict.score, verdict.answer) == (score, answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("The answer is (B).", "B"),
+        ("the correct answer is **B**\nbecause of A", "B"),
+        ("Answer: B", "B"),
+        ("Perhaps the answer is A. No, the answer is B!", "B"),
+        ("The answers are A and C.", "A,C"),
+        ("The answer is A cat", None),
+        ("The answer is Brown", None),
+        (r"The answer is A. \boxed{B}", "B"),
+        (r"The answer is A. \boxed{unclear}", None),
+        ("B", None),
+    ],
+)
+def test_phrase_counts_where_it_is_allowed_and_there_is_no_box(response, answer):
+    assert MultipleChoiceBoxed(answer_phrase=True)("", response, "B").answer == answer
+    assert MultipleChoiceBoxed()("", response, "B").answer == (answer if "boxed" in response else None)
+
+
+@pytest.mark.parametrize(
+    ("reward_type", "scores"),
+    [("loose", (1, 1, -1, -1)), ("soft", (1, 0.5, -0.5, -1)), ("strict", (1, -1, -1, -1))],
+)
+def test_crossthinkqa_tells_right_from_well_formed(reward_type, scores):
+    rule = CrossThinkQa(reward_type)
+    responses = (r"\boxed{B}", "The answer is B.", r"\boxed{A}", "The answer is A.")
+    assert tuple(rule("", response, "B").score for response in responses) == scores
+    assert rule("", "no answer", "B").score == -1
+
+
+@pytest.mark.parametrize("rule", [MultipleChoiceBoxed(), CrossThinkQa()])
+def test_ground_truth_without_an_option_is_an_error_not_a_zero(rule):
+    with pytest.raises(ValueError, match="names no option"):
+        rule("", r"\boxed{B}", "forty-two")
+
+
+def test_unknown_reward_type_is_an_error():
+    with pytest.raises(ConfigError, match="crossthinkqa has loose, soft, strict, not 'hard'"):
+        CrossThinkQa("hard")

@@ -1,0 +1,48 @@
+"""Sandboxes that tests share; where the host offers no isolation, their tests are skipped with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from roll_gspo.sandbox import Limits, Outcome, Sandbox, SandboxError
+
+Run = Callable[..., Outcome]
+SECRET = "planted-secret-7c1f"
+
+
+def opened(limits: Limits, **arguments: object) -> Sandbox:
+    """A sandbox, or a skip."""
+    try:
+        return Sandbox(limits, **arguments)
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """Programs may be slow under load: what must time out says so itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANDBOX_TEST_TOKEN", SECRET)
+        with opened(Limits(wall_s=60, cpu_s=20, memory_mb=256, file_mb=4, tmp_mb=8, output_kb=64)) as sandbox:
+            yield sandbox
+
+
+@pytest.fixture(scope="session")
+def crowded() -> Iterator[Sandbox]:
+    """Programs may start processes."""
+    with opened(Limits(wall_s=60, cpu_s=20, memory_mb=128, processes=6, threads=6, output_kb=64)) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def run(sandbox: Sandbox) -> Run:
+    """Run a program once."""
+
+    def run(source: str, stdin: str = "", wall_s: float | None = None) -> Outcome:
+        with sandbox.start(source) as program:
+            assert not program.problem
+            return program.run(stdin, wall_s)
+
+    return run

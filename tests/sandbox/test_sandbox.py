@@ -1,0 +1,124 @@
+"""What an honest program gets: its input, its output, its limits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from roll_gspo.sandbox import Limits, Sandbox
+
+
+def test_program_reads_its_input_and_its_output_comes_back(run):
+    outcome = run("n = int(input())\nprint(sum(map(int, input().split())) * n)\n", "2\n3 4\n")
+    assert (outcome.status, outcome.exit_code, outcome.stdout, outcome.stderr) == ("finished", 0, "14\n", "")
+    assert outcome.ok and not outcome.reason
+
+
+def test_large_input_that_is_not_read_and_input_that_is(run):
+    text = "x" * 300_000
+    assert run("print('done')", text).stdout == "done\n"
+    assert run("import sys; print(len(sys.stdin.read()))", text).stdout == "300000\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [
+        (
+            "print(inf, gcd(4, 6), Counter('a'), List[int], pow(2, 5, 7))",
+            "inf 2 Counter({'a': 1}) typing.List[int] 4\n",
+        ),
+        ("import sys\nprint(open('/dev/stdin').read(), sys.argv[0])", "text solution.py\n"),
+        ("if __name__ == '__main__':\n    print('main')", "main\n"),
+        ("import sys\nprint('bye')\nsys.exit()", "bye\n"),
+        ("import atexit\natexit.register(print, 'last')", "last\n"),
+        (
+            "import threading, sys\nthreading.stack_size(1 << 26)\n"
+            "def f(n): return 0 if n == 0 else f(n - 1) + 1\n"
+            "t = threading.Thread(target=lambda: print(f(20000)))\nt.start()\nt.join()",
+            "20000\n",
+        ),
+        ("import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()", "late\n"),
+        ("import tempfile\nf = tempfile.NamedTemporaryFile()\nf.write(b'x')\nprint(f.name[:5])", "/tmp/\n"),
+        ("import asyncio\nasync def f(): return 3\nprint(asyncio.run(f()))", "3\n"),
+        ("import decimal, fractions, zoneinfo, ssl, sqlite3, ctypes, multiprocessing, unittest\nprint('all')", "all\n"),
+    ],
+)
+def test_usual_programs_run(run, source, printed):
+    outcome = run(source, "text")
+    assert outcome.stdout == printed, outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "told"),
+    [
+        ("1/0", 1, "ZeroDivisionError"),
+        ("import sys\nsys.exit(3)", 3, ""),
+        ("import sys\nsys.exit('no such luck')", 1, "no such luck"),
+        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+        ("import numpy", 1, "No module named 'numpy'"),
+        ("import roll_gspo", 1, "No module named 'roll_gspo'"),
+        ("def f(n): return f(n + 1)\nf(0)", 1, "RecursionError"),
+        ("import os\nos.abort()", -6, "signal 6"),
+        ("import ctypes\nctypes.string_at(1)", -11, "signal 11"),
+    ],
+)
+def test_failure_is_told_with_its_reason(run, source, code, told):
+    outcome = run(source)
+    assert outcome.exit_code == code and not outcome.ok
+    assert told in outcome.reason
+
+
+def test_program_that_does_not_compile_is_told(sandbox):
+    with sandbox.start("def f(:\n") as program:
+        assert "SyntaxError" in program.problem
+
+
+def test_cases_share_nothing(sandbox):
+    source = "import os, builtins\nprint(sorted(os.listdir()), hasattr(builtins, 'seen'))\n"
+    with sandbox.start(
+        source + "builtins.seen = 1\nos.mkdir('d')\nopen('d/left', 'w').write('x')\nopen('f', 'w')"
+    ) as program:
+        assert [program.run("").stdout for _ in range(2)] == ["[] False\n"] * 2
+
+
+def test_call_returns_the_value_and_ignores_what_is_printed(sandbox):
+    with sandbox.start(
+        "print('loading')\nclass Solution:\n    def twice(self, x):\n        print(x)\n        return x * 2, {1}\n"
+    ) as program:
+        outcome = program.call("twice", [[1, 2]])
+        assert json.loads(outcome.stdout) == [[1, 2, 1, 2], [1]]
+        assert "absent" in program.call("absent", []).reason
+
+
+def test_hash_order_is_the_same_in_every_run(run):
+    assert len({run("print(*{str(i) for i in range(50)})").stdout for _ in range(3)}) == 1
+
+
+def test_packages_are_offered_by_name_only(sandbox):
+    with Sandbox(sandbox.limits, packages=("numpy",)) as with_numpy:
+        source = "import numpy\nprint(numpy.arange(3).sum())\ntry:\n    import torch\nexcept ImportError: print('none')"
+        with with_numpy.start(source) as program:
+            outcome = program.run("")
+    assert outcome.stdout == "3\nnone\n", outcome.stderr
+
+
+def test_two_programs_of_a_sandbox_run_side_by_side(sandbox):
+    with sandbox.start("print(input())") as one, sandbox.start("print(input() * 2)") as two:
+        assert (one.run("a").stdout, two.run("b").stdout, one.run("c").stdout) == ("a\n", "bb\n", "c\n")
+
+
+@pytest.mark.parametrize(
+    "limits", [{"wall_s": 0}, {"processes": 0}, {"memory_mb": 1.5}, {"open_files": True}, {"cpu_s": "2"}]
+)
+def test_limit_that_makes_no_sense_is_refused(limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))} is .*give a"):
+        Limits(**limits)
+
+
+def test_sandbox_whose_process_was_killed_starts_another(sandbox):
+    with Sandbox(sandbox.limits) as short_lived:
+        short_lived._zygote._process.kill()
+        short_lived._zygote._process.wait(timeout=30)
+        with short_lived.start("print(1)") as program:
+            assert program.run("").stdout == "1\n"
