@@ -29,8 +29,8 @@ class ValidationConfig(Schema):
     generating_args: GeneratingArgs = GeneratingArgs()
     """Sampling of validation responses; `num_return_sequences` samples a prompt."""
     group_by: Literal["source", "domain", "tag"] = "source"
-    """Column whose values get figures of their own, beside those over all prompts; a row without a source goes by its
-    tag, or else its domain."""
+    """Column whose values get figures of their own, beside those over all prompts; a row without a source goes by
+    the name of its file, a generated one by its tag."""
     sources: Names = ()
     """Take only the rows with these values of `group_by`; empty: all."""
     metrics_k: Annotated[tuple[PositiveInt, ...], BeforeValidator(_distinct)] | None = None

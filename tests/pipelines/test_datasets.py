@@ -44,7 +44,7 @@ def test_generated_task_stands_alone() -> None:
 def test_prompts_have_the_chat_template_and_the_row() -> None:
     config = load_config("example_gspo", "actor_train.data_args.num_rows=3").config
     rows = read_datasets(config).train
-    prompts = tokenize(config, config.actor_train.data_args, rows, byte_tokenizer())
+    prompts = tokenize(config, config.actor_train.data_args, rows, byte_tokenizer(), config.prompt_length)
     assert [p.text for p in prompts] == [f"<|user|>{row.id}=<|assistant|>" for row in rows]
     assert [p.row["ground_truth"] for p in prompts] == [row.ground_truth for row in rows]
 
@@ -65,7 +65,8 @@ def _config(folder: Path, shares: str | None, *overrides: str) -> ExperimentConf
 
 def _sampler(config: ExperimentConfig) -> Sampler[Prompt]:
     args = config.actor_train.data_args
-    return make_sampler(config, tokenize(config, args, read_datasets(config).train, byte_tokenizer()))
+    train = read_datasets(config).train
+    return make_sampler(config, tokenize(config, args, train, byte_tokenizer(), config.prompt_length))
 
 
 def test_batches_have_the_shares_of_the_reward_blocks(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_domain_that_the_length_filter_empties_is_named(tmp_path: Path) -> None:
     config = _config(tmp_path, "{code: 0.5, math: 0.5}", "prompt_length=4")
     rows = read_datasets(config).train
     long = [replace(row, messages=({"role": "user", "content": "m" * 9},)) if row.tag else row for row in rows]
-    prompts = tokenize(config, config.actor_train.data_args, long, byte_tokenizer())
+    prompts = tokenize(config, config.actor_train.data_args, long, byte_tokenizer(), config.prompt_length)
     with pytest.raises(DataError, match=r"the data within prompt_length 4 has no row of math"):
         make_sampler(config, prompts)
 

@@ -90,9 +90,9 @@ def test_sources_are_taken_before_rows_are_counted(tmp_path: Path) -> None:
         return [f"{row.messages[0]['content']} {row.domain}" for row in found]
 
     assert read(sources="b") == ["p1 d", "p3 d"]
-    assert read(sources="rest") == ["q rest"], "a row without source and tag goes by its domain"
+    assert read(sources="rows") == ["q rest"], "a row without a source goes by its file"
     assert read(group_by="domain", sources=["d", "rest"]) == ["p0 d", "p1 d"]
-    with pytest.raises(DataError, match=r"validation.sources: no row has the source c \(there are a, b, rest\)"):
+    with pytest.raises(DataError, match=r"validation.sources: no row has the source c \(there are a, b, rows\)"):
         read(sources=["a", "c"])
     assert group_of({"tag": "t"}, "source") == "t" and group_of({"tag": "t"}, "domain") == "unlabelled"
 
