@@ -55,7 +55,8 @@ class Sequences:
     Attributes:
         input_ids: [B, S] int64, prompt followed by response, right-padded.
         prompt_lengths: [B] int64, at least 1.
-        response_mask: [B, T] bool, true on the tokens of the response.
+        response_mask: [B, T] bool, true on the tokens of the response. False in between (a gap) are tokens that are
+            given, such as the user's in a conversation of several turns; the last true one ends the sequence.
     """
 
     input_ids: Tensor
@@ -66,16 +67,23 @@ class Sequences:
         batch, width = self.input_ids.shape
         if self.prompt_lengths.shape != (batch,) or self.response_mask.shape[0] != batch:
             raise ValueError("input_ids, prompt_lengths and response_mask disagree about B")
-        if batch and int((self.prompt_lengths + self.response_mask.sum(-1)).max()) > width:
+        if batch and int(self.lengths.max()) > width:
             raise ValueError("a prompt and its response are longer than input_ids is wide")
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
+    def response_lengths(self) -> Tensor:
+        """[B] positions of the response up to its last token, gaps included."""
+        mask = self.response_mask
+        ends = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return torch.where(mask, ends, 0).amax(-1)
+
+    @property
     def lengths(self) -> Tensor:
         """[B] prompt plus response, without padding."""
-        return self.prompt_lengths + self.response_mask.sum(-1)
+        return self.prompt_lengths + self.response_lengths
 
     @property
     def attention_mask(self) -> Tensor:
@@ -92,9 +100,10 @@ class Sequences:
     @property
     def predicting_mask(self) -> Tensor:
         """[B, S] bool, true on the positions whose logits predict response tokens."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        first = self.prompt_lengths[:, None] - 1
-        return (positions >= first) & (positions < first + self.response_mask.sum(-1, keepdim=True))
+        samples, columns = self.response_mask.nonzero(as_tuple=True)
+        predicting = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        predicting[samples, self.prompt_lengths[samples] - 1 + columns] = True
+        return predicting
 
     @property
     def response_ids(self) -> Tensor:
@@ -114,11 +123,16 @@ class Sequences:
     def trimmed_widths(self, index: Tensor) -> tuple[int, int]:
         """(S, T) that hold the samples of `index`; both at least 1."""
         width = int(self.lengths[index].max())
-        return max(width, 1), max(int(self.response_mask[index].sum(-1).max()), 1)
+        return max(width, 1), max(int(self.response_lengths[index].max()), 1)
 
     @staticmethod
-    def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Sequences:
-        """Pad `prompt + response` pairs to the right into one batch."""
+    def collate(
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        pad: int,
+        masks: Sequence[Sequence[bool]] | None = None,
+    ) -> Sequences:
+        """Pad `prompt + response` pairs to the right into one batch; `masks` say where the responses have gaps."""
         width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
         response_width = max(1, max(len(r) for r in responses))
         input_ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
@@ -127,6 +141,8 @@ class Sequences:
             input_ids[row, : len(tokens)] = tokens
         response_lengths = torch.tensor([len(r) for r in responses])
         mask = torch.arange(response_width) < response_lengths[:, None]
+        for row, given in enumerate(masks or ()):
+            mask[row, : len(given)] = torch.tensor(given, dtype=torch.bool)
         return Sequences(input_ids, torch.tensor([len(p) for p in prompts]), mask)
 
 
@@ -213,6 +229,12 @@ class TrainBatch:
     def response_mask(self) -> Tensor:
         """[B, T] bool."""
         return self.sequences.response_mask
+
+    @staticmethod
+    def of_demonstrations(sequences: Sequences, sample_ids: Tensor) -> TrainBatch:
+        """Samples to imitate: nobody sampled them, so that advantages and log-probs are all 0."""
+        zeros = torch.zeros(()).expand(sequences.response_mask.shape)
+        return TrainBatch(sequences, sample_ids, zeros, zeros, zeros)
 
     def rows(self, index: Tensor) -> TrainBatch:
         """The samples of `index`, trimmed to the widths that they need."""

@@ -11,7 +11,9 @@ import sys
 
 from omegaconf import DictConfig
 
+from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.load import Loaded
+from roll_gspo.errors import ConfigError
 from roll_gspo.run import exit_status, load_composed, report_problems, set_environment, with_composed
 
 USAGE = """usage: python -m roll_gspo.evaluate --config-name NAME [ckpt=PATH] [out=FOLDER] [key=value ...] [--dry-run]
@@ -55,6 +57,11 @@ def run(loaded: Loaded, ckpt: str | None = None, out: str | None = None, dry_run
     from roll_gspo.pipelines.evaluated import check_evaluation, evaluation_plan, find_evaluated
 
     config = loaded.config
+    if not isinstance(config, ExperimentConfig):
+        raise ConfigError(
+            f"pipeline: {config.pipeline} has no rewards to judge responses with; name a configuration of pipeline: "
+            "rlvr, and give the model as ckpt=PATH"
+        )
     evaluated = find_evaluated(config, ckpt or None, out or None)
     plan = evaluation_plan(config, evaluated)
     print(plan.text(), flush=True)

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from roll_gspo.checkpoint import open_checkpoint
-from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.sft import AnyConfig, SftConfig, config_class
 from roll_gspo.errors import CheckpointError, ConfigError, RollGspoError
 
 if TYPE_CHECKING:
@@ -89,10 +89,11 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
     return difference
 
 
-def _config(folder: Path) -> ExperimentConfig:
+def _config(folder: Path) -> AnyConfig:
     path = folder / "config.yaml"
     try:
-        return ExperimentConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return config_class(values).model_validate(values)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a checkpoint of a run") from error
     except (ValidationError, yaml.YAMLError) as error:
@@ -102,7 +103,7 @@ def _config(folder: Path) -> ExperimentConfig:
         ) from error
 
 
-def _setup(config: ExperimentConfig, source: Path) -> ModelSetup:
+def _setup(config: AnyConfig, source: Path) -> ModelSetup:
     from roll_gspo.pipelines.settings import model_setup
 
     role = config.actor_train
@@ -110,7 +111,7 @@ def _setup(config: ExperimentConfig, source: Path) -> ModelSetup:
     return dataclasses.replace(setup, temperature=1.0)
 
 
-def _trained(config: ExperimentConfig, source: Path, folder: Path) -> Trained:
+def _trained(config: AnyConfig, source: Path, folder: Path) -> Trained:
     from roll_gspo.config.strategy import HfTrainArgs
     from roll_gspo.pipelines.settings import optimizer_setup
 
@@ -118,7 +119,8 @@ def _trained(config: ExperimentConfig, source: Path, folder: Path) -> Trained:
     if isinstance(role.strategy_args, HfTrainArgs):
         from roll_gspo.strategies.hf import HfTrain
 
-        optimizer = optimizer_setup(config, role.training_args, config.num_updates)
+        total_steps = 1 if isinstance(config, SftConfig) else config.num_updates  # no step is taken
+        optimizer = optimizer_setup(config, role.training_args, total_steps)
         engine = HfTrain(setup, optimizer, role.strategy_args.strategy_config)
         engine.load(folder)
         return engine

@@ -98,3 +98,13 @@ def with_random_head(engine: ValueStrategy) -> ValueStrategy:
 
 def weights_of(engine: TrainStrategy) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in engine.weights()}
+
+
+def demonstrations(seed: int = 1) -> TrainBatch:
+    """Six conversations to imitate: some of several turns, so that their masks have gaps."""
+    tokens = sequences(seed)
+    mask = tokens.response_mask.clone()
+    mask[0, 2:5] = mask[2, 1:3] = mask[2, 9:12] = False
+    mask[5, 0] = False
+    given = Sequences(tokens.input_ids, tokens.prompt_lengths, mask)
+    return TrainBatch.of_demonstrations(given, torch.arange(len(given)))

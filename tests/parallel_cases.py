@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_cases import model_setup, optimizer_setup, policy_loss, sequences, train_batch, value_batch
+from engine_cases import demonstrations, model_setup, optimizer_setup, policy_loss, sequences, train_batch, value_batch
 from torch import Tensor
 
 from roll_gspo.batch import TrainBatch
 from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.metrics import Metric, mean_of, to_floats
+from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.strategies.base import UpdateResult
 from roll_gspo.strategies.micro_batches import MicroBatching
 
@@ -54,6 +55,19 @@ def valued(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
         for step in range(3)
     ]
     return {"scores": [engine.values(sequences())], "figures": _figures(results), "metrics": []}
+
+
+def imitated(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    """Scores and two updates on conversations, whose masks have gaps."""
+    from roll_gspo.strategies.megatron import MegatronTrain
+
+    engine = MegatronTrain(model_setup(folder), OPTIMIZER, MegatronConfig(**layout))
+    batch = demonstrations()
+    actor = SftActor(
+        engine, mini_batch_size=len(batch), micro_batching=MicroBatching(2), max_consecutive_skipped_steps=1
+    )
+    metrics = [actor.update(batch, step, lambda done, total: None) for step in range(2)]
+    return {"scores": [engine.score(batch.sequences).log_probs], "figures": [], "metrics": metrics}
 
 
 def squared_error(values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:

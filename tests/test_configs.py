@@ -27,10 +27,11 @@ from roll_gspo.config.algorithm import (
     PolicyLoss,
     RewardNorm,
 )
-from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.experiment import RunConfig
 from roll_gspo.config.rewards import REWARD_WORKERS, ROLL_REWARD_WORKERS
 from roll_gspo.config.roles import RouterReplayConfig
 from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
+from roll_gspo.config.sft import CONFIGS, AnyConfig, SftConfig
 from roll_gspo.config.strategy import (
     STRATEGY_NAMES,
     HfInferArgs,
@@ -59,12 +60,15 @@ ALGORITHM_GROUPS: dict[str, Any] = {
     "reward_norm": RewardNorm,
 }
 
+SFT, GROUPS_OF_SFT = "example_sft", ("data", "model", "strategy", "tracker")
 LAYOUTS = OPTIONS.pop("layout")  # a layout belongs to one model and strategy, which choose it
 assert OPTIONS.pop("combination") == [], "its files lie one level deeper, and other choices choose them"
 
 
-def is_refused(config: ExperimentConfig, group: str, option: str) -> str | None:
+def is_refused(config: AnyConfig, group: str, option: str) -> str | None:
     """The key that the refusal of `option` beside the choices of `config` names; None where it has to work."""
+    if isinstance(config, SftConfig):
+        return None
     level = option if group == "importance_sampling" else config.importance_sampling
     loss = option if group == "policy_loss" else config.policy_loss
     if loss in ("gmpo", "topr") and level != "token":
@@ -75,20 +79,25 @@ def is_refused(config: ExperimentConfig, group: str, option: str) -> str | None:
     return None
 
 
-def is_not_runnable(config: ExperimentConfig, group: str, option: str) -> str | None:
+def is_not_runnable(config: AnyConfig, group: str, option: str) -> str | None:
     """The key that the plan names as what cannot run; None where it says nothing new."""
     is_dense = config.pretrain == "builtin:tiny_qwen3"
     return "actor_train.router_replay" if group == "router_replay" and option != "none" and is_dense else None
 
 
 @cache
-def config_of(example: str) -> ExperimentConfig:
+def config_of(example: str) -> AnyConfig:
     """A shipped example as it is."""
     return load_config(example).config
 
 
 # That algorithm=NAME on any of the small examples is the example of that name is shown in test_presets.py.
-CASES = [(e, g) for e in EXAMPLE_NAMES for g in sorted(OPTIONS) if g != "algorithm" or not e.startswith("example_")]
+CASES = [
+    (example, group)
+    for example in EXAMPLE_NAMES
+    for group in (GROUPS_OF_SFT if example == SFT else sorted(OPTIONS))
+    if group != "algorithm" or not example.startswith("example_")
+]
 
 
 @pytest.mark.parametrize(("example", "group"), CASES)
@@ -156,7 +165,7 @@ def test_schema_and_registries_have_the_same_names() -> None:
     blocks = (MegatronTrainArgs, HfTrainArgs, MegatronInferArgs, HfInferArgs, VllmArgs)
     names = {get_args(block.model_fields["strategy_name"].annotation)[0] for block in blocks}
     assert set(STRATEGIES) == names == set(STRATEGY_NAMES) == set(REQUIREMENTS)
-    assert set(PIPELINES) == set(get_args(RunConfig.model_fields["pipeline"].annotation))
+    assert set(PIPELINES) == set(CONFIGS) == set(get_args(RunConfig.model_fields["pipeline"].annotation))
     assert set(TRACKERS) == set(get_args(RunConfig.model_fields["track_with"].annotation))
     assert set(EXECUTORS) <= set(get_args(RunConfig.model_fields["execution"].annotation))
     assert set(REWARDS) == set(REWARD_WORKERS) == {*REWARD_WORKERS, *ROLL_REWARD_WORKERS.values()}

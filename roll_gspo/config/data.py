@@ -26,8 +26,8 @@ def _template(name: str) -> str:
 Template = Annotated[str, AfterValidator(_template)]
 
 
-class DataArgs(Schema):
-    """Where prompts come from."""
+class SourceArgs(Schema):
+    """Where rows come from, and how their conversations are put to the model."""
 
     file_name: Annotated[Names, Field(min_length=1)]
     """JSONL, JSON or parquet files; folders or hub names for the `datasets` library (`openai/gsm8k@main:train` is
@@ -44,10 +44,28 @@ class DataArgs(Schema):
     prompt: str | None = None
     """Column of a prompt that is plain text or a conversation; null: `prompt` or `question`. The chat template is
     applied to it (ROLL applies none; `template: plain` does as ROLL)."""
-    ground_truth: str | None = None
-    """Column of what the reward compares with; null: `ground_truth`, or `answer`, of which the part after `####`."""
     tag: str = "tag"
     """Column of the tag."""
+    template: Template | None = None
+    """Chat template: `native` (the tokenizer's own), `plain`, `chatml`, `qwen2_5`, `qwen3` (not thinking), `llama3`, or
+    the path of a `.jinja` file. Null: `native`; in validation, that of `actor_train`. `global_template` wins."""
+    system_prompt: str | None = None
+    """Put before every conversation that has no system message."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row does: stop the run with file and line, or be counted and left out."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """One column of prompts."""
+        yield from super().broken_rules()
+        if self.messages is not None and self.prompt is not None:
+            yield f"messages is '{self.messages}' and prompt is '{self.prompt}'; a row has one of the two: remove one"
+
+
+class DataArgs(SourceArgs):
+    """Where prompts come from."""
+
+    ground_truth: str | None = None
+    """Column of what the reward compares with; null: `ground_truth`, or `answer`, of which the part after `####`."""
     file_domains: dict[str, str] = Field(default_factory=dict)
     """Domain of the rows of a file that have neither domain nor tag: an entry of `file_name` to a domain."""
     domain: str | None = None
@@ -55,21 +73,12 @@ class DataArgs(Schema):
     domain_interleave_probs: dict[str, NonNegativeFloat] | None = None
     """Share of each domain (a block of `rewards`) in every batch; they sum to 1, and 0 leaves a domain out. Null: all
     rows are shuffled together."""
-    template: Template | None = None
-    """Chat template: `native` (the tokenizer's own), `plain`, `chatml`, `qwen2_5`, `qwen3` (not thinking), `llama3`, or
-    the path of a `.jinja` file. Null: `native`; in validation, that of `actor_train`. `global_template` wins."""
-    system_prompt: str | None = None
-    """Put before every conversation that has no system message."""
     domain_system_prompts: dict[str, str] = Field(default_factory=dict)
     """System prompts of single domains (blocks of `rewards`), instead of `system_prompt`."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """What a malformed row does: stop the run with file and line, or be counted and left out."""
 
     def broken_rules(self) -> Iterator[str]:
-        """One column of prompts, shares of a whole, and only files that are there."""
+        """Shares of a whole, and only files that are there."""
         yield from super().broken_rules()
-        if self.messages is not None and self.prompt is not None:
-            yield f"messages is '{self.messages}' and prompt is '{self.prompt}'; a row has one of the two: remove one"
         if strange := [name for name in self.file_domains if name not in self.file_name]:
             yield f"file_domains names {', '.join(strange)}, not in file_name; write it as there, or remove it"
         shares = self.domain_interleave_probs

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.base import Schema
 from roll_gspo.config.data import DataArgs, Template
+from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, model_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.config.roles import (
     ActorInferConfig,
@@ -22,7 +23,7 @@ from roll_gspo.config.roles import (
     WeightTransferConfig,
 )
 from roll_gspo.config.selection import QueryFilterConfig
-from roll_gspo.config.strategy import MegatronTrainArgs, VllmArgs
+from roll_gspo.config.strategy import VllmArgs
 from roll_gspo.config.validation import ValidationConfig
 
 # Values of adv_estimator and reward_norm that compare the samples of a group.
@@ -30,7 +31,7 @@ GROUP_COMPARISONS = ("grpo", "dr_grpo", "rloo", "opo", "raft_plus_plus", "reinfo
 
 
 class BatchConfig(Schema):
-    """How much is generated a step, and how long it may be."""
+    """How much is generated a step, how long it may be, and how many steps there are."""
 
     rollout_batch_size: PositiveInt
     """Prompts a step."""
@@ -42,6 +43,10 @@ class BatchConfig(Schema):
     """Longest response in tokens."""
     sequence_length: PositiveInt | None = None
     """prompt_length + response_length; give this or `response_length`."""
+    max_steps: PositiveInt = 500
+    """Rollouts of the whole run."""
+    trace_groups: NonNegativeInt = 1
+    """Groups a step that are scored again after the update, so that the report shows each token's ratio; 0: none."""
     val_prompt_length: PositiveInt | None = None
     """Longest prompt in validation, in tokens; null: `prompt_length`."""
     val_sequence_length: PositiveInt | None = None
@@ -101,8 +106,8 @@ class RunConfig(Schema):
     """Folder of this run below `output_dir/exp_name`; null: date and time."""
     seed: NonNegativeInt = 42
     """Of data order, sampling and initialisation."""
-    pipeline: Literal["rlvr"] = "rlvr"
-    """Which training loop."""
+    pipeline: Literal["rlvr", "sft"] = "rlvr"
+    """Which training loop: reinforcement learning, or supervised fine-tuning (which has keys of its own, below)."""
     execution: Literal["local", "ray"] = "local"
     """Where roles live: in this process, or as Ray actors."""
     worker_timeout_s: PositiveFloat = 1800.0
@@ -119,8 +124,6 @@ class RunConfig(Schema):
     """Chat templates of the rows with a tag, instead of every other."""
     warm_start: WarmStart | None = None
     """Supervised start of a `builtin:` model."""
-    max_steps: PositiveInt = 500
-    """Rollouts of the whole run."""
     save_steps: PositiveInt = 50
     """Steps between checkpoints; the last step is always saved."""
     eval_steps: PositiveInt = 10
@@ -139,8 +142,6 @@ class RunConfig(Schema):
     """Tracker beside `metrics.jsonl`, which is always written."""
     tracker_kwargs: TrackerKwargs = TrackerKwargs()
     """Options of the tracker."""
-    trace_groups: NonNegativeInt = 1
-    """Groups a step that are scored again after the update, so that the report shows each token's ratio; 0: none."""
     system_envs: dict[str, str] = Field(default_factory=dict)
     """Environment variables, set before any engine is imported."""
     num_gpus_per_node: NonNegativeInt = 8
@@ -149,6 +150,15 @@ class RunConfig(Schema):
     """Machines; null: as many as the device mappings reach."""
     weight_transfer: WeightTransferConfig = WeightTransferConfig()
     """How new weights travel from the trainer to the engines."""
+
+    def broken_rules(self) -> Iterator[str]:
+        """Only builtin models are made ready."""
+        yield from super().broken_rules()
+        if self.warm_start and not self.pretrain.startswith("builtin:"):
+            yield (
+                f"warm_start makes a builtin: model ready for its task, but pretrain is '{self.pretrain}'; "
+                "set warm_start: null"
+            )
 
 
 class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
@@ -199,7 +209,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     @property
     def data_parallel_size(self) -> int:
         """Copies of the trained model."""
-        return _num_ranks(self.actor_train) // _model_parallel_size(self.actor_train)
+        return num_ranks(self.actor_train) // model_parallel_size(self.actor_train)
 
     @property
     def mini_batch_size(self) -> int:
@@ -220,7 +230,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     def critic_data_parallel_size(self) -> int:
         """Copies of the critic."""
         assert self.critic is not None  # held by the rules below where the critic is needed
-        return _num_ranks(self.critic) // _model_parallel_size(self.critic)
+        return num_ranks(self.critic) // model_parallel_size(self.critic)
 
     @property
     def critic_mini_batch_size(self) -> int:
@@ -252,11 +262,6 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         if self.needs_reference and self.reference is None:
             flag = "use_kl_loss" if self.use_kl_loss else "add_token_level_kl"
             yield f"{flag}: true needs the reference block; add it"
-        if self.warm_start and not self.pretrain.startswith("builtin:"):
-            yield (
-                f"warm_start makes a builtin: model ready for its task, but pretrain is '{self.pretrain}'; "
-                "set warm_start: null"
-            )
 
     def _broken_data_rules(self, role: str, args: DataArgs) -> Iterator[str]:
         """Domains of the data are blocks of `rewards`."""
@@ -304,8 +309,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             )
         roles = {"actor_train": self.actor_train, "reference": self.reference, "critic": self.critic}
         for role, block in roles.items():
-            if block is not None and block.model_args.dtype == "fp16":
-                yield f"{role}.model_args.dtype: fp16 is not supported yet; set bf16 or fp32"
+            if block is not None:
+                yield from broken_dtype_rules(role, block)
 
     def _broken_batch_rules(self) -> Iterator[str]:
         yield from self._broken_mini_batch_rules("actor_train", self.actor_train)
@@ -320,16 +325,11 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             )
 
     def _broken_mini_batch_rules(self, role: str, block: ActorTrainConfig | CriticConfig) -> Iterator[str]:
-        ranks, copy = _num_ranks(block), _model_parallel_size(block)
+        ranks, copy = num_ranks(block), model_parallel_size(block)
         args = block.training_args
         mini_batch = args.mini_batch_size_per_rank * (ranks // copy)
         if ranks % copy:
-            yield (
-                f"{role}.device_mapping names {ranks} device(s), not a multiple of the "
-                f"{copy} that one copy of the model takes (tensor * pipeline * context parallel "
-                f"size in {role}.strategy_args.strategy_config); name {_nearest_multiples(ranks, copy)} devices, or "
-                "change a size"
-            )
+            yield from broken_rank_rules(role, block)
         elif self.samples_per_rollout % mini_batch:
             yield (
                 f"rollout_batch_size {self.rollout_batch_size} * num_return_sequences_in_group "
@@ -380,18 +380,3 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             )
         if sampling.temperature == 0:
             yield f"{block}.temperature: 0 is greedy, and equal answers teach nothing; set it above 0"
-
-
-def _nearest_multiples(number: int, factor: int) -> str:
-    below = number // factor * factor
-    return f"{below} or {below + factor}" if below else str(factor)
-
-
-def _num_ranks(block: ActorTrainConfig | CriticConfig) -> int:
-    return len(block.device_mapping or (0,))
-
-
-def _model_parallel_size(block: ActorTrainConfig | CriticConfig) -> int:
-    """Ranks that hold one copy of a trained model together."""
-    args = block.strategy_args
-    return args.strategy_config.model_parallel_size if isinstance(args, MegatronTrainArgs) else 1

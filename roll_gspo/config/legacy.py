@@ -152,6 +152,11 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
         ("is_pure_opd", "use_opd", "teacher", "student_train", "student_infer", "pure_opd_pipeline_type"), _DISTILLATION
     ),
     "*.opd_kl_coef": _DISTILLATION,
+    "sft_train": Later("this name (write actor_train)"),
+    **dict.fromkeys(
+        ("prompt_key", "query_key", "response_key", "system_key"),
+        Later("other names of columns (rows hold messages, or prompt and response)", (None,)),
+    ),
     "async_generation_ratio": Later("asynchronous generation", (None, 0)),
     "is_num_return_sequences_expand": Later("request-level scheduling"),
     "generate_opt_level": Later("request-level scheduling", (None, 0, 1)),
@@ -213,7 +218,6 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
 LATER_VALUES: dict[str, dict[str, str]] = {
     "adv_estimator": dict.fromkeys(("gigpo", "step_reinforce", "agentic_reinforce"), "this estimator"),
     "pipeline": {
-        "sft": "supervised training",
         "evaluate": "this name (write python -m roll_gspo.evaluate)",
         "agentic": "multi-turn rollouts",
     },

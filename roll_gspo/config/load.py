@@ -1,19 +1,21 @@
-"""Composed YAML in, one frozen `ExperimentConfig` out; every problem is reported at once."""
+"""Composed YAML in, one frozen `ExperimentConfig` or `SftConfig` out; every problem is reported at once."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from roll_gspo.config.blocks import models_in
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.legacy import LATER_VALUES, sift
+from roll_gspo.config.other_pipeline import without_other_pipelines
+from roll_gspo.config.sft import AnyConfig, config_class
 from roll_gspo.config.sources import Sources
 from roll_gspo.config.strategy import STRATEGY_NAMES
 from roll_gspo.errors import ConfigError
@@ -24,7 +26,7 @@ from roll_gspo.registry import did_you_mean
 class Loaded:
     """A valid configuration and what the user should know about it."""
 
-    config: ExperimentConfig
+    config: AnyConfig
     warnings: tuple[str, ...]
 
 
@@ -42,12 +44,13 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     values = _resolved(composed, sources)
     sifted = sift(values)
     problems = [f"{sources.locate(tuple(p.split('.')))}{p}: {text}" for p, text in sifted.refusals]
-    problems += _overridden_choices(sifted.values, choices, sources)
-    config = None
+    own, foreign = without_other_pipelines(sifted.values, sources)
+    root, config = config_class(own), None
+    problems += [*foreign, *_overridden_choices(own, root, choices, sources)]
     try:
-        config = ExperimentConfig.model_validate(sifted.values)
+        config = root.model_validate(own)
     except ValidationError as error:
-        problems += _problems_of(error, sources)
+        problems += _problems_of(error, root, sources)
     if config is None or problems:
         raise ConfigError("\n".join(sorted(set(problems), key=_by_line)))
     return Loaded(config, tuple(_ignored(sifted.warnings, sources)))
@@ -83,18 +86,20 @@ def _by_line(problem: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", problem)]
 
 
-def _overridden_choices(values: Mapping[str, Any], choices: Mapping[str, str], sources: Sources) -> list[str]:
+def _overridden_choices(
+    values: Mapping[str, Any], root: type[BaseModel], choices: Mapping[str, str], sources: Sources
+) -> list[str]:
     """A group option that a later line of the body overrides would be ignored silently: refuse it."""
     problems = []
     on_command_line = {o.lstrip("+").partition("=")[0] for o in sources.overrides}
     for group, chosen in choices.items():
         key = "track_with" if group == "tracker" else group
-        if key not in ExperimentConfig.model_fields or key not in values:
+        if key not in root.model_fields or key not in values:
             continue  # the group sets several keys
         if key != group and key in on_command_line:
             continue  # the command line says it with the key itself
         value, says = values[key], values[key]
-        if ExperimentConfig.model_fields[key].default is None:  # `none` is the option that sets null
+        if root.model_fields[key].default is None:  # `none` is the option that sets null
             if chosen == "none" and group not in on_command_line:
                 continue  # nobody chose it: base.yaml starts from it
             value, says = ("none", "null") if value is None else (value, value)
@@ -106,14 +111,14 @@ def _overridden_choices(values: Mapping[str, Any], choices: Mapping[str, str], s
     return problems
 
 
-def _problems_of(error: ValidationError, sources: Sources) -> list[str]:
+def _problems_of(error: ValidationError, root: type[BaseModel], sources: Sources) -> list[str]:
     problems = []
     details = error.errors(include_url=False)
     for detail in details:
         path = _yaml_path(detail["loc"])
         dotted = ".".join(path)
         if detail["type"] == "extra_forbidden":
-            problems.append(f"{sources.locate(path)}{dotted}: {_unknown_key(detail['loc'])}")
+            problems.append(f"{sources.locate(path)}{dotted}: {_unknown_key(detail['loc'], root)}")
         elif detail["type"] == "missing":
             if not any(_is_near(d, detail) for d in details if d["type"] == "extra_forbidden"):
                 problems.append(f"{sources.locate(path)}{dotted}: missing; add it")
@@ -143,8 +148,8 @@ def _is_tag(previous: int | str, part: int | str) -> bool:
     return previous == "strategy_args" and part in STRATEGY_NAMES
 
 
-def _unknown_key(location: tuple[int | str, ...]) -> str:
-    known = known_keys(location[:-1])
+def _unknown_key(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    known = known_keys(location[:-1], root)
     hint = did_you_mean(str(location[-1]), known)
     listed = "" if hint else f" (known here: {', '.join(known)})" if 0 < len(known) <= 30 else ""
     return f"unknown key{hint}{listed}"
@@ -180,9 +185,9 @@ def _keys_named(text: str) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(match[0].split(".")) for match in (*filter(None, [first]), *others)))
 
 
-def known_keys(location: tuple[int | str, ...]) -> list[str]:
+def known_keys(location: tuple[int | str, ...], root: type[BaseModel] = ExperimentConfig) -> list[str]:
     """The keys of the block at a pydantic location, where union tags tell which class of block it is."""
-    models: list[type[BaseModel]] = [ExperimentConfig]
+    models: list[type[BaseModel]] = [root]
     for previous, part in zip(("", *location), location, strict=False):
         if _is_tag(previous, part):
             models = [m for m in models if get_args(m.model_fields["strategy_name"].annotation) == (part,)]
@@ -191,12 +196,3 @@ def known_keys(location: tuple[int | str, ...]) -> list[str]:
         if fields:  # otherwise a name the user chose, such as a reward domain
             models = [model for field in fields for model in models_in(field.annotation)]
     return sorted({key for model in models for key in model.model_fields})
-
-
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The blocks that an annotation mentions: those of a union, of a dict's values, or the block itself."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, Annotated, dict):
-        return [model for part in get_args(annotation) for model in models_in(part)]
-    return []

@@ -9,9 +9,10 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from roll_gspo.config.algorithm import AlgorithmConfig
+from roll_gspo.config.blocks import models_in
 from roll_gspo.config.experiment import BatchConfig, ExperimentConfig, RunConfig
 from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_SUPPORTED_YET, ROLES, reader_text
-from roll_gspo.config.load import models_in
+from roll_gspo.config.sft import SftConfig
 
 INTRO = """\
 # Configuration
@@ -63,6 +64,9 @@ python -m roll_gspo.run --config-name mine --config-dir my_configs             #
 * **A flat file**, as ROLL's are, has no `defaults:`. It works as it is. To switch a group on its command line, write
   `+group=option`: there is no option yet that `group=option` could replace. Plain keys never need a `+`.
 * **Look before you run**: `--cfg job` prints the composed configuration, `--dry-run` checks it and prints the plan.
+* **Pipelines**: `pipeline: sft` ([supervised fine-tuning](sft.md), `defaults: [base_sft]`) has the keys of the run and
+  its own, with the groups `strategy`, `model`, `layout`, `data` and `tracker`. What only `rlvr` reads of their options
+  is left aside; in a file of yours or on the command line it is refused.
 * **Several runs**: `--multirun seed=0,1,2 algorithm=gspo,grpo` makes one run of each combination, each in
   a process of its own.
 
@@ -82,6 +86,7 @@ TITLES = {
     BatchConfig: "Batch and lengths",
     AlgorithmConfig: "Algorithm",
     ExperimentConfig: "Blocks",
+    SftConfig: "Supervised fine-tuning (`pipeline: sft`, beside the keys of the run)",
 }
 NAMES_BELOW = {"rewards": ".DOMAIN", "parts": ".NAME"}  # blocks that the user names
 READ_FROM_TEXT = {  # what a validator takes beside the type that it makes of it
@@ -98,15 +103,21 @@ def page() -> str:
     ]
     inherited = {key for model in (RunConfig, BatchConfig, AlgorithmConfig) for key in model.model_fields}
     for model, title in TITLES.items():
-        keys = [key for key in model.model_fields if model is not ExperimentConfig or key not in inherited]
+        own = model not in (ExperimentConfig, SftConfig)
+        keys = [key for key in model.model_fields if own or key in model.__annotations__ or key not in inherited]
         parts.append(f"### {title}\n\n{_table(model, keys)}")
-    for model, title in _blocks().items():
+    for model, title in _blocks(ExperimentConfig).items():
         parts.append(f"### {title}\n\n{_summary(model)}\n\n{_table(model, list(model.model_fields))}")
+    for model, title in _blocks(SftConfig).items():
+        if model not in _blocks(ExperimentConfig):  # what it inherits stands in the table of the same path
+            parts.append(
+                f"### {title} with `pipeline: sft`\n\n{_summary(model)}\n\n{_table(model, list(model.__annotations__))}"
+            )
     return "\n".join([*parts, *_legacy()])
 
 
-def _blocks() -> dict[type[BaseModel], str]:
-    """Every block of the schema, in its order, with the key paths at which it may stand."""
+def _blocks(root: type[BaseModel]) -> dict[type[BaseModel], str]:
+    """Every block of a schema, in its order, with the key paths at which it may stand."""
     paths: dict[type[BaseModel], list[str]] = {}
     engines: dict[type[BaseModel], list[str]] = {}
 
@@ -122,7 +133,7 @@ def _blocks() -> dict[type[BaseModel], str]:
                     paths.setdefault(block, []).append(f"`{path}`")
                     visit(block, f"{path}.")
 
-    visit(ExperimentConfig, "")
+    visit(root, "")
     titles = {block: ", ".join(found) for block, found in paths.items()}
     return titles | {block: f"`strategy_config` of {', '.join(found)}" for block, found in engines.items()}
 

@@ -110,13 +110,11 @@ class RouterReplayConfig(Schema):
         return self.record or self.mode == "R3"
 
 
-class ActorTrainConfig(Schema):
-    """The policy that is trained."""
+class PolicyConfig(Schema):
+    """The policy that is trained, whatever on."""
 
     training_args: TrainingArgs
     """Optimizer and mini-batches."""
-    data_args: DataArgs
-    """Training prompts."""
     strategy_args: TrainStrategyArgs
     """Engine."""
     model_args: ModelArgs = ModelArgs()
@@ -166,6 +164,13 @@ def _cuts_of_tokens(config: MegatronConfig) -> Iterator[str]:
         yield "sequence_parallel: true"
     if config.use_sequence_packing:
         yield "use_sequence_packing: true"
+
+
+class ActorTrainConfig(PolicyConfig):
+    """The policy that is trained."""
+
+    data_args: DataArgs
+    """Training prompts."""
 
 
 class CriticConfig(Schema):
@@ -228,7 +233,7 @@ class ReferenceConfig(Schema):
             yield from generating_keys(self.strategy_args.strategy_config, "strategy_args.strategy_config")
 
 
-def _token_budget_rules(block: ActorTrainConfig | CriticConfig | ReferenceConfig) -> Iterator[str]:
+def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[str]:
     """Only megatron engines cut forward passes by tokens."""
     engine = block.strategy_args.strategy_name
     if block.max_tokens_per_microbatch_in_infer is not None and not engine.startswith("megatron"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,14 @@ import yaml
 
 @dataclass(frozen=True)
 class Sources:
-    """The files a configuration was composed of, the one that wins first, and its command-line overrides."""
+    """The files a configuration was composed of, the one that wins first, and its command-line overrides.
+
+    `option_files` are those of `files` that are options of groups.
+    """
 
     files: tuple[Path, ...] = ()
     overrides: tuple[str, ...] = ()
+    option_files: tuple[Path, ...] = ()
 
     def locate(self, path: tuple[str, ...]) -> str:
         """`file:line: ` or `command line: ` of the nearest enclosing key that is written anywhere, or ''."""
@@ -25,6 +29,18 @@ class Sources:
         """Where the first of several keys is written, one that stands on the command line going before."""
         found = (self._on_command_line(path) for path in paths)
         return next(filter(None, found), "") or next(filter(None, map(self.in_files, paths)), "")
+
+    def set_by_option(self, path: tuple[str, ...]) -> bool:
+        """Whether options of groups alone say something of this key: no command line and no file of the user's."""
+        files = (file for file in self.files if _line_of(file, path) is not None)
+        return not self._on_command_line(path) and next(files, None) in self.option_files
+
+    def idle_options(self, unread: Collection[str]) -> Iterator[str]:
+        """The chosen options, as `group=option`, whose every key is one of `unread`."""
+        for file in self.option_files:
+            found = _top_level_keys(file)
+            if found and found <= set(unread):
+                yield f"{file.parent.name}={file.stem}"
 
     def _on_command_line(self, path: tuple[str, ...]) -> str:
         dotted = ".".join(path)
@@ -64,10 +80,11 @@ def collect(
                 follow(find(item.removeprefix("/")))
 
     follow(primary)
+    num_written = len(files)
     for group, choice in choices.items():
         if choice and not group.startswith("hydra/"):
             follow(find(f"{group}/{choice}"))
-    return Sources(tuple(files), tuple(overrides))
+    return Sources(tuple(files), tuple(overrides), tuple(files[num_written:]))
 
 
 def _defaults_of(file: Path) -> list[Any]:
@@ -77,6 +94,14 @@ def _defaults_of(file: Path) -> list[Any]:
         return []
     defaults = document.get("defaults", []) if isinstance(document, dict) else []
     return defaults if isinstance(defaults, list) else []
+
+
+def _top_level_keys(file: Path) -> set[str]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return set()
+    return {str(key) for key in document} - {"defaults"} if isinstance(document, dict) else set()
 
 
 def _line_of(file: Path, path: tuple[str, ...]) -> int | None:

@@ -17,9 +17,14 @@ DOMAINS = ("math", "multiple_choice", "code", "instructions")
 _FOLDER = Path(__file__).with_name("shipped")
 
 
+def files(split: str) -> list[str]:
+    """The files of `train` or `validation`, one a domain."""
+    return [str(_file(domain, split)) for domain in DOMAINS]
+
+
 def rows(split: str) -> list[DataRow]:
     """All rows of `train` or `validation`, domain by domain."""
-    return read_rows([str(_file(domain, split)) for domain in DOMAINS], FILE_NAME)
+    return read_rows(files(split), FILE_NAME)
 
 
 def demonstrations(num: int, seed: int, slip_probability: float) -> list[tuple[str, str]]:

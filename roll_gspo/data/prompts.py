@@ -90,7 +90,7 @@ def make_prompts(
     chat = chat or ChatFormat()
     rows = list(rows)
     domains = [row.domain for row in rows] if domains is None else domains
-    templates = _checked_templates(chat, tokenizer, where)
+    templates = checked_templates(chat, tokenizer, where)
     kept: list[Prompt] = []
     dropped: list[int] = []
     lost: Counter[str] = Counter()
@@ -129,7 +129,12 @@ def make_prompts(
     return tuple(kept)
 
 
-def _checked_templates(chat: ChatFormat, tokenizer: Any, where: str) -> dict[str, ChatTemplate]:
+def checked_templates(chat: ChatFormat, tokenizer: Any, where: str) -> dict[str, ChatTemplate]:
+    """Every template in use by its name.
+
+    Raises:
+        DataError: one does not exist, or does not fit the tokenizer.
+    """
     try:
         templates = chat.templates()
         for template in templates.values():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from roll_gspo.data.files import Item, parse_json, read_file, shown
 from roll_gspo.data.named import dataset_name, read_dataset
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 ROLES = ("system", "user", "assistant", "tool")
 GSM8K_MARK = "####"
 ARGUMENTS = ("prompt", "response")  # a reward is called with these; a column of the same name would be in their way
+RowT = TypeVar("RowT")
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 
 
@@ -111,23 +112,47 @@ def read_rows(
         DataError: a file is missing or empty, or a row is malformed: with file and line.
         MissingDependencyError: the package that reads the format is not installed.
     """
-    reading = reading or Reading()
+    known = reading or Reading()
+    sources = dict(zip(file_names, source_names(file_names), strict=True))
+
+    def parse(item: Item, file_name: str) -> Parsed:
+        return parse_row(item, known.columns, sources[file_name], known.file_domains.get(file_name, ""))
+
+    lister = "mend the row (python -m roll_gspo.data check {} lists all such)"
+    return read_each(file_names, where, on_bad_row, known, parse, lister)
+
+
+def read_each(
+    file_names: Sequence[str],
+    where: str,
+    on_bad_row: str,
+    reading: Reading,
+    parse: Callable[[Item, str], tuple[RowT | None, tuple[Problem, ...]]],
+    way_out: str = "mend the row",
+) -> list[RowT]:
+    """Read every row, in order, whatever rows are.
+
+    Args:
+        file_names, where, on_bad_row, reading: see `read_rows`.
+        parse: a value and the name of its file to a row, or to None and what is wrong with it.
+        way_out: of an error in a row; `{}` is the file.
+
+    Raises:
+        DataError, MissingDependencyError: see `read_rows`.
+    """
     check_dataset_keys(file_names, where, reading)
-    rows: list[DataRow] = []
-    for file_name, source in zip(file_names, source_names(file_names), strict=True):
+    rows: list[RowT] = []
+    for file_name in file_names:
         skipped: list[str] = []
         before = len(rows)
         for item in items_of(file_name, where, reading):
-            row, problems = parse_row(item, reading.columns, source, reading.file_domains.get(file_name, ""))
+            row, problems = parse(item, file_name)
             if row is not None:
                 rows.append(row)
                 continue
             text = f"{item.place}: {problems[0].detail}"
             if on_bad_row == "error":
-                raise DataError(
-                    f"{text}; mend the row (python -m roll_gspo.data check {file_name} lists all such), or set "
-                    f"on_bad_row: skip beside {where}"
-                )
+                raise DataError(f"{text}; {way_out.format(file_name)}, or set on_bad_row: skip beside {where}")
             skipped.append(text)
         if skipped:
             logger.warning("%s: %d malformed rows skipped, the first: %s", file_name, len(skipped), skipped[0])
@@ -175,27 +200,24 @@ def parse_row(item: Item, columns: Columns, source: str = "", domain: str = "") 
         source: of the rows that do not say.
         domain: of the rows that have neither domain nor tag.
     """
-    place, value = item
-    if isinstance(value, ValueError):
-        return Parsed(None, (Problem("not valid JSON", f"not valid JSON ({value})", "write one JSON object a line"),))
-    if not isinstance(value, dict):
-        hint = "a JSON list goes in a .json file" if isinstance(value, list) else "write one JSON object a line"
-        return Parsed(None, (Problem("not a JSON object", f"expected a JSON object, got {shown(value)}", hint),))
-    rest, found = dict(value), ", ".join(value)
-    messages, problems = _messages(rest, columns, found)
+    rest = columns_of(item.value)
+    if isinstance(rest, Problem):
+        return Parsed(None, (rest,))
+    found = ", ".join(rest)
+    messages, problems = take_messages(rest, columns, found)
     answer = _answer(rest, columns, found)
     if isinstance(answer, Problem):
         problems = (*problems, answer)
     if problems or isinstance(answer, Problem):
         return Parsed(None, problems)
-    tag = _text(rest.pop(columns.tag, None))
-    own_domain = _text(rest.pop("domain", None))
+    tag = text_of(rest.pop(columns.tag, None))
+    own_domain = text_of(rest.pop("domain", None))
     if rest.get("source") is None:
         rest["source"] = source
     for name in ARGUMENTS:
         rest.pop(name, None)
     row = DataRow(
-        id=_text(rest.pop("id", None)) or place,
+        id=text_of(rest.pop("id", None)) or item.place,
         messages=messages,
         ground_truth=answer,
         domain=own_domain or ("" if tag else domain),
@@ -205,11 +227,21 @@ def parse_row(item: Item, columns: Columns, source: str = "", domain: str = "") 
     return Parsed(row, ())
 
 
+def columns_of(value: Any) -> dict[str, Any] | Problem:
+    """The columns of a value as it was read, in a dictionary of its own; or why it has none."""
+    if isinstance(value, ValueError):
+        return Problem("not valid JSON", f"not valid JSON ({value})", "write one JSON object a line")
+    if not isinstance(value, dict):
+        hint = "a JSON list goes in a .json file" if isinstance(value, list) else "write one JSON object a line"
+        return Problem("not a JSON object", f"expected a JSON object, got {shown(value)}", hint)
+    return dict(value)
+
+
 def _answer(rest: dict[str, Any], columns: Columns, found: str) -> str | Problem:
     """Take the answer out of the columns."""
     if columns.ground_truth is not None:
         if (answer := rest.pop(columns.ground_truth, None)) is not None:
-            return _text(answer)
+            return text_of(answer)
         detail = f"no answer: expected {columns.ground_truth}, found {found}"
         return Problem("no answer", detail, "add the column, or set data_args.ground_truth to its name")
     answer = rest.get("ground_truth")
@@ -217,15 +249,22 @@ def _answer(rest: dict[str, Any], columns: Columns, found: str) -> str | Problem
         answer = _final_answer(rest.pop("answer", None))
     rest.pop("ground_truth", None)
     if answer is not None:
-        return _text(answer)
+        return text_of(answer)
     detail = f"no answer: expected ground_truth or answer (an empty text if none), found {found}"
     return Problem("no answer", detail, "add ground_truth, or set data_args.ground_truth to the column's name")
 
 
-def _messages(
-    rest: dict[str, Any], columns: Columns, found: str
+def take_messages(
+    rest: dict[str, Any], columns: Columns, found: str, nothing_lost: bool = False
 ) -> tuple[tuple[dict[str, str], ...], tuple[Problem, ...]]:
-    """Take the conversation out of the columns."""
+    """Take the conversation, or the prompt as one of the user's, out of the columns of a row.
+
+    Args:
+        rest: the columns, of which those of the conversation are removed.
+        columns: where to look.
+        found: names of all columns, for the errors.
+        nothing_lost: a message with more than role and content is a problem, too.
+    """
     conversation, texts = columns.messages or "messages", ("prompt", "question")
     if columns.prompt is not None:
         conversation, texts = "", (columns.prompt,)
@@ -251,11 +290,11 @@ def _messages(
     if not isinstance(value, list) or not value:
         detail = f"messages must be a list of {{role, content}}, got {shown(value)}"
         return (), (Problem("messages: not a list of messages", detail, "write [{role, content}, ...]"),)
-    problems = tuple(p for number, m in enumerate(value, start=1) for p in _message_problems(m, number))
+    problems = tuple(p for number, m in enumerate(value, start=1) for p in _message_problems(m, number, nothing_lost))
     return () if problems else tuple({"role": m["role"], "content": m["content"]} for m in value), problems
 
 
-def _message_problems(message: Any, number: int) -> Iterator[Problem]:
+def _message_problems(message: Any, number: int, nothing_lost: bool) -> Iterator[Problem]:
     expected = f"messages must be a list of {{role, content}}, but message {number}"
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         fix = "rename from to role and value to content" if _is_share_gpt(message) else "write {role, content}"
@@ -270,6 +309,10 @@ def _message_problems(message: Any, number: int) -> Iterator[Problem]:
     if not isinstance(content, str):
         detail = f"{expected} has the content {shown(content)}, not a text"
         yield Problem("messages: content is not a text", detail, "write the content as one text")
+    others = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    if others and nothing_lost:
+        detail = f"message {number} has {', '.join(others)}, which would be lost: only role and content are read"
+        yield Problem("messages: more than role and content", detail, "write them into the content")
 
 
 def _is_share_gpt(message: Any) -> bool:
@@ -283,7 +326,8 @@ def _final_answer(answer: Any) -> Any:
     return answer
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A column's value as text, as JSON where it is none; empty for null."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, default=str)

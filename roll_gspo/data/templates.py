@@ -16,11 +16,22 @@ _KNOWN_ROLES = (
     "{{ raise_exception('this template has no role ' + m['role']) }}"
     "{% endfor %}"
 )
-_CHATML = (
-    _KNOWN_ROLES + "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def _chatml(before_content: str = "''") -> str:
+    """ChatML; `before_content` is a jinja expression of what stands between the header and the content."""
+    return (
+        _KNOWN_ROLES + "{% for m in messages %}"
+        f"{{{{ '<|im_start|>' + m['role'] + '\n' + {before_content} + m['content'] + '<|im_end|>\n' }}}}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+_CHATML = _chatml()
+# Generation goes on from an empty thought, so a finished conversation has one in its last answer.
+_EMPTY_THOUGHT = (
+    "('<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' and not add_generation_prompt else '')"
 )
 
 
@@ -62,7 +73,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
         # ChatML whose answer begins after an empty thought: Qwen3 without thinking.
         ChatTemplate(
             "qwen3",
-            _CHATML + "{% if add_generation_prompt %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+            _chatml(_EMPTY_THOUGHT) + "{% if add_generation_prompt %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
             (*_IM, "<think>", "</think>"),
             _IM[1],
         ),

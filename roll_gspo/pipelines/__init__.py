@@ -2,4 +2,4 @@
 
 from roll_gspo.registry import Registry
 
-PIPELINES = Registry("pipeline", {"rlvr": "roll_gspo.pipelines.rlvr:run"})
+PIPELINES = Registry("pipeline", {"rlvr": "roll_gspo.pipelines.rlvr:run", "sft": "roll_gspo.pipelines.sft:run"})

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from roll_gspo.config.base import Schema
-from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.pipelines.devices import devices_of, devices_per_node, roles_of
 
 RAY_ONLY = ("worker_timeout_s", "max_worker_restarts", "max_restarts", "num_nodes", "weight_transfer")
 TOKEN_SCALE_CLIP = 0.01  # ratios of single tokens move by tenths, those of sequences by thousandths
 
 
-def warnings_of(config: ExperimentConfig) -> tuple[str, ...]:
+def warnings_of(config: AnyConfig) -> tuple[str, ...]:
     """What to beware of in a valid configuration; each text begins with what it is about."""
+    if isinstance(config, SftConfig):
+        return tuple(_of_execution(config))
     return (
         *_of_one_update(config),
         *_of_length_weighting(config),
@@ -109,7 +112,7 @@ def _of_whitening(config: ExperimentConfig) -> Iterator[str]:
         )
 
 
-def _of_execution(config: ExperimentConfig) -> Iterator[str]:
+def _of_execution(config: AnyConfig) -> Iterator[str]:
     if config.execution == "ray":
         nodes = 1 + max(max(devices_of(role)) for role in roles_of(config).values()) // devices_per_node(config)
         if config.num_nodes is not None and config.num_nodes > nodes:
@@ -124,5 +127,5 @@ def _of_execution(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _default_of(key: str) -> object:
-    default = ExperimentConfig.model_fields[key].default
+    default = RunConfig.model_fields[key].default
     return default.model_dump() if isinstance(default, Schema) else default

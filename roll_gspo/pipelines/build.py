@@ -11,8 +11,9 @@ from typing import Any
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.batch import Prompt
 from roll_gspo.checkpoint import CheckpointStore
-from roll_gspo.config.data import DataArgs
+from roll_gspo.config.data import SourceArgs
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.data.prompts import end_of_turn_ids
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.execution.base import Executor
@@ -29,13 +30,14 @@ from roll_gspo.pipelines.settings import (
     query_filter_settings,
     sampling,
 )
-from roll_gspo.pipelines.state import ACTOR, CRITIC, TrainerState
+from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState, TrainerState
 from roll_gspo.pipelines.validation import Validation
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.judge import Judge
 from roll_gspo.roles.reference import Reference
+from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.roles.weight_sync import WeightSync
 from roll_gspo.strategies.base import Sampling
 from roll_gspo.tracking.base import build_trackers
@@ -104,8 +106,7 @@ def _start_roles(
         running_moments=RunningMoments(),
         kl_controller=new_kl_controller(config),
     )
-    _resume(config, folder, console, models.actor_train, models.critic, state)
-    first_written = state.step + 1 if state.step else 0  # from the beginning step 0, the first validation, is repeated
+    resume(config, folder, console, models.actor_train, models.critic, state)
     groups, length = config.num_return_sequences_in_group, config.max_response_length
     training = sampling(config.actor_infer.generating_args, groups, length, data.stop_ids)
     return Parts(
@@ -119,7 +120,7 @@ def _start_roles(
         collector=_collector(config, state, models.actor_infer, rewards, training, data.tokenizer),
         experience=experience_settings(config),
         state=state,
-        output=_output(config, folder, console, first_written, data.tokenizer, state),
+        output=make_output(config, folder, console, state, data.tokenizer),
         sampling=training,
         validation=new_validation(config, data.validation, data.stop_ids, rewards) if config.validation else None,
         num_prompts_dropped=len(datasets.train) - len(data.train),
@@ -149,7 +150,7 @@ def _tokenized(config: ExperimentConfig, datasets: Datasets, checkpoint: Path, c
     return _Tokenized(tokenizer, train, validation, stop_ids(config, blocks, tokenizer, checkpoint))
 
 
-def stop_ids(config: ExperimentConfig, blocks: Sequence[DataArgs], tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
+def stop_ids(config: AnyConfig, blocks: Sequence[SourceArgs], tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
     """Every id that ends a response: those of the model, and those that end a turn in the templates of the data."""
     stops = set(stop_token_ids(tokenizer, checkpoint))
     for args in blocks:
@@ -168,13 +169,13 @@ def new_validation(
     return Validation(block, prompts, how, rewards.domains)
 
 
-def _resume(
-    config: ExperimentConfig,
+def resume(
+    config: AnyConfig,
     folder: RunFolder,
     console: Console,
-    actor: Actor,
+    actor: TrainedRole,
     critic: Critic | None,
-    state: TrainerState,
+    state: RunState[Any],
 ) -> None:
     """Load the checkpoint to go on from, if there is one."""
     if folder.resumed_from is None:
@@ -234,14 +235,9 @@ def stop_token_ids(tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def _output(
-    config: ExperimentConfig,
-    folder: RunFolder,
-    console: Console,
-    first_step: int,
-    tokenizer: Any,
-    state: TrainerState,
-) -> Output:
+def make_output(config: AnyConfig, folder: RunFolder, console: Console, state: RunState[Any], tokenizer: Any) -> Output:
+    """What writes into the run's folder from the step after those that are done on."""
+    first_step = state.step + 1 if state.step else 0  # from the beginning step 0, the first validation, is repeated
     kwargs = config.tracker_kwargs.model_dump(exclude_none=True)
     checkpoints = CheckpointStore(folder.checkpoints, config.checkpoint_config.max_ckpt_to_keep, state.best)
     state.best = checkpoints.best  # that of another folder is not kept here

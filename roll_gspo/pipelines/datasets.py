@@ -6,13 +6,14 @@ import hashlib
 import math
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from roll_gspo.batch import Prompt
-from roll_gspo.config.data import DataArgs
-from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.data import DataArgs, SourceArgs
+from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition, multi_domain
 from roll_gspo.data.prompts import ChatFormat, make_prompts
@@ -23,6 +24,7 @@ from roll_gspo.errors import DataError
 from roll_gspo.rewards.routing import Router
 
 BUILTIN = "builtin:"
+TASKS = (column_addition.FILE_NAME, multi_domain.FILE_NAME)
 DEFAULT_GENERATED_ROWS = 4096
 UNLABELLED = "unlabelled"
 DATA_SEED = 0  # generated rows are the same for every seed of a comparison
@@ -47,16 +49,24 @@ def read_datasets(config: ExperimentConfig) -> Datasets:
     validation = [] if config.validation is None else read_validation(config.validation)
     if config.difficulty_loss_weight:
         _check_difficulty(train)
-    tags = {row.tag for row in (*train, *validation)}
+    check_tags(config, {row.tag for row in (*train, *validation)})
+    shares = config.actor_train.data_args.domain_interleave_probs
+    if shares is not None:
+        check_shares(shares, domains_of(config, [_labels(row) for row in train]), "the data")
+    return Datasets(train, validation)
+
+
+def check_tags(config: RunConfig, tags: set[str]) -> None:
+    """See that `tag_to_template` names tags of the data.
+
+    Raises:
+        DataError: it names others.
+    """
     if strange := [tag for tag in config.tag_to_template if tag not in tags]:
         raise DataError(
             f"tag_to_template: no row has the tag {', '.join(strange)} (tags of the data: "
             f"{', '.join(sorted(tags - {''})) or 'none'}); write it as there, or remove it"
         )
-    shares = config.actor_train.data_args.domain_interleave_probs
-    if shares is not None:
-        check_shares(shares, domains_of(config, [_labels(row) for row in train]), "the data")
-    return Datasets(train, validation)
 
 
 def _labels(row: DataRow) -> dict[str, str]:
@@ -108,7 +118,7 @@ def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler
     Raises:
         DataError: all prompts of a domain with a share were too long.
     """
-    mark = fingerprint(prompts)
+    mark = fingerprint(prompt.token_ids for prompt in prompts)
     shares = config.actor_train.data_args.domain_interleave_probs
     if shares is None:
         return PromptSampler(prompts, config.seed, mark)
@@ -120,12 +130,12 @@ def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler
     return InterleavedSampler(by_domain, shares, config.seed, mark)
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
+def fingerprint(token_ids: Iterable[Sequence[int]]) -> str:
     """Changes with any token of any prompt, and with their order; not with the place of the files."""
     digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        digest.update(len(prompt.token_ids).to_bytes(8, "little"))
-        digest.update(array("q", prompt.token_ids).tobytes())
+    for ids in token_ids:
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(array("q", ids).tobytes())
     return digest.hexdigest()
 
 
@@ -168,12 +178,11 @@ def _check_difficulty(rows: list[DataRow]) -> None:
             )
 
 
-def chat_format(config: ExperimentConfig, args: DataArgs) -> ChatFormat:
+def chat_format(config: AnyConfig, args: SourceArgs) -> ChatFormat:
     """Template and system prompts of a block of data; validation has the template of training where it names none."""
     own = args.template or config.actor_train.data_args.template or NATIVE
-    return ChatFormat(
-        config.global_template or own, config.tag_to_template, args.system_prompt, args.domain_system_prompts
-    )
+    by_domain = args.domain_system_prompts if isinstance(args, DataArgs) else {}
+    return ChatFormat(config.global_template or own, config.tag_to_template, args.system_prompt, by_domain)
 
 
 def tokenize(
@@ -189,16 +198,27 @@ def tokenize(
     return make_prompts(rows, tokenizer, prompt_length, where, chat, domains)
 
 
+def builtin_task(args: SourceArgs, where: str) -> str | None:
+    """The task of this package that is named in the place of files, if one is.
+
+    Raises:
+        DataError: there is no such task, or files stand beside it.
+    """
+    if not any(name.startswith(BUILTIN) for name in args.file_name):
+        return None
+    if len(args.file_name) > 1 or args.file_name[0] not in TASKS:
+        raise DataError(
+            f"{where}: {', '.join(args.file_name)}: the tasks of this package are {' and '.join(TASKS)}, and stand "
+            "alone; name one of them, or files"
+        )
+    return args.file_name[0]
+
+
 def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:
-    generated = [name for name in args.file_name if name.startswith(BUILTIN)]
-    if generated:
-        if list(args.file_name) == [multi_domain.FILE_NAME]:
-            return multi_domain.rows(split)[: args.num_rows]
-        if list(args.file_name) != [column_addition.FILE_NAME]:
-            raise DataError(
-                f"{where}: {', '.join(args.file_name)}: the tasks that come with this package are "
-                f"'{column_addition.FILE_NAME}' and '{multi_domain.FILE_NAME}', and stand alone; name one, or files"
-            )
+    task = builtin_task(args, where)
+    if task == multi_domain.FILE_NAME:
+        return multi_domain.rows(split)[: args.num_rows]
+    if task == column_addition.FILE_NAME:
         return column_addition.rows(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
     columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
     reading = Reading(columns, args.dataset_config, args.split, args.file_domains)

@@ -8,19 +8,21 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import ActorInferConfig, ActorTrainConfig, CriticConfig, ReferenceConfig
+from roll_gspo.config.roles import ActorInferConfig, CriticConfig, PolicyConfig, ReferenceConfig
+from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.config.strategy import MegatronInferArgs, MegatronTrainArgs, VllmArgs
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.layout import engine_problems, layout_problems
 from roll_gspo.models.size import architecture_of
 
-Role = ActorTrainConfig | ActorInferConfig | ReferenceConfig | CriticConfig
+Role = PolicyConfig | ActorInferConfig | ReferenceConfig | CriticConfig
 
 
-def roles_of(config: ExperimentConfig) -> dict[str, Role]:
+def roles_of(config: AnyConfig) -> dict[str, Role]:
     """The roles that are built and hold a model."""
+    if isinstance(config, SftConfig):
+        return {"actor_train": config.actor_train}
     roles: dict[str, Role] = {"actor_train": config.actor_train, "actor_infer": config.actor_infer}
     if config.needs_reference and config.reference is not None:
         roles["reference"] = config.reference
@@ -29,7 +31,7 @@ def roles_of(config: ExperimentConfig) -> dict[str, Role]:
     return roles
 
 
-def model_of(config: ExperimentConfig, role: Role) -> str:
+def model_of(config: AnyConfig, role: Role) -> str:
     """Name or folder of the model that a role holds; the engine takes every weight from the trainer."""
     block = config.actor_train if isinstance(role, ActorInferConfig) else role
     return block.model_args.model_name_or_path or config.pretrain
@@ -46,12 +48,12 @@ def engine_size(role: Role) -> int:
     return args.strategy_config.tensor_parallel_size if isinstance(args, VllmArgs) else 1
 
 
-def devices_per_node(config: ExperimentConfig) -> int:
+def devices_per_node(config: AnyConfig) -> int:
     """Devices of one machine; a machine without any counts as one."""
     return config.num_gpus_per_node or 1
 
 
-def finds_cuda(config: ExperimentConfig) -> bool | None:
+def finds_cuda(config: AnyConfig) -> bool | None:
     """Whether the roles will compute on GPUs, as far as this machine can tell; None on a cluster that is elsewhere."""
     if config.execution == "ray" and os.environ.get("RAY_ADDRESS", "local") != "local":
         return None
@@ -60,7 +62,7 @@ def finds_cuda(config: ExperimentConfig) -> bool | None:
     return Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def device_problems(config: ExperimentConfig, on_cuda: bool | None) -> list[str]:
+def device_problems(config: AnyConfig, on_cuda: bool | None) -> list[str]:
     """Every reason why the roles cannot run on the devices that they name.
 
     Args:
@@ -103,7 +105,7 @@ def _of_local(roles: dict[str, Role]) -> list[str]:
     return problems
 
 
-def _of_nodes(config: ExperimentConfig, roles: dict[str, Role]) -> Iterator[str]:
+def _of_nodes(config: AnyConfig, roles: dict[str, Role]) -> Iterator[str]:
     per_node, last = devices_per_node(config), max(max(devices_of(role)) for role in roles.values())
     needed = last // per_node + 1
     if not config.num_gpus_per_node and last:
@@ -118,7 +120,7 @@ def _of_nodes(config: ExperimentConfig, roles: dict[str, Role]) -> Iterator[str]
         )
 
 
-def colocated(config: ExperimentConfig) -> list[str]:
+def colocated(config: AnyConfig) -> list[str]:
     """Roles that would share GPUs. On machines without GPUs they may: device numbers are worker slots there."""
     problems = []
     for (first, one), (second, other) in combinations(roles_of(config).items(), 2):
@@ -133,7 +135,7 @@ def colocated(config: ExperimentConfig) -> list[str]:
     return problems
 
 
-def _of_role(config: ExperimentConfig, name: str, role: Role, on_cuda: bool | None) -> Iterator[str]:
+def _of_role(config: AnyConfig, name: str, role: Role, on_cuda: bool | None) -> Iterator[str]:
     args, devices = role.strategy_args, devices_of(role)
     block = f"{name}.strategy_args.strategy_config"
     if isinstance(args, MegatronTrainArgs | MegatronInferArgs):
@@ -154,7 +156,7 @@ def _of_role(config: ExperimentConfig, name: str, role: Role, on_cuda: bool | No
         )
 
 
-def _of_engines(config: ExperimentConfig, devices: tuple[int, ...], args: Any, name: str) -> Iterator[str]:
+def _of_engines(config: AnyConfig, devices: tuple[int, ...], args: Any, name: str) -> Iterator[str]:
     """Each engine takes as many devices as share it, of one machine."""
     size, per_node = args.strategy_config.tensor_parallel_size, devices_per_node(config)
     if len(devices) % size:
@@ -181,7 +183,7 @@ def _known(model: str) -> Architecture | None:
         return None
 
 
-def layout_text(config: ExperimentConfig, role: Role) -> str:
+def layout_text(config: AnyConfig, role: Role) -> str:
     """Devices, machines and parallel sizes of a role."""
     devices, args = devices_of(role), role.strategy_args
     where = "this machine" if role.device_mapping is None else f"devices {ranges(devices)}"

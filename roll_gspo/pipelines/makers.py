@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.config.strategy import MegatronTrainArgs, VllmArgs
 from roll_gspo.pipelines.settings import (
     micro_batching,
@@ -19,34 +20,49 @@ from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.replicas import Replica
+from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.strategies import STRATEGIES, VALUE_STRATEGIES
+from roll_gspo.strategies.base import TrainStrategy
 
 
 def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
     """`actor_train`, or one rank of it."""
-    role = config.actor_train
-    budget = role.max_tokens_per_microbatch_in_infer
-    setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
-    optimizer = optimizer_setup(config, role.training_args, config.num_updates)
-    args = role.strategy_args
-    strategy_class = STRATEGIES.load(args.strategy_name)
-    if isinstance(args, MegatronTrainArgs):
-        replay = role.router_replay
-        strategy = strategy_class(
-            setup, optimizer, args.strategy_config, router_replay=replay.mode, record_routing=replay.record
-        )
-    else:
-        strategy = strategy_class(setup, optimizer, args.strategy_config)
     return Actor(
-        strategy,
+        _train_strategy(config, checkpoint, config.num_updates),
         policy_loss_settings(config),
         mini_batch_size=config.mini_batch_size,
-        micro_batching=micro_batching(role),
+        micro_batching=micro_batching(config.actor_train),
         num_epochs=config.ppo_epochs,
         max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
         seed=config.seed,
         measure_mismatch=not config.enable_old_logprobs_recompute,
     )
+
+
+def make_sft_actor(config: SftConfig, checkpoint: Path, num_steps: int) -> SftActor:
+    """`actor_train` with `pipeline: sft`, or one rank of it, for a run of `num_steps` optimizer steps."""
+    return SftActor(
+        _train_strategy(config, checkpoint, num_steps),
+        mini_batch_size=config.mini_batch_size,
+        micro_batching=micro_batching(config.actor_train),
+        max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
+    )
+
+
+def _train_strategy(config: AnyConfig, checkpoint: Path, num_updates: int) -> TrainStrategy:
+    """The engine of `actor_train`."""
+    role = config.actor_train
+    budget = role.max_tokens_per_microbatch_in_infer
+    setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
+    optimizer = optimizer_setup(config, role.training_args, num_updates)
+    args = role.strategy_args
+    strategy_class = STRATEGIES.load(args.strategy_name)
+    if isinstance(args, MegatronTrainArgs):
+        replay = role.router_replay
+        return strategy_class(
+            setup, optimizer, args.strategy_config, router_replay=replay.mode, record_routing=replay.record
+        )
+    return strategy_class(setup, optimizer, args.strategy_config)
 
 
 def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:

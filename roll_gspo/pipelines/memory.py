@@ -6,8 +6,8 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass
 
-from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import ActorTrainConfig, CriticConfig
+from roll_gspo.config.roles import CriticConfig, PolicyConfig
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import MegatronConfig, MegatronInferArgs, MegatronTrainArgs
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.layout import RankParameters, optimizer_shares, parameters_of_rank
@@ -34,7 +34,7 @@ class Memory:
         return max(nodes.values())
 
 
-def memory_of(config: ExperimentConfig) -> Memory | None:
+def memory_of(config: AnyConfig) -> Memory | None:
     """Estimate the memory of a run; None where the size of a model is not known yet.
 
     Activations, KV caches and what CUDA itself takes come on top.
@@ -52,7 +52,7 @@ def memory_of(config: ExperimentConfig) -> Memory | None:
     return Memory(of_roles, dict(of_devices))
 
 
-def memory_texts(config: ExperimentConfig) -> list[str]:
+def memory_texts(config: AnyConfig) -> list[str]:
     """The rows of the plan."""
     memory = memory_of(config)
     if memory is None:
@@ -67,7 +67,7 @@ def memory_texts(config: ExperimentConfig) -> list[str]:
     return texts
 
 
-def memory_warnings(config: ExperimentConfig, on_cuda: bool | None) -> list[str]:
+def memory_warnings(config: AnyConfig, on_cuda: bool | None) -> list[str]:
     """That a run on worker slots of this machine takes more than the machine has."""
     memory = memory_of(config)
     if on_cuda is not False or memory is None:
@@ -87,11 +87,11 @@ def _span(amounts: tuple[float, ...]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _of_role(config: ExperimentConfig, role: Role) -> tuple[float, ...] | None:
+def _of_role(config: AnyConfig, role: Role) -> tuple[float, ...] | None:
     """Bytes on each device of a role."""
     args, world_size, name = role.strategy_args, len(devices_of(role)), model_of(config, role)
     itemsize = BYTES_PER_PARAMETER[role.model_args.dtype]
-    is_trained = isinstance(role, ActorTrainConfig | CriticConfig)
+    is_trained = isinstance(role, PolicyConfig | CriticConfig)
     if not isinstance(args, MegatronTrainArgs | MegatronInferArgs):
         size = size_of(name)
         if size is None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,15 @@ from torch import Tensor
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.checkpoint import HF_EXPORT, Best, CheckpointStore
 from roll_gspo.pipelines.records import figures_of_response, rollout_records
-from roll_gspo.pipelines.state import ACTOR, CRITIC, TrainerState
+from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState
 from roll_gspo.pipelines.validation import JudgedBatch, validation_records
 from roll_gspo.report.page import write_report
 from roll_gspo.rewards.base import RewardResult
-from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
+from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.tracking.base import Trackers
 from roll_gspo.tracking.console import Console
+from roll_gspo.tracking.live import VALIDATION_FIGURES
 from roll_gspo.tracking.rollouts import RolloutWriter, UpdatedRecord
 
 logger = logging.getLogger(__name__)
@@ -64,14 +66,15 @@ class Output:
         self._config_text = config_text
         self._save_hf_model = save_hf_model
         self._asynchronous = asynchronous
-        self._saving: tuple[int, Best | None, list[Actor | Critic]] | None = None
+        self._saving: tuple[int, Best | None, list[TrainedRole | Critic]] | None = None
         self._decode = decode
 
     def before_training(self, metrics: Mapping[str, float]) -> None:
         """Step 0: the validation of the policy that training starts from."""
         if metrics:
             self._trackers.log(0, metrics)
-            self._console.message(f"validation before training: {metrics['validation/score_mean']:.3f}")
+            figure = next(metrics[name] for name in VALIDATION_FIGURES if name in metrics)
+            self._console.message(f"validation before training: {figure:.3f}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a finished step, to every tracker and the console."""
@@ -101,7 +104,7 @@ class Output:
         records = [UpdatedRecord(sample, figures_of_response(log_probs, mask, place)) for place, sample in samples]
         self._rollouts.write_updated(step, records)
 
-    def save(self, step: int, actor: Actor, critic: Critic | None, state: TrainerState) -> None:
+    def save(self, step: int, actor: TrainedRole, critic: Critic | None, state: RunState[Any]) -> None:
         """A complete checkpoint of the run, then the report so far.
 
         With asynchronous saving the checkpoint is complete only after `finish_save`.
@@ -141,6 +144,10 @@ class Output:
                 return
         self._checkpoints.complete(step, best)
         logger.info("checkpoint of step %d: %s", step, os.path.relpath(self._checkpoints.folder))
+
+    def hf_model(self, step: int) -> Path | None:
+        """The folder in Hugging Face layout of a step that was saved; None where none is exported."""
+        return self._checkpoints.folder / f"step_{step:06d}" / HF_EXPORT if self._save_hf_model else None
 
     def report(self) -> Path | None:
         """Write the report of what there is by now and return its path; one that fails does not end a training."""

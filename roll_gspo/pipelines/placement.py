@@ -10,6 +10,7 @@ from typing import cast
 
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.roles import CriticConfig, ReferenceConfig
+from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.errors import ConfigError
 from roll_gspo.execution.base import (
     ClusterExecutor,
@@ -21,13 +22,21 @@ from roll_gspo.execution.base import (
     WorkerGroup,
 )
 from roll_gspo.pipelines.devices import Role, colocated, devices_of, devices_per_node, engine_size, roles_of
-from roll_gspo.pipelines.makers import make_actor, make_critic, make_generator, make_reference, make_replica
+from roll_gspo.pipelines.makers import (
+    make_actor,
+    make_critic,
+    make_generator,
+    make_reference,
+    make_replica,
+    make_sft_actor,
+)
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.replicas import Replicas
+from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.roles.weight_sync import LocalSync, WeightSync, WireSync
 from roll_gspo.tracking.console import Console
 
@@ -52,9 +61,7 @@ def start_models(
         ConfigError: a setting turns out to be impossible for the model or the engine.
         WorkerError: a worker process does not start.
     """
-    place = (
-        _Here(config, executor) if config.execution == "local" else _Cluster(config, cast(ClusterExecutor, executor))
-    )
+    place = _place(config, executor)
     reference = critic = None
     with console.stage("start actor_train"):
         actor = place.start("actor_train", config.actor_train, partial(make_actor, config, checkpoint))
@@ -67,11 +74,25 @@ def start_models(
             own = _own_checkpoint(config, config.critic, checkpoint, console)
             critic = place.start("critic", config.critic, partial(make_critic, config, own))
     with console.stage("start actor_infer"):
-        generator, weights = place.start_generator(checkpoint, pad_token_id, actor)
+        generator, weights = place.start_generator(config, checkpoint, pad_token_id, actor)
     return Models(actor, reference, critic, generator, weights)
 
 
-def execution_settings(config: ExperimentConfig) -> ExecutionSettings:
+def start_sft_actor(
+    config: SftConfig, checkpoint: Path, executor: Executor, console: Console, num_steps: int
+) -> SftActor:
+    """Start the one role of supervised fine-tuning.
+
+    Raises:
+        ConfigError: a setting turns out to be impossible for the model or the engine.
+        WorkerError: a worker process does not start.
+    """
+    make = partial(make_sft_actor, config, checkpoint, num_steps)
+    with console.stage("start actor_train"):
+        return _place(config, executor).start("actor_train", config.actor_train, make)
+
+
+def execution_settings(config: AnyConfig) -> ExecutionSettings:
     """What the executor has to know of a run."""
     numbers = {number for role in roles_of(config).values() for number in devices_of(role)}
     return ExecutionSettings(
@@ -82,7 +103,7 @@ def execution_settings(config: ExperimentConfig) -> ExecutionSettings:
     )
 
 
-def worker_devices(config: ExperimentConfig, role: Role) -> Devices:
+def worker_devices(config: AnyConfig, role: Role) -> Devices:
     """Of a role's workers."""
     return Devices(devices_of(role), engine_size(role), devices_per_node(config))
 
@@ -97,17 +118,18 @@ def _own_checkpoint(
 class _Here:
     """Every model in this process."""
 
-    def __init__(self, config: ExperimentConfig, executor: Executor) -> None:
-        self._config = config
+    def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
     def start(self, name: str, block: Role, make: Callable[[], RoleT]) -> RoleT:
         """One object."""
         return self._executor.start(name, make)
 
-    def start_generator(self, checkpoint: Path, pad_token_id: int, actor: Actor) -> tuple[Generator, WeightSync]:
+    def start_generator(
+        self, config: ExperimentConfig, checkpoint: Path, pad_token_id: int, actor: Actor
+    ) -> tuple[Generator, WeightSync]:
         """One engine, which reads the trainer's tensors."""
-        make = partial(make_generator, self._config, checkpoint, pad_token_id)
+        make = partial(make_generator, config, checkpoint, pad_token_id)
         generator = self._executor.start("actor_infer", make)
         return generator, LocalSync(actor, generator)
 
@@ -115,7 +137,7 @@ class _Here:
 class _Cluster:
     """Every model in processes of its own; what generates is a role of this process that deals out prompts."""
 
-    def __init__(self, config: ExperimentConfig, executor: ClusterExecutor) -> None:
+    def __init__(self, config: AnyConfig, executor: ClusterExecutor) -> None:
         # the plan says so too, where the command's machine shows what the cluster's are
         if executor.uses_gpus and (problems := colocated(config)):
             raise ConfigError("\n".join(problems))
@@ -129,9 +151,10 @@ class _Cluster:
         self._groups[name] = group
         return cast(RoleT, RemoteRole(group))
 
-    def start_generator(self, checkpoint: Path, pad_token_id: int, actor: Actor) -> tuple[Generator, WeightSync]:
+    def start_generator(
+        self, config: ExperimentConfig, checkpoint: Path, pad_token_id: int, actor: Actor
+    ) -> tuple[Generator, WeightSync]:
         """One engine for each `tensor_parallel_size` devices."""
-        config = self._config
         devices = worker_devices(config, config.actor_infer)
         make = partial(make_replica, config, checkpoint)
         group = self._executor.start_group("actor_infer", make, devices, one_world=False)
@@ -148,3 +171,9 @@ class _Cluster:
             checksum=transfer.checksum,
         )
         return generator, weights
+
+
+def _place(config: AnyConfig, executor: Executor) -> _Here | _Cluster:
+    if config.execution == "local":
+        return _Here(executor)
+    return _Cluster(config, cast(ClusterExecutor, executor))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import roll_gspo
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.selection import QueryFilterConfig
+from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.models.size import ModelSize, context_length_of, size_of
 from roll_gspo.pipelines.advice import warnings_of
 from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text, roles_of
@@ -42,12 +43,25 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: ExperimentConfig, config_warnings: tuple[str, ...] = ()) -> Plan:
+def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = ()) -> Plan:
     """Work out the plan of a valid configuration, as this machine would run it."""
     size, on_cuda = size_of(config.pretrain), finds_cuda(config)
+    is_sft = isinstance(config, SftConfig)
     rows = [
         ("model", _model_text(config, size)),
         *_role_rows(config),
+        *(_sft_rows(config) if is_sft else _rlvr_rows(config)),
+        *(("memory", text) for text in memory_texts(config)),
+        ("run", _sft_run_text(config) if is_sft else _run_text(config)),
+    ]
+    title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
+    warnings = (*warnings_of(config), *memory_warnings(config, on_cuda), *config_warnings)
+    too_long = _sft_context_problems(config) if isinstance(config, SftConfig) else context_problems(config)
+    return Plan(title, tuple(rows), warnings, (*_of_replay(config, size), *too_long, *device_problems(config, on_cuda)))
+
+
+def _rlvr_rows(config: ExperimentConfig) -> list[tuple[str, str]]:
+    return [
         ("rollout", _rollout_text(config)),
         ("updates", _updates_text(config)),
         ("ratio", _ratio_text(config)),
@@ -55,16 +69,21 @@ def make_plan(config: ExperimentConfig, config_warnings: tuple[str, ...] = ()) -
         *(("samples", text) for text in _sample_texts(config)),
         ("log-probs", _log_probs_text(config)),
         *(("log-probs", text) for text in _correction_texts(config)),
-        *(("memory", text) for text in memory_texts(config)),
-        ("run", _run_text(config)),
     ]
-    title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
-    warnings = (*warnings_of(config), *memory_warnings(config, on_cuda), *config_warnings)
-    problems = (*_of_replay(config, size), *context_problems(config), *device_problems(config, on_cuda))
-    return Plan(title, tuple(rows), warnings, problems)
 
 
-def _model_text(config: ExperimentConfig, size: ModelSize | None) -> str:
+def _sft_rows(config: SftConfig) -> list[tuple[str, str]]:
+    data = config.actor_train.data_args
+    turns = "the last turn of a sequence" if data.multi_turn == "separate" else "all assistant's turns of a sequence"
+    rows = f" (the first {data.num_rows})" if data.num_rows else ""
+    return [
+        ("data", f"{', '.join(data.file_name)}{rows}; sequences ≤ {config.sequence_length} tokens"),
+        ("updates", f"a step is one optimizer step: {_mini_batch_text(config)}"),
+        ("loss", f"negative log-likelihood, mean over the tokens of {turns}"),
+    ]
+
+
+def _model_text(config: AnyConfig, size: ModelSize | None) -> str:
     count = "size unknown until it is read"
     if size is not None:
         count = f"{_count(size.num_parameters)} parameters ({size.source})"
@@ -80,11 +99,13 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _role_rows(config: ExperimentConfig) -> list[tuple[str, str]]:
+def _role_rows(config: AnyConfig) -> list[tuple[str, str]]:
     rows = [
         ("roles", f"{name:<12} {role.strategy_args.strategy_name:<15} {layout_text(config, role)}")
         for name, role in roles_of(config).items()
     ]
+    if isinstance(config, SftConfig):
+        return rows
     if not config.needs_reference:
         rows.append(("roles", f"{'reference':<12} not built: no KL term is switched on"))
     if config.critic is not None and not config.needs_critic:
@@ -100,15 +121,18 @@ def _rollout_text(config: ExperimentConfig) -> str:
 
 
 def _updates_text(config: ExperimentConfig) -> str:
+    return (
+        f"{config.samples_per_rollout} samples × {config.ppo_epochs} epoch(s) → {_mini_batch_text(config)} → "
+        f"{config.updates_per_rollout} optimizer steps a rollout, {config.num_updates} in all"
+    )
+
+
+def _mini_batch_text(config: AnyConfig) -> str:
     args, budget = config.actor_train.training_args, config.actor_train.max_tokens_per_microbatch_in_train
     cut = f"{args.gradient_accumulation_steps} micro-batch(es) of {args.per_device_train_batch_size}"
     if budget is not None:
         cut = f"{args.mini_batch_size_per_rank} in micro-batches of up to {budget} tokens"
-    return (
-        f"{config.samples_per_rollout} samples × {config.ppo_epochs} epoch(s) → mini-batches of "
-        f"{config.mini_batch_size} ({cut} × DP {config.data_parallel_size}) → {config.updates_per_rollout} "
-        f"optimizer steps a rollout, {config.num_updates} in all"
-    )
+    return f"mini-batches of {config.mini_batch_size} ({cut} × DP {config.data_parallel_size})"
 
 
 def _ratio_text(config: ExperimentConfig) -> str:
@@ -188,13 +212,24 @@ def _log_probs_text(config: ExperimentConfig) -> str:
 
 
 def _run_text(config: ExperimentConfig) -> str:
+    warmup = f" ({config.critic_warmup} of the critic alone)" if config.critic_warmup else ""
+    return f"{config.max_steps} steps{warmup}, {_habits_text(config)}"
+
+
+def _sft_run_text(config: SftConfig) -> str:
+    steps = f"{config.max_steps} steps" if config.max_steps is not None else ""
+    epochs = f"{config.num_epochs} pass(es) over the data" if config.num_epochs is not None else ""
+    length = f"{steps} or {epochs}, whichever is over first" if steps and epochs else steps or epochs
+    return f"{length}, {_habits_text(config)}"
+
+
+def _habits_text(config: AnyConfig) -> str:
     validation = f"validation before, every {config.eval_steps} and after" if config.validation else "no validation"
     resume = f", resume: {config.resume_from_checkpoint}" if config.resume_from_checkpoint else ""
-    warmup = f" ({config.critic_warmup} of the critic alone)" if config.critic_warmup else ""
     saved = f"checkpoint every {config.save_steps}"
     if config.checkpoint_config.keep_best is not None:
         saved += f" and at the best {config.checkpoint_config.keep_best}"
-    return f"{config.max_steps} steps{warmup}, {saved}, {validation}, seed {config.seed}{resume}"
+    return f"{saved}, {validation}, seed {config.seed}{resume}"
 
 
 def context_problems(config: ExperimentConfig, model: str | None = None) -> Iterator[str]:
@@ -221,7 +256,17 @@ def context_problems(config: ExperimentConfig, model: str | None = None) -> Iter
         )
 
 
-def _of_replay(config: ExperimentConfig, size: ModelSize | None) -> Iterator[str]:
+def _sft_context_problems(config: SftConfig) -> Iterator[str]:
+    name = config.actor_train.model_args.model_name_or_path or config.pretrain
+    context = context_length_of(name)
+    if context is not None and config.sequence_length > context:
+        yield (
+            f"sequence_length: {config.sequence_length} tokens, but the context of {name} has {context}; lower it to "
+            "that (longer conversations are dropped)"
+        )
+
+
+def _of_replay(config: AnyConfig, size: ModelSize | None) -> Iterator[str]:
     """Routing replay of a model that has no routers."""
     replay = config.actor_train.router_replay
     is_dense = size is not None and size.source != "from its name" and not size.num_expert_parameters

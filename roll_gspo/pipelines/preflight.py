@@ -6,16 +6,17 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from roll_gspo.config.data import CHAT_TEMPLATES, DataArgs
-from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.data import CHAT_TEMPLATES, SourceArgs
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.data.named import dataset_name
 from roll_gspo.errors import DataError, MissingDependencyError
 from roll_gspo.models.tiny import BUILTIN
+from roll_gspo.pipelines.devices import model_of, roles_of
 from roll_gspo.pipelines.pretrain import check_model_name
 from roll_gspo.strategies import REQUIREMENTS
 
 
-def preflight(config: ExperimentConfig) -> None:
+def preflight(config: AnyConfig) -> None:
     """See that engines, models and data files are there, before torch or anything of the run is loaded.
 
     Raises:
@@ -26,22 +27,19 @@ def preflight(config: ExperimentConfig) -> None:
     check_data_files(config)
 
 
-def check_engines(config: ExperimentConfig) -> None:
+def check_engines(config: AnyConfig) -> None:
     """See that the packages of every configured engine, and of the executor, are installed.
 
     Raises:
         MissingDependencyError: lists each missing one with its `pip install` line.
     """
-    roles = {"actor_train": config.actor_train, "actor_infer": config.actor_infer}
-    if config.needs_reference and config.reference is not None:
-        roles["reference"] = config.reference
-    if config.needs_critic and config.critic is not None:
-        roles["critic"] = config.critic
     missing = []
     if config.execution == "ray" and not _is_installed("ray"):
         missing.append("execution: ray needs the package 'ray': pip install 'roll-gspo[ray]'; or execution=local")
     missing += (
-        text for role, block in roles.items() if (text := missing_engine(role, block.strategy_args.strategy_name))
+        text
+        for role, block in roles_of(config).items()
+        if (text := missing_engine(role, block.strategy_args.strategy_name))
     )
     if missing:
         raise MissingDependencyError("\n".join(missing))
@@ -58,22 +56,17 @@ def missing_engine(role: str, strategy_name: str) -> str | None:
     )
 
 
-def check_models(config: ExperimentConfig) -> None:
+def check_models(config: AnyConfig) -> None:
     """See that no role names a model that cannot exist; a name on the Hugging Face hub is not looked up.
 
     Raises:
         ConfigError: an unknown `builtin:` name, or a folder that is not there or holds no model.
     """
-    names = [config.actor_train.model_args.model_name_or_path or config.pretrain]
-    if config.needs_reference and config.reference is not None:
-        names.append(config.reference.model_args.model_name_or_path or config.pretrain)
-    if config.needs_critic and config.critic is not None:
-        names.append(config.critic.model_args.model_name_or_path or config.pretrain)
-    for name in names:
-        check_model_name(name)
+    for role in roles_of(config).values():
+        check_model_name(model_of(config, role))
 
 
-def check_data_files(config: ExperimentConfig) -> None:
+def check_data_files(config: AnyConfig) -> None:
     """See that every data file and chat template is there; what is in it is seen when it is read.
 
     A name on the Hugging Face hub is not looked up.
@@ -82,13 +75,13 @@ def check_data_files(config: ExperimentConfig) -> None:
         DataError: lists each missing one with the key that names it.
         MissingDependencyError: a name or a folder for the `datasets` library, and it is not installed.
     """
-    blocks = {"actor_train.data_args.file_name": config.actor_train.data_args}
+    blocks: dict[str, SourceArgs] = {"actor_train.data_args.file_name": config.actor_train.data_args}
     if config.validation is not None:
         blocks["validation.data_args.file_name"] = config.validation.data_args
     check_files(config, blocks)
 
 
-def check_files(config: ExperimentConfig, blocks: Mapping[str, DataArgs]) -> None:
+def check_files(config: AnyConfig, blocks: Mapping[str, SourceArgs]) -> None:
     """See that files and chat templates of `data_args` blocks, by the key that names the files, are there.
 
     Raises:

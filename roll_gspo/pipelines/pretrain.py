@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.experiment import RunConfig
 from roll_gspo.config.roles import WarmStart
 from roll_gspo.errors import ConfigError
 from roll_gspo.models import tiny
@@ -21,7 +21,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def prepare_checkpoint(config: ExperimentConfig, name: str, console: Console, key: str = "pretrain") -> Path:
+def prepare_checkpoint(config: RunConfig, name: str, console: Console, key: str = "pretrain") -> Path:
     """A folder in Hugging Face layout (config.json, safetensors, tokenizer) for a `pretrain` or `model_name_or_path`.
 
     Args:
@@ -78,7 +78,7 @@ def _download(name: str, key: str) -> Path:
         ) from error
 
 
-def _builtin(config: ExperimentConfig, name: str, console: Console) -> Path:
+def _builtin(config: RunConfig, name: str, console: Console) -> Path:
     spec, warm = tiny.TINY_MODELS[name], config.warm_start
     mark = tiny.fingerprint(
         MAKER_VERSION,
@@ -114,7 +114,9 @@ def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) 
     from roll_gspo.models.warm_start import Demonstration, train
 
     tasks = {task.FILE_NAME: task.demonstrations for task in (column_addition, multi_domain)}
-    pairs = tasks[settings.demonstrations](settings.steps * settings.batch_size, settings.seed, settings.slip_probability)
+    pairs = tasks[settings.demonstrations](
+        settings.steps * settings.batch_size, settings.seed, settings.slip_probability
+    )
     encoded = []
     for question, answer in pairs:
         prompt_ids = encode_chat(tokenizer, [{"role": "user", "content": question}])

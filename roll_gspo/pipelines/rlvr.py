@@ -11,9 +11,8 @@ import logging
 import torch
 
 from roll_gspo.batch import Rollouts, TrainBatch
-from roll_gspo.checkpoint import complete_checkpoints
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.errors import ConfigError, WorkerError
+from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.build import Parts, build_parts
 from roll_gspo.pipelines.collect import Collected
 from roll_gspo.pipelines.experience import (
@@ -25,9 +24,10 @@ from roll_gspo.pipelines.experience import (
     train_batch,
 )
 from roll_gspo.pipelines.interrupt import Interrupt, graceful_interrupt
+from roll_gspo.pipelines.lifecycle import finish, open_console, run_with_restarts
 from roll_gspo.pipelines.output import Output, traced_samples
 from roll_gspo.pipelines.plan import Plan
-from roll_gspo.pipelines.run_folder import RunFolder, open_run_folder
+from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.state import TrainerState
 from roll_gspo.pipelines.transfer_check import check_transfer
 from roll_gspo.pipelines.validation import Answers, JudgedBatch, answers_of, figure_names, summaries, validation_metrics
@@ -36,40 +36,19 @@ from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.memory import rss_mb
 
 logger = logging.getLogger(__name__)
-SIGNALLED = 128  # plus the signal's number is a shell's exit status: 130 after Ctrl-C
 
 
 def run(config: ExperimentConfig, plan: Plan) -> int:
     """Run the whole training; returns the process's exit status.
 
-    Where a worker process is lost for good, the run goes on from its last checkpoint up to `max_restarts` times.
-
     Raises:
-        WorkerError: a worker was lost more often than that.
+        WorkerError: a worker process was lost more than `max_restarts` times.
     """
-    restarts = 0
-    while True:
-        folder = open_run_folder(config, plan)
-        try:
-            return _run_once(config, folder)
-        except WorkerError as error:
-            elsewhere = isinstance(config.resume_from_checkpoint, str) and not complete_checkpoints(folder.checkpoints)
-            if restarts == config.max_restarts or elsewhere:  # its only checkpoint is that of another run
-                raise type(error)(f"{error}; {_way_out(config, folder)}") from error
-            restarts += 1
-            logger.warning("restart %d of %d, from the last checkpoint: %s", restarts, config.max_restarts, error)
-            config = config.model_copy(update={"resume_from_checkpoint": True, "run_name": folder.path.name})
+    return run_with_restarts(config, plan, _run_once)
 
 
 def _run_once(config: ExperimentConfig, folder: RunFolder) -> int:
-    console = Console(
-        config.exp_name,
-        config.max_steps,
-        folder.path,
-        log_folder=folder.log_folder,
-        logging_steps=config.logging_steps,
-    )
-    with console:
+    with open_console(config, folder, config.max_steps) as console:
         parts = build_parts(config, folder, console)
         try:
             with graceful_interrupt(console.warning) as interrupt:
@@ -77,15 +56,6 @@ def _run_once(config: ExperimentConfig, folder: RunFolder) -> int:
         finally:
             parts.output.close()
             parts.executor.close()
-
-
-def _way_out(config: ExperimentConfig, folder: RunFolder) -> str:
-    again = f"run_name={folder.path.name} resume_from_checkpoint=true goes on from the last checkpoint"
-    if not complete_checkpoints(folder.checkpoints):
-        again = "no checkpoint was saved yet"
-    if config.max_restarts:
-        return f"max_restarts {config.max_restarts} is used up; {again}"
-    return f"{again}; with max_restarts=1 a run does so by itself"
 
 
 class Rlvr:
@@ -130,7 +100,7 @@ class Rlvr:
                 self._output.finish_save(wait=False)
         with self._console.stage("save"):
             self._output.finish_save()
-        return self._finish()
+        return finish(self._output, self._console, self._interrupt, self._first_step, state.step, config.max_steps)
 
     def _step(self, step: int) -> dict[str, float]:
         parts, stage = self._parts, self._console.stage
@@ -249,21 +219,3 @@ class Rlvr:
             "rollout/tokens_per_s": num_tokens / times["time/generate"],
             "memory/rss_mb": rss_mb(),
         }
-
-    def _finish(self) -> int:
-        self._output.close()
-        with self._console.stage("report"):
-            report = self._output.report()
-        if report is not None:
-            self._console.message(f"report: {report}")
-        step, max_steps = self._state.step, self._config.max_steps
-        if self._interrupt.signal is None or step == max_steps:
-            return 0
-        if step < self._first_step:
-            self._console.message("stopped before a step was done; nothing was saved")
-        else:
-            self._console.message(
-                f"stopped after step {step} of {max_steps} and saved; the same command with "
-                "resume_from_checkpoint=true goes on"
-            )
-        return SIGNALLED + self._interrupt.signal

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from roll_gspo.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.experiment import RunConfig
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.pipelines.plan import Plan
 
@@ -33,7 +33,7 @@ class RunFolder:
     resumed_from: Checkpoint | None
 
 
-def open_run_folder(config: ExperimentConfig, plan: Plan) -> RunFolder:
+def open_run_folder(config: RunConfig, plan: Plan) -> RunFolder:
     """Make the folder, or find that of the run to be resumed, and write `config.yaml` and `plan.txt` into it.
 
     `resume_from_checkpoint: true` goes on in the folder of the run whose checkpoint is newest; a path starts a
@@ -75,7 +75,7 @@ def open_run_folder(config: ExperimentConfig, plan: Plan) -> RunFolder:
     return folder
 
 
-def config_yaml(config: ExperimentConfig) -> str:
+def config_yaml(config: RunConfig) -> str:
     """The whole configuration, defaults included, as YAML that runs again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 

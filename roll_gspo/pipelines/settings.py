@@ -14,7 +14,8 @@ from roll_gspo.algorithms.query_filter import QueryFilterSettings
 from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
 from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import ActorTrainConfig, CriticConfig, GeneratingArgs, TrainingArgs
+from roll_gspo.config.roles import CriticConfig, GeneratingArgs, PolicyConfig, TrainingArgs
+from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.config.strategy import MegatronTrainArgs
 from roll_gspo.pipelines.experience import ExperienceSettings
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
@@ -24,20 +25,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def model_setup(
-    config: ExperimentConfig, checkpoint: Path, dtype: str, micro_batch_size: int, max_tokens: int | None = None
+    config: AnyConfig, checkpoint: Path, dtype: str, micro_batch_size: int, max_tokens: int | None = None
 ) -> ModelSetup:
-    """Of any role; every engine scores at the temperature that responses are sampled at."""
+    """Of any role; every engine scores at the temperature that responses are sampled at, 1 where none are."""
+    is_sft = isinstance(config, SftConfig)
     return ModelSetup(
         checkpoint=checkpoint,
         dtype=DTYPES[dtype],
         micro_batch_size=micro_batch_size,
-        temperature=config.actor_infer.generating_args.temperature,
+        temperature=1.0 if is_sft else config.actor_infer.generating_args.temperature,
         seed=config.seed,
         max_tokens=max_tokens,
     )
 
 
-def micro_batching(role: ActorTrainConfig | CriticConfig) -> MicroBatching:
+def micro_batching(role: PolicyConfig | CriticConfig) -> MicroBatching:
     """How the mini-batches of a trained role are cut into passes."""
     args = role.strategy_args
     packed = isinstance(args, MegatronTrainArgs) and args.strategy_config.use_sequence_packing
@@ -45,7 +47,7 @@ def micro_batching(role: ActorTrainConfig | CriticConfig) -> MicroBatching:
     return MicroBatching(size, role.max_tokens_per_microbatch_in_train, packed)
 
 
-def optimizer_setup(config: ExperimentConfig, args: TrainingArgs, total_steps: int) -> OptimizerSetup:
+def optimizer_setup(config: AnyConfig, args: TrainingArgs, total_steps: int) -> OptimizerSetup:
     """Of a role that takes `total_steps` optimizer steps in the whole run."""
     return OptimizerSetup(
         learning_rate=args.learning_rate,

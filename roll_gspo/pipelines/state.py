@@ -1,12 +1,13 @@
-"""Everything of a run, beside actor and critic, that its next step depends on."""
+"""Everything of a run, beside its trained models, that its next step depends on."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from roll_gspo.algorithms.kl import KLController
 from roll_gspo.algorithms.reward_norm import RunningMoments
@@ -18,36 +19,42 @@ from roll_gspo.errors import CheckpointError
 FILE = "state.json"
 ACTOR = "actor_train"
 CRITIC = "critic"
+ItemT = TypeVar("ItemT")
 
 
 @dataclass
-class TrainerState:
+class RunState(Generic[ItemT]):
     """Mutable, checkpointed.
 
     Attributes:
         step: steps that are done.
         sampler: the data order and the place in it.
-        running_moments: of all scores.
-        kl_controller: of the token-level KL, or None where it is off.
         best: the best checkpoint so far by `checkpoint_config.keep_best`, the one that is being written included.
     """
 
     step: int
-    sampler: Sampler[Prompt]
-    running_moments: RunningMoments
-    kl_controller: KLController | None
-    best: Best | None = None
+    sampler: Sampler[ItemT]
+    best: Best | None = field(default=None, kw_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        best = asdict(self.best) if self.best else None
+        return {"step": self.step, "sampler": self.sampler.state_dict(), "best": best}
+
+    def load_state_dict(self, document: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the data is another.
+        """
+        self.step = document["step"]
+        self.sampler.load_state_dict(document["sampler"])
+        best = document.get("best")  # earlier versions had none
+        self.best = Best(**best) if best else None
 
     def save(self, folder: Path) -> None:
         """Write into an existing folder."""
-        document = {
-            "step": self.step,
-            "sampler": self.sampler.state_dict(),
-            "running_moments": self.running_moments.state_dict(),
-            "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
-            "best": asdict(self.best) if self.best else None,
-        }
-        (folder / FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        (folder / FILE).write_text(json.dumps(self.state_dict(), indent=1), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote.
@@ -56,14 +63,7 @@ class TrainerState:
             CheckpointError: the file is not readable.
         """
         try:
-            document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            self.step = document["step"]
-            self.sampler.load_state_dict(document["sampler"])
-            self.running_moments.load_state_dict(document["running_moments"])
-            if self.kl_controller is not None and document["kl_controller"] is not None:
-                self.kl_controller.load_state_dict(document["kl_controller"])
-            best = document.get("best")  # earlier versions had none
-            self.best = Best(**best) if best else None
+            self.load_state_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / FILE}: cannot be read ({error}); choose another checkpoint") from error
 
@@ -87,3 +87,35 @@ class TrainerState:
         """The place in the data, and in that of each domain where the batches have shares of them."""
         passes = self.sampler.epochs()
         return {f"domain/{name}/epoch" if name else "data/epoch": figure for name, figure in passes.items()}
+
+
+@dataclass
+class TrainerState(RunState[Prompt]):
+    """Of reinforcement learning.
+
+    Attributes:
+        step, sampler, best: see `RunState`.
+        running_moments: of all scores.
+        kl_controller: of the token-level KL, or None where it is off.
+    """
+
+    running_moments: RunningMoments
+    kl_controller: KLController | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return super().state_dict() | {
+            "running_moments": self.running_moments.state_dict(),
+            "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
+        }
+
+    def load_state_dict(self, document: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the data is another.
+        """
+        super().load_state_dict(document)
+        self.running_moments.load_state_dict(document["running_moments"])
+        if self.kl_controller is not None and document["kl_controller"] is not None:
+            self.kl_controller.load_state_dict(document["kl_controller"])

@@ -22,6 +22,13 @@ _MAX_STAGES = 7
 # (title, note, ((label, metric, color, style), ...), logarithmic, filled between first and last).
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, int, str], ...], bool, bool], ...] = (
     (
+        "Supervised loss",
+        "Negative log-likelihood of the tokens to imitate; nats a token.",
+        (("step", "sft/loss", 1, "line"), ("validation", "validation/loss", 2, "dots")),
+        False,
+        False,
+    ),
+    (
         "Clip fraction",
         "Share whose gradient the clip takes away; logarithmic.",
         (

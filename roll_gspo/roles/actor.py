@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,12 +12,13 @@ from roll_gspo.algorithms.policy_loss import PolicyLossSettings, policy_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
+from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult, WeightSource
 from roll_gspo.strategies.micro_batches import MicroBatching
 from roll_gspo.strategies.wire import BUCKET_BYTES, WireAddress, WireSender
 
 
-class Actor:
+class Actor(TrainedRole):
     """`actor_train`.
 
     Args:
@@ -46,7 +46,7 @@ class Actor:
         seed: int,
         measure_mismatch: bool = False,
     ) -> None:
-        self._strategy = strategy
+        super().__init__(strategy)
         self._loss_settings = loss_settings
         self._micro_batching = micro_batching
         self._measure_mismatch = measure_mismatch
@@ -121,22 +121,3 @@ class Actor:
             return
         for _ in self._strategy.weights():
             pass
-
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write the training state into an empty folder; `asynchronous`: go on meanwhile, `finish_save` ends it."""
-        self._strategy.save(folder, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete; `wait` until it is."""
-        return self._strategy.finish_save(wait)
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
-        self._strategy.load(folder)
-
-    def save_hf(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout."""
-        self._strategy.save_hf(folder)
-
-    def close(self) -> None:
-        """The engine lives as long as the process."""

@@ -25,10 +25,18 @@ class MiniBatches:
         num_epochs: passes over a rollout.
         max_consecutive_skipped_steps: stop after this many non-finite optimizer steps in a row.
         seed: of the order in which samples form mini-batches.
+        samples_of: where `sample_ids` are found, for messages; `{step}` stands for the step.
     """
 
     def __init__(
-        self, role: str, *, mini_batch_size: int, num_epochs: int, max_consecutive_skipped_steps: int, seed: int
+        self,
+        role: str,
+        *,
+        mini_batch_size: int,
+        num_epochs: int,
+        max_consecutive_skipped_steps: int,
+        seed: int,
+        samples_of: str = "rollouts/step_{step:06d}.jsonl",
     ) -> None:
         self._role = role
         self._size = mini_batch_size
@@ -36,6 +44,7 @@ class MiniBatches:
         self._max_skipped = max_consecutive_skipped_steps
         self._skipped_in_a_row = 0
         self._seed = seed
+        self._samples_of = samples_of
 
     def train(
         self,
@@ -81,14 +90,13 @@ class MiniBatches:
             return
         self._skipped_in_a_row += 1
         logger.warning(
-            "step %d: optimizer step skipped, %s has loss %g and gradient norm %g; samples %s of "
-            "rollouts/step_%06d.jsonl",
+            "step %d: optimizer step skipped, %s has loss %g and gradient norm %g; samples %s of %s",
             step,
             self._role,
             result.loss,
             result.grad_norm,
             mini_batch.sample_ids.tolist(),
-            step,
+            self._samples_of.format(step=step),
         )
         if self._skipped_in_a_row >= self._max_skipped:
             raise TrainingError(

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from roll_gspo.tracking.jsonl import read_metrics
-from roll_gspo.tracking.live import RunView, Stage, duration, panel, stage_line, step_line
+from roll_gspo.tracking.live import VALIDATION_FIGURES, RunView, Stage, duration, panel, stage_line, step_line
 from roll_gspo.tracking.run_log import PROGRESS_LOGGER, run_logging
 from roll_gspo.tracking.timing import StageTimer
 
@@ -118,8 +118,14 @@ class Console:
         if not self._view.stepping:
             self._line(f"{name}: {duration(time.perf_counter() - stage.started)}")
 
-    def start_steps(self, first_step: int = 1) -> None:
-        """Start-up is over: step times count from here, and a resumed run shows what came before."""
+    def start_steps(self, first_step: int = 1, num_steps: int | None = None) -> None:
+        """Start-up is over: step times count from here, and a resumed run shows what came before.
+
+        Args:
+            first_step: of this process.
+            num_steps: of the run, where that was not known when the console was made.
+        """
+        self._view.num_steps = self._view.num_steps if num_steps is None else num_steps
         for row in read_metrics(self._view.output / "metrics.jsonl"):
             if row["step"] < first_step:
                 self._remember(row["step"], {k: v for k, v in row.items() if v is not None})
@@ -154,8 +160,9 @@ class Console:
     def _remember(self, step: int, metrics: Mapping[str, float]) -> None:
         if math.isfinite(metrics.get(self._view.headline, math.nan)):
             self._view.history.append(metrics[self._view.headline])
-        if "validation/score_mean" in metrics:
-            self._view.validation = (step, metrics["validation/score_mean"])
+        for name in VALIDATION_FIGURES:
+            if name in metrics:
+                self._view.validation = (step, metrics[name])
 
     def _line(self, text: str, shown: bool = True) -> None:
         progress_logger.info("%s", text)

@@ -26,7 +26,9 @@ FIGURES = (
     ("KL", "actor/approx_kl", "{:.1e}"),
     ("entropy", "actor/entropy", "{:.3f}"),
     ("tokens/s", "rollout/tokens_per_s", "{:,.0f}"),
+    ("tokens/s", "sft/tokens_per_s", "{:,.0f}"),
 )
+VALIDATION_FIGURES = ("validation/score_mean", "validation/loss")
 
 
 @dataclass
@@ -71,6 +73,11 @@ class RunView:
     ended: str = ""
 
     @property
+    def headline_label(self) -> str:
+        """What the headline metric is called in a line."""
+        return "loss" if self.headline.endswith("loss") else "reward"
+
+    @property
     def eta_s(self) -> float | None:
         """Seconds left at the pace of the latest steps; None before the first step."""
         if not self.durations:
@@ -103,7 +110,7 @@ def sparkline(values: Sequence[float], width: int = SPARKLINE_WIDTH) -> str:
 def step_line(view: RunView) -> str:
     """One finished step on one line."""
     parts = [f"step {view.steps_done}/{view.num_steps}"]
-    shown = (("reward", view.headline, "{:.4f}"), *FIGURES)
+    shown = ((view.headline_label, view.headline, "{:.4f}"), *FIGURES)
     parts += [f"{label} {form.format(view.metrics[m])}" for label, m, form in shown if m in view.metrics]
     if view.validation and view.validation[0] == view.steps_done:
         parts.append(f"validation {view.validation[1]:.4f}")
@@ -176,4 +183,4 @@ def _add_headline(grid: Table, view: RunView) -> None:
     figures = f"[bold]{view.history[-1]:.4f}[/]"
     if view.validation:
         figures += f"   [dim]validation[/] {view.validation[1]:.4f} [dim](step {view.validation[0]})[/]"
-    grid.add_row("reward", Text(sparkline(view.history), style="cyan"), Text.from_markup(figures))
+    grid.add_row(view.headline_label, Text(sparkline(view.history), style="cyan"), Text.from_markup(figures))

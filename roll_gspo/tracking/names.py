@@ -117,6 +117,17 @@ METRICS: dict[str, MetricInfo] = {
         "critic/lr": ("Learning rate of the critic's last optimizer step.", "1", _STEP),
         "critic/num_updates": ("Optimizer steps of the critic.", "optimizer steps", _SUM),
         "critic/skipped_updates": ("Optimizer steps of the critic that were skipped.", "optimizer steps", _SUM),
+        "sft/loss": (
+            "Negative log-likelihood of the tokens to imitate.",
+            "nats a token",
+            "mean over tokens to imitate",
+        ),
+        "sft/num_tokens": ("Tokens that were imitated.", "tokens", _SUM),
+        "sft/tokens_per_s": (
+            "Tokens of all sequences, prompts included, a second of `time/update`.",
+            "tokens/s",
+            _STEP,
+        ),
         "mismatch/log_prob_diff_mean": (
             "|log-probability of the trainer - of the generation engine|, same weights.",
             "nats",
@@ -229,6 +240,11 @@ METRICS: dict[str, MetricInfo] = {
             "prompts",
             _SUM,
         ),
+        "data/sequences_dropped": (
+            "Sequences of `pipeline: sft` left out because they are longer than `sequence_length`.",
+            "sequences",
+            _SUM,
+        ),
         "validation/score_mean": ("Score on the validation set.", "score", "mean over validation samples"),
         "validation/num_samples": ("Validation samples scored.", "samples", _SUM),
         "validation/failed": (
@@ -246,6 +262,13 @@ METRICS: dict[str, MetricInfo] = {
             "fraction",
             "mean over validation samples",
         ),
+        "validation/loss": (
+            "With `pipeline: sft`: negative log-likelihood of the held-out tokens.",
+            "nats a token",
+            "mean over tokens to imitate",
+        ),
+        "validation/perplexity": ("exp of `validation/loss`.", "1", "value of the validation set"),
+        "validation/num_tokens": ("Held-out tokens scored.", "tokens", _SUM),
         "time/step": ("Whole step; the sum of the stages below.", "s", _SUM),
         "time/generate": ("Sampling the responses.", "s", _SUM),
         "time/score": ("Waiting for reward workers after the last response was generated.", "s", _SUM),

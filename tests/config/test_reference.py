@@ -10,9 +10,9 @@ import yaml
 from composed import load_config
 from pydantic import BaseModel
 
+from roll_gspo.config.blocks import models_in
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.legacy import IGNORED, NOT_SUPPORTED_YET
-from roll_gspo.config.load import models_in
 from roll_gspo.config.reference import page
 from roll_gspo.errors import ConfigError
 from roll_gspo.run import shipped_folders

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_cases import replayed, trained, valued
+from parallel_cases import imitated, replayed, trained, valued
 from ranks import Ranks
 from tiny_models import write_model
 
@@ -101,6 +101,15 @@ def test_critic_computes_what_one_process_computes(folders: dict[str, Path], ran
     (want,) = ranks.run(1, valued, folders["dense"], {})
     assert want["scores"][0].abs().max() > 1e-3
     for got in ranks.run(2, valued, folders["dense"], layout):
+        check_same(got, want)
+
+
+@pytest.mark.parametrize(
+    "layout", [{TP: 2, SP: True}, {PP: 2}, {CP: 2, PACKED: True}, {}], ids=["tp2_sp", "pp2", "cp2_packed", "dp2"]
+)
+def test_masks_with_gaps_are_those_of_one_process(folders: dict[str, Path], ranks: Ranks, layout: Layout) -> None:
+    (want,) = ranks.run(1, imitated, folders["dense"], {})
+    for got in ranks.run(2, imitated, folders["dense"], layout):
         check_same(got, want)
 
 

@@ -1,0 +1,60 @@
+"""Keys that only another pipeline reads: taken out where a group's option brings them, refused where a user wrote them.
+
+`model=qwen2.5_7b` or `strategy=hf` say what belongs to a model or an engine in every pipeline, and each takes its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from roll_gspo.config.blocks import models_in
+from roll_gspo.config.sft import CONFIGS, config_class
+from roll_gspo.config.sources import Sources
+
+Models = list[type[BaseModel]]
+
+
+def without_other_pipelines(values: dict[str, Any], sources: Sources) -> tuple[dict[str, Any], list[str]]:
+    """The keys that are left, and a line for each that has to be removed."""
+    own = config_class(values)
+    name = next(name for name, model in CONFIGS.items() if model is own)
+    others = {other: model for other, model in CONFIGS.items() if model is not own}
+    problems: list[str] = []
+
+    def visit(node: dict[str, Any], mine: Models, theirs: Models, path: tuple[str, ...]) -> dict[str, Any]:
+        if mine == theirs:
+            return node
+        kept = {}
+        for key, value in node.items():
+            place = (*path, key)
+            here, there = (list(_below(models, key)) for models in (mine, theirs))
+            if isinstance(value, dict) and here and there:
+                kept[key] = visit(value, here, there, place)
+            elif _knows(mine, key) or not _knows(theirs, key):
+                kept[key] = value
+            elif not sources.set_by_option(place):
+                acting = " or ".join(others)
+                problems.append(
+                    f"{sources.locate(place)}{'.'.join(place)}: acts with pipeline: {acting} only, this is {name}; "
+                    "remove it"
+                )
+        return kept
+
+    kept = visit(values, [own], list(others.values()), ())
+    known_elsewhere = {key for model in others.values() for key in model.model_fields} - set(own.model_fields)
+    idle = sources.idle_options(known_elsewhere)
+    problems += [f"{option}: says nothing that pipeline: {name} reads; leave this choice out" for option in idle]
+    return kept, problems
+
+
+def _knows(models: Models, key: str) -> bool:
+    return any(key in model.model_fields for model in models)
+
+
+def _below(models: Models, key: str) -> Iterator[type[BaseModel]]:
+    for model in models:
+        if key in model.model_fields:
+            yield from models_in(model.model_fields[key].annotation)

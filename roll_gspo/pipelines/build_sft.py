@@ -1,0 +1,160 @@
+"""From a configuration to the parts of a supervised run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roll_gspo.batch import Sequences
+from roll_gspo.config.sft import SftConfig, SftDataArgs
+from roll_gspo.data import column_addition, multi_domain
+from roll_gspo.data.conversations import (
+    ChatSample,
+    ChatSamples,
+    Conversation,
+    generate_conversations,
+    make_samples,
+    read_conversations,
+)
+from roll_gspo.data.rows import Columns, Reading
+from roll_gspo.data.sampler import PromptSampler
+from roll_gspo.execution import EXECUTORS
+from roll_gspo.execution.base import Executor
+from roll_gspo.pipelines.build import load_tokenizer, make_output, resume, stop_ids
+from roll_gspo.pipelines.datasets import (
+    DATA_SEED,
+    DEFAULT_GENERATED_ROWS,
+    builtin_task,
+    chat_format,
+    check_tags,
+    fingerprint,
+)
+from roll_gspo.pipelines.output import Output
+from roll_gspo.pipelines.placement import execution_settings, start_sft_actor
+from roll_gspo.pipelines.pretrain import prepare_checkpoint
+from roll_gspo.pipelines.run_folder import RunFolder
+from roll_gspo.pipelines.state import RunState
+from roll_gspo.roles.sft_actor import SftActor
+from roll_gspo.tracking.console import Console
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SftParts:
+    """What the training loop works with."""
+
+    executor: Executor
+    actor_train: SftActor
+    state: RunState[ChatSample]
+    output: Output
+    validation: tuple[ChatSample, ...]
+    pad_token_id: int
+    num_steps: int
+    num_dropped: int
+
+
+def build_sft_parts(config: SftConfig, folder: RunFolder, console: Console) -> SftParts:
+    """Read the data, make or find the model, start it, and load the checkpoint to go on from.
+
+    Raises:
+        DataError: a data file cannot be used.
+        ConfigError: a setting turns out to be impossible for the model or the engine.
+    """
+    with console.stage("read data"):
+        train = _conversations(config.actor_train.data_args, "actor_train.data_args.file_name", "train")
+        held_out: list[Conversation] = []
+        if config.validation is not None:
+            held_out = _conversations(config.validation.data_args, "validation.data_args.file_name", "validation")
+        check_tags(config, {row.tag for row in (*train, *held_out)})
+    checkpoint = prepare_checkpoint(
+        config, config.actor_train.model_args.model_name_or_path or config.pretrain, console
+    )
+    with console.stage("tokenize conversations"):
+        tokenizer = load_tokenizer(checkpoint)
+        samples = _tokenized(config, config.actor_train.data_args, train, tokenizer)
+        validation: tuple[ChatSample, ...] = ()
+        if config.validation is not None:
+            validation = _tokenized(config, config.validation.data_args, held_out, tokenizer).samples
+        _check_ends(config, samples, tokenizer, checkpoint)
+    num_steps = config.num_steps(len(samples.samples))
+    epochs = num_steps * config.mini_batch_size / len(samples.samples)
+    console.message(f"{len(samples.samples)} sequences, {num_steps} steps: {epochs:.2g} pass(es)")
+    with console.stage("start ray") if config.execution == "ray" else nullcontext():
+        executor: Executor = EXECUTORS.load(config.execution)(execution_settings(config))
+    try:
+        actor = start_sft_actor(config, checkpoint, executor, console, num_steps)
+        parts = (part for sample in samples.samples for part in (sample.prompt_ids, sample.rest_ids, sample.mask))
+        state = RunState(0, PromptSampler(samples.samples, config.seed, fingerprint(parts)))
+        resume(config, folder, console, actor, None, state)
+    except BaseException:
+        executor.close()
+        raise
+    return SftParts(
+        executor=executor,
+        actor_train=actor,
+        state=state,
+        output=make_output(config, folder, console, state, tokenizer),
+        validation=validation,
+        pad_token_id=tokenizer.pad_token_id,
+        num_steps=num_steps,
+        num_dropped=samples.num_dropped,
+    )
+
+
+def sequences_of(samples: Sequence[ChatSample], pad_token_id: int) -> tuple[Sequences, Tensor]:
+    """One batch of all samples, and the row [B] of each."""
+    sequences = Sequences.collate(
+        [sample.prompt_ids for sample in samples],
+        [sample.rest_ids for sample in samples],
+        pad_token_id,
+        [sample.mask for sample in samples],
+    )
+    return sequences, torch.tensor([sample.row for sample in samples])
+
+
+def _conversations(args: SftDataArgs, where: str, split: str) -> list[Conversation]:
+    task = builtin_task(args, where)
+    if task == column_addition.FILE_NAME:
+        return generate_conversations(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
+    if task == multi_domain.FILE_NAME:
+        return read_conversations(multi_domain.files(split), where)[: args.num_rows]
+    reading = Reading(Columns(args.messages, args.prompt, tag=args.tag), args.dataset_config, args.split)
+    return read_conversations(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]
+
+
+def _tokenized(config: SftConfig, args: SftDataArgs, rows: list[Conversation], tokenizer: Any) -> ChatSamples:
+    return make_samples(
+        rows,
+        tokenizer,
+        config.sequence_length,
+        ", ".join(args.file_name),
+        chat_format(config, args),
+        separate_turns=args.multi_turn == "separate",
+    )
+
+
+def _check_ends(config: SftConfig, samples: ChatSamples, tokenizer: Any, checkpoint: Path) -> None:
+    """A model that never learns to end its turn, or ends it with a token that stops no generation, never stops."""
+    stops = stop_ids(config, [config.actor_train.data_args], tokenizer, checkpoint)
+    if not samples.end_token_ids:
+        logger.warning(
+            "the chat template ends the assistant's turns with no special token, so that the model will not learn to "
+            "stop; end them with %s in chat_template",
+            tokenizer.eos_token,
+        )
+    elif not samples.end_token_ids & set(stops):
+        ends = ", ".join(tokenizer.convert_ids_to_tokens(sorted(samples.end_token_ids)))
+        logger.warning(
+            "the assistant's turns end with %s, at which generation does not stop (it does at %s): set eos_token in "
+            "tokenizer_config.json, or add the id to eos_token_id in generation_config.json of the model",
+            ends,
+            ", ".join(tokenizer.convert_ids_to_tokens(list(stops))),
+        )

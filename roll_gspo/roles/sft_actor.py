@@ -1,0 +1,66 @@
+"""The policy in supervised fine-tuning: one optimizer step on each mini-batch of demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from roll_gspo.algorithms.aggregate import Denominators
+from roll_gspo.algorithms.sft_loss import negative_log_likelihood, sft_loss
+from roll_gspo.batch import Sequences, TrainBatch
+from roll_gspo.metrics import Metric
+from roll_gspo.roles.mini_batches import MiniBatches, summary
+from roll_gspo.roles.trained import TrainedRole
+from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult
+from roll_gspo.strategies.micro_batches import MicroBatching
+
+
+class SftActor(TrainedRole):
+    """`actor_train` with `pipeline: sft`.
+
+    Args:
+        strategy: the engine that holds the model and its optimizer.
+        mini_batch_size: samples of one optimizer step.
+        micro_batching: how a mini-batch is cut into forward and backward passes.
+        max_consecutive_skipped_steps: stop after this many non-finite optimizer steps in a row.
+    """
+
+    def __init__(
+        self,
+        strategy: TrainStrategy,
+        *,
+        mini_batch_size: int,
+        micro_batching: MicroBatching,
+        max_consecutive_skipped_steps: int,
+    ) -> None:
+        super().__init__(strategy)
+        self._micro_batching = micro_batching
+        self._mini_batches = MiniBatches(
+            "actor_train",
+            mini_batch_size=mini_batch_size,
+            num_epochs=1,  # passes over the data are the loop's; here the data is one mini-batch
+            max_consecutive_skipped_steps=max_consecutive_skipped_steps,
+            seed=0,
+            samples_of="the training data (rows counted from 0)",
+        )
+
+    def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
+        """One optimizer step; returns its metrics.
+
+        Raises:
+            TrainingError: too many optimizer steps in a row were not finite.
+        """
+        return summary(self._mini_batches.train(batch, step, self._optimizer_step, progress), "actor")
+
+    def _optimizer_step(self, mini_batch: TrainBatch) -> UpdateResult:
+        denominators = Denominators.of(mini_batch.response_mask)
+
+        def loss(scores: TokenScores, micro_batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
+            return sft_loss(scores.log_probs, micro_batch.response_mask, denominators)
+
+        return self._strategy.update(self._micro_batching.cut(mini_batch), loss, False)
+
+    def negative_log_likelihood(self, sequences: Sequences) -> tuple[float, int]:
+        """(sum over the tokens to imitate in nats, how many they are), without gradient."""
+        return negative_log_likelihood(self._strategy.score(sequences).log_probs, sequences.response_mask)
