@@ -1,13 +1,14 @@
 """`builtin:multi_domain`: short tasks of four domains that come with this package, written for it.
 
-`math` (sums and word problems), `multiple_choice` (a letter in a box), `code` (one-line Python functions and programs) and
-`instructions` (a sentence in a given form). Each row also has a `response` that is right, for a supervised start.
+`math` (sums and word problems), `multiple_choice` (a letter in a box), `code` (one-line Python functions and programs)
+and `instructions` (a sentence in a given form). Each row also has a `response` that is right, for a supervised start.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from itertools import zip_longest
 from pathlib import Path
 
 from roll_gspo.data.rows import DataRow, read_rows
@@ -23,8 +24,9 @@ def files(split: str) -> list[str]:
 
 
 def rows(split: str) -> list[DataRow]:
-    """All rows of `train` or `validation`, domain by domain."""
-    return read_rows(files(split), FILE_NAME)
+    """All rows of `train` or `validation`, the domains by turns, so that the first rows are of all of them."""
+    turns = zip_longest(*(read_rows([file], FILE_NAME) for file in files(split)))
+    return [row for turn in turns for row in turn if row is not None]
 
 
 def demonstrations(num: int, seed: int, slip_probability: float) -> list[tuple[str, str]]:

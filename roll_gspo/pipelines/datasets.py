@@ -206,12 +206,13 @@ def builtin_task(args: SourceArgs, where: str) -> str | None:
     """
     if not any(name.startswith(BUILTIN) for name in args.file_name):
         return None
-    if len(args.file_name) > 1 or args.file_name[0] not in TASKS:
+    name, *others = args.file_name
+    if others or name not in TASKS:
         raise DataError(
             f"{where}: {', '.join(args.file_name)}: the tasks of this package are {' and '.join(TASKS)}, and stand "
             "alone; name one of them, or files"
         )
-    return args.file_name[0]
+    return name
 
 
 def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:

@@ -114,9 +114,8 @@ def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) 
     from roll_gspo.models.warm_start import Demonstration, train
 
     tasks = {task.FILE_NAME: task.demonstrations for task in (column_addition, multi_domain)}
-    pairs = tasks[settings.demonstrations](
-        settings.steps * settings.batch_size, settings.seed, settings.slip_probability
-    )
+    num = settings.steps * settings.batch_size
+    pairs = tasks[settings.demonstrations](num, settings.seed, settings.slip_probability)
     encoded = []
     for question, answer in pairs:
         prompt_ids = encode_chat(tokenizer, [{"role": "user", "content": question}])
