@@ -57,7 +57,7 @@ setup(
     packages=[*find_packages(include=["roll_gspo", "roll_gspo.*"]), "roll_gspo.conf", "roll_gspo.examples"],
     package_dir={"roll_gspo.conf": "conf", "roll_gspo.examples": "examples/docs_examples"},
     package_data={
-        "roll_gspo": ["py.typed", "report/*.css", "report/*.js"],
+        "roll_gspo": ["data/shipped/*.jsonl", "py.typed", "report/*.css", "report/*.js"],
         "roll_gspo.conf": ["*.yaml", "**/*.yaml"],
         "roll_gspo.examples": ["*.yaml"],
     },

@@ -31,7 +31,8 @@ class SourceArgs(Schema):
 
     file_name: Annotated[Names, Field(min_length=1)]
     """JSONL, JSON or parquet files; folders or hub names for the `datasets` library (`openai/gsm8k@main:train` is
-    name, configuration and split); or `builtin:column_addition` (generated on the spot)."""
+    name, configuration and split); `builtin:column_addition` (generated on the spot), or
+    `builtin:multi_domain` (short tasks of four domains)."""
     dataset_config: str | None = None
     """Configuration of the `datasets` names that give none after an `@`."""
     split: str | None = None

@@ -244,7 +244,7 @@ def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) ->
 
 
 class WarmStart(Schema):
-    """Supervised start of a `builtin:` model on demonstrations of its task; cached in `output_dir`."""
+    """Supervised start of a `builtin:` model on demonstrations of a task; cached in `output_dir`."""
 
     steps: PositiveInt
     """Optimizer steps."""
@@ -252,8 +252,11 @@ class WarmStart(Schema):
     """Demonstrations a step."""
     learning_rate: PositiveFloat = 2e-3
     """Peak learning rate of AdamW, cosine decay."""
+    demonstrations: Literal["builtin:column_addition", "builtin:multi_domain"] = "builtin:column_addition"
+    """The task that is demonstrated."""
     slip_probability: UnitInterval = 0.25
-    """Chance that the demonstrator errs in a column: what leaves reinforcement learning something to do."""
+    """Chance that the demonstrator errs, in a column or with the response to another prompt: what leaves reinforcement
+    learning something to do."""
     seed: int = 0
     """Of weights and demonstrations; the same start serves every `seed` of a comparison."""
 

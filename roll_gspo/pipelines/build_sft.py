@@ -14,6 +14,7 @@ from torch import Tensor
 
 from roll_gspo.batch import Sequences
 from roll_gspo.config.sft import SftConfig, SftDataArgs
+from roll_gspo.data import column_addition, multi_domain
 from roll_gspo.data.conversations import (
     ChatSample,
     ChatSamples,
@@ -30,10 +31,10 @@ from roll_gspo.pipelines.build import load_tokenizer, make_output, resume, stop_
 from roll_gspo.pipelines.datasets import (
     DATA_SEED,
     DEFAULT_GENERATED_ROWS,
+    builtin_task,
     chat_format,
     check_tags,
     fingerprint,
-    is_generated,
 )
 from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.placement import execution_settings, start_sft_actor
@@ -120,8 +121,11 @@ def sequences_of(samples: Sequence[ChatSample], pad_token_id: int) -> tuple[Sequ
 
 
 def _conversations(args: SftDataArgs, where: str, split: str) -> list[Conversation]:
-    if is_generated(args, where):
+    task = builtin_task(args, where)
+    if task == column_addition.FILE_NAME:
         return generate_conversations(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
+    if task == multi_domain.FILE_NAME:
+        return read_conversations(multi_domain.files(split), where)[: args.num_rows]
     reading = Reading(Columns(args.messages, args.prompt, tag=args.tag), args.dataset_config, args.split)
     return read_conversations(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]
 

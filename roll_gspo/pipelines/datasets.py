@@ -15,7 +15,7 @@ from roll_gspo.config.data import DataArgs, SourceArgs
 from roll_gspo.config.experiment import ExperimentConfig, RunConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.validation import ValidationConfig
-from roll_gspo.data import column_addition
+from roll_gspo.data import column_addition, multi_domain
 from roll_gspo.data.prompts import ChatFormat, make_prompts
 from roll_gspo.data.rows import Columns, DataRow, Reading, read_rows
 from roll_gspo.data.sampler import InterleavedSampler, PromptSampler, Sampler
@@ -24,6 +24,7 @@ from roll_gspo.errors import DataError
 from roll_gspo.rewards.routing import Router
 
 BUILTIN = "builtin:"
+TASKS = (column_addition.FILE_NAME, multi_domain.FILE_NAME)
 DEFAULT_GENERATED_ROWS = 4096
 UNLABELLED = "unlabelled"
 DATA_SEED = 0  # generated rows are the same for every seed of a comparison
@@ -197,23 +198,27 @@ def tokenize(
     return make_prompts(rows, tokenizer, prompt_length, where, chat, domains)
 
 
-def is_generated(args: SourceArgs, where: str) -> bool:
-    """Whether rows are made on the spot.
+def builtin_task(args: SourceArgs, where: str) -> str | None:
+    """The task of this package that is named in the place of files, if one is.
 
     Raises:
-        DataError: a generated task that there is not, or one beside files.
+        DataError: there is no such task, or files stand beside it.
     """
-    generated = any(name.startswith(BUILTIN) for name in args.file_name)
-    if generated and list(args.file_name) != [column_addition.FILE_NAME]:
+    if not any(name.startswith(BUILTIN) for name in args.file_name):
+        return None
+    if len(args.file_name) > 1 or args.file_name[0] not in TASKS:
         raise DataError(
-            f"{where}: {', '.join(args.file_name)}: the generated task is '{column_addition.FILE_NAME}', and it "
-            "stands alone; name it, or files"
+            f"{where}: {', '.join(args.file_name)}: the tasks of this package are {' and '.join(TASKS)}, and stand "
+            "alone; name one of them, or files"
         )
-    return generated
+    return args.file_name[0]
 
 
 def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:
-    if is_generated(args, where):
+    task = builtin_task(args, where)
+    if task == multi_domain.FILE_NAME:
+        return multi_domain.rows(split)[: args.num_rows]
+    if task == column_addition.FILE_NAME:
         return column_addition.rows(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
     columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
     reading = Reading(columns, args.dataset_config, args.split, args.file_domains)

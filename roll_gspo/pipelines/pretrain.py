@@ -109,11 +109,14 @@ def _builtin(config: RunConfig, name: str, console: Console) -> Path:
 
 
 def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) -> float:
-    from roll_gspo.data.column_addition import demonstrations
+    from roll_gspo.data import column_addition, multi_domain
     from roll_gspo.data.prompts import encode_chat
     from roll_gspo.models.warm_start import Demonstration, train
 
-    pairs = demonstrations(settings.steps * settings.batch_size, settings.seed, settings.slip_probability)
+    tasks = {task.FILE_NAME: task.demonstrations for task in (column_addition, multi_domain)}
+    pairs = tasks[settings.demonstrations](
+        settings.steps * settings.batch_size, settings.seed, settings.slip_probability
+    )
     encoded = []
     for question, answer in pairs:
         prompt_ids = encode_chat(tokenizer, [{"role": "user", "content": question}])

@@ -115,7 +115,7 @@ def test_pool_builds_all_parts_in_one_process() -> None:
     with RewardPool(block_spec(good, "rewards.x"), 1, 30.0, "rewards.x") as pool:
         (result,) = pool.score([REQUEST])
         assert len(pool.pids) == 1
-    assert result.failed is None and result.answer == "forty-two"
+    assert result.failed is None and result.answer == "42"
     assert result.score == pytest.approx(1 - 0.1 * 13 + 2 * 0.5)
     assert result.components == {"exact": 1, "length": 13, "style": 0.5, "style/style": 0.25}
 

@@ -61,7 +61,7 @@ def test_rolls_workers_have_counterparts(worker, name):
     ("name", "told"),
     [
         (ROLL + "general_val_rule_reward_worker.GeneralValRuleRewardWorker", "not supported yet"),
-        ("math_rul", "did you mean 'math_rule'.*code_sandbox, exact_match, .*math_rule"),
+        ("math_rul", "did you mean 'math_rule'.*code_sandbox, .*exact_match, .*math_rule"),
     ],
 )
 def test_unknown_name_is_an_error_that_names_key_and_choices(name, told):
