@@ -32,6 +32,12 @@ def test_groups_bring_their_part_without_a_word() -> None:
     assert set(loaded.config.model_dump()).isdisjoint({"rewards", "actor_infer", "rollout_batch_size"})
 
 
+def test_benchmark_brings_its_held_out_rows() -> None:
+    config = sft("validation=gsm8k")
+    assert config.validation is not None and config.validation.data_args.file_name[0].endswith("test.jsonl")
+    assert sft("validation=null").validation is None
+
+
 @pytest.mark.parametrize(
     ("override", "text"),
     [
