@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ class Sources:
     def set_by_option(self, path: tuple[str, ...]) -> bool:
         """Whether options of groups alone say something of this key: no command line and no file of the user's."""
         files = (file for file in self.files if _line_of(file, path) is not None)
-        return not self._on_command_line(path) and next(files, None) in self.option_files
+        choices = {f"{file.parent.name}={file.stem}" for file in self.option_files}  # `validation` is a key, too
+        keys = [override for override in self.overrides if override.lstrip("+") not in choices]
+        return not _override_of(path, keys) and next(files, None) in self.option_files
 
     def idle_options(self, unread: Collection[str]) -> Iterator[str]:
         """The chosen options, as `group=option`, whose every key is one of `unread`."""
@@ -43,12 +45,8 @@ class Sources:
                 yield f"{file.parent.name}={file.stem}"
 
     def _on_command_line(self, path: tuple[str, ...]) -> str:
-        dotted = ".".join(path)
-        for override in reversed(self.overrides):
-            key = override.lstrip("+~").partition("=")[0]
-            if key == dotted or dotted.startswith(key + ".") or key.startswith(dotted + "."):
-                return f"command line ({override.lstrip('+')}): "
-        return ""
+        override = _override_of(path, self.overrides)
+        return f"command line ({override.lstrip('+')}): " if override else ""
 
     def in_files(self, path: tuple[str, ...]) -> str:
         """`file:line: ` of the nearest enclosing key, or ''."""
@@ -85,6 +83,16 @@ def collect(
         if choice and not group.startswith("hydra/"):
             follow(find(f"{group}/{choice}"))
     return Sources(tuple(files), tuple(overrides), tuple(files[num_written:]))
+
+
+def _override_of(path: tuple[str, ...], overrides: Sequence[str]) -> str:
+    """The last override that says something of a key, or ''."""
+    dotted = ".".join(path)
+    for override in reversed(overrides):
+        key = override.lstrip("+~").partition("=")[0]
+        if key == dotted or dotted.startswith(key + ".") or key.startswith(dotted + "."):
+            return override
+    return ""
 
 
 def _defaults_of(file: Path) -> list[Any]:

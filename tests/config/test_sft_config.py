@@ -32,6 +32,12 @@ def test_groups_bring_their_part_without_a_word() -> None:
     assert set(loaded.config.model_dump()).isdisjoint({"rewards", "actor_infer", "rollout_batch_size"})
 
 
+def test_benchmark_brings_its_held_out_rows() -> None:
+    config = sft("validation=gsm8k")
+    assert config.validation is not None and config.validation.data_args.file_name[0].endswith("test.jsonl")
+    assert sft("validation=null").validation is None
+
+
 @pytest.mark.parametrize(
     ("override", "text"),
     [
@@ -49,6 +55,15 @@ def test_groups_bring_their_part_without_a_word() -> None:
         ("actor_train.data_args.multi_turn=both", "expected one of joint, separate, got 'both'"),
         ("actor_train.model_args.dtype=fp16", "actor_train.model_args.dtype: fp16 is not supported yet"),
         ("pretrain=some/model warm_start.steps=5", "warm_start makes a builtin: model ready"),
+        ("actor_train.data_args.domain=x", "actor_train.data_args.domain: acts with pipeline: rlvr only"),
+        ("actor_train.data_args.ground_truth=x", "ground_truth: acts with pipeline: rlvr only"),
+        ("actor_train.data_args.domain_interleave_probs={x: 1}", "domain_interleave_probs: acts with pipeline: rlvr"),
+        ("trace_groups=2", "trace_groups: acts with pipeline: rlvr only"),
+        ("actor_train.data_args.template=plain", "actor_train.data_args.template: plain marks neither turns nor"),
+        ("global_template=plain", "global_template: plain marks neither"),
+        ("tag_to_template={x: plain}", "tag_to_template.x: plain marks neither"),
+        ("checkpoint_config.keep_best=validation/score_mean", "choose one of validation/loss, validation/perplexity"),
+        ("checkpoint_config.keep_best=validation/loss", "keep_best_mode: max would keep the worst validation/loss"),
         ("response_key=out", "not supported yet: other names of columns"),
     ],
 )
@@ -57,6 +72,17 @@ def test_key_without_effect_is_refused(override: str, text: str) -> None:
         assert sft(override).data_parallel_size == 3
         return
     assert text in refusal(*override.split(" ") if "=some" in override else [override])
+
+
+def test_best_checkpoint_needs_a_validation() -> None:
+    keep = ("checkpoint_config.keep_best=validation/loss", "checkpoint_config.keep_best_mode=min")
+    assert "needs the validation block" in refusal(*keep, "validation=null")
+    assert "and at the best validation/loss" in make_plan(sft(*keep)).text()
+
+
+def test_sequences_beyond_the_context_cannot_run() -> None:
+    (problem,) = make_plan(sft("sequence_length=100000")).not_runnable
+    assert problem.startswith("sequence_length: 100000 tokens, but the context of builtin:")
 
 
 def test_ranks_hold_whole_copies() -> None:
@@ -97,7 +123,7 @@ def test_plan_says_what_a_step_is() -> None:
         "updates     a step is one optimizer step: mini-batches of 32 (1 micro-batch(es) of 32 × DP 1)",
         "loss        negative log-likelihood, mean over the tokens of all assistant's turns of a sequence",
         "run         9 steps or 2 pass(es) over the data, whichever is over first, checkpoint every 128, validation "
-        "every 64, seed 42, resume: True",
+        "before, every 64 and after, seed 42, resume: True",
     ):
         assert line in text
     assert "rewards" not in text and "warning" not in text

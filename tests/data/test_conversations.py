@@ -16,6 +16,8 @@ from roll_gspo.data.conversations import (
     make_samples,
     read_conversations,
 )
+from roll_gspo.data.prompts import ChatFormat, encode_chat
+from roll_gspo.data.rows import Columns, Reading
 from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 
@@ -80,7 +82,9 @@ def write(folder: Path, *rows: Any) -> Path:
 def test_every_format_is_the_same_conversation(tmp_path: Path, row: dict[str, Any]) -> None:
     path = write(tmp_path, "", row)
     (found,) = read_conversations([str(path)], "data_args.file_name")
-    assert found == Conversation(f"{path}:2", tuple(messages(("user", "1+1"), ("assistant", "2"))))
+    assert found == Conversation(
+        f"{path}:2", tuple(messages(("user", "1+1"), ("assistant", "2"))), str(row.get("tag", ""))
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,17 +93,17 @@ def test_every_format_is_the_same_conversation(tmp_path: Path, row: dict[str, An
         ("{", "not valid JSON"),
         ({"prompt": "a", "ground_truth": "b"}, "nothing to imitate: expected messages with an assistant's turn"),
         ({"messages": messages(("user", "a"))}, "nothing to imitate"),
-        ({"messages": messages(("assistant", "a"))}, "messages[0] is the assistant's"),
-        ({"messages": messages(("user", "a"), ("assistant", ""))}, "messages[1], the assistant's, is empty"),
+        ({"messages": messages(("assistant", "a"))}, "message 1 is the assistant's"),
+        ({"messages": messages(("user", "a"), ("assistant", ""))}, "message 2, the assistant's, is empty"),
         ({"prompt": "a", "response": 5}, "response must be a text, got 5"),
         ({"messages": [{"role": "human", "content": "a"}]}, "messages must be a list of {role, content}"),
         (
             {"messages": [*messages(("user", "a")), {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
-            "messages[1] has tool_calls, which would be lost",
+            "message 2 has tool_calls, which would be lost",
         ),
         (
             {"messages": json.dumps([{"role": "user", "content": "a", "name": "x"}])},
-            "messages[0] has name, which would be lost",
+            "message 1 has name, which would be lost",
         ),
     ],
 )
@@ -155,6 +159,52 @@ def test_marks_of_the_template_decide() -> None:
     assert imitated(tokenizer, sample)[1] == "....b<|end|>.....dd<|end|>"
 
 
+def test_named_templates_are_imitated_to_their_end_and_tags_choose_among_them() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    rows = [conversation(*TURNS[:2]), Conversation("chat.jsonl:4", tuple(messages(*TURNS[:2])), "chat")]
+    found = make_samples(rows, tokenizer, 99, "chat.jsonl", ChatFormat("qwen3", {"chat": "chatml"}))
+    thinking, plain = (imitated(tokenizer, sample) for sample in found.samples)
+    assert thinking[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>")
+    assert plain[0] == "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nb<|im_end|>"
+    assert [text.lstrip(".") for _, text in (thinking, plain)] == ["b<|im_end|>", "b<|im_end|>"]
+    assert found.end_token_ids == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_answers_without_thought_begin_where_generation_begins() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    chat = ChatFormat("qwen3")
+    samples = make_samples([conversation(*TURNS)], tokenizer, 99, "chat.jsonl", chat, separate_turns=True).samples
+    for sample, end in zip(samples, (1, 3), strict=True):
+        prompt = encode_chat(tokenizer, messages(*TURNS[:end]), chat.templates()["qwen3"])
+        assert list(sample.prompt_ids) == prompt
+
+
+def test_template_that_the_tokenizer_does_not_know_is_refused() -> None:
+    with pytest.raises(DataError, match=r"chatml writes <\|im_start\|>"):
+        make_samples([conversation(*TURNS)], byte_tokenizer(), 99, "chat.jsonl", ChatFormat("chatml"))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"query": "1+1", "response": "2", "prompt": "no", "kind": "sum"}, Columns(prompt="query", tag="kind")),
+        ({"chat": messages(("user", "1+1"), ("assistant", "2")), "messages": 5}, Columns(messages="chat")),
+    ],
+)
+def test_columns_may_have_other_names(tmp_path: Path, row: dict[str, Any], columns: Columns) -> None:
+    (found,) = read_conversations([str(write(tmp_path, row))], "x", reading=Reading(columns))
+    assert found.messages == tuple(messages(("user", "1+1"), ("assistant", "2")))
+    assert found.tag == ("sum" if "kind" in row else "")
+
+
+def test_split_of_files_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "a", "response": "b"})
+    with pytest.raises(DataError, match=r"split is 'train', but .* are files"):
+        read_conversations([str(path)], "x", reading=Reading(split="train"))
+
+
 def test_template_without_an_end_is_seen() -> None:
     found = make_samples([conversation(*TURNS)], tokenizer_with(NO_END), 99, "chat.jsonl")
     assert found.end_token_ids == frozenset()
@@ -163,7 +213,7 @@ def test_template_without_an_end_is_seen() -> None:
 def test_system_prompt_is_put_where_there_is_none() -> None:
     tokenizer = tokenizer_with(CHAT_TEMPLATE)
     rows = [conversation(*TURNS), conversation(("system", "s"), *TURNS)]
-    samples = make_samples(rows, tokenizer, 99, "chat.jsonl", system_prompt="be brief").samples
+    samples = make_samples(rows, tokenizer, 99, "chat.jsonl", ChatFormat(system_prompt="be brief")).samples
     assert [imitated(tokenizer, s)[0].partition("<|user|>")[0] for s in samples] == [
         "<|system|>be brief",
         "<|system|>s",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from commands import REWARD, ROOT, SIZES, Outcome, checkpoints_of, computed, metrics_of, spawn
 
+from roll_gspo.models.tiny import CHAT_TEMPLATE
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.tracking.names import METRICS
 
@@ -105,7 +106,8 @@ def test_own_conversations_of_several_turns(command: Command, workplace: Path) -
     (workplace / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ("actor_train.data_args={file_name: chat.jsonl}", "validation=null", "sequence_length=20")
     sizes = ("actor_train.training_args.per_device_train_batch_size=2", "max_steps=2")
-    outcome = command(*HF, *data, *sizes, "actor_train.training_args.gradient_accumulation_steps=1", "run_name=own")
+    small = [argument for argument in HF if not argument.startswith("validation")]
+    outcome = command(*small, *data, *sizes, "actor_train.training_args.gradient_accumulation_steps=1", "run_name=own")
     assert outcome.code == 0, outcome.out + outcome.err
     assert "1 of 3 sequences are longer than sequence_length 20 (longest 47 tokens)" in outcome.out
     rows = metrics_of(RUNS / "own")
@@ -114,10 +116,31 @@ def test_own_conversations_of_several_turns(command: Command, workplace: Path) -
     assert rows[0]["data/sequences_dropped"] == 1
 
     (workplace / "chat.jsonl").write_text('{"prompt": "x"}\n')
-    outcome = command(*HF, *data, "run_name=bad")
+    outcome = command(*small, *data, "run_name=bad")
     assert outcome.code == 2 and "chat.jsonl:1: nothing to imitate" in outcome.err
     missing = command(*HF, "actor_train.data_args.file_name=none.jsonl", "run_name=missing")
     assert missing.code == 2 and "none.jsonl cannot be read" in missing.err
+
+
+def test_rows_in_a_named_template_and_the_best_checkpoint(command: Command, workplace: Path) -> None:
+    rows = [{"query": "x", "response": "y", "kind": kind} for kind in ("told", "other")]
+    (workplace / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workplace / "told.jinja").write_text(CHAT_TEMPLATE.replace("message['content']", "message['content'] + 'ZZ'"))
+    source = "{file_name: chat.jsonl, prompt: query, tag: kind, system_prompt: s, num_rows: null}"
+    data = (f"actor_train.data_args={source}", f"validation.data_args={source}", "tag_to_template={told: told.jinja}")
+    sizes = ("actor_train.training_args.per_device_train_batch_size=2", "max_steps=3", "eval_steps=1", "save_steps=9")
+    keep = ("checkpoint_config.keep_best=validation/loss", "checkpoint_config.keep_best_mode=min")
+    small = [argument for argument in HF if "num_rows" not in argument]
+    outcome = command(
+        *small, *data, *sizes, *keep, "actor_train.training_args.gradient_accumulation_steps=1", "run_name=told"
+    )
+    assert outcome.code == 0, outcome.out + outcome.err
+    found = metrics_of(RUNS / "told")
+    assert [row["sft/num_tokens"] for row in found[1:]] == [6, 6, 6], "yZZ and y, each with its end"
+    best = json.loads((RUNS / "told/checkpoints/best.json").read_text())
+    assert best["metric"] == "validation/loss" and best["value"] == min(row["validation/loss"] for row in found[1:])
+    outcome = command(*small, *data, "tag_to_template={unknown: told.jinja}", "run_name=wrong")
+    assert outcome.code == 2 and "tag_to_template: no row has the tag unknown" in outcome.err
 
 
 def test_export_of_a_checkpoint_is_the_model(command: Command, tmp_path: Path) -> None:
