@@ -37,7 +37,7 @@ def test_files_are_read_in_order_up_to_num_rows(tmp_path: Path) -> None:
 
 def test_generated_task_stands_alone() -> None:
     for names in ("[builtin:column_addition,x.jsonl]", "builtin:multiplication"):
-        with pytest.raises(DataError, match=f"{FILE}: .*the generated task is 'builtin:column_addition'"):
+        with pytest.raises(DataError, match=f"{FILE}: .*the tasks of this package are builtin:column_addition"):
             read_datasets(load_config("example_gspo", f"{FILE}={names}").config)
 
 
