@@ -54,7 +54,8 @@ def test_run_leaves_everything_that_is_promised(whole: tuple[Outcome, Path]) -> 
         *("config.yaml", "plan.txt", "metrics.jsonl", "rollouts", "tensorboard", "run.log", "checkpoints"),
         *("report.html", "validation"),
     }
-    assert list(rollouts_of(run)) == [f"step_{step:06d}.jsonl" for step in (1, 2, 3, 4)]
+    files = [f"step_{step:06d}{kind}" for step in (1, 2, 3, 4) for kind in (".jsonl", ".updated.jsonl")]
+    assert list(rollouts_of(run)) == files
     assert checkpoints_of(run) == ["step_000002", "step_000004"]
     assert all(path.stat().st_size for path in run.rglob("*") if path.is_file())
     assert outcome.out.startswith((run / "plan.txt").read_text())
