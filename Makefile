@@ -1,13 +1,15 @@
 # Two commands do everything: `make example` and `make test`. Both set up .venv first if it is not ready.
 PYTHON ?= python3
 ARGS ?=
+# Tests side by side; most use one core each.
+TEST_JOBS ?= 2
 
 .PHONY: help setup example compare test test-all check lint types clean
 
 help:
 	@echo "make example [ARGS='max_steps=10']   watch GSPO learn on this machine"
 	@echo "make compare [ARGS='max_steps=40']   GSPO and GRPO with three seeds each, on the same axes"
-	@echo "make test [ARGS='-k ratio']          run the test suite"
+	@echo "make test [ARGS='-k ratio']          run the test suite, two tests side by side (TEST_JOBS=2)"
 	@echo "make test-all                        and the tests that take minutes each"
 	@echo "make check                           lint, types and tests"
 
@@ -24,7 +26,7 @@ compare: setup
 	.venv/bin/python -m roll_gspo.compare output/gspo_vs_grpo
 
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(ARGS)
 
 test-all: setup
 	.venv/bin/python -m pytest -m 'long or not long' $(ARGS)

@@ -41,6 +41,7 @@ EXTRAS = {
         "pyright==1.1.414",
         "pytest>=8.3,<10",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff==0.17.5",
     ],
     "dev": ["pre-commit>=4"],
