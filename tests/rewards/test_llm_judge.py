@@ -89,7 +89,7 @@ def test_retry_after_is_waited_for() -> None:
     assert time.monotonic() - started >= 0.5
 
 
-@pytest.mark.parametrize("header", ["3600", formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("header", ["3600", formatdate(time.time() + 3600, usegmt=True)], ids=["seconds", "date"])
 def test_retry_after_beyond_the_deadline_gives_up_at_once(header: str) -> None:
     told = r"HTTP 429.*after the deadline_s of 50"
     with serving([Reply(status=429, headers={"Retry-After": header})]) as endpoint, refused(told):
