@@ -98,9 +98,10 @@ def test_hash_order_is_the_same_in_every_run(run):
 def test_packages_are_offered_by_name_only(sandbox):
     with Sandbox(sandbox.limits, packages=("numpy",)) as with_numpy:
         source = "import numpy\nprint(numpy.arange(3).sum())\ntry:\n    import torch\nexcept ImportError: print('none')"
-        with with_numpy.start(source) as program:
-            outcome = program.run("")
+        with with_numpy.start(source + "\ndef f(x): return numpy.sum(x), numpy.float32(x[0])") as program:
+            outcome, returned = program.run(""), program.call("f", [[1, 2]])
     assert outcome.stdout == "3\nnone\n", outcome.stderr
+    assert returned.stdout == "[3, 1.0]", returned.stderr
 
 
 def test_two_programs_of_a_sandbox_run_side_by_side(sandbox):
