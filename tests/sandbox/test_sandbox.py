@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -115,6 +116,16 @@ def test_two_programs_of_a_sandbox_run_side_by_side(sandbox):
 def test_limit_that_makes_no_sense_is_refused(limits):
     with pytest.raises(ValueError, match=f"{next(iter(limits))} is .*give a"):
         Limits(**limits)
+
+
+def test_late_answer_is_not_taken_for_that_to_another_program(sandbox):
+    with Sandbox(sandbox.limits) as slow:
+        with slow.start("print(1)"):
+            slow._zygote._control.settimeout(1)
+            slow._zygote._process.send_signal(signal.SIGSTOP)
+        slow._zygote._process.send_signal(signal.SIGCONT)
+        with slow.start("print(2)") as program:
+            assert program.run("").stdout == "2\n"
 
 
 def test_sandbox_whose_process_was_killed_starts_another(sandbox):
