@@ -136,6 +136,7 @@ def test_rows_of_known_data_sets_are_read(row, case):
         ({"test_cases": [{"input": "1 2", "output": "2"}], "fn_name": "f"}, "expected arguments as JSON"),
         ({"test_cases": {"inputs": ["1"], "outputs": []}}, "as many inputs as outputs"),
         ({"test_cases": [{"assert_code": ""}], "case_type": "pytest"}, r"test_cases\[0\]: expected the text of a test"),
+        ({"test_cases": [{"assert_code": "x = f'{response}'"}], "case_type": "text"}, "within quotes; write it bare"),
         ({"test_cases": ["check"], "case_type": "check_based"}, "needs the name of the function"),
     ],
 )
