@@ -60,7 +60,7 @@ def run(header: dict[str, Any], body: bytes, code: CodeType | None, descriptor: 
         del sys.modules[name]
     sys.setrecursionlimit(_RECURSION_LIMIT)
     if code is not None:
-        builtins.__dict__.update(_names)  # not its globals: `factorial` or `merge` must not seem to be the program's own
+        builtins.__dict__.update(_names)  # not its globals: `merge` must not seem to be its own
     status = 1
     try:
         if header["do"] == "exam":
