@@ -18,6 +18,7 @@ one a line. The function is `fn_name`, `entry_point`, `test_case_function` or `m
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 
 _IO, _CALL, _CODE, _CHECK = ("input", "stdin"), ("functional", "call"), ("assert", "pytest"), "check_based"
 _KINDS = (*_IO, *_CALL, *_CODE, _CHECK, "text")
+_STAND_IN = "response_of_the_model"
 _FUNCTION_COLUMNS = ("fn_name", "entry_point", "test_case_function")
 
 
@@ -138,6 +140,8 @@ def _code(values: Sequence[Any], kind: str, function: str) -> list[ScriptCase | 
         source = value.get("assert_code") if isinstance(value, Mapping) else value
         if not isinstance(source, str) or not source.strip():
             raise BadCasesError(f"test_cases[{index}]: expected the text of a test or assert_code, got {_shown(value)}")
+        if kind == "text":
+            _check_placeholder(source, f"test_cases[{index}]")
         sources.append(source)
     first = values[0] if isinstance(values[0], Mapping) else {}
     if kind != _CHECK and (kind or not first.get("entry_point")):
@@ -146,6 +150,17 @@ def _code(values: Sequence[Any], kind: str, function: str) -> list[ScriptCase | 
     if not entry_point:
         raise BadCasesError("test_cases[0]: check_based needs the name of the function as entry_point")
     return [CodeCases(tuple(sources), entry_point, str(first.get("import_prefix") or ""))]
+
+
+def _check_placeholder(source: str, where: str) -> None:
+    """Within quotes, what the response says could end the text and go on as code of the test."""
+    try:
+        tree = ast.parse(source.replace("{response}", _STAND_IN))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # the sandbox tells
+    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    if names.count(_STAND_IN) != source.count("{response}"):
+        raise BadCasesError(f"{where}: {{response}} is within quotes; write it bare, a literal takes its place")
 
 
 def _io(value: Any, where: str, kind: str, function: str) -> ScriptCase | CallCase:

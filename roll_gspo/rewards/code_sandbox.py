@@ -15,7 +15,7 @@ from roll_gspo.rewards.code_cases import BadCasesError, CallCase, CodeCases, Scr
 from roll_gspo.sandbox import Limits, Outcome, Program, Sandbox
 
 _THINKING_END = "</think>"
-_FENCED = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#-]*)[^\n]*\n(.*?)^[ \t]*\1", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#-]*)", re.MULTILINE)
 _PYTHON = {"python", "python3", "py"}
 _LEAST_S = 0.05
 
@@ -132,11 +132,25 @@ def extract_program(response: str, allow_bare: bool = False) -> str | None:
         allow_bare: without any block, take all of it.
     """
     answer = response.rpartition(_THINKING_END)[2]
-    blocks = _FENCED.findall(answer)
-    chosen = [text for _, language, text in blocks if language.lower() in _PYTHON] or [text for *_, text in blocks]
+    blocks = _blocks(answer)
+    chosen = [text for language, text in blocks if language in _PYTHON] or [text for _, text in blocks]
     if chosen:
         return textwrap.dedent(chosen[-1])
     return answer if allow_bare and answer.strip() and "```" not in answer else None
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of closed fences. One expression for it all would take minutes on a page of backticks."""
+    fences = list(_FENCE.finditer(text))
+    blocks, begin = [], 0
+    while begin < len(fences):
+        later = range(begin + 1, len(fences))
+        end = next((index for index in later if fences[index][1].startswith(fences[begin][1])), begin)
+        if end > begin:
+            content = text[text.index("\n", fences[begin].end()) + 1 : fences[end].start()]
+            blocks.append((fences[begin][2].lower(), content))
+        begin = end + 1
+    return blocks
 
 
 def same_output(actual: str, expected: str, tolerance: float) -> bool:
@@ -161,7 +175,10 @@ def same_value(actual: Any, expected: Any, tolerance: float) -> bool:
     if isinstance(expected, float) or isinstance(actual, float):
         if not isinstance(actual, int | float) or not isinstance(expected, int | float):
             return False
-        return math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
+        try:
+            return math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
+        except OverflowError:  # a whole number beyond all floats
+            return False
     return actual == expected
 
 

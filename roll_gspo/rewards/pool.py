@@ -17,7 +17,7 @@ from types import TracebackType
 from roll_gspo.errors import RewardError
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.catalog import RewardSpec
-from roll_gspo.rewards.process import WorkerProcess
+from roll_gspo.rewards.process import WorkerDiedError, WorkerProcess
 from roll_gspo.rewards.round import Round
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _CHUNKS_PER_WORKER = 4  # few enough requests in a message that no worker idles at the end
 _LONGEST_WAIT_S = 60.0
 _MAX_REASONS = 7  # in a warning, beside the first
+_MAX_DEAD_STARTS = 3  # on end
 
 
 class RewardPool:
@@ -71,6 +72,8 @@ class RewardPool:
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._lock = threading.Lock()
         self._closed = False
+        self._has_started = False
+        self._dead_starts = 0
         self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
 
     def __enter__(self) -> RewardPool:
@@ -100,7 +103,7 @@ class RewardPool:
                     if worker.ready:  # it has nothing to say: it died
                         self._remove(worker)
                     else:
-                        worker.receive_ready()
+                        self._receive_ready(worker)
 
     def score(
         self, requests: Sequence[RewardRequest], progress: Callable[[int, int], None] | None = None
@@ -209,7 +212,7 @@ class RewardPool:
 
     def _take_message(self, worker: WorkerProcess, work: Round) -> None:
         if not worker.ready:
-            worker.receive_ready()
+            self._receive_ready(worker)
         elif worker.idle:  # it can only have died
             self._remove(worker)
         else:
@@ -220,6 +223,19 @@ class RewardPool:
                 work.spans.append((begin, worker.busy_since))
             except (EOFError, OSError):
                 self._lost(worker, work)
+
+    def _receive_ready(self, worker: WorkerProcess) -> None:
+        """Where a process has started before, one that dies on its way (out of memory, say) does not end the run."""
+        try:
+            worker.receive_ready()
+        except WorkerDiedError as error:
+            self._dead_starts += 1
+            if not self._has_started or self._dead_starts > _MAX_DEAD_STARTS:
+                raise
+            logger.warning("%s; starting another", error)
+            self._remove(worker)
+        else:
+            self._has_started, self._dead_starts = True, 0
 
     def _lost(self, worker: WorkerProcess, work: Round) -> None:
         """A worker died: its sample is tried once more, for whoever killed it may have been someone else."""

@@ -31,6 +31,10 @@ _EXIT_TIMEOUT_S = 10.0
 _KNOWN_ERRORS = {c.__name__: c for c in (ConfigError, MissingDependencyError)}
 
 
+class WorkerDiedError(RewardError):
+    """A process ended before its reward was built, without a word of why."""
+
+
 class WorkerProcess:
     """A process that holds one built reward.
 
@@ -66,7 +70,7 @@ class WorkerProcess:
             wire.send(self._connection, pickle.dumps((spec, max_memory_mb)))
         except OSError:
             self.kill()
-            raise RewardError(self._not_started("it died at once")) from None
+            raise WorkerDiedError(self._not_started("it died at once")) from None
 
     def fileno(self) -> int:
         """Readable when `receive` has something; for a selector."""
@@ -97,11 +101,12 @@ class WorkerProcess:
 
         Raises:
             ConfigError, MissingDependencyError, RewardError: it could not be.
+            WorkerDiedError: the process died.
         """
         try:
             answer = self._receive()
         except (EOFError, OSError):
-            raise RewardError(self._not_started(f"it {self.kill()}")) from None
+            raise WorkerDiedError(self._not_started(f"it {self.kill()}")) from None
         if "error" in answer:
             kind, text = answer["error"]
             if kind in _KNOWN_ERRORS:

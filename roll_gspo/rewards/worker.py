@@ -31,6 +31,7 @@ from roll_gspo.rewards.catalog import build_reward
 _PARENT_CHECK_S = 0.5
 _LAST_RESORT_S = 5.0
 _MAX_FAILURE_CHARS = 500
+_MAX_FLOAT32 = 3.4028234663852886e38
 
 
 def main(descriptor: int, parent_pid: int) -> None:
@@ -148,6 +149,8 @@ def _number(value: object) -> float:
         raise _Unusable(f"returned {value!r}, not a number")
     if not math.isfinite(number := float(value)):
         raise _Unusable(f"returned {number}, not a finite number")
+    if abs(number) > _MAX_FLOAT32:
+        raise _Unusable(f"returned {number}, more than training's float32 holds")
     return number
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import re
 import socket
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from roll_gspo.sandbox import peer, tiny_pytest
@@ -36,25 +37,54 @@ def run(job: Mapping[str, Any], preamble: Mapping[str, Any], descriptor: int | N
     names: dict[str, Any] = {}
     if descriptor is not None:
         try:
-            names = peer.Connection(socket.socket(fileno=descriptor), guards=True, module=_MODULE).names()
+            said = peer.Connection(socket.socket(fileno=descriptor), guards=True, module=_MODULE).names()
+            names = {name: value for name, value in said.items() if name.isidentifier() and not name.startswith("__")}
         except Exception as error:  # the program ended, or says nonsense
             reason = f"the program did not load ({type(error).__name__})"
             return {"passed": [False] * sum(_count(tree) for tree in trees), "reason": reason}
     solution = types.ModuleType("solution")
     solution.__dict__.update(names)
     sys.modules["solution"] = solution
+    entry_point = str(job["entry_point"])
+    used, imported = _used(trees)
+    if descriptor is not None and not entry_point and not imported and not used & names.keys():
+        reason = "the program defines nothing that the tests use"  # they would examine Python's own `factorial`
+        return {"passed": [False] * sum(_count(tree) for tree in trees), "reason": reason}
+    if entry_point or (used | imported) & names.keys() - preamble.keys():
+        # Were these the program's, its `abs`, `all` or `isclose` would decide what the tests find.
+        names = {name: value for name, value in names.items() if name not in preamble}
+    solution.__dict__["__all__"] = list(names)
     passed: list[bool] = []
     reasons: list[str] = []
     for tree in trees:
         space = {**preamble, **names, "__name__": _MODULE}
         try:
-            outcomes = _cases(tree, space, str(job["entry_point"]))
+            outcomes = _cases(tree, space, solution, entry_point)
         except tiny_pytest.UnsupportedError as error:
             return {"malformed": str(error)}
         missing = max(0, _count(tree) - len(outcomes))
         reasons += [reason for reason in outcomes if reason]
         passed += [not reason for reason in outcomes] + [False] * missing
     return {"passed": passed, "reason": reasons[0] if reasons else ""}
+
+
+def _used(trees: Sequence[ast.Module]) -> tuple[set[str], set[str]]:
+    """Names that the tests use without defining them (or mention in a text), and those that they import by name."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    bound = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    bound |= {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    loaded = {node.id for node in nodes if isinstance(node, ast.Name)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {
+        alias.name
+        for node in imports
+        for alias in node.names
+        if alias.name == "solution" or (isinstance(node, ast.ImportFrom) and node.module == "solution")
+    }
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    return (loaded - bound) | (words - bound), imported - {"*"}
 
 
 def _count(tree: ast.Module) -> int:
@@ -65,13 +95,15 @@ def _is_test(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test")
 
 
-def _cases(tree: ast.Module, space: dict[str, Any], entry_point: str) -> list[str]:
+def _cases(tree: ast.Module, space: dict[str, Any], solution: types.ModuleType, entry_point: str) -> list[str]:
     """Why each case failed, "" where it passed."""
     reason = _why_failed(lambda: exec(compile(tree, "tests.py", "exec"), space))
     if reason:
         return [reason]
     if entry_point:
-        return [_why_failed(lambda: space["check"](space[entry_point]))]
+        if not inspect.isfunction(space.get("check")):
+            raise tiny_pytest.UnsupportedError("they define no function check(candidate)")
+        return [_why_failed(lambda: space["check"](vars(solution)[entry_point]))]
     tests = list(_tests(space))
     if not tests:
         return [""]  # to execute it was the test

@@ -148,8 +148,12 @@ class _Zygote:
 
     def ask(self, command: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         """Send a command and wait for the answer."""
-        frames.send(self._control, command, descriptors=descriptors)
-        answer = frames.receive(self._control)[0]
+        try:
+            frames.send(self._control, command, descriptors=descriptors)
+            answer = frames.receive(self._control)[0]
+        except (EOFError, OSError):  # an answer that is late must not be taken for the next one's
+            self.close()
+            raise
         if "problem" in answer:
             raise SandboxError(f"sandbox: a program's namespaces cannot be made ({answer['problem']})")
         return answer

@@ -5,6 +5,7 @@ what compares, or return an object that equals everything. Here the tests have t
 Numbers, texts, containers and dates are copied, so that the exam compares its own objects; functions, classes and
 instances stay where they are and are used through messages. An argument that the callee changed in place is changed
 for the caller. A `Remote` never equals plain data, and is never less or more than it: only the program could say so.
+Nor does calculating with it and plain data give a number, such as `abs(f(2) - 1.4)` that the tests then find small.
 
 Both ends are the same, but what the examined side may do to the exam's functions is call them.
 """
@@ -23,6 +24,7 @@ import operator
 import socket
 from collections.abc import Callable, Mapping
 from enum import Enum
+from numbers import Integral, Number, Real
 from types import ModuleType
 from typing import Any
 
@@ -52,6 +54,25 @@ _BY_ARGUMENTS: dict[str, tuple[type, Callable[[Any], list[Any]]]] = {
 _BASES = (*(bool, int, float, str, list, dict, tuple, set, frozenset, bytes, bytearray),)
 _MAPPINGS = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict, "defaultdict": dict}
 _KIND_OF = {kind: name for name, (kind, _) in _BY_ARGUMENTS.items()}
+_CALCULATIONS = {
+    f"__{n}__"
+    for n in (
+        "neg",
+        "abs",
+        "invert",
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "matmul",
+    )
+}
 _COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 _OPERATORS: dict[str, Callable[..., Any]] = {
     **{name: operator.__dict__[name] for name in sorted(_COMPARISONS)},
@@ -69,11 +90,12 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 class Remote:
     """A function, class or instance of the other process."""
 
-    __slots__ = ("_connection", "_number")
+    __slots__ = ("_calculated", "_connection", "_number")
 
     def __init__(self, connection: Connection, number: int) -> None:
         object.__setattr__(self, "_connection", connection)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_calculated", False)  # with plain data
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._connection.ask("call", self._number, args, kwargs)
@@ -95,6 +117,11 @@ def _forward(name: str) -> Callable[..., Any]:
         if name == "__exit__":
             args = ()
         value = self._connection.ask(name, self._number, args)
+        if name in _CALCULATIONS and (self._calculated or not all(isinstance(arg, Remote) for arg in args)):
+            if isinstance(value, Number):
+                raise TypeError("a class of the program may not calculate numbers for the tests")
+            if isinstance(value, Remote):
+                object.__setattr__(value, "_calculated", True)
         return bool(value) if name in _COMPARISONS else value
 
     return forward
@@ -201,6 +228,8 @@ class Connection:
         base: Any = next((b for b in _BASES if isinstance(value, b)), None)
         if base is not None and not isinstance(value, Enum):
             return self._pack(base(value))
+        if isinstance(value, Real):  # of numpy
+            return int(value) if isinstance(value, Integral) else float(value)
         return self._hand(value)
 
     def _hand(self, value: Any) -> Any:

@@ -6,6 +6,7 @@ import atexit
 import builtins
 import contextlib
 import json
+import numbers
 import os
 import shutil
 import socket
@@ -58,6 +59,8 @@ def run(header: dict[str, Any], body: bytes, code: CodeType | None, descriptor: 
     for name in [n for n in sys.modules if n.partition(".")[0] == "roll_gspo"]:
         del sys.modules[name]
     sys.setrecursionlimit(_RECURSION_LIMIT)
+    if code is not None:
+        builtins.__dict__.update(_names)  # not its globals: `merge` must not seem to be its own
     status = 1
     try:
         if header["do"] == "exam":
@@ -106,7 +109,7 @@ def _answer(descriptor: int, value: Any) -> None:
 def _serve(header: dict[str, Any], body: bytes, code: CodeType, descriptor: int | None) -> int:
     names = _module("solution")
     exec(code, names)
-    own = {k: v for k, v in names.items() if not k.startswith("__") and (k not in _names or _names[k] is not v)}
+    own = {k: v for k, v in names.items() if not k.startswith("__")}
     assert descriptor is not None
     peer.serve(socket.socket(fileno=descriptor), own)
     return 0
@@ -115,13 +118,12 @@ def _serve(header: dict[str, Any], body: bytes, code: CodeType, descriptor: int 
 def _module(name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     sys.modules[name] = module
-    module.__dict__.update(_names)
     module.__dict__["__builtins__"] = builtins
     return module.__dict__
 
 
 def _function(names: dict[str, Any], name: str) -> Any:
-    """A function of that name, or the method of `Solution`, as on LeetCode."""
+    """A function of that name, or the method of `Solution`, as on LeetCode; `names` are the program's own."""
     if name in names:
         return names[name]
     if "Solution" in names:
@@ -130,9 +132,11 @@ def _function(names: dict[str, Any], name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: iterables other than lists as lists."""
+    """For JSON: iterables other than lists as lists, numbers of other types as int and float."""
     if isinstance(value, tuple | set | frozenset | range | map | filter | zip | deque | KeysView | ValuesView):
         return list(value)
+    if isinstance(value, numbers.Real):  # of numpy
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise TypeError(f"it returned a {type(value).__name__}, which no test case expects")
 
 

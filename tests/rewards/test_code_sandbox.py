@@ -47,6 +47,8 @@ def score(reward: CodeSandbox, source: str, test_cases, **row) -> float:
         ("<think>\n```python\na\n```\n</think> none", None),
         ("~~~~python3 title\nx = '''```'''\n~~~~", "x = '''```'''\n"),
         ("1. so:\n   ```Python\n   if a:\n       b\n   ```", "if a:\n    b\n"),
+        ("~~~\n```\na\n```", "a\n"),
+        ("`" * 100_000 + "\n" + "b\n" * 10_000, None),  # such responses occur, and must not take until `timeout_s`
         ("```python\nprint(1)", None),
         ("print(1)", None),
         ("", None),
@@ -78,6 +80,7 @@ def test_outputs_are_compared_by_words(actual, expected, same):
     [
         ([1, [2.0000000001]], [1, [2.0]], True), ({"a": 1}, {"a": 1.0}, True), ([1], [1, 2], False), ("1", 1, False),
         (None, [], False), ({"a": 1}, {"b": 1}, False), (10**17, 10**17 + 1, False), (True, True, True),
+        (10**400, 1.5, False),
     ],
 )  # fmt: skip
 def test_values_are_compared_within_containers(actual, expected, same):
@@ -133,6 +136,7 @@ def test_rows_of_known_data_sets_are_read(row, case):
         ({"test_cases": [{"input": "1 2", "output": "2"}], "fn_name": "f"}, "expected arguments as JSON"),
         ({"test_cases": {"inputs": ["1"], "outputs": []}}, "as many inputs as outputs"),
         ({"test_cases": [{"assert_code": ""}], "case_type": "pytest"}, r"test_cases\[0\]: expected the text of a test"),
+        ({"test_cases": [{"assert_code": "x = f'{response}'"}], "case_type": "text"}, "within quotes; write it bare"),
         ({"test_cases": ["check"], "case_type": "check_based"}, "needs the name of the function"),
     ],
 )
@@ -146,10 +150,12 @@ def test_malformed_row_fails_its_sample_by_name(whole):
         score(whole, SUM, [], id="r7")
     for source, told in (
         ("assert (", "SyntaxError"),
-        ("import pytest\npytest.importorskip('x')", "pytest.importorskip"),
+        ("import pytest\npytest.importorskip('x')\nassert x == 1", "pytest.importorskip"),
     ):
         with pytest.raises(ValueError, match=f"row 'r8': its test cases: .*{told}"):
             score(whole, "x = 1", [source], case_type="assert", id="r8")
+    with pytest.raises(ValueError, match="define no function check"):
+        score(whole, "def f(): pass\ndef check(f): pass", [{"assert_code": "x = 1", "entry_point": "f"}])
 
 
 def test_scripts_score_all_or_nothing_or_their_share(whole, partial):
@@ -169,6 +175,29 @@ def test_calls_are_compared_outside(whole, partial):
     assert score(partial, "def f(x): return x[:1] and [1, 3]", **row) == 1
     assert score(partial, "def f(x): return [1, 3]", **row) == 0.5
     assert score(partial, "def g(x): return x", **row) == 0
+
+
+FACTORIAL = (
+    {"fn_name": "factorial", "test_cases": [{"input": "5", "output": "120"}]},
+    {"case_type": "assert", "test_cases": ["assert factorial(5) == 120"]},
+    {"test_cases": [{"assert_code": "def check(f):\n    assert f(5) == 120", "entry_point": "factorial"}]},
+)
+
+
+@pytest.mark.parametrize("row", FACTORIAL)
+def test_names_that_programs_may_take_for_granted_are_not_their_answer(whole, row):
+    assert score(whole, "x = factorial(3)", **row) == 0
+    assert score(whole, "from math import factorial", **row) == 1
+    assert score(whole, "def factorial(n): return 24 * n", **row) == 1
+
+
+def test_program_may_name_its_functions_as_python_does(whole):
+    solution = "class Solution:\n    def search(self, nums, target): return nums.index(target)"
+    assert score(whole, solution, [{"input": "[4, 5]\n5", "output": "1"}], fn_name="search") == 1
+    addition = "result = 0\ndef sum(a, b): return a + b"
+    assert score(whole, addition, ["result = sum(1, 2)\nassert result == 3"], case_type="assert") == 1
+    tests = "from solution import sum\ndef test_it(): assert sum(1, 2) == 3"
+    assert score(whole, addition, [tests], case_type="pytest") == 1
 
 
 ROLL_ROW = {
@@ -196,7 +225,7 @@ def test_unit_tests_score_by_test_function(whole, partial):
 UNIT_TESTS = """
 import asyncio
 import pytest
-from solution import Account, Broke, double, sort_in_place, each, counted, later, numbers
+from solution import Account, Broke, Vector, double, sort_in_place, each, counted, later, numbers
 
 def test_argument_is_changed_in_place():
     xs = [3, 1]
@@ -209,6 +238,9 @@ def test_classes_and_errors():
     with pytest.raises(Broke, match="short of 2") as told:
         account.spend(7)
     assert told.value.missing == 2 and issubclass(Broke, ValueError)
+
+def test_arithmetic():
+    assert abs(Vector(3, 4)) == 5 and (Vector(3, 4) * 2).xs == (6, 8) and Vector(1, 2) @ Vector(3, 4) == 11
 
 def test_functions_go_both_ways():
     assert each(lambda x: x * 2, [1, 2]) == [2, 4]
@@ -233,6 +265,11 @@ class Broke(ValueError):
     def __init__(self, missing):
         super().__init__(f"short of {missing}")
         self.missing = missing
+class Vector:
+    def __init__(self, *xs): self.xs = xs
+    def __mul__(self, by): return Vector(*(x * by for x in self.xs))
+    def __matmul__(self, other): return sum(map(operator.mul, self.xs, other.xs))
+    def __abs__(self): return (self @ self) ** 0.5
 class Account:
     def __init__(self, sum): self.sum = sum
     def __eq__(self, other): return self.sum == other.sum
@@ -310,6 +347,24 @@ def test_verdict_cannot_be_forged(partial, trick):
     assert score(partial, FORGED[trick], **row) == 0
     assert score(partial, FORGED[trick], SUMS) == 0
     assert score(partial, FORGED[trick], [{"input": "[1]", "output": "[[1]]"}], fn_name="permute") == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "tests"),
+    [
+        ("def f(x): return 0\ndef all(_): return True", "assert all(f(x) == x for x in (1, 2))"),
+        ("def f(x): return 0\ndef sorted(_): return []", "from solution import *\nassert sorted(f(2)) == sorted([2])"),
+        ("def f(x): return 0\nclass math: isclose = lambda *_: True", "assert math.isclose(f(2), 1.4)"),
+        ("class W:\n    __sub__ = lambda *_: 0\nf = lambda x: W()", "assert abs(f(2) - 1.4) < 1e-6"),
+        (
+            "class W:\n    __abs__ = lambda s: 0\n    __sub__ = lambda s, o: s\nf = lambda x: W()",
+            "assert abs(f(2) - 1.4) < 1",
+        ),
+        ("class W:\n    __mul__ = lambda *_: 4\nf = lambda x: W()", "assert f(2) * 2 == 4"),
+    ],
+)
+def test_program_has_no_say_in_what_the_tests_take_from_python(whole, source, tests):
+    assert score(whole, source, [tests], case_type="assert") == 0
 
 
 def test_callbacks_of_the_tests_do_not_open_them_to_the_program(whole):

@@ -23,6 +23,7 @@ def reward(prompt, response, ground_truth, **row):
     if response == "raise": raise KeyError("no such thing")
     if response == "nan": return float("nan")
     if response == "inf": return float("inf")
+    if response == "large": return 1e39
     if response == "text": return "1.0"
     if response == "none": return None
     if response == "sys.exit": sys.exit(3)
@@ -58,6 +59,12 @@ class Broken:
     def __init__(self): raise OSError("no licence server")
 class Dies:
     def __init__(self): os._exit(7)
+class DiesWhenTold:
+    def __init__(self):
+        told = int(open("deaths").read())
+        open("deaths", "w").write(str(max(0, told - 1)))
+        if told: os.kill(os.getpid(), 9)
+    def __call__(self, prompt, response, ground_truth): return reward(prompt, response, ground_truth)
 class Sleeps:
     def __init__(self): time.sleep(600)
 """
@@ -192,6 +199,7 @@ def test_workers_do_not_import_torch():
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "returned nan"),
         ("inf", "returned inf"),
+        ("large", "returned 1e+39, more than training's float32 holds"),
         ("text", "returned '1.0', not a number"),
         ("none", "returned None, not a number"),
         ("bad part", "returned nan"),
@@ -229,6 +237,19 @@ def test_worker_killed_while_idle_costs_no_sample():
             os.kill(pid, signal.SIGKILL)
         wait_until_gone(*pool.pids)
         assert pool.score(ask("1", "2", "3")) == [RewardResult(1.0), RewardResult(2.0), RewardResult(3.0)]
+
+
+def test_worker_that_dies_while_it_starts_again_does_not_end_the_run(caplog):
+    def ask_after(deaths):
+        Path("deaths").write_text(str(deaths))
+        return [result.score for result in pool.score(ask("die", "7", "8"))]
+
+    with pool_of("hostile.DiesWhenTold", num_workers=1) as pool:
+        assert ask_after(0) == [0, 7, 8]
+        assert ask_after(2) == [0, 7, 8]
+        assert "did not start: it died (signal 9: killed from outside" in caplog.text
+        with pytest.raises(RewardError, match="did not start: it died"):
+            ask_after(100)
 
 
 def test_progress_counts_up_to_all():

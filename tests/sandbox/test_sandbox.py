@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -98,9 +99,10 @@ def test_hash_order_is_the_same_in_every_run(run):
 def test_packages_are_offered_by_name_only(sandbox):
     with Sandbox(sandbox.limits, packages=("numpy",)) as with_numpy:
         source = "import numpy\nprint(numpy.arange(3).sum())\ntry:\n    import torch\nexcept ImportError: print('none')"
-        with with_numpy.start(source) as program:
-            outcome = program.run("")
+        with with_numpy.start(source + "\ndef f(x): return numpy.sum(x), numpy.float32(x[0])") as program:
+            outcome, returned = program.run(""), program.call("f", [[1, 2]])
     assert outcome.stdout == "3\nnone\n", outcome.stderr
+    assert returned.stdout == "[3, 1.0]", returned.stderr
 
 
 def test_two_programs_of_a_sandbox_run_side_by_side(sandbox):
@@ -114,6 +116,16 @@ def test_two_programs_of_a_sandbox_run_side_by_side(sandbox):
 def test_limit_that_makes_no_sense_is_refused(limits):
     with pytest.raises(ValueError, match=f"{next(iter(limits))} is .*give a"):
         Limits(**limits)
+
+
+def test_late_answer_is_not_taken_for_that_to_another_program(sandbox):
+    with Sandbox(sandbox.limits) as slow:
+        with slow.start("print(1)"):
+            slow._zygote._control.settimeout(1)
+            slow._zygote._process.send_signal(signal.SIGSTOP)
+        slow._zygote._process.send_signal(signal.SIGCONT)
+        with slow.start("print(2)") as program:
+            assert program.run("").stdout == "2\n"
 
 
 def test_sandbox_whose_process_was_killed_starts_another(sandbox):
