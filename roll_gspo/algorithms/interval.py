@@ -37,14 +37,14 @@ def wilson(values: Sequence[float], num_samples: int) -> Estimate:
 
     That number is p (1 - p) / SE^2, with SE the standard error of a mean over prompts, at most `num_samples`. With one
     sample of 0 or 1 a prompt it is the number of prompts, i.e. Wilson's own interval. Where all values are 0, or all 1,
-    nothing is known of the spread, and each prompt counts as one sample: 0 of 30 is [0, 0.114] however many
-    samples a prompt has.
+    or there is one prompt, nothing is known of the spread, and each prompt counts as one sample: 0 of 30 is [0, 0.114]
+    however many samples a prompt has.
     """
     count, mean = len(values), math.fsum(values) / len(values)
     squares = math.fsum((value - mean) ** 2 for value in values)
     binomial = mean * (1 - mean)
     effective = float(count)
-    if binomial > 0:
+    if binomial > 0 and count > 1:
         effective = min(binomial * count**2 / squares, num_samples) if squares else float(num_samples)
     factor = 1 + Z**2 / effective
     centre = (mean + Z**2 / (2 * effective)) / factor

@@ -35,6 +35,7 @@ def test_samples_of_a_prompt_that_agree_count_once() -> None:
     spread_within = [0.5] * 30
     assert wilson(spread_within, 240).high < wilson(half, 240).high, "prompts that do not differ tell more"
     assert wilson([0.0] * 30, 240) == wilson([0.0] * 30, 30), "nothing is known of the spread"
+    assert wilson([0.5], 8) == wilson([0.5], 1), "nor of a single prompt's"
 
 
 def test_students_interval_by_hand() -> None:
