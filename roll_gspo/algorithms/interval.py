@@ -39,8 +39,8 @@ def wilson(values: Sequence[float], num_samples: int) -> Estimate:
     That number is p (1 - p) / SE^2, with SE the standard error of a mean over prompts, times the squared ratio of
     Student's quantiles for `num_samples` and for the prompts (few prompts tell the spread badly), and at most
     `num_samples`. With one sample of 0 or 1 a prompt it is the number of prompts, i.e. Wilson's own interval. Where all
-    values are 0, or all 1, or there is one prompt, nothing is known of the spread, and each prompt counts as one sample:
-    0 of 30 is [0, 0.114] however many samples a prompt has.
+    values are 0, or all 1, or there is one prompt, nothing is known of the spread, and each prompt counts as one
+    sample: 0 of 30 is [0, 0.114] however many samples a prompt has.
     """
     count, mean = len(values), math.fsum(values) / len(values)
     squares = math.fsum((value - mean) ** 2 for value in values)
