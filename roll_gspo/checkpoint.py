@@ -134,7 +134,7 @@ class CheckpointStore:
             if best is not None and best != self.best:
                 self._mark(best)
                 self.best = best
-        self._prune()
+        self._prune(step)
 
     def _target(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
@@ -157,9 +157,11 @@ class CheckpointStore:
         aside.replace(self.folder / BEST)
         _sync(self.folder)
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
+        """Delete what is too old: later steps first, which are of the attempt before a return to an earlier step."""
         if self._max_to_keep:
-            for old in complete_checkpoints(self.folder)[: -self._max_to_keep]:
+            found = sorted(complete_checkpoints(self.folder), key=lambda c: (c.step <= step, c.step))
+            for old in found[: -self._max_to_keep]:
                 if self.best is None or old.step != self.best.step:
                     shutil.rmtree(old.folder, ignore_errors=True)
 

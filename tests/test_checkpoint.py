@@ -83,6 +83,13 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [c.step for c in complete_checkpoints(tmp_path)] == [10, 15]
 
 
+def test_return_to_an_earlier_step_keeps_what_is_saved_from_there_on(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(CheckpointStore(tmp_path, max_to_keep=0), step)
+    write(CheckpointStore(tmp_path, max_to_keep=2), 15)
+    assert [c.step for c in complete_checkpoints(tmp_path)] == [10, 15]
+
+
 def test_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, max_to_keep=0)
     write(store, 1, "old")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -35,17 +36,19 @@ def estimate(values: Sequence[float], num_samples: int, *, is_fraction: bool) ->
 def wilson(values: Sequence[float], num_samples: int) -> Estimate:
     """Wilson's score interval with the effective number of samples of clustered data (Korn and Graubard 1998).
 
-    That number is p (1 - p) / SE^2, with SE the standard error of a mean over prompts, at most `num_samples`. With one
-    sample of 0 or 1 a prompt it is the number of prompts, i.e. Wilson's own interval. Where all values are 0, or all 1,
-    nothing is known of the spread, and each prompt counts as one sample: 0 of 30 is [0, 0.114] however many
-    samples a prompt has.
+    That number is p (1 - p) / SE^2, with SE the standard error of a mean over prompts, times the squared ratio of
+    Student's quantiles for `num_samples` and for the prompts (few prompts tell the spread badly), and at most
+    `num_samples`. With one sample of 0 or 1 a prompt it is the number of prompts, i.e. Wilson's own interval. Where all
+    values are 0, or all 1, or there is one prompt, nothing is known of the spread, and each prompt counts as one
+    sample: 0 of 30 is [0, 0.114] however many samples a prompt has.
     """
     count, mean = len(values), math.fsum(values) / len(values)
     squares = math.fsum((value - mean) ** 2 for value in values)
     binomial = mean * (1 - mean)
     effective = float(count)
-    if binomial > 0:
-        effective = min(binomial * count**2 / squares, num_samples) if squares else float(num_samples)
+    if binomial > 0 and count > 1:
+        few = (t_quantile(num_samples - 1) / t_quantile(count - 1)) ** 2
+        effective = min(binomial * count**2 / squares * few, num_samples) if squares else float(num_samples)
     factor = 1 + Z**2 / effective
     centre = (mean + Z**2 / (2 * effective)) / factor
     half = Z * math.sqrt(max(binomial, 0.0) / effective + Z**2 / (4 * effective**2)) / factor
@@ -62,6 +65,7 @@ def student(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
+@cache
 def t_quantile(degrees: int) -> float:
     """97.5 % quantile of Student's t distribution, by bisection of its closed form for whole degrees of freedom."""
     low, high = 0.0, 13.0  # 12.71 at one degree

@@ -42,14 +42,17 @@ def maj_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> 
     for answer, score in zip(answers, scores, strict=True):
         if answer is not None:
             groups.setdefault(answer, []).append(score)
-    counts = {answer: len(group) for answer, group in groups.items()}
-    abstaining = len(answers) - sum(counts.values())
+    counts = [len(group) for group in groups.values()]
+    abstaining = len(answers) - sum(counts)
+    means: dict[int, float] = {}  # summed over the answers of one count, whose chances are the same
+    for group in groups.values():
+        means[len(group)] = means.get(len(group), 0.0) + sum(group) / len(group)
     expected = 0.0
-    for answer, group in groups.items():
-        mean = sum(group) / len(group)
+    for own, mean in means.items():
         if mean:
-            others = [count for other, count in counts.items() if other != answer]
-            expected += mean * _chance_to_win(counts[answer], others, abstaining, k)
+            others = counts.copy()
+            others.remove(own)
+            expected += mean * _chance_to_win(own, others, abstaining, k)
     return expected
 
 
@@ -69,8 +72,9 @@ def _ways_below(others: Sequence[int], abstaining: int, k: int, votes: int) -> d
     Returns:
         The number of ways by the number of answers that have exactly `votes`.
     """
+    free = abstaining + sum(count for count in others if count < votes)  # however many of these are drawn
     ways = {(0, 0): 1}  # (drawn so far, answers with exactly `votes`) -> number of ways
-    for count in others:
+    for count in (count for count in others if count >= votes):
         following: dict[tuple[int, int], int] = {}
         for (drawn, tied), number in ways.items():
             for took in range(min(count, votes, k - drawn) + 1):
@@ -79,7 +83,7 @@ def _ways_below(others: Sequence[int], abstaining: int, k: int, votes: int) -> d
         ways = following
     by_tied: dict[int, int] = {}
     for (drawn, tied), number in ways.items():
-        by_tied[tied] = by_tied.get(tied, 0) + number * math.comb(abstaining, k - drawn)
+        by_tied[tied] = by_tied.get(tied, 0) + number * math.comb(free, k - drawn)
     return by_tied
 
 

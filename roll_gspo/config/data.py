@@ -12,6 +12,7 @@ from roll_gspo.config.base import Names, Schema
 from roll_gspo.registry import did_you_mean
 
 CHAT_TEMPLATES = ("native", "plain", "chatml", "qwen2_5", "qwen3", "llama3")
+OF_FILES = ("dataset_config", "split", "messages", "prompt", "ground_truth")
 SHARES_TOLERANCE = 0.005  # 0.333 three times, or percentages without decimals, are rounding; 0.98 is a slip
 
 
@@ -55,8 +56,12 @@ class SourceArgs(Schema):
     """What a malformed row does: stop the run with file and line, or be counted and left out."""
 
     def broken_rules(self) -> Iterator[str]:
-        """One column of prompts."""
+        """One column of prompts; none where the rows are of this package."""
         yield from super().broken_rules()
+        if self.file_name[0].startswith("builtin:"):
+            for key in OF_FILES:
+                if (value := self.__dict__.get(key)) is not None:
+                    yield f"{key} is '{value}', but {self.file_name[0]} is no file and has rows of its own; remove it"
         if self.messages is not None and self.prompt is not None:
             yield f"messages is '{self.messages}' and prompt is '{self.prompt}'; a row has one of the two: remove one"
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from roll_gspo.data.check import ERROR, WARNING, Checker, FileReport, Finding, prompts_of, spread
@@ -21,6 +22,8 @@ MAX_DETAIL = 300  # characters
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0: nothing is wrong, 1: something is, 2: the command line or a package is."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # data may hold half a character
     options = _parser().parse_args(arguments)
     columns = Columns(options.messages, options.prompt, options.ground_truth, options.tag)
     reading = Reading(columns, options.dataset_config, options.split)

@@ -200,9 +200,9 @@ class Checker:
 
 
 def prompt_key(row: DataRow) -> str:
-    """What two rows have in common that ask the same: the last thing that the user says, whatever its white space."""
+    """What two rows have in common that ask the same: all that the user says, whatever its white space."""
     said = [m["content"] for m in row.messages if m["role"] == "user"]
-    return " ".join((said[-1] if said else row.messages[-1]["content"]).split())
+    return " ".join(" ".join(said or [row.messages[-1]["content"]]).split())
 
 
 def prompts_of(file_names: Sequence[str], reading: Reading) -> dict[str, str]:

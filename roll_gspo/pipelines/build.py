@@ -31,7 +31,7 @@ from roll_gspo.pipelines.settings import (
     sampling,
 )
 from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState, TrainerState
-from roll_gspo.pipelines.validation import Validation
+from roll_gspo.pipelines.validation import Validation, check_keep_best
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
@@ -147,6 +147,7 @@ def _tokenized(config: ExperimentConfig, datasets: Datasets, checkpoint: Path, c
             blocks.append(config.validation.data_args)
             length = config.validation_prompt_length
             validation = tokenize(config, blocks[1], datasets.validation, tokenizer, length)
+            check_keep_best(config.checkpoint_config.keep_best, validation, config.validation)
     return _Tokenized(tokenizer, train, validation, stop_ids(config, blocks, tokenizer, checkpoint))
 
 

@@ -12,7 +12,6 @@ import torch
 
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.build import Parts, build_parts
 from roll_gspo.pipelines.collect import Collected
 from roll_gspo.pipelines.experience import (
@@ -30,7 +29,7 @@ from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.state import TrainerState
 from roll_gspo.pipelines.transfer_check import check_transfer
-from roll_gspo.pipelines.validation import Answers, JudgedBatch, answers_of, figure_names, summaries, validation_metrics
+from roll_gspo.pipelines.validation import Answers, JudgedBatch, answers_of, summaries, validation_metrics
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.memory import rss_mb
@@ -188,11 +187,7 @@ class Rlvr:
         return metrics
 
     def _validate(self, step: int) -> dict[str, float]:
-        """Figures of the current policy on the held-out prompts, whose samples are written as they come.
-
-        Raises:
-            ConfigError: `keep_best` is none of these figures.
-        """
+        """Figures of the current policy on the held-out prompts, whose samples are written as they come."""
         parts, validation = self._parts, self._parts.validation
         if validation is None:
             return {}
@@ -205,11 +200,7 @@ class Rlvr:
         with self._console.stage("validate") as progress:
             batches = validation.judged(parts.actor_infer, parts.collector.judge, progress)
             self._output.write_validation(step, (seen(batch) for batch in batches))
-        figures = summaries(answers, validation.config)
-        keep, known = self._config.checkpoint_config.keep_best, figure_names(figures, validation.config)
-        if keep is not None and keep not in known:
-            raise ConfigError(f"checkpoint_config.keep_best: no figure '{keep}'; choose one of {', '.join(known)}")
-        return validation_metrics(figures)
+        return validation_metrics(summaries(answers, validation.config))
 
     def _costs(self, num_tokens: float) -> dict[str, float]:
         """Time and memory of the step that ends here."""

@@ -15,6 +15,7 @@ from roll_gspo.algorithms.interval import Estimate, estimate
 from roll_gspo.algorithms.pass_at_k import maj_at_k, pass_at_k
 from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.validation import ValidationConfig
+from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.datasets import group_of
 from roll_gspo.pipelines.records import rollout_records
 from roll_gspo.rewards.base import RewardResult
@@ -219,10 +220,22 @@ def _passes(prompt: Answers, k: int, correct_score: float) -> float:
     return pass_at_k(len(prompt.scores), sum(score >= correct_score for score in prompt.scores), k)
 
 
-def figure_names(figures: Sequence[Summary], config: ValidationConfig) -> list[str]:
-    """Every name that `validation_metrics` may give for these groups, also where there was nothing to average."""
+def figure_names(prompts: Iterable[Prompt], config: ValidationConfig) -> list[str]:
+    """Every name that `validation_metrics` may give for these prompts, also where there will be nothing to average."""
+    groups = [*dict.fromkeys(_label(prompt.row, config.group_by) for prompt in prompts), ALL]
     kinds = [f"avg@{config.num_samples}", *(f"{kind}@{k}" for k in config.attempts for kind in ("pass", "maj"))]
-    return [*TOTALS, *(f"validation/{summary.group}/{kind}" for summary in figures for kind in kinds)]
+    return [*TOTALS, *(f"validation/{group}/{kind}" for group in groups for kind in kinds)]
+
+
+def check_keep_best(keep: str | None, prompts: Iterable[Prompt], config: ValidationConfig) -> None:
+    """See that `keep_best` is a figure of these prompts, before a run has spent steps on it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    known = figure_names(prompts, config)
+    if keep is not None and keep not in known:
+        raise ConfigError(f"checkpoint_config.keep_best: no figure '{keep}'; choose one of {', '.join(known)}")
 
 
 def validation_metrics(figures: Sequence[Summary]) -> dict[str, float]:

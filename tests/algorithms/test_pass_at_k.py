@@ -70,6 +70,12 @@ def test_maj_at_k_is_the_mean_over_all_subsets(answers: list[str | None], scores
         assert maj_at_k(answers, scores, k) == pytest.approx(over_all_subsets(answers, scores, k))
 
 
+@pytest.mark.timeout(10)
+def test_hundreds_of_samples_with_many_answers_are_counted_at_once() -> None:
+    answers = [str(i**3 % 257) if i % 3 else str(i % 5) for i in range(256)]
+    assert maj_at_k(answers, [1.0] * 256, 128) == pytest.approx(1), "some answer wins"
+
+
 def test_order_of_samples_does_not_matter() -> None:
     answers, scores = CASES[0]
     assert maj_at_k(answers[::-1], scores[::-1], 3) == pytest.approx(maj_at_k(answers, scores, 3))

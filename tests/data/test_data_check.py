@@ -97,6 +97,15 @@ def test_prompts_of_training_that_are_in_validation_are_errors(tmp_path, capsys)
     assert f"line 1: the same prompt as {test}:1" in capsys.readouterr().out
 
 
+def test_conversations_that_end_alike_are_not_the_same(tmp_path, capsys):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    rows = [{"messages": [*turns, {"role": "user", "content": "Sure?"}], "answer": "2"}]
+    rows.append({"messages": [{**turns[0], "content": "2+2?"}, *rows[0]["messages"][1:]], "answer": "4"})
+    train, test = write(tmp_path, rows[0], name="train.jsonl"), write(tmp_path, rows[1], name="test.jsonl")
+    assert findings_of(capsys, train, "--against", test) == {}
+    assert "the prompt is there already" not in findings_of(capsys, train, test)
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -136,6 +145,12 @@ def test_columns_of_other_names(tmp_path, capsys):
     assert main(["check", path]) == 1
     assert main(["check", path, "--prompt", "problem", "--ground_truth", "solution", "--tag", "kind"]) == 0
     assert "tags     sums 1" in capsys.readouterr().out
+
+
+def test_half_a_character_in_a_name_is_printed(tmp_path):
+    command = [sys.executable, "-m", "roll_gspo.data", "check", write(tmp_path, {**GOOD, "domain": "\ud83d"})]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0 and r"domains  \ud83d 1" in found.stdout, found.stderr
 
 
 def test_command_needs_no_torch(tmp_path):

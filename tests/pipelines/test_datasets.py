@@ -142,6 +142,8 @@ def test_tag_with_a_template_that_no_row_has_is_an_error(tmp_path: Path) -> None
         ("+validation.data_args.domain_interleave_probs={column_addition: 1}", "acts in training only"),
         ("+actor_train.data_args.file_domains={x: column_addition}", "file_domains names x, not in file_name"),
         ("actor_train.data_args={file_name: x, prompt: a, messages: b}", "a row has one of the two: remove one"),
+        ("+validation.data_args.split=test", "split is 'test', but builtin:column_addition is no file and has rows of"),
+        ("+actor_train.data_args.ground_truth=sum", "ground_truth is 'sum', but builtin:column_addition is no file"),
         ("+actor_train.data_args.template=chatlm", "unknown chat template 'chatlm'; did you mean 'chatml'?"),
     ],
 )
