@@ -5,6 +5,7 @@ The processes are started once a session and import the engines once; every job 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -108,3 +109,5 @@ def _in_world(
 
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Models hold their groups in cycles, and each group has threads that wake a hundred times a second.
+        gc.collect()
