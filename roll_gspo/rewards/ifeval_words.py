@@ -15,7 +15,7 @@ _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 # The published program splits at every `***`, also at those that make text bold and italic.
 _DIVIDER = re.compile(r"(?:(?<=\s)|^)\*(?: ?\*){2}(?=\s|$)")
 _ABBREVIATION = re.compile(r"\b(?:(?i:mr|mrs|ms|dr|prof|st|vs|etc|no|fig|e\.g|i\.e)|[A-Z])\.$")
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[」』”’）]*")
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[」』”’）]*")
 _LONGEST_ABBREVIATION = 4  # characters before its full stop
 _MIN_LETTERS_FOR_LANGUAGE = 100
 # A character that continues a word; Thai, Lao, Japanese and Chinese have no blanks between words.
