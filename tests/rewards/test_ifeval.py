@@ -41,7 +41,12 @@ CASES: list[tuple[str, dict, list[str], list[str]]] = [
         ["今天天气很好，明天天气不好。"],
         ["今天天气很好。"],
     ),
-    ("keywords:forbidden_words", {"forbidden_words": ["天气", "AI"]}, ["今天很好 said"], ["今天天气很好", "使用AI技术"]),
+    (
+        "keywords:forbidden_words",
+        {"forbidden_words": ["天气", "AI"]},
+        ["今天很好 said"],
+        ["今天天气很好", "使用AI技术"],
+    ),
     (
         "keywords:forbidden_words",
         {"forbidden_words": ["cat", "dog."]},
@@ -114,7 +119,14 @@ CASES: list[tuple[str, dict, list[str], list[str]]] = [
     (
         "detectable_content:postscript",
         {"postscript_marker": "P.S."},
-        ["Text.\n\nP.S. More", "Text\n**P.S.** more", "Text\np. s. more", "P.S. - more", '"P.S. (more)"', "P.S.: “more”"],
+        [
+            "Text.\n\nP.S. More",
+            "Text\n**P.S.** more",
+            "Text\np. s. more",
+            "P.S. - more",
+            '"P.S. (more)"',
+            "P.S.: “more”",
+        ],
         ["Text", "Text\nP.S.", "see P.S. below", "Text\nP.P.S. more", "P.Story"],
     ),
     (
@@ -144,7 +156,12 @@ CASES: list[tuple[str, dict, list[str], list[str]]] = [
     (
         "detectable_format:multiple_sections",
         {"section_spliter": "SECTION", "num_sections": 2},
-        ["SECTION 1\na\nSECTION 2\nb", "**SECTION I**\na\n## SECTION II\nb", "SECTION 1\nSECTION 2\nSECTION 3", '"SECTION 1: a\nSECTION 2: b"'],
+        [
+            "SECTION 1\na\nSECTION 2\nb",
+            "**SECTION I**\na\n## SECTION II\nb",
+            "SECTION 1\nSECTION 2\nSECTION 3",
+            '"SECTION 1: a\nSECTION 2: b"',
+        ],
         ["SECTION 1\nas SECTION 2 says", "SECTION A\nSECTION B", "SECTION 1"],
     ),
     (
@@ -307,7 +324,11 @@ def test_the_same_instruction_twice_is_counted_twice():
         ("forty-two", {}, "no instruction_id_list"),
         (json.dumps({"func_name": "verify_keyword", "N": 1}), {}, "did you mean 'verify_keywords'"),
         (json.dumps({"func_name": "verify_keywords", "N": 1}), {}, "lacks keywords"),
-        (json.dumps({"func_name": "validate_choice", "options": "yes, no"}), {}, "options of 'validate_choice' is 'yes"),
+        (
+            json.dumps({"func_name": "validate_choice", "options": "yes, no"}),
+            {},
+            "options of 'validate_choice' is 'yes",
+        ),
         (json.dumps({"func_name": "verify_bullet_points", "N": "many"}), {}, "'many', not a whole number"),
         (
             json.dumps({"func_name": "validate_word_constraint", "N": 1, "quantifier": "roughly"}),
