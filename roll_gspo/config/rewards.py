@@ -166,6 +166,7 @@ class RewardConfig(Schema):
             yield f"combine: {self.combine} needs parts; add them or remove it"
         if self.else_score and self.combine != "gate":
             yield "else_score acts with combine: gate only; set that or remove it"
+        yield from self._rules_of_deadlines()
         yield from self._rules_of_judge()
         yield from self._rules_of_named_arguments()
 
@@ -187,6 +188,17 @@ class RewardConfig(Schema):
             if part.weight is not None and (is_gate or self.combine == "min"):
                 what = "the gate itself" if is_gate else "combine: min"
                 yield f"parts.{name}.weight: {what} has no weights; remove it"
+
+    def _rules_of_deadlines(self) -> Iterator[str]:
+        blocks = {"": (self.worker_cls, self.worker_args)}
+        blocks |= {f"parts.{name}.": (part.worker_cls, part.worker_args) for name, part in self.parts.items()}
+        for path, (worker, arguments) in blocks.items():
+            deadline = arguments.get("deadline_s")
+            if worker == "llm_judge" and isinstance(deadline, int | float) and deadline >= self.timeout_s:
+                yield (
+                    f"{path}worker_args.deadline_s {deadline:g} is not below timeout_s {self.timeout_s:g}, which would "
+                    "end the worker before the judge gives up; raise timeout_s"
+                )
 
     def _rules_of_judge(self) -> Iterator[str]:
         keys = {

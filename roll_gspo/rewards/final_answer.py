@@ -22,10 +22,12 @@ def count_boxes(text: str) -> int:
 
 def last_box(text: str) -> str | None:
     r"""What the last complete `\boxed{}` holds, with its inner braces; None where there is none."""
-    for opening in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for brace in _BRACE.finditer(text, opening.end()):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # an escaped brace is a character
-            if depth == 0:
-                return text[opening.end() : brace.start()]
-    return None
+    starts = {opening.end() for opening in _BOX.finditer(text)}
+    unclosed: list[int] = []
+    last = (-1, -1)
+    for brace in _BRACE.finditer(text):  # an escaped brace is a character
+        if brace.group() == "{":
+            unclosed.append(brace.end())
+        elif brace.group() == "}" and unclosed and (start := unclosed.pop()) in starts:
+            last = max(last, (start, brace.start()))
+    return text[slice(*last)] if last[0] >= 0 else None

@@ -40,7 +40,9 @@ PATTERNS: dict[str, _Named] = {
         lambda text: _THINK_ANSWER.fullmatch(text) is not None, ("<think>", "</think>", "<answer>", "</answer>")
     ),
     "think": _Named(lambda text: _THINK_TEXT.fullmatch(text) is not None, ("<think>", "</think>")),
-    "boxed": _Named(lambda text: count_boxes(after_thinking(text)) == 1 and bool((last_box(text) or "").strip())),
+    "boxed": _Named(
+        lambda text: count_boxes(text := after_thinking(text)) == 1 and bool((last_box(text) or "").strip())
+    ),
 }
 
 

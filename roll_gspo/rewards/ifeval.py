@@ -171,16 +171,32 @@ def _tulu_instruction(source: dict[str, Any]) -> tuple[str, Callable[..., bool],
 
 
 def _checked(name: str, check: Callable[..., bool], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are given; data sets fill those of other instructions with nulls."""
-    taken = [parameter for parameter in inspect.signature(check).parameters if parameter != "response"]
-    given = {key: value for key, value in arguments.items() if value is not None}
-    if missing := sorted(set(taken) - given.keys()):
+    """The arguments that are given; data sets fill those of other instructions with nulls or NaN."""
+    taken = {key: parameter for key, parameter in inspect.signature(check).parameters.items() if key != "response"}
+    given = {key: value for key, value in arguments.items() if value is not None and value == value}
+    if missing := sorted(taken.keys() - given.keys()):
         raise ValueError(f"ifeval: '{name}' lacks {', '.join(missing)} (its kwargs: {dict(given)}); correct the row")
-    if unknown := sorted(given.keys() - set(taken)):
+    if unknown := sorted(given.keys() - taken.keys()):
         raise ValueError(
             f"ifeval: '{name}' has no argument {', '.join(unknown)} (it has: {', '.join(taken) or 'none'})"
         )
-    return given
+    return {key: _typed(value, taken[key].annotation, f"{key} of '{name}'") for key, value in given.items()}
+
+
+def _typed(value: Any, annotation: str, where: str) -> Any:
+    """A value as a check takes it. A text in the place of a list would be taken apart into its letters."""
+    if annotation != "str":
+        value = _read(value, where)
+    if annotation == "list[str]":
+        fits = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+        expected = "a list of texts"
+    elif annotation == "int":
+        fits, expected = isinstance(value, int | float) and value == int(value), "a whole number"
+    else:
+        fits, expected = isinstance(value, str), "a text"
+    if not fits:
+        raise ValueError(f"ifeval: {where} is {value!r}, not {expected}; correct the row")
+    return value
 
 
 def _read(value: Any, where: str) -> Any:

@@ -9,13 +9,14 @@ from roll_gspo.rewards.ifeval_words import are_filled
 
 _OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 # Not `[]`, not the text of a link: the published program counts both.
-_PLACEHOLDER = re.compile(r"\[[^\[\]\n]*\w[^\[\]\n]*\](?!\()")
+_PLACEHOLDER = re.compile(r"\[(?=[^\[\]\n]*\w)[^\[\]\n]*\](?!\()")
 # With a blank after the sign, as markdown has it: the published program counts `---` and `-5 degrees`, too.
 _BULLET = re.compile(r"^[ \t]*[*+-][ \t]+(?![*+-][ \t]*(?:[*+-][ \t]*)*$)\S", re.MULTILINE)
-_HIGHLIGHT = re.compile(r"(?<![*\w])(\*{1,3})(?=[^\s*])[^*\n]*(?<=[^\s*])\1(?!\*)")
+# Not inside a word (`2*3*4`); Chinese has its emphasis between characters, without blanks.
+_HIGHLIGHT = re.compile(r"(?<![*0-9A-Za-z])(\*{1,3})(?=[^\s*])[^*\n]*(?<=[^\s*])\1(?!\*)")
 _FENCE = re.compile(r"^```(?:json)?[ \t]*\n?(.*?)\n?[ \t]*```$", re.DOTALL | re.IGNORECASE)
-_TITLE = re.compile(r"<<[^\n<>]*\w[^\n<>]*>>")
-_LINE_START = r"^[ \t>#*_]*"  # markdown before the text of a line
+_TITLE = re.compile(r"<<(?=[^\n<>]*\w)[^\n<>]*>>")
+_LINE_START = r"^[ \t>#*_(\"“]*"  # markdown, or what a quotation begins with
 _QUOTES = (('"', '"'), ("“", "”"))
 
 
@@ -30,7 +31,7 @@ def postscript(response: str, *, postscript_marker: str) -> bool:
     letters = [
         re.escape(character) + r"\s?" for character in postscript_marker.strip().rstrip(".") if not character.isspace()
     ]
-    return re.search(_LINE_START + "".join(letters) + r"[.:*_]*\s*\w", response, re.I | re.M) is not None
+    return re.search(_LINE_START + "".join(letters) + r"(?!\w)\W*\w", response, re.I | re.M) is not None
 
 
 def number_bullet_lists(response: str, *, num_bullets: int) -> bool:

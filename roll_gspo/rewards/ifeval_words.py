@@ -15,8 +15,11 @@ _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 # The published program splits at every `***`, also at those that make text bold and italic.
 _DIVIDER = re.compile(r"(?:(?<=\s)|^)\*(?: ?\*){2}(?=\s|$)")
 _ABBREVIATION = re.compile(r"\b(?:(?i:mr|mrs|ms|dr|prof|st|vs|etc|no|fig|e\.g|i\.e)|[A-Z])\.$")
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[」』”’）]*")
-_MIN_LETTERS_FOR_LANGUAGE = 30
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+[」』”’）]*")
+_LONGEST_ABBREVIATION = 4  # characters before its full stop
+_MIN_LETTERS_FOR_LANGUAGE = 100
+# A character that continues a word; Thai, Lao, Japanese and Chinese have no blanks between words.
+_CONTINUES = r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]"
 # What language identifiers tell apart and the instruction does not.
 _VARIETIES = {"wuu": "zh", "yue": "zh", "ary": "ar", "arz": "ar", "nn": "no"}
 
@@ -50,13 +53,16 @@ def keywords_exist(response: str, *, keywords: list[str]) -> bool:
 def keyword_frequency(response: str, *, keyword: str, frequency: int, relation: str) -> bool:
     """So many whole words are the keyword."""
     # The published program counts inside other words, too: "forward" as "war".
-    found = re.findall(rf"(?<!\w){re.escape(keyword)}(?!\w)", response, re.IGNORECASE)
-    return holds(len(found), relation, frequency)
+    return holds(len(_whole_words(keyword, response)), relation, frequency)
 
 
 def forbidden_words_absent(response: str, *, forbidden_words: list[str]) -> bool:
     """None of the words occurs as a whole word."""
-    return not any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", response, re.IGNORECASE) for w in forbidden_words)
+    return not any(_whole_words(word, response) for word in forbidden_words)
+
+
+def _whole_words(word: str, text: str) -> list[str]:
+    return re.findall(f"(?<!{_CONTINUES}){re.escape(word)}(?!{_CONTINUES})", text, re.IGNORECASE)
 
 
 def letter_frequency(response: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
@@ -91,7 +97,7 @@ def sentences(text: str) -> int:
     for line in text.splitlines():
         start = 0
         for end in _SENTENCE_END.finditer(line):
-            if _ABBREVIATION.search(line[start : end.start() + 1]):
+            if _ABBREVIATION.search(line, max(start, end.start() - _LONGEST_ABBREVIATION), end.start() + 1):
                 continue
             count += bool(re.search(r"\w", line[start : end.start()]))
             start = end.end()

@@ -3,6 +3,7 @@ r"""`multiple_choice_boxed` and `crossthinkqa`: the option letters in the last `
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 from roll_gspo.errors import ConfigError
@@ -16,16 +17,24 @@ REWARD_TYPES = {
     "strict": (1.0, -1.0, -1.0, -1.0),
 }
 
-_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bf)(?![A-Za-z])")
-_DECORATION = re.compile(r"[{}$*\"'~]|\\[,;: ]")
+_COMMAND = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|mbox|boldsymbol|bm|bf|rm|left|right|q?quad)(?![A-Za-z])"
+)
+_DECORATION = re.compile(r"[{}$*\"'~]|\\[,;: ()]")
 _LEAD = re.compile(r"^(?:(?:option|options|answer|choice)\b[\s:]*(?:is\b[\s:]*)?)+", re.IGNORECASE)
 _LETTER = r"[(\[]*[A-Z][)\]]*"
-_LETTERS = rf"{_LETTER}(?:\s*(?:[,;&/]|,?\s*and\b|\s)\s*{_LETTER})*"
-_ALL_LETTERS = re.compile(rf"{_LETTERS}\.?")
-_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\s*[.:)\]–—-])\s*\S.*", re.DOTALL)
+_LETTERS = rf"{_LETTER}(?:\s*(?:[,;&/、]|,?\s*and\b|\s)\s*{_LETTER})*"
+_ALL_LETTERS = re.compile(rf"{_LETTERS}[.。]?")
+_LETTER_AND_TEXT = re.compile(
+    r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\s*(?:[.:)\]]|[–—-](?!\s*[A-Z]\.?$)|(?=\()))\s*(\S.*)", re.DOTALL
+)
+# The text of one option does not begin with another's letter, nor offer one.
+_HEDGE = re.compile(r"^\(?(?:and|or)\b|^[,;/&、]\s*[(\[]?[A-Z]\b|^[(\[]?[A-Z][)\]]|\bor\s+[(\[]?[A-Z](?:[)\]:]|\.\s)")
 _SMALL_LETTER = re.compile(r"[(\[]?[a-z][)\]]?\.?")
 _PHRASE = re.compile(
-    rf"(?i:\banswers?|\bchoice|\boption)\s*(?i:is|are|:)[\s:*$]*({_LETTERS})(?=[\s*$]*(?:[.,;:!]|$))", re.M
+    rf"(?i:\banswers?|\bchoice|\boption)\s*(?i:is|are|:)[\s:]*(?i:(?:option|choice)\s+)?({_LETTERS})"
+    r"(?=\s*(?:[.,;:!。]|$)|(?<=[)\]])\s+\S)(?!,?\s*(?:and|or)\b)",
+    re.M,
 )
 
 
@@ -33,9 +42,9 @@ def option_letters(text: str) -> str | None:
     r"""The options that a text names, in order and separated by commas; None where it names none.
 
     `B`, `(B)`, `b`, `\text{B}`, `\textbf{(B)}`, `B. its text`, `Option B`; several: `A, C`, `A and C`, `(A)(C)`, `AC`.
+    `A or C` and `A-C` name none.
     """
-    plain = _DECORATION.sub("", _COMMAND.sub("", text))
-    plain = _LEAD.sub("", plain.strip()).strip()
+    plain = _LEAD.sub("", _plain(text).strip()).strip()
     if re.fullmatch(r"[A-Z]{2,}", plain):  # a word is not a list of options, letters in order are
         return ",".join(plain) if list(plain) == sorted(set(plain)) else None
     if _ALL_LETTERS.fullmatch(re.sub(r"([)\]])(?=[(\[])", r"\1,", plain)):
@@ -43,8 +52,14 @@ def option_letters(text: str) -> str | None:
     if _SMALL_LETTER.fullmatch(plain):
         return re.sub(r"[^a-z]", "", plain).upper()
     if found := _LETTER_AND_TEXT.fullmatch(plain):
-        return found[1] or found[2] or found[3]
+        return None if _HEDGE.search(found[4]) else found[1] or found[2] or found[3]
     return None
+
+
+def _plain(text: str) -> str:
+    """Without markup, and with one blank or line end where there are several: the patterns try each of them."""
+    text = _DECORATION.sub("", _COMMAND.sub("", unicodedata.normalize("NFKC", text)))
+    return re.sub(r"\s+", lambda found: "\n" if "\n" in found[0] else " ", text)
 
 
 class MultipleChoiceBoxed:
@@ -106,5 +121,5 @@ def _chosen(response: str) -> tuple[str | None, bool]:
     box = last_box(answer)
     if box is not None:
         return option_letters(box), True
-    phrases = _PHRASE.findall(answer)
+    phrases = _PHRASE.findall(_plain(answer))
     return (option_letters(phrases[-1]) if phrases else None), False

@@ -30,7 +30,8 @@ class RewardModel:
         model_name_or_path: Hugging Face name or folder, with its tokenizer.
         dtype: of the parameters; `fp32`, `bf16` or `fp16`.
         device: `cpu`, `cuda` or `cuda:N`.
-        max_length: tokens of prompt and response; of longer ones the last are read, and it is logged once. null: the
+        max_length: tokens of prompt and response; of longer ones the last are read (behind the
+            tokenizer's first, if it puts one there), and it is logged once. null: the
             model's `max_position_embeddings`.
         chat: the classifier's chat template over the prompt's messages and the response; else the text pair (prompt,
             response). The messages are the row's column `messages` if it has one, else one user message with the
@@ -139,7 +140,10 @@ class RewardModel:
                     "reward_model: a sample of %d tokens is longer than max_length %d: only the last are read",
                     len(ids), self._max_length,
                 )  # fmt: skip
-            ids = ids[-self._max_length :]
+            # An encoder's head reads its first token.
+            starts = (self._tokenizer.cls_token_id, self._tokenizer.bos_token_id)
+            first = ids[:1] if ids[0] in starts else []
+            ids = [*first, *ids[len(ids) - self._max_length + len(first) :]]
         return ids
 
 

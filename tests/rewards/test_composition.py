@@ -164,6 +164,15 @@ TWO = {"a": part("exact_match"), "b": part("math_rule")}
         ({"combine": "weighted_sum", "parts": {**TWO, "c": part("mathrule")}}, "did you mean 'math_rule'"),
         ({"combine": "min", "parts": {**TWO, "c": {**TWO["a"], "parts": TWO}}}, "Extra inputs are not permitted"),
         ({"worker_cls": "exact_match", "judge_prompt": "x"}, "judge_prompt acts with worker_cls: llm_judge only"),
+        ({"worker_cls": "llm_judge", "worker_args": {"deadline_s": 600}}, "deadline_s 600 is not below timeout_s 330"),
+        (
+            {
+                "combine": "min",
+                "timeout_s": 60,
+                "parts": {**TWO, "c": part("llm_judge", worker_args={"deadline_s": 60})},
+            },
+            "parts.c.worker_args.deadline_s 60 is not below timeout_s 60",
+        ),
         ({"worker_cls": "llm_judge", "judge_model_type": "inference"}, "needs the model to run"),
         ({"worker_cls": "llm_judge", "judge_model_name": "m", "worker_args": {"model": "n"}}, "worker_args.model and"),
     ],

@@ -34,6 +34,7 @@ GOOD = "<think>two and\ntwo</think>\n<answer> 4 < 5 </answer>"
         ("boxed", r"So \boxed{4}.", 1),
         ("boxed", r"<think>\boxed{3}</think>So \boxed{\frac{1}{2}}.", 1),
         ("boxed", r"\boxed{3} or \boxed{4}", 0),
+        ("boxed", r"<think>\boxed{3}</think>So \boxed{4", 0),
         ("boxed", r"\boxed{ }", 0),
         ("boxed", r"\boxed{4", 0),
         ("boxed", "4", 0),

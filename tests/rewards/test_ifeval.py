@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 
 import pytest
 
@@ -32,6 +34,18 @@ CASES: list[tuple[str, dict, list[str], list[str]]] = [
         {"keyword": "war", "frequency": 2, "relation": "less than"},
         ["war", "forward forward"],
         ["war war"],
+    ),
+    (
+        "keywords:frequency",
+        {"keyword": "天气", "frequency": 2, "relation": "at least"},
+        ["今天天气很好，明天天气不好。"],
+        ["今天天气很好。"],
+    ),
+    (
+        "keywords:forbidden_words",
+        {"forbidden_words": ["天气", "AI"]},
+        ["今天很好 said"],
+        ["今天天气很好", "使用AI技术"],
     ),
     (
         "keywords:forbidden_words",
@@ -105,8 +119,15 @@ CASES: list[tuple[str, dict, list[str], list[str]]] = [
     (
         "detectable_content:postscript",
         {"postscript_marker": "P.S."},
-        ["Text.\n\nP.S. More", "Text\n**P.S.** more", "Text\np. s. more"],
-        ["Text", "Text\nP.S.", "see P.S. below", "Text\nP.P.S. more"],
+        [
+            "Text.\n\nP.S. More",
+            "Text\n**P.S.** more",
+            "Text\np. s. more",
+            "P.S. - more",
+            '"P.S. (more)"',
+            "P.S.: “more”",
+        ],
+        ["Text", "Text\nP.S.", "see P.S. below", "Text\nP.P.S. more", "P.Story"],
     ),
     (
         "detectable_content:postscript",
@@ -129,13 +150,18 @@ CASES: list[tuple[str, dict, list[str], list[str]]] = [
     (
         "detectable_format:number_highlighted_sections",
         {"num_highlights": 2},
-        ["*one* and **two**", "***one*** *two words*"],
+        ["*one* and **two**", "***one*** *two words*", "这是**重点**内容，也是**难点**。"],
         ["*one*", "* one\n* two", "** and ** and **", "2 * 3 * 4", "****"],
     ),
     (
         "detectable_format:multiple_sections",
         {"section_spliter": "SECTION", "num_sections": 2},
-        ["SECTION 1\na\nSECTION 2\nb", "**SECTION I**\na\n## SECTION II\nb", "SECTION 1\nSECTION 2\nSECTION 3"],
+        [
+            "SECTION 1\na\nSECTION 2\nb",
+            "**SECTION I**\na\n## SECTION II\nb",
+            "SECTION 1\nSECTION 2\nSECTION 3",
+            '"SECTION 1: a\nSECTION 2: b"',
+        ],
         ["SECTION 1\nas SECTION 2 says", "SECTION A\nSECTION B", "SECTION 1"],
     ),
     (
@@ -173,7 +199,7 @@ CASES: list[tuple[str, dict, list[str], list[str]]] = [
     (
         "change_case:english_capital",
         {},
-        [ENGLISH.upper(), "HELLO 123!"],
+        [ENGLISH.upper(), "HELLO 123!", "1. LAVA LAMP LEGENDS\n2. SOLAR CIRCUIT\n3. NEON TIDE"],
         [ENGLISH, "Hello There", GERMAN.upper(), "123", "ÄÖÜ"],
     ),
     (
@@ -248,7 +274,7 @@ def test_rows_with_a_function_name_as_rolls(rule, truth, follows, breaks):
     assert {json.loads(json.dumps(case[0]))["func_name"] for case in TULU_CASES} == set(TULU)
 
 
-NAMES, KWARGS = ["punctuation:no_comma", "detectable_format:title"], [{}, {"num_words": None}]
+NAMES, KWARGS = ["punctuation:no_comma", "detectable_format:title"], [{}, {"num_words": None, "frequency": math.nan}]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +316,7 @@ def test_the_same_instruction_twice_is_counted_twice():
         ("", {"instruction_id_list": ["keywords:existance"], "kwargs": [{}]}, "did you mean 'keywords:existence'"),
         ("", {"instruction_id_list": ["keywords:existence"], "kwargs": [{}]}, "lacks keywords"),
         ("", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]}, "no argument num_words"),
+        ("", {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": "cat"}]}, "'cat', not a list of"),
         ("", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "one object for each of the 1"),
         ("", {"instruction_id_list": ["punctuation:no_comma"]}, "kwargs None"),
         ("", {"instruction_id_list": [], "kwargs": []}, "not a list of names"),
@@ -297,6 +324,12 @@ def test_the_same_instruction_twice_is_counted_twice():
         ("forty-two", {}, "no instruction_id_list"),
         (json.dumps({"func_name": "verify_keyword", "N": 1}), {}, "did you mean 'verify_keywords'"),
         (json.dumps({"func_name": "verify_keywords", "N": 1}), {}, "lacks keywords"),
+        (
+            json.dumps({"func_name": "validate_choice", "options": "yes, no"}),
+            {},
+            "options of 'validate_choice' is 'yes",
+        ),
+        (json.dumps({"func_name": "verify_bullet_points", "N": "many"}), {}, "'many', not a whole number"),
         (
             json.dumps({"func_name": "validate_word_constraint", "N": 1, "quantifier": "roughly"}),
             {},
@@ -320,6 +353,12 @@ def test_unknown_reward_type_is_an_error():
 )
 def test_sentences_are_counted(text, count):
     assert sentences(text) == count
+
+
+def test_endless_initials_are_counted_in_time():
+    begin = time.process_time()
+    assert sentences("A. " * 10_000) == 1
+    assert time.process_time() - begin < 5  # it took 20 s where each was looked for from the start of the line
 
 
 @pytest.mark.parametrize(("text", "language"), [(ENGLISH, "en"), (GERMAN, "de"), ("12 + 3", None), ("", None)])

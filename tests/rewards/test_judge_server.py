@@ -132,6 +132,7 @@ sys.stdin.read()
         ({}, "engine: expected a block with model: NAME"),
         ({"model": "m", "max_model_length": 5}, "engine.max_model_length: unknown key; did you mean 'max_model_len'"),
         ({"model": "m", "devices": "0"}, "engine.devices: expected a list of int"),
+        ({"model": "m", "start_timeout_s": None}, "engine.start_timeout_s: expected a positive number"),
         ({"model": "m", "start_timeout_s": 0}, "engine.start_timeout_s: expected a positive number"),
         ({"model": "m", "dtype": 16}, "engine.dtype: expected a name"),
     ],

@@ -135,8 +135,13 @@ def test_cut_answer_is_not_read() -> None:
     cut = Reply("Score: 1", finish_reason="length")  # it may have become a 10
     with serving([cut]) as endpoint, refused("cut at max_tokens 512; raise it"):
         ask(judge_of(endpoint))
-    with serving([Reply("Yes", finish_reason="length")]) as endpoint:
-        assert ask(judge_of(endpoint, parser="yes_no", max_tokens=1)) == 1.0
+    with serving([Reply("Yes, for it", finish_reason="length")]) as endpoint:
+        assert ask(judge_of(endpoint, parser="yes_no", max_tokens=3)) == 1.0
+    with (
+        serving([Reply("The answer is right if no", finish_reason="length")]) as endpoint,
+        refused("cut at max_tokens"),
+    ):
+        ask(judge_of(endpoint, parser="yes_no"))
 
 
 def test_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -231,6 +236,7 @@ def test_cache_that_cannot_be_opened_or_breaks(tmp_path: Path, capfd: pytest.Cap
         ({"parser": "("}, "no regular expression"),
         ({"parser": "json:"}, "names no key"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"parse_retries": -1}, "parse_retries is -1"),
         ({"extra_body": {"stream": True}}, "extra_body.stream"),
     ],
 )
@@ -250,6 +256,7 @@ def test_wrong_arguments_are_refused_without_secrets(arguments: dict[str, Any], 
         *(("score_0_10", "Score: 3\nNo: Score: 7", 0.7), ("score_0_10", "**Score:** 10/10", 1)),
         *(("score_0_10", "The score is 2.5.", 0.25), ("score_0_10", " 7 / 10\n", 0.7), ("score_0_10", "0", 0)),
         *(("score_0_10", "Score: 11", None), ("score_0_10", "Score: -3", None), ("score_0_10", "Score: 3/5", None)),
+        *(("score_0_10", "Score: <8>", 0.8), ("yes_no", "final\nverdict:\n\nno\n" + "\n" * 20_000 + "x", 0)),
         *(("score_0_10", "10 points", None), ("score_0_10", "", None)),
         *(("json:score", 'x {"score": 1} then {"a": {"score": 9}, "score": 0.5} {', 0.5),),
         *(("json:score", '```json\n{"score": true}\n```', 1), ("json:score", '{"score": "high"}', None)),

@@ -20,7 +20,17 @@ from roll_gspo.rewards.multiple_choice import CrossThinkQa, MultipleChoiceBoxed,
             for form in ("A, C", "C,A", "A and C", "A, and C", "(A) and (C)", "AC", "A C", "(A)(C)", "A;C")
         ),
         *((form, "A,C") for form in (r"\text{A}, \text{C}", "A & C", '["A", "C"]')),
+        *(
+            (form, "B")
+            for form in ("B (its text)", r"\mathsf{B}", r"\left(B\right)", r"\(B\)", "（B）", "B - its text")
+        ),
         ("A, B, C and D", "A,B,C,D"),
+        ("D. Both A and B", "D"),
+        *(
+            (form, None)
+            for form in ("A or B", "(A) or (B)", "(A), (B) or (C)", "A) or B)", "A. or B", "A-C", "A (or B)")
+        ),
+        *((form, None) for form in ("(A) and maybe (B)", "(A)(B) text", "(A) one or (B) two", "A. one or B. two")),
         *((form, None) for form in ("", "42", "A cat", "CAB", "AA", "Yes", "ab", "x = B", "Because", "(", "B2")),
     ],
 )
@@ -59,6 +69,12 @@ def test_last_box_decides(response, ground_truth, score, answer):
         ("Answer: B", "B"),
         ("Perhaps the answer is A. No, the answer is B!", "B"),
         ("The answers are A and C.", "A,C"),
+        ("**Answer**: B", "B"),
+        (r"The answer is option \(B\).", "B"),
+        ("Answer: B) its text", "B"),
+        ("The answer is (A) or (B).", None),
+        ("The answer is A, or B.", None),
+        ("The answer is A" + " " * 20_000 + "\n" * 20_000 + "B cat", "A"),  # in no time
         ("The answer is A cat", None),
         ("The answer is Brown", None),
         (r"The answer is A. \boxed{B}", "B"),

@@ -99,6 +99,15 @@ def test_too_long_samples_keep_their_end(models: Path, caplog: pytest.LogCapture
     assert "a sample of 308 tokens is longer than max_length 8" in caplog.text
 
 
+def test_too_long_samples_keep_the_token_that_an_encoder_judges_by(models: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.cls_token = "<|user|>"
+    save(BertForSequenceClassification.from_pretrained(models / "bert"), tokenizer, tmp_path)
+    reward = RewardModel(str(tmp_path), chat=False, max_length=9)
+    long, short = (RewardRequest(f"<|user|>{prompt}", "the end.", "") for prompt in ("p" * 200, ""))
+    assert reward.score_batch([long])[0].score == pytest.approx(reward.score_batch([short])[0].score, abs=1e-5)
+
+
 def test_messages_may_be_json(models: Path) -> None:
     reward = RewardModel(str(models / "qwen2"))
     as_list, as_text = REQUESTS[3], RewardRequest("x", "Yes.", "", {"messages": '[{"role":"user","content":"Short?"}]'})

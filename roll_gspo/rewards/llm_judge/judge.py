@@ -29,7 +29,7 @@ class LlmJudge:
         prompt: Jinja template, or the path of one; see `JudgePrompt`. null: a default that asks for "Score: 0-10".
         system_prompt: null: the default prompt's own, none beside a `prompt` of yours.
         parser: how the verdict is read; see `make_parser`.
-        max_tokens: limit of the judge's answer. One that was cut is not read (but by `yes_no`).
+        max_tokens: limit of the judge's answer. Of one that was cut only the first word is read, by `yes_no`.
         temperature: 0 is greedy.
         extra_body: further parameters of the request, e.g. `{top_p: 0.9}`, or vLLM's `{chat_template_kwargs: ...}`.
         parse_retries: how often a judge whose answer has no verdict is asked for it once more.
@@ -72,6 +72,7 @@ class LlmJudge:
             raise ConfigError("llm_judge: give base_url and model, or an engine of our own (engine: {model: ...})")
         positive = {"max_tokens": max_tokens, "request_timeout_s": request_timeout_s, "deadline_s": deadline_s}
         not_negative = {"temperature": temperature, "max_retries": max_retries, "backoff_s": backoff_s}
+        not_negative |= {"parse_retries": parse_retries}
         if bad := [k for k, v in positive.items() if v <= 0] + [k for k, v in not_negative.items() if v < 0]:
             raise ConfigError(f"llm_judge: {bad[0]} is {(positive | not_negative)[bad[0]]:g}; raise it")
         extra = dict(extra_body or {})
@@ -107,11 +108,17 @@ class LlmJudge:
         messages = list(request["messages"])
         for _ in range(self._parse_retries + 1):
             answer = self._client.complete({**request, "messages": messages}, deadline)
-            score = self._parse(answer.text) if self._reads_cut or not answer.cut else None
-            if score is not None:
-                return answer.text, score
+            text = self._readable(answer)
+            if (score := self._parse(text)) is not None:
+                return text, score
             messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": _REMINDER}]
         raise RewardError(f"llm_judge: {self._complaint(answer)}")
+
+    def _readable(self, answer: Answer) -> str:
+        if not answer.cut:
+            return answer.text
+        # The last word of what was cut is no verdict, though it may look like one.
+        return " ".join(answer.text.split()[:1]) if self._reads_cut else ""
 
     def _complaint(self, answer: Answer) -> str:
         end = " ".join(answer.text.split())[-_MAX_SHOWN:]

@@ -13,10 +13,14 @@ Parser = Callable[[str], float | None]
 """The judge's answer to a score, None where it holds none."""
 
 _THINKING = re.compile(r"^.*</think>", re.DOTALL)
-_SCORE = re.compile(r"\bscore[\s*_`\"']*(?:[:=]|\bis\b)[\s*_`\"'\[(]*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE)
+_SCORE = re.compile(
+    r"\bscore[\s*_`\"']*(?:[:=]|\bis\b)[\s*_`\"'\[(<]*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE
+)
 _BARE_SCORE = re.compile(r"[\s*_`]*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?[\s*_`.]*")
+_BLANK = r"[^\w\n]"
 _VERDICT_LINE = re.compile(
-    r"^\W*(?:(?:final\W+)?(?:verdict|answer|judg(?:e?ment)|decision|correct)\W*(?:is)?\W*)?(yes|no)\W*$",
+    rf"^{_BLANK}*(?:(?:final{_BLANK}+)?(?:verdict|answer|judge?ment|decision|correct){_BLANK}*(?:is)?{_BLANK}*)?"
+    rf"(yes|no){_BLANK}*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _FIRST_WORD = re.compile(r"^\W*(yes|no)\b", re.IGNORECASE)

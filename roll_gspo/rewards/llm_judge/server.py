@@ -93,7 +93,9 @@ class JudgeEngine:
                 raise ConfigError(f"{where}.{key}: expected a list of {kind.__name__}, got {items!r}")
         for key in ("max_model_len", "cpu_kv_cache_gib", "start_timeout_s"):
             number = values.get(key, 1)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or number <= 0):
+            if number is None and key == "max_model_len":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
                 raise ConfigError(f"{where}.{key}: expected a positive number, got {number!r}")
         engine = cls(**{**values, **{key: tuple(values.get(key, ())) for key in types}})
         if not engine.devices and Path("/dev/nvidiactl").exists():
