@@ -20,6 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 GSM8K_MARK = "####"
 ARGUMENTS = ("prompt", "response")  # a reward is called with these; a column of the same name would be in their way
 RowT = TypeVar("RowT")
+_INSTEAD_OF_AN_ANSWER = ("instruction_id_list", "test_cases")  # these say themselves what is right
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 
 
@@ -250,6 +251,8 @@ def _answer(rest: dict[str, Any], columns: Columns, found: str) -> str | Problem
     rest.pop("ground_truth", None)
     if answer is not None:
         return text_of(answer)
+    if any(rest.get(name) is not None for name in _INSTEAD_OF_AN_ANSWER):
+        return ""
     detail = f"no answer: expected ground_truth or answer (an empty text if none), found {found}"
     return Problem("no answer", detail, "add ground_truth, or set data_args.ground_truth to the column's name")
 

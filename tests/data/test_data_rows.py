@@ -36,6 +36,12 @@ def test_rows_of_roll_and_plain_format_become_the_same(tmp_path):
     assert rows[1].extra == {"difficulty": 0.5, "source": "rows"}
 
 
+@pytest.mark.parametrize("column", [{"instruction_id_list": ["punctuation:no_comma"]}, {"test_cases": [{"x": 1}]}])
+def test_rows_that_say_otherwise_what_is_right_need_no_answer(tmp_path, column):
+    (row,) = read_rows([write(tmp_path, json.dumps({"key": 1, "prompt": "x", **column}))], WHERE)
+    assert row.ground_truth == "" and column.items() <= row.extra.items()
+
+
 def test_messages_may_be_a_list_and_ground_truth_a_number(tmp_path):
     row = {"messages": [{"role": "user", "content": "x"}], "ground_truth": 72}
     (read,) = read_rows([write(tmp_path, json.dumps([row]), name="rows.json")], WHERE)
