@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -235,7 +236,7 @@ def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoi
         return Checkpoint(int(match[1]), path)
     found = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
     if found:
-        return found[-1]
+        return max(found, key=_completed)
     other = "true" if key == "resume_from_checkpoint" else "RUN"
     state = "is incomplete" if path.is_dir() else "does not exist"
     raise CheckpointError(f"{key}: {path} {state}; give a folder such as RUN/checkpoints/step_000020, or {other}")
@@ -253,7 +254,13 @@ def newest_checkpoint(experiment_folder: Path, run_name: str | None) -> Checkpoi
     """The last completed checkpoint of an experiment (of its run `run_name`, if given), or None."""
     runs = [experiment_folder / run_name] if run_name else list(experiment_folder.glob("*"))
     found = [c for run in runs for c in complete_checkpoints(run / "checkpoints")]
-    return max(found, key=lambda c: ((c.folder / MARKER).stat().st_mtime_ns, c.step), default=None)
+    return max(found, key=_completed, default=None)
+
+
+def _completed(checkpoint: Checkpoint) -> tuple[float, int]:
+    """Sorts by when they were completed, which the marker says: copies have file times of their own."""
+    marker = json.loads((checkpoint.folder / MARKER).read_text(encoding="utf-8"))
+    return marker.get("completed", 0.0), checkpoint.step
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -262,7 +269,7 @@ def _seal(folder: Path, step: int) -> None:
         _sync(file)
     parts = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     marker = folder / MARKER
-    marker.write_text(json.dumps({"step": step, "parts": parts}, indent=1), encoding="utf-8")
+    marker.write_text(json.dumps({"step": step, "completed": time.time(), "parts": parts}, indent=1), encoding="utf-8")
     _sync(marker)
     for sub in {file.parent for file in files} | {folder}:
         _sync(sub)

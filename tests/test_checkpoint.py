@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -134,6 +136,18 @@ def test_newest_of_an_experiment_is_the_last_completed(tmp_path: Path) -> None:
     named = newest_checkpoint(tmp_path, "b")
     assert named is not None and named.step == 9
     assert newest_checkpoint(tmp_path / "nothing", None) is None
+
+
+def test_newest_is_known_in_a_copy_and_after_a_return_to_an_earlier_step(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run/checkpoints", max_to_keep=0)
+    for step in (10, 20, 15):
+        write(store, step)
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy, copy_function=shutil.copyfile)
+    os.utime(copy / "checkpoints/step_000010" / MARKER)
+    newest = newest_checkpoint(tmp_path, "copy")
+    assert newest is not None and newest.step == 15
+    assert open_checkpoint(copy).step == 15
 
 
 def test_path_of_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class RewardConfig(Schema):
     """Worker processes; null: half as many as the machine has CPU cores, 8 at most."""
     infer_batch_size: PositiveInt = 16
     """Samples that a worker is sent at once, at most; a worker that scores in batches (`score_batch`) gets them
-    together. What one of them does wrong fails that one alone, in batches too."""
+    together. What one of them does wrong fails that one alone, in batches too; a wrong number of scores fails all."""
     timeout_s: PositiveFloat = 10.0
     """Seconds that one sample, all parts together, may take before it is marked failed and its worker replaced; where
     nothing is said, 330 with an `llm_judge` and 120 with a `reward_model`. A batch of n may take n times as long, and

@@ -115,7 +115,7 @@ def test_dead_rank_ends_its_group_at_once(executor: RayExecutor) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerDiedError, match=rf"actor_train: rank 1 \(process {pids[1]} on .*\) died during 'die'"):
         group.call("die", 1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert gone(pids)
     with pytest.raises(WorkerDiedError, match=r"is gone and cannot take 'pid'.*died during 'die'"):
         group.call("pid")
