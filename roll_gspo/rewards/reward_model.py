@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NORMALIZATIONS = ("none", "sigmoid", "softmax")
+Sample = list[tuple[int, int]]  # token and token type, which tells BERT's response from its prompt
 
 
 class RewardModel:
@@ -32,7 +34,7 @@ class RewardModel:
         device: `cpu`, `cuda` or `cuda:N`.
         max_length: tokens of prompt and response; of longer ones the last are read (behind the
             tokenizer's first, if it puts one there), and it is logged once. null: the
-            model's `max_position_embeddings`.
+            model's `max_position_embeddings` or the tokenizer's `model_max_length`, the lower one.
         chat: the classifier's chat template over the prompt's messages and the response; else the text pair (prompt,
             response). The messages are the row's column `messages` if it has one, else one user message with the
             prompt's text, which holds the policy's chat template. null: true where the tokenizer has a template.
@@ -68,15 +70,17 @@ class RewardModel:
         self._device = _device(device)
         self._tokenizer = _tokenizer(model_name_or_path)
         self._model = _model(model_name_or_path, _DTYPES[dtype]).to(self._device)
+        self._has_types = "token_type_ids" in inspect.signature(self._model.forward).parameters
         self._label = _label(label, normalize, self._model.config.num_labels)
         self._normalize = normalize
         self._batch_size = batch_size
         text_config = self._model.config.get_text_config()
         self._pad_token_id: int | None = text_config.pad_token_id
-        limit = text_config.to_dict().get("max_position_embeddings")
-        if max_length is not None and limit is not None and max_length > limit:
-            raise ConfigError(f"reward_model: max_length {max_length} is above the model's {limit}; lower it")
-        self._max_length = max_length or limit
+        # The tokenizer's is the lower one where positions begin above 0, as RoBERTa's do.
+        positions = text_config.to_dict().get("max_position_embeddings") or self._tokenizer.model_max_length
+        if max_length is not None and max_length > positions:
+            raise ConfigError(f"reward_model: max_length {max_length} is above the model's {positions}; lower it")
+        self._max_length = max_length or min(positions, self._tokenizer.model_max_length)
         has_template = self._tokenizer.chat_template is not None
         if chat and not has_template:
             raise ConfigError("reward_model: chat: true, but the tokenizer has no chat template; set chat: false")
@@ -88,30 +92,31 @@ class RewardModel:
 
     def score_batch(self, requests: Sequence[RewardRequest]) -> list[Verdict]:
         """One verdict a request, in order; any number of requests."""
-        tokens = [self._encode(request) for request in requests]
+        samples = [self._encode(request) for request in requests]
         # Of like length, so that little is computed for padding.
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
         scores: dict[int, float] = {}
         for start in range(0, len(order), self._batch_size):
             indices = order[start : start + self._batch_size]
-            scores |= dict(zip(indices, self._forward([tokens[i] for i in indices]), strict=True))
+            scores |= dict(zip(indices, self._forward([samples[i] for i in indices]), strict=True))
         return [Verdict(scores[i]) for i in range(len(requests))]
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of token sequences of any lengths, computed together."""
-        pad = self._pad_token(batch)
+    def _forward(self, batch: Sequence[Sample]) -> list[float]:
+        """Scores of samples of any lengths, computed together."""
+        padding = (self._pad_token(batch), 0)
         width = max(map(len, batch))
-        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=self._device)
-        lengths = torch.tensor([len(ids) for ids in batch], device=self._device)
+        padded = torch.tensor([[*s, *[padding] * (width - len(s))] for s in batch], device=self._device)  # [B, T, 2]
+        lengths = torch.tensor([len(s) for s in batch], device=self._device)
         mask = (torch.arange(width, device=self._device) < lengths[:, None]).long()  # [B, T]
-        logits = self._model(input_ids=input_ids, attention_mask=mask).logits.float()  # [B, labels]
+        types = {"token_type_ids": padded[..., 1]} if self._has_types else {}
+        logits = self._model(input_ids=padded[..., 0], attention_mask=mask, **types).logits.float()  # [B, labels]
         if self._normalize == "softmax":
             logits = logits.softmax(-1)
         scores = logits[:, self._label]
         return (scores.sigmoid() if self._normalize == "sigmoid" else scores).tolist()
 
-    def _pad_token(self, batch: Sequence[Sequence[int]]) -> int:
+    def _pad_token(self, batch: Sequence[Sample]) -> int:
         """What to pad with, so that decoders find the last token of each sample.
 
         transformers takes the last one that is not `config.pad_token_id`, in a batch of one too; where that is unset,
@@ -119,21 +124,22 @@ class RewardModel:
         """
         if self._pad_token_id is not None:
             return self._pad_token_id
-        used = set().union(*batch)
+        used = {token for sample in batch for token, _ in sample}
         free = next(i for i in range(len(used) + 1) if i not in used)
         self._model.config.get_text_config().pad_token_id = free
         return free
 
-    def _encode(self, request: RewardRequest) -> list[int]:
+    def _encode(self, request: RewardRequest) -> Sample:
         if self._chat:
             messages = [*_messages(request), {"role": "assistant", "content": request.response}]
             encoded = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
         else:
-            encoded = self._tokenizer(request.prompt, request.response)
-        ids = list(encoded["input_ids"])
-        if not ids:
+            encoded = self._tokenizer(request.prompt, request.response, return_token_type_ids=True)
+        ids = encoded["input_ids"]
+        sample = list(zip(ids, encoded.get("token_type_ids", [0] * len(ids)), strict=True))
+        if not sample:
             raise ValueError("reward_model: prompt and response have no token")
-        if self._max_length is not None and len(ids) > self._max_length:
+        if len(sample) > self._max_length:
             if not self._has_truncated:
                 self._has_truncated = True
                 logger.warning(
@@ -142,9 +148,9 @@ class RewardModel:
                 )  # fmt: skip
             # An encoder's head reads its first token.
             starts = (self._tokenizer.cls_token_id, self._tokenizer.bos_token_id)
-            first = ids[:1] if ids[0] in starts else []
-            ids = [*first, *ids[len(ids) - self._max_length + len(first) :]]
-        return ids
+            first = sample[:1] if ids[0] in starts else []
+            sample = [*first, *sample[len(sample) - self._max_length + len(first) :]]
+        return sample
 
 
 def _messages(request: RewardRequest) -> list[dict[str, str]]:

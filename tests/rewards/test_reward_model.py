@@ -72,9 +72,11 @@ def test_score_is_transformers_own_and_does_not_depend_on_the_batch(models: Path
     for request, score in zip(REQUESTS, alone, strict=True):
         question = request.row["messages"][0]["content"] if request.row else request.prompt
         text = f"<|user|>{question}<|assistant|>{request.response}<|end|>"
-        encoded = tokenizer(text if chat else request.prompt + request.response, return_tensors="pt")
+        encoded = tokenizer(text) if chat else tokenizer(request.prompt, request.response, return_token_type_ids=True)
+        assert chat or set(encoded["token_type_ids"]) == ({0, 1} if request.response else {0})
+        names = ("input_ids", "attention_mask", *(["token_type_ids"] if name == "bert" and not chat else []))
         with torch.no_grad():
-            logits = plain(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+            logits = plain(**{column: torch.tensor([encoded[column]]) for column in names}).logits
         assert score == pytest.approx(logits.item(), abs=1e-5)
     assert len({round(score, 3) for score in alone}) == len(alone), "the samples differ"
     together = [verdict.score for verdict in reward.score_batch(REQUESTS)]
