@@ -55,23 +55,8 @@ _BASES = (*(bool, int, float, str, list, dict, tuple, set, frozenset, bytes, byt
 _MAPPINGS = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict, "defaultdict": dict}
 _KIND_OF = {kind: name for name, (kind, _) in _BY_ARGUMENTS.items()}
 _CALCULATIONS = {
-    f"__{n}__"
-    for n in (
-        "neg",
-        "abs",
-        "invert",
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "matmul",
-    )
+    *("__neg__", "__abs__", "__invert__", "__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__"),
+    *("__pow__", "__and__", "__or__", "__xor__", "__matmul__", "__lshift__", "__rshift__"),
 }
 _COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 _OPERATORS: dict[str, Callable[..., Any]] = {
