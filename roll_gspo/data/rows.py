@@ -199,7 +199,7 @@ def parse_row(item: Item, columns: Columns, source: str = "", domain: str = "") 
         item: as read.
         columns: where to look.
         source: of the rows that do not say.
-        domain: of the rows that have neither domain nor tag.
+        domain: of the rows that have neither domain nor tag, and the source of those of them that do not say.
     """
     rest = columns_of(item.value)
     if isinstance(rest, Problem):
@@ -214,7 +214,7 @@ def parse_row(item: Item, columns: Columns, source: str = "", domain: str = "") 
     tag = text_of(rest.pop(columns.tag, None))
     own_domain = text_of(rest.pop("domain", None))
     if rest.get("source") is None:
-        rest["source"] = source
+        rest["source"] = source if tag or own_domain else domain or source
     for name in ARGUMENTS:
         rest.pop(name, None)
     row = DataRow(

@@ -86,10 +86,17 @@ def test_benchmarks_with_the_tiny_model(evaluate: Command, pretrained: Path, mon
     rows = [json.loads(line) for line in BENCHMARKS.read_text(encoding="utf-8").splitlines()]
     few = [row for source in ("aime2024", "MATH-500") for row in [r for r in rows if r["source"] == source][:3]]
     Path("few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
-    Path("gsm8k.jsonl").write_text('{"question": "What is 2 + 2?", "answer": "2 + 2 = 4\\n#### 4"}\n')
+    Path("test.jsonl").write_text('{"question": "What is 2 + 2?", "answer": "2 + 2 = 4\\n#### 4"}\n')
     monkeypatch.setenv("MATH_BENCHMARKS", "few.jsonl")
-    monkeypatch.setenv("GSM8K_TEST", "gsm8k.jsonl")
-    outcome = evaluate(*HF, f"ckpt={pretrained}", "validation=math", "response_length=4", "out=result")
+    monkeypatch.setenv("GSM8K_TEST", "test.jsonl")
+    outcome = evaluate(
+        *HF,
+        f"ckpt={pretrained}",
+        "validation=math",
+        "response_length=4",
+        "out=result",
+        "validation.sources=[aime2024,MATH-500,gsm8k]",
+    )
     assert outcome.code == 0, outcome.out + outcome.err
     figures = written(Path("result"))
     counts = {group: (f["num_prompts"], f["num_scored"], f["num_failed"]) for group, f in figures.items()}
