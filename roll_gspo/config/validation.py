@@ -30,7 +30,7 @@ class ValidationConfig(Schema):
     """Sampling of validation responses; `num_return_sequences` samples a prompt."""
     group_by: Literal["source", "domain", "tag"] = "source"
     """Column whose values get figures of their own, beside those over all prompts; a row without a source goes by
-    the name of its file (by `data_args.domain` if that is its domain), a generated one by its tag."""
+    the name of its file (by its domain, if it has that from `data_args`), a generated one by its tag."""
     sources: Names = ()
     """Take only the rows with these values of `group_by`; empty: all."""
     metrics_k: Annotated[tuple[PositiveInt, ...], BeforeValidator(_distinct)] | None = None

@@ -7,7 +7,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from roll_gspo.batch import Prompt
@@ -222,8 +222,6 @@ def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:
     if task == column_addition.FILE_NAME:
         return column_addition.rows(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
     columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
-    reading = Reading(columns, args.dataset_config, args.split, args.file_domains)
-    rows = read_rows(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]
-    if args.domain is None:
-        return rows
-    return [row if row.domain or row.tag else replace(row, domain=args.domain) for row in rows]
+    domains = dict.fromkeys(args.file_name, args.domain or "") | args.file_domains
+    reading = Reading(columns, args.dataset_config, args.split, domains)
+    return read_rows(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]

@@ -81,7 +81,7 @@ def test_no_majority_without_answers_and_correct_is_a_score() -> None:
 
 def test_sources_are_taken_before_rows_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "ground_truth": "1", "source": "ab"[i % 2], "domain": "d"} for i in range(6)]
-    rows.append({"prompt": "q", "ground_truth": "1"})
+    rows += [{"prompt": "q", "ground_truth": "1"}, {"prompt": "r", "ground_truth": "1", "tag": "t"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -91,9 +91,10 @@ def test_sources_are_taken_before_rows_are_counted(tmp_path: Path) -> None:
         return [f"{row.messages[0]['content']} {row.domain}" for row in found]
 
     assert read(sources="b") == ["p1 d", "p3 d"]
-    assert read(sources="rows") == ["q rest"], "a row without a source goes by its file"
+    assert read(sources="rest") == ["q rest"], "a row that has its domain from data_args goes by it"
+    assert read(sources="rows") == ["r "], "any other without a source by its file"
     assert read(group_by="domain", sources=["d", "rest"]) == ["p0 d", "p1 d"]
-    with pytest.raises(DataError, match=r"validation.sources: no row has the source c \(there are a, b, rows\)"):
+    with pytest.raises(DataError, match=r"validation.sources: no row has the source c \(there are a, b, rest, rows\)"):
         read(sources=["a", "c"])
     assert group_of({"tag": "t"}, "source") == "t" and group_of({"tag": "t"}, "domain") == "unlabelled"
 
