@@ -163,7 +163,7 @@ def test_megatron_trains_as_transformers_do(command: Command) -> None:
 @pytest.mark.e2e
 @pytest.mark.long
 def test_killed_run_goes_on_bit_for_bit(workplace: Path) -> None:
-    arguments = (*HF, "max_steps=40", "save_steps=5")
+    arguments = (*HF, "num_epochs=null", "max_steps=60", "save_steps=5", "eval_steps=30")
     assert spawn(*arguments, "run_name=whole", folder=workplace).code == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "roll_gspo.run", *arguments, "run_name=killed"],
