@@ -259,7 +259,10 @@ def newest_checkpoint(experiment_folder: Path, run_name: str | None) -> Checkpoi
 
 def _completed(checkpoint: Checkpoint) -> tuple[float, int]:
     """Sorts by when they were completed, which the marker says: copies have file times of their own."""
-    marker = json.loads((checkpoint.folder / MARKER).read_text(encoding="utf-8"))
+    try:
+        marker = json.loads((checkpoint.folder / MARKER).read_text(encoding="utf-8"))
+    except OSError:  # a run that goes on has just deleted it: another is newer
+        return -1.0, checkpoint.step
     return marker.get("completed", 0.0), checkpoint.step
 
 

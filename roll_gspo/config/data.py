@@ -12,7 +12,17 @@ from roll_gspo.config.base import Names, Schema
 from roll_gspo.registry import did_you_mean
 
 CHAT_TEMPLATES = ("native", "plain", "chatml", "qwen2_5", "qwen3", "llama3")
-OF_FILES = ("dataset_config", "split", "messages", "prompt", "ground_truth")
+OF_FILES = (
+    "dataset_config",
+    "split",
+    "messages",
+    "prompt",
+    "ground_truth",
+    "tag",
+    "domain",
+    "file_domains",
+    "on_bad_row",
+)
 SHARES_TOLERANCE = 0.005  # 0.333 three times, or percentages without decimals, are rounding; 0.98 is a slip
 
 
@@ -59,8 +69,9 @@ class SourceArgs(Schema):
         """One column of prompts; none where the rows are of this package."""
         yield from super().broken_rules()
         if self.file_name[0].startswith("builtin:"):
-            for key in OF_FILES:
-                if (value := self.__dict__.get(key)) is not None:
+            fields = type(self).model_fields  # of which conversations have fewer
+            for key in (key for key in OF_FILES if key in fields):
+                if (value := self.__dict__[key]) != fields[key].get_default(call_default_factory=True):
                     yield f"{key} is '{value}', but {self.file_name[0]} is no file and has rows of its own; remove it"
         if self.messages is not None and self.prompt is not None:
             yield f"messages is '{self.messages}' and prompt is '{self.prompt}'; a row has one of the two: remove one"

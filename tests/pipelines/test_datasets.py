@@ -143,6 +143,12 @@ def test_tag_with_a_template_that_no_row_has_is_an_error(tmp_path: Path) -> None
         ("+actor_train.data_args.file_domains={x: column_addition}", "file_domains names x, not in file_name"),
         ("actor_train.data_args={file_name: x, prompt: a, messages: b}", "a row has one of the two: remove one"),
         ("+validation.data_args.split=test", "split is 'test', but builtin:column_addition is no file and has rows of"),
+        (
+            "actor_train.data_args.domain=sums",
+            "domain is 'sums', but builtin:column_addition is no file and has rows of",
+        ),
+        ("actor_train.data_args.on_bad_row=skip", "on_bad_row is 'skip', but builtin:column_addition is no file"),
+        ("actor_train.data_args.tag=kind", "tag is 'kind', but builtin:column_addition is no file"),
         ("+actor_train.data_args.ground_truth=sum", "ground_truth is 'sum', but builtin:column_addition is no file"),
         ("+actor_train.data_args.template=chatlm", "unknown chat template 'chatlm'; did you mean 'chatml'?"),
     ],
