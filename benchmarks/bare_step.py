@@ -16,7 +16,7 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.strategy import MegatronTrainArgs
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
-from roll_gspo.pipelines.build import Parts, load_tokenizer
+from roll_gspo.pipelines.build import Components, load_tokenizer
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.settings import DTYPES
 from roll_gspo.rewards.base import RewardRequest
@@ -43,7 +43,7 @@ class BareStep:
     is next before each step.
     """
 
-    def __init__(self, config: ExperimentConfig, parts: Parts, console: Console) -> None:
+    def __init__(self, config: ExperimentConfig, parts: Components, console: Console) -> None:
         self._config = config
         self._parts = parts
         self._stage = console.stage

@@ -96,7 +96,7 @@ def main() -> None:
     for number in range(arguments.rounds + 1):
         for name, (_, batching) in VARIANTS.items():
             start = time.perf_counter()
-            results[name] = engines[name].update(batching.cut(batch), loss, False)
+            results[name] = engines[name].update(batching.split(batch), loss, False)
             if number:
                 seconds[name].append(time.perf_counter() - start)
     print(
@@ -106,7 +106,7 @@ def main() -> None:
     print("| variant | passes | tokens with padding | s a step | times faster than padded | loss | gradient norm |")
     print("|---|---|---|---|---|---|---|")
     for name, (_, batching) in VARIANTS.items():
-        parts = batching.cut(batch)
+        parts = batching.split(batch)
         held = sum(int(p.sequences.lengths.sum()) if batching.packed else p.sequences.input_ids.numel() for p in parts)
         faster = statistics.median(a / b for a, b in zip(seconds["padded"], seconds[name], strict=True))
         result = results[name]

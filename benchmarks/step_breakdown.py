@@ -36,7 +36,7 @@ from roll_gspo.tracking.timing import StageTimer
 if TYPE_CHECKING:
     from bare_step import BareStep
 
-    from roll_gspo.pipelines.build import Parts
+    from roll_gspo.pipelines.build import Components
     from roll_gspo.pipelines.rlvr import Rlvr
     from roll_gspo.strategies.base import WeightSource
 
@@ -115,7 +115,7 @@ def _compose(name: str, overrides: list[str]) -> ExperimentConfig:
 def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
     from bare_step import BareStep
 
-    from roll_gspo.pipelines.build import build_parts
+    from roll_gspo.pipelines.build import build_components
     from roll_gspo.pipelines.interrupt import Interrupt
     from roll_gspo.pipelines.plan import make_plan
     from roll_gspo.pipelines.rlvr import Rlvr
@@ -125,7 +125,7 @@ def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
     folder = open_run_folder(config, make_plan(config))
     with Console(config.exp_name, rounds, folder.path, stream=io.StringIO()) as console:
         timer = console.timer = TwoClocks()
-        parts = build_parts(config, folder, console)
+        parts = build_components(config, folder, console)
         try:
             bare = BareStep(config, parts, console)
             loop = Rlvr(config, parts, console, Interrupt(console.warning))
@@ -135,7 +135,7 @@ def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
     return measured[1:]
 
 
-def _round(loop: Rlvr, bare: BareStep, parts: Parts, timer: TwoClocks, step: int) -> Round:
+def _round(loop: Rlvr, bare: BareStep, parts: Components, timer: TwoClocks, step: int) -> Round:
     """One step of either kind from the same state."""
     place = parts.state.sampler.state_dict()
     with tempfile.TemporaryDirectory() as folder:

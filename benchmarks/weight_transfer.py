@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from roll_gspo.strategies.wire import WireAddress, WireReceiver, WireSender
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 
 TIMEOUT_S = 120.0
 
@@ -71,10 +71,10 @@ def model_of(shape: Shape) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def serve(pipe: Connection, address: WireAddress, checkpoint: Path | None) -> None:
+def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | None) -> None:
     """The other process: receive a version for each that the pipe names, into an engine if there is a checkpoint."""
     if checkpoint is None:
-        receiver = WireReceiver(address)
+        receiver = WeightBroadcastReceiver(address)
 
         def receive(version: int) -> None:
             with receiver.receive(version) as weights:
@@ -86,7 +86,7 @@ def serve(pipe: Connection, address: WireAddress, checkpoint: Path | None) -> No
         from roll_gspo.strategies.vllm.engine import VllmGenerate
 
         setup = ModelSetup(checkpoint, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)
-        engine = VllmGenerate(setup, VllmConfig(max_num_seqs=8, kv_cache_memory_mb=64), 256, over_wire=True)
+        engine = VllmGenerate(setup, VllmConfig(max_num_seqs=8, kv_cache_memory_mb=64), 256, receives_broadcast=True)
         engine.connect(address)
         receive = engine.receive
     pipe.send("ready")
@@ -100,7 +100,7 @@ class Remote:
     def __init__(self, checkpoint: Path | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._sender = WireSender(WireAddress("127.0.0.1", 0, 2, timeout_s=TIMEOUT_S))
+        self._sender = WeightBroadcastSender(WeightBroadcastAddress("127.0.0.1", 0, 2, timeout_s=TIMEOUT_S))
         self._process = context.Process(target=serve, args=(theirs, self._sender.address, checkpoint))
         self._process.start()
         if not self._pipe.poll(TIMEOUT_S):

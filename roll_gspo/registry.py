@@ -43,10 +43,12 @@ def import_target(path: str, what: str) -> Any:
 
 
 class Registry(Mapping[str, str]):
-    """A visible table `name -> "package.module:attribute"` of one kind of part.
+    """A table `name -> "package.module:attribute"` of one kind of component.
+
+    Besides the shipped names, every lookup accepts a user's own dotted path (`my_package.module.attribute`).
 
     Args:
-        kind: the YAML key the names are values of; it heads every error.
+        kind: the YAML key whose values are the names; errors start with it.
         targets: the shipped names.
     """
 
@@ -56,6 +58,8 @@ class Registry(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         if name not in self._targets:
+            if "." in name:
+                return name
             known = ", ".join(sorted(self._targets))
             hint = did_you_mean(name, list(self._targets))
             raise ConfigError(f"{self.kind}: unknown name '{name}'{hint} (known: {known})")

@@ -32,7 +32,7 @@ def trained(
 
     engine = MegatronTrain(model_setup(folder, dtype), OPTIMIZER, MegatronConfig(**layout))
     before = engine.score(sequences(), entropy=True)
-    results = [engine.update(batching.cut(train_batch(step)), policy_loss, True) for step in range(3)]
+    results = [engine.update(batching.split(train_batch(step)), policy_loss, True) for step in range(3)]
     after = engine.score(sequences(), entropy=True)
     return {
         "scores": [before.log_probs, before.entropy, after.log_probs, after.entropy],

@@ -21,7 +21,7 @@ from roll_gspo.errors import ConfigError, TrainingError
 from roll_gspo.execution.base import Progress
 from roll_gspo.roles.replicas import Replica
 from roll_gspo.strategies.base import Sampling
-from roll_gspo.strategies.wire import WireAddress, WireReceiver, WireSender
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 
 
 class Rank:
@@ -133,8 +133,8 @@ class Sampler:
                 return number
         raise AssertionError
 
-    def connect(self, address: WireAddress) -> None:
-        self.receiver = WireReceiver(address)
+    def connect(self, address: WeightBroadcastAddress) -> None:
+        self.receiver = WeightBroadcastReceiver(address)
 
     def receive(self, version: int) -> None:
         if version == DEADLY_VERSION and not (self.folder / "deadly").exists():
@@ -151,16 +151,18 @@ class Trainer:
     """A rank with one weight, its version."""
 
     def __init__(self) -> None:
-        self.wire: WireSender | None = None
+        self.sender: WeightBroadcastSender | None = None
         self.checksum = False
 
-    def open_wire(self, address: WireAddress, bucket_bytes: int, checksum: bool) -> WireAddress:
-        self.wire, self.checksum = WireSender(address, bucket_bytes), checksum
-        return self.wire.address
+    def open_broadcast(
+        self, address: WeightBroadcastAddress, bucket_bytes: int, checksum: bool
+    ) -> WeightBroadcastAddress:
+        self.sender, self.checksum = WeightBroadcastSender(address, bucket_bytes), checksum
+        return self.sender.address
 
     def send_weights(self, version: int) -> None:
-        if self.wire is not None:
-            self.wire.send([("version", torch.tensor(version))], version, self.checksum)
+        if self.sender is not None:
+            self.sender.send([("version", torch.tensor(version))], version, self.checksum)
 
     def close(self) -> None: ...
 

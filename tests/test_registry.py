@@ -35,6 +35,11 @@ def test_taken_name_is_refused_and_a_new_one_is_found() -> None:
     assert shapes.load("turn") == pytest.approx(6.28319, abs=1e-5)
 
 
+def test_dotted_path_is_loaded_without_registration() -> None:
+    assert registry().load("math.tau") == pytest.approx(6.28319, abs=1e-5)
+    assert "math.tau" not in registry()
+
+
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from roll_gspo.compare.assets import STYLE
-from roll_gspo.compare.attention import remarks
+from roll_gspo.compare.caveats import remarks
 from roll_gspo.compare.differences import Difference, differences, num_equal
 from roll_gspo.compare.drawings import Drawing, drawings
 from roll_gspo.compare.figures import COLORS, figure_of, inline, overview_of, write_files

@@ -35,8 +35,8 @@ from roll_gspo.pipelines.validation import Validation, check_keep_best
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
-from roll_gspo.roles.judge import Judge
 from roll_gspo.roles.reference import Reference
+from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.roles.weight_sync import WeightSync
 from roll_gspo.strategies.base import Sampling
@@ -46,7 +46,7 @@ from roll_gspo.tracking.rollouts import RolloutWriter
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What the training loop works with."""
 
     executor: Executor
@@ -55,7 +55,7 @@ class Parts:
     weights: WeightSync
     reference: Reference | None
     critic: Critic | None
-    rewards: Judge
+    rewards: RewardManager
     collector: Collector
     experience: ExperienceSettings
     state: TrainerState
@@ -65,7 +65,7 @@ class Parts:
     num_prompts_dropped: int
 
 
-def build_parts(config: ExperimentConfig, folder: RunFolder, console: Console) -> Parts:
+def build_components(config: ExperimentConfig, folder: RunFolder, console: Console) -> Components:
     """Read the data, make or find the model, start every role, and load the checkpoint to go on from.
 
     Raises:
@@ -78,7 +78,7 @@ def build_parts(config: ExperimentConfig, folder: RunFolder, console: Console) -
         executor: Executor = EXECUTORS.load(config.execution)(execution_settings(config))
     try:
         with console.stage("start rewards"):  # first, for a wrong one shows at once and a model may take minutes
-            rewards = executor.start("rewards", lambda: Judge(config.rewards))
+            rewards = executor.start("rewards", lambda: RewardManager(config.rewards))
             rewards.check({"id": r.id, "domain": r.domain, "tag": r.tag} for r in datasets.train + datasets.validation)
         pretrain = config.actor_train.model_args.model_name_or_path or config.pretrain
         checkpoint = prepare_checkpoint(config, pretrain, console)
@@ -95,8 +95,8 @@ def _start_roles(
     datasets: Datasets,
     checkpoint: Path,
     executor: Executor,
-    rewards: Judge,
-) -> Parts:
+    rewards: RewardManager,
+) -> Components:
     data = _tokenized(config, datasets, checkpoint, console)
     sampler = make_sampler(config, data.train)
     models = start_models(config, checkpoint, executor, console, data.tokenizer.pad_token_id)
@@ -109,7 +109,7 @@ def _start_roles(
     resume(config, folder, console, models.actor_train, models.critic, state)
     groups, length = config.num_return_sequences_in_group, config.max_response_length
     training = sampling(config.actor_infer.generating_args, groups, length, data.stop_ids)
-    return Parts(
+    return Components(
         executor=executor,
         actor_train=models.actor_train,
         actor_infer=models.actor_infer,
@@ -160,7 +160,7 @@ def stop_ids(config: AnyConfig, blocks: Sequence[SourceArgs], tokenizer: Any, ch
 
 
 def new_validation(
-    config: ExperimentConfig, prompts: tuple[Prompt, ...], stop_ids: tuple[int, ...], rewards: Judge
+    config: ExperimentConfig, prompts: tuple[Prompt, ...], stop_ids: tuple[int, ...], rewards: RewardManager
 ) -> Validation:
     """What the block `validation`, which must be there, asks for."""
     block = config.validation
@@ -199,7 +199,7 @@ def _collector(
     config: ExperimentConfig,
     state: TrainerState,
     generator: Generator,
-    rewards: Judge,
+    rewards: RewardManager,
     training: Sampling,
     tokenizer: Any,
 ) -> Collector:

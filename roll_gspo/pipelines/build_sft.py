@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SftParts:
+class SftComponents:
     """What the training loop works with."""
 
     executor: Executor
@@ -61,7 +61,7 @@ class SftParts:
     num_dropped: int
 
 
-def build_sft_parts(config: SftConfig, folder: RunFolder, console: Console) -> SftParts:
+def build_sft_components(config: SftConfig, folder: RunFolder, console: Console) -> SftComponents:
     """Read the data, make or find the model, start it, and load the checkpoint to go on from.
 
     Raises:
@@ -97,7 +97,7 @@ def build_sft_parts(config: SftConfig, folder: RunFolder, console: Console) -> S
     except BaseException:
         executor.close()
         raise
-    return SftParts(
+    return SftComponents(
         executor=executor,
         actor_train=actor,
         state=state,

@@ -23,7 +23,7 @@ from roll_gspo.pipelines.reward_metrics import (
 )
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.generator import Generator
-from roll_gspo.roles.judge import Judge
+from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.roles.scoring import RewardTime
 from roll_gspo.strategies.base import Sampling
 from roll_gspo.tracking.console import Progress
@@ -88,7 +88,7 @@ class Collector:
         self,
         sampler: Sampler[Prompt],
         generator: Generator,
-        judge: Judge,
+        judge: RewardManager,
         sampling: Sampling,
         text_of: Callable[[Completion], str],
         *,

@@ -19,13 +19,13 @@ from roll_gspo.errors import RewardError
 from roll_gspo.pipelines.build import load_tokenizer, new_validation, stop_ids
 from roll_gspo.pipelines.datasets import read_validation, tokenize
 from roll_gspo.pipelines.evaluated import REPORT, Evaluated
-from roll_gspo.pipelines.makers import make_evaluated
+from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.run_folder import config_yaml, make_folder
 from roll_gspo.pipelines.validation import Answers, Summary, answers_of, summaries, validation_records
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.rewards.routing import Router
-from roll_gspo.roles.judge import Judge
+from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
 
@@ -66,13 +66,13 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
     return figures
 
 
-def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> Judge:
+def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> RewardManager:
     """The reward blocks that these rows need; those of the training data alone are not started."""
     columns = [{"id": row.id, "domain": row.domain, "tag": row.tag} for row in rows]
     router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
     router.check(columns)
     used = {router.domain_of(row) for row in columns}
-    judge = Judge({domain: block for domain, block in config.rewards.items() if domain in used})
+    judge = RewardManager({domain: block for domain, block in config.rewards.items() if domain in used})
     try:
         judge.check(columns)
     except BaseException:
@@ -82,7 +82,7 @@ def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> Judge:
 
 
 def _sample(
-    config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], judge: Judge, console: Console
+    config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], judge: RewardManager, console: Console
 ) -> tuple[list[Answers], list[str]]:
     """The samples of every prompt, and why rewards failed."""
     assert config.validation is not None

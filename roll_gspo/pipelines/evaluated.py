@@ -103,14 +103,14 @@ def evaluation_plan(config: ExperimentConfig, evaluated: Evaluated) -> Plan:
             f"{block.num_samples} sample(s) a prompt, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; "
             f"prompt ≤ {config.validation_prompt_length}, response ≤ {config.validation_response_length} tokens",
         ),
-        ("figures", _figures_text(block)),
+        ("figures", _metrics_text(block)),
         ("output", str(evaluated.out)),
     )
     title = f"roll_gspo {roll_gspo.__version__}: evaluation"
     return Plan(title, rows, (), tuple(context_problems(config, evaluated.model)))
 
 
-def _figures_text(block: ValidationConfig) -> str:
+def _metrics_text(block: ValidationConfig) -> str:
     attempts = (f"{kind}@{k}" for kind in ("pass", "maj") for k in block.attempts)
     return f"{', '.join([f'avg@{block.num_samples}', *attempts])}; by {block.group_by}"
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.checkpoint import HF_EXPORT, Best, CheckpointStore
-from roll_gspo.pipelines.records import figures_of_response, rollout_records
+from roll_gspo.pipelines.records import response_metrics, rollout_records
 from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState
-from roll_gspo.pipelines.validation import JudgedBatch, validation_records
+from roll_gspo.pipelines.validation import ScoredBatch, validation_records
 from roll_gspo.report.page import write_report
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.tracking.base import Trackers
 from roll_gspo.tracking.console import Console
-from roll_gspo.tracking.live import VALIDATION_FIGURES
+from roll_gspo.tracking.live import VALIDATION_METRICS
 from roll_gspo.tracking.rollouts import RolloutWriter, UpdatedRecord
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Output:
         """Step 0: the validation of the policy that training starts from."""
         if metrics:
             self._trackers.log(0, metrics)
-            figure = next(metrics[name] for name in VALIDATION_FIGURES if name in metrics)
+            figure = next(metrics[name] for name in VALIDATION_METRICS if name in metrics)
             self._console.message(f"validation before training: {figure:.3f}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -92,7 +92,7 @@ class Output:
         """Every sample of the step, with the reward block that judged it; `batch` is what is trained on of them."""
         self._rollouts.write(step, rollout_records(rollouts, domains, results, self._decode, batch))
 
-    def write_validation(self, step: int, batches: Iterable[JudgedBatch]) -> None:
+    def write_validation(self, step: int, batches: Iterable[ScoredBatch]) -> None:
         """Every validation sample of the step, as the batches come."""
         self._validation.write(
             step, (record for batch in batches for record in validation_records(batch, self._decode))
@@ -101,7 +101,7 @@ class Output:
     def write_updated(self, step: int, rows: Tensor, log_probs: Tensor, mask: Tensor) -> None:
         """Log-probs [b, T] of the samples `rows` [b] after the step's update; `mask` [b, T] is that of the response."""
         samples = enumerate(rows.tolist())
-        records = [UpdatedRecord(sample, figures_of_response(log_probs, mask, place)) for place, sample in samples]
+        records = [UpdatedRecord(sample, response_metrics(log_probs, mask, place)) for place, sample in samples]
         self._rollouts.write_updated(step, records)
 
     def save(self, step: int, actor: TrainedRole, critic: Critic | None, state: RunState[Any]) -> None:

@@ -22,7 +22,7 @@ from roll_gspo.execution.base import (
     WorkerGroup,
 )
 from roll_gspo.pipelines.devices import Role, colocated, devices_of, devices_per_node, engine_size, roles_of
-from roll_gspo.pipelines.makers import (
+from roll_gspo.pipelines.factories import (
     make_actor,
     make_critic,
     make_generator,
@@ -37,7 +37,7 @@ from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.replicas import Replicas
 from roll_gspo.roles.sft_actor import SftActor
-from roll_gspo.roles.weight_sync import LocalSync, WeightSync, WireSync
+from roll_gspo.roles.weight_sync import BroadcastSync, InProcessSync, WeightSync
 from roll_gspo.tracking.console import Console
 
 
@@ -115,7 +115,7 @@ def _own_checkpoint(
     return checkpoint if name is None else prepare_checkpoint(config, name, console)
 
 
-class _Here:
+class _InProcess:
     """Every model in this process."""
 
     def __init__(self, executor: Executor) -> None:
@@ -131,7 +131,7 @@ class _Here:
         """One engine, which reads the trainer's tensors."""
         make = partial(make_generator, config, checkpoint, pad_token_id)
         generator = self._executor.start("actor_infer", make)
-        return generator, LocalSync(actor, generator)
+        return generator, InProcessSync(actor, generator)
 
 
 class _Cluster:
@@ -161,7 +161,7 @@ class _Cluster:
         replicas = Replicas(group, config.max_worker_restarts)
         generator = Generator(replicas, pad_token_id, config.seed)
         transfer = config.weight_transfer
-        weights = WireSync(
+        weights = BroadcastSync(
             self._groups["actor_train"],
             replicas,
             generator,
@@ -173,7 +173,7 @@ class _Cluster:
         return generator, weights
 
 
-def _place(config: AnyConfig, executor: Executor) -> _Here | _Cluster:
+def _place(config: AnyConfig, executor: Executor) -> _InProcess | _Cluster:
     if config.execution == "local":
-        return _Here(executor)
+        return _InProcess(executor)
     return _Cluster(config, cast(ClusterExecutor, executor))

@@ -10,9 +10,9 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.models.size import ModelSize, context_length_of, size_of
-from roll_gspo.pipelines.advice import warnings_of
 from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text, roles_of
 from roll_gspo.pipelines.memory import memory_texts, memory_warnings
+from roll_gspo.pipelines.warnings import warnings_of
 
 
 @dataclass(frozen=True)

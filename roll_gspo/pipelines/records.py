@@ -50,12 +50,12 @@ def rollout_records(
             answer=result.answer,
             components=result.components,
             response_tokens=token_texts(completion.token_ids),
-            rollout_log_probs=figures_of_response(rollouts.rollout_log_probs, mask, row),
-            old_log_probs=() if trained is None else figures_of_response(trained.old_log_probs, mask, row),
-            advantages=() if trained is None else figures_of_response(trained.advantages, mask, row),
+            rollout_log_probs=response_metrics(rollouts.rollout_log_probs, mask, row),
+            old_log_probs=() if trained is None else response_metrics(trained.old_log_probs, mask, row),
+            advantages=() if trained is None else response_metrics(trained.advantages, mask, row),
         )
 
 
-def figures_of_response(figures: Tensor, mask: Tensor, row: int) -> Figures:
+def response_metrics(figures: Tensor, mask: Tensor, row: int) -> Figures:
     """The figures [B, T] of one sample's response tokens."""
     return compact(figures[row][mask[row]].tolist())

@@ -12,7 +12,7 @@ import torch
 
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.pipelines.build import Parts, build_parts
+from roll_gspo.pipelines.build import Components, build_components
 from roll_gspo.pipelines.collect import Collected
 from roll_gspo.pipelines.experience import (
     TokenScoring,
@@ -29,7 +29,7 @@ from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.state import TrainerState
 from roll_gspo.pipelines.transfer_check import check_transfer
-from roll_gspo.pipelines.validation import Answers, JudgedBatch, answers_of, summaries, validation_metrics
+from roll_gspo.pipelines.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.memory import rss_mb
@@ -48,7 +48,7 @@ def run(config: ExperimentConfig, plan: Plan) -> int:
 
 def _run_once(config: ExperimentConfig, folder: RunFolder) -> int:
     with open_console(config, folder, config.max_steps) as console:
-        parts = build_parts(config, folder, console)
+        parts = build_components(config, folder, console)
         try:
             with graceful_interrupt(console.warning) as interrupt:
                 return Rlvr(config, parts, console, interrupt).train()
@@ -60,7 +60,7 @@ def _run_once(config: ExperimentConfig, folder: RunFolder) -> int:
 class Rlvr:
     """One run: its parts, its state, and the loop over steps."""
 
-    def __init__(self, config: ExperimentConfig, parts: Parts, console: Console, interrupt: Interrupt) -> None:
+    def __init__(self, config: ExperimentConfig, parts: Components, console: Console, interrupt: Interrupt) -> None:
         self._config = config
         self._parts = parts
         self._console = console
@@ -193,7 +193,7 @@ class Rlvr:
             return {}
         answers: list[Answers] = []
 
-        def seen(batch: JudgedBatch) -> JudgedBatch:
+        def seen(batch: ScoredBatch) -> ScoredBatch:
             answers.extend(answers_of(batch, validation.config.group_by))
             return batch
 

@@ -9,7 +9,7 @@ import math
 
 from roll_gspo.batch import TrainBatch
 from roll_gspo.config.sft import SftConfig
-from roll_gspo.pipelines.build_sft import SftParts, build_sft_parts, sequences_of
+from roll_gspo.pipelines.build_sft import SftComponents, build_sft_components, sequences_of
 from roll_gspo.pipelines.interrupt import Interrupt, graceful_interrupt
 from roll_gspo.pipelines.lifecycle import finish, open_console, run_with_restarts
 from roll_gspo.pipelines.plan import Plan
@@ -29,7 +29,7 @@ def run(config: SftConfig, plan: Plan) -> int:
 
 def _run_once(config: SftConfig, folder: RunFolder) -> int:
     with open_console(config, folder, config.max_steps or 0, headline="sft/loss") as console:
-        parts = build_sft_parts(config, folder, console)
+        parts = build_sft_components(config, folder, console)
         try:
             with graceful_interrupt(console.warning) as interrupt:
                 return Sft(config, parts, console, interrupt).train()
@@ -41,7 +41,7 @@ def _run_once(config: SftConfig, folder: RunFolder) -> int:
 class Sft:
     """One run: its parts, its state, and the loop over steps."""
 
-    def __init__(self, config: SftConfig, parts: SftParts, console: Console, interrupt: Interrupt) -> None:
+    def __init__(self, config: SftConfig, parts: SftComponents, console: Console, interrupt: Interrupt) -> None:
         self._config = config
         self._parts = parts
         self._console = console

@@ -32,7 +32,7 @@ TOTALS = tuple(
 PURPOSE = "validation"  # of the seeds: every validation of a run draws the same
 
 
-class SampleJudge(Protocol):
+class SampleScorer(Protocol):
     """Whoever judges validation samples."""
 
     def __call__(self, rollouts: Rollouts) -> Sequence[RewardResult]:
@@ -56,7 +56,7 @@ class Validation:
     sampling: Sampling
     domains: Callable[[Iterable[Prompt]], list[str]]
 
-    def judged(self, generator: Generator, judge: SampleJudge, progress: Progress) -> Iterator[JudgedBatch]:
+    def judged(self, generator: Generator, judge: SampleScorer, progress: Progress) -> Iterator[ScoredBatch]:
         """Generate and judge `batch_size` prompts at a time; how many are taken at once changes no sample."""
         size = self.config.batch_size or len(self.prompts)
         total = len(self.prompts) * self.sampling.num_samples
@@ -68,11 +68,11 @@ class Validation:
 
             prompts = self.prompts[first : first + size]
             rollouts = generator.generate(prompts, self.sampling, PURPOSE, report, first=first)
-            yield JudgedBatch(rollouts, tuple(judge(rollouts)), self.domains(rollouts.prompts), first)
+            yield ScoredBatch(rollouts, tuple(judge(rollouts)), self.domains(rollouts.prompts), first)
 
 
 @dataclass(frozen=True)
-class JudgedBatch:
+class ScoredBatch:
     """Some prompts with their samples.
 
     Attributes:
@@ -86,7 +86,7 @@ class JudgedBatch:
     first: int
 
 
-def validation_records(batch: JudgedBatch, decode: Callable[[Sequence[int]], str]) -> Iterator[RolloutRecord]:
+def validation_records(batch: ScoredBatch, decode: Callable[[Sequence[int]], str]) -> Iterator[RolloutRecord]:
     """The samples as they are written; there is no advantage."""
     return rollout_records(batch.rollouts, batch.domains, batch.results, decode, first_group=batch.first)
 
@@ -111,7 +111,7 @@ class Answers:
     num_truncated: int
 
 
-def answers_of(batch: JudgedBatch, group_by: str) -> list[Answers]:
+def answers_of(batch: ScoredBatch, group_by: str) -> list[Answers]:
     """Of every prompt of a batch, in order."""
     found: dict[int, list[int]] = {}
     for sample, prompt in enumerate(batch.rollouts.group_ids.tolist()):
@@ -220,7 +220,7 @@ def _passes(prompt: Answers, k: int, correct_score: float) -> float:
     return pass_at_k(len(prompt.scores), sum(score >= correct_score for score in prompt.scores), k)
 
 
-def figure_names(prompts: Iterable[Prompt], config: ValidationConfig) -> list[str]:
+def metric_names(prompts: Iterable[Prompt], config: ValidationConfig) -> list[str]:
     """Every name that `validation_metrics` may give for these prompts, also where there will be nothing to average."""
     groups = [*dict.fromkeys(_label(prompt.row, config.group_by) for prompt in prompts), ALL]
     kinds = [f"avg@{config.num_samples}", *(f"{kind}@{k}" for k in config.attempts for kind in ("pass", "maj"))]
@@ -233,7 +233,7 @@ def check_keep_best(keep: str | None, prompts: Iterable[Prompt], config: Validat
     Raises:
         ConfigError: it is none.
     """
-    known = figure_names(prompts, config)
+    known = metric_names(prompts, config)
     if keep is not None and keep not in known:
         raise ConfigError(f"checkpoint_config.keep_best: no figure '{keep}'; choose one of {', '.join(known)}")
 

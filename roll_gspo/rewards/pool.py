@@ -121,13 +121,13 @@ class RewardPool:
         for request in requests:
             work.submit(request)
         work.finish()
-        return self.work_off(work, progress)
+        return self.run(work, progress)
 
     def new_round(self) -> Round:
-        """An empty round, for a thread that calls `work_off` while others submit to it."""
+        """An empty round, for a thread that calls `run` while others submit to it."""
         return Round(self._wake)
 
-    def work_off(self, work: Round, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
+    def run(self, work: Round, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
         """Score what is in the round and what still comes, until it is finished; in the order of `submit`.
 
         Raises:
@@ -135,7 +135,7 @@ class RewardPool:
             ConfigError, MissingDependencyError, RewardError: as `score`.
         """
         with self._lock, self._killing_on_error():
-            work.take_in()
+            work.drain()
             while not work.finished:
                 self._start_up_to(min(self._num_workers, work.num_open))
                 self._hand_out(work)
@@ -143,7 +143,7 @@ class RewardPool:
                     self._take_message(worker, work)
                 if progress is not None:
                     progress(len(work.results), len(work.requests))
-                work.take_in()
+                work.drain()
         results = work.ordered_results()
         self._warn_of_failures(work.requests, results)
         return results
@@ -180,7 +180,7 @@ class RewardPool:
             try:
                 worker.assign(taken, [work.requests[i] for i in taken], self._timeout_s)
             except OSError:  # it died while it had nothing to do: no sample's fault
-                work.give_back(taken)
+                work.requeue(taken)
                 self._remove(worker)
 
     def _wait(self, on_late: Callable[[WorkerProcess], None]) -> list[WorkerProcess]:
@@ -247,7 +247,7 @@ class RewardPool:
             return
         work.lost.add(current)
         self._end(worker, work)
-        work.give_back(worker.assigned)
+        work.requeue(worker.assigned)
 
     def _took_batch_apart(self, worker: WorkerProcess, work: Round) -> bool:
         """Where a batch hung or died nobody knows whose fault it was: each of its samples is tried alone."""
@@ -255,7 +255,7 @@ class RewardPool:
             return False
         self._end(worker, work)
         work.alone.update(worker.assigned)
-        work.give_back(worker.assigned)
+        work.requeue(worker.assigned)
         return True
 
     def _fail_current(self, worker: WorkerProcess, work: Round, reason: str | None = None) -> None:
@@ -263,7 +263,7 @@ class RewardPool:
         ended = self._end(worker, work)
         current, *others = worker.assigned
         work.results[current] = RewardResult(0.0, reason or f"its worker process {ended}")
-        work.give_back(others)
+        work.requeue(others)
 
     def _end(self, worker: WorkerProcess, work: Round) -> str:
         work.spans.append((worker.busy_since, time.monotonic()))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
-from roll_gspo.rewards import wire
+from roll_gspo.rewards import pipe
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.catalog import RewardSpec
 
@@ -67,7 +67,7 @@ class WorkerProcess:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         try:
-            wire.send(self._connection, pickle.dumps((spec, max_memory_mb)))
+            pipe.send(self._connection, pickle.dumps((spec, max_memory_mb)))
         except OSError:
             self.kill()
             raise WorkerDiedError(self._not_started("it died at once")) from None
@@ -94,7 +94,7 @@ class WorkerProcess:
         """
         self.assigned = deque(indices)
         self._start_clock(timeout_s)
-        wire.send(self._connection, pickle.dumps((timeout_s, list(requests))))
+        pipe.send(self._connection, pickle.dumps((timeout_s, list(requests))))
 
     def receive_ready(self) -> None:
         """Read that the reward is built.
@@ -150,7 +150,7 @@ class WorkerProcess:
         return f"died (signal {-code})" if code < 0 else f"died (exit code {code})"
 
     def _receive(self) -> Any:
-        return json.loads(wire.receive(self._connection))
+        return json.loads(pipe.receive(self._connection))
 
     def _not_started(self, reason: str) -> str:
         subject = f"{self._where}: reward {self._name}"

@@ -58,7 +58,7 @@ class Round:
         self._cancelled.set()
         self._wake()
 
-    def take_in(self) -> None:
+    def drain(self) -> None:
         """Look for new requests.
 
         Raises:
@@ -91,7 +91,7 @@ class Round:
             taken.append(self.pending.popleft())
         return taken
 
-    def give_back(self, indices: Sequence[int]) -> None:
+    def requeue(self, indices: Sequence[int]) -> None:
         """They are the next to be scored, in this order."""
         self.pending.extendleft(reversed(indices))
 

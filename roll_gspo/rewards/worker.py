@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from roll_gspo.rewards import wire
+from roll_gspo.rewards import pipe
 from roll_gspo.rewards.base import BatchReward, RewardRequest, RewardResult, Verdict
 from roll_gspo.rewards.catalog import build_reward
 
@@ -51,7 +51,7 @@ def main(descriptor: int, parent_pid: int) -> None:
 
 
 def _serve(connection: socket.socket) -> None:
-    spec, max_memory_mb = pickle.loads(wire.receive(connection))
+    spec, max_memory_mb = pickle.loads(pipe.receive(connection))
     _limit_memory(max_memory_mb)
     try:
         reward = build_reward(spec)
@@ -61,7 +61,7 @@ def _serve(connection: socket.socket) -> None:
     _send(connection, {"batch": isinstance(reward, BatchReward)})
     with open(os.devnull, "w") as nowhere:
         while True:
-            timeout_s, requests = pickle.loads(wire.receive(connection))
+            timeout_s, requests = pickle.loads(pipe.receive(connection))
             if isinstance(reward, BatchReward):
                 with _ended_after(timeout_s * len(requests), nowhere):
                     results = evaluate_batch(reward, requests)
@@ -94,7 +94,7 @@ def _ended_after(seconds: float, nowhere: Any) -> Iterator[None]:
 
 
 def _send(connection: socket.socket, message: object) -> None:
-    wire.send(connection, json.dumps(message).encode())
+    pipe.send(connection, json.dumps(message).encode())
 
 
 def evaluate(reward: Callable[[RewardRequest], Any], request: RewardRequest) -> RewardResult:

@@ -15,7 +15,7 @@ from roll_gspo.roles.mini_batches import MiniBatches, summary
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult, WeightSource
 from roll_gspo.strategies.micro_batches import MicroBatching
-from roll_gspo.strategies.wire import BUCKET_BYTES, WireAddress, WireSender
+from roll_gspo.strategies.weight_broadcast import BUCKET_BYTES, WeightBroadcastAddress, WeightBroadcastSender
 
 
 class Actor(TrainedRole):
@@ -50,7 +50,7 @@ class Actor(TrainedRole):
         self._loss_settings = loss_settings
         self._micro_batching = micro_batching
         self._measure_mismatch = measure_mismatch
-        self._wire: WireSender | None = None
+        self._sender: WeightBroadcastSender | None = None
         self._checksum = False
         self._mini_batches = MiniBatches(
             "actor_train",
@@ -94,21 +94,23 @@ class Actor(TrainedRole):
             return share, metrics
 
         wants_entropy = self._loss_settings.entropy_loss_coef != 0
-        return self._strategy.update(self._micro_batching.cut(mini_batch), loss, wants_entropy)
+        return self._strategy.update(self._micro_batching.split(mini_batch), loss, wants_entropy)
 
     def weights(self) -> WeightSource:
         """The live weights, for the generation engine."""
         return self._strategy.weights()
 
-    def open_wire(self, address: WireAddress, bucket_bytes: int = BUCKET_BYTES, checksum: bool = False) -> WireAddress:
+    def open_broadcast(
+        self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES, checksum: bool = False
+    ) -> WeightBroadcastAddress:
         """Open a wire to generation engines in other processes; an older one is left.
 
         Of several ranks it is asked of rank 0 alone, which sends: pieces of `bucket_bytes`, each with its `checksum`.
         """
-        if self._wire is not None:
-            self._wire.close()
-        self._wire, self._checksum = WireSender(address, bucket_bytes), checksum
-        return self._wire.address
+        if self._sender is not None:
+            self._sender.close()
+        self._sender, self._checksum = WeightBroadcastSender(address, bucket_bytes), checksum
+        return self._sender.address
 
     def send_weights(self, version: int) -> None:
         """Send the live weights over the wire; ranks without one take part in the export.
@@ -116,8 +118,8 @@ class Actor(TrainedRole):
         Raises:
             WeightTransferError: an engine did not take them.
         """
-        if self._wire is not None:
-            self._wire.send(self._strategy.weights(), version, self._checksum)
+        if self._sender is not None:
+            self._sender.send(self._strategy.weights(), version, self._checksum)
             return
         for _ in self._strategy.weights():
             pass

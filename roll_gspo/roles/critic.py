@@ -71,7 +71,7 @@ class Critic:
         def loss(values: Tensor, micro_batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
             return value_loss(values, micro_batch, denominators, self._loss_settings)
 
-        return self._strategy.update(self._micro_batching.cut(mini_batch), loss)
+        return self._strategy.update(self._micro_batching.split(mini_batch), loss)
 
     def save(self, folder: Path, asynchronous: bool = False) -> None:
         """Write the training state into an empty folder; `asynchronous`: go on meanwhile, `finish_save` ends it."""

@@ -16,7 +16,7 @@ from roll_gspo.batch import Completion
 from roll_gspo.errors import WeightTransferError, WorkerDiedError, WorkerHungError
 from roll_gspo.execution.base import Pending, Progress, WorkerGroup, wait_first
 from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightReceiver, WeightSource
-from roll_gspo.strategies.wire import WireAddress
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
 logger = logging.getLogger(__name__)
 _CHUNKS_PER_REPLICA = 4  # fewer let the others wait for the slowest, more decode too few samples together
@@ -47,7 +47,7 @@ class Replica:
     def ready(self) -> None:
         """Answered by a process that lives."""
 
-    def connect(self, address: WireAddress) -> None:
+    def connect(self, address: WeightBroadcastAddress) -> None:
         """See `WeightReceiver`."""
         self._engine.connect(address)
 
@@ -126,9 +126,9 @@ class Replicas:
         return [group for chunk in sorted(answers, key=lambda c: c.start) for group in answers[chunk]]
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Not the way to processes of their own: whoever holds the trainer's group sends, see `WireSync`."""
+        """Not the way to processes of their own: whoever holds the trainer's group sends, see `BroadcastSync`."""
         raise WeightTransferError(
-            f"{self.group.name}: weights of version {version} must come over the wire (WireSync.push); engines in "
+            f"{self.group.name}: weights of version {version} must come over the wire (BroadcastSync.push); engines in "
             "other processes cannot read them here"
         )
 

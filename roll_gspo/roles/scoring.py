@@ -38,7 +38,7 @@ class _Background:
     def run(self) -> None:
         """The life of the thread."""
         try:
-            self.results = self.pool.work_off(self.work)
+            self.results = self.pool.run(self.work)
         except BaseException as error:
             self.error = error
 

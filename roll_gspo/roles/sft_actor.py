@@ -59,7 +59,7 @@ class SftActor(TrainedRole):
         def loss(scores: TokenScores, micro_batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
             return sft_loss(scores.log_probs, micro_batch.response_mask, denominators)
 
-        return self._strategy.update(self._micro_batching.cut(mini_batch), loss, False)
+        return self._strategy.update(self._micro_batching.split(mini_batch), loss, False)
 
     def negative_log_likelihood(self, sequences: Sequences) -> tuple[float, int]:
         """(sum over the tokens to imitate in nats, how many they are), without gradient."""

@@ -10,7 +10,7 @@ from roll_gspo.execution.base import WorkerGroup, gather
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.replicas import Replicas
-from roll_gspo.strategies.wire import BUCKET_BYTES, WireAddress, report_loss
+from roll_gspo.strategies.weight_broadcast import BUCKET_BYTES, WeightBroadcastAddress, report_loss
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class WeightSync(Protocol):
         ...
 
 
-class LocalSync:
+class InProcessSync:
     """Trainer and engine in one process: tensors are handed over by reference."""
 
     def __init__(self, actor: Actor, generator: Generator) -> None:
@@ -39,7 +39,7 @@ class LocalSync:
         self._generator.update_weights(self._actor.weights(), version)
 
 
-class WireSync:
+class BroadcastSync:
     """All ranks of the trainer export, its rank 0 sends, and every worker of every replica receives, at once.
 
     A replica that is lost meanwhile, or while it generates, is started again and all get the weights anew.
@@ -71,7 +71,7 @@ class WireSync:
         self._workers_per_replica = workers_per_replica
         self._timeout_s = timeout_s
         self._pieces = bucket_bytes, checksum
-        self._address: WireAddress | None = None
+        self._address: WeightBroadcastAddress | None = None
         replicas.restore_weights = self._restore
 
     def push(self, version: int) -> None:
@@ -107,7 +107,7 @@ class WireSync:
     def _connect(self) -> None:
         """A new wire: its members are fixed once it is used."""
         group, width = self._replicas.group, self._workers_per_replica
-        wanted = WireAddress(self._trainer.host(0), 0, 1 + group.size * width, timeout_s=self._timeout_s)
-        address: WireAddress = self._trainer.call("open_wire", wanted, *self._pieces, rank=0)
+        wanted = WeightBroadcastAddress(self._trainer.host(0), 0, 1 + group.size * width, timeout_s=self._timeout_s)
+        address: WeightBroadcastAddress = self._trainer.call("open_broadcast", wanted, *self._pieces, rank=0)
         gather([group.submit("connect", address.at(1 + rank * width), rank=rank) for rank in range(group.size)])
         self._address = address

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from roll_gspo.batch import Completion, Sequences, TrainBatch
 from roll_gspo.metrics import Metric
-from roll_gspo.strategies.wire import WireAddress
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,10 @@ class GenerateStrategy(Protocol):
 
 
 class WeightReceiver(Protocol):
-    """An engine whose weights come from a trainer in another process, over a `Wire`."""
+    """An engine that receives its weights from a trainer in another process, by weight broadcast."""
 
-    def connect(self, address: WireAddress) -> None:
-        """Enter the wire whose `WireSender` is open already; waits for nobody else. Once, or again for a new wire.
+    def connect(self, address: WeightBroadcastAddress) -> None:
+        """Join the broadcast of an open `WeightBroadcastSender` (first time, or again for a new sender).
 
         Raises:
             WeightTransferError: the sender is not reached within `address.timeout_s`.
@@ -252,7 +252,7 @@ class WeightReceiver(Protocol):
         ...
 
     def receive(self, version: int) -> None:
-        """Take the weights that the sender sends as `version`; call it at the same time as `WireSender.send`.
+        """Receive the weights that `WeightBroadcastSender.send` sends as `version`; call both at the same time.
 
         Nothing computed with older weights is used afterwards. After an error the engine computes nothing until
         a transfer succeeds.

@@ -14,7 +14,7 @@ from roll_gspo.batch import TrainBatch
 PartT = TypeVar("PartT")
 
 
-def cut_samples(lengths: Tensor, size: int, max_tokens: int | None = None, packed: bool = False) -> list[Tensor]:
+def split_samples(lengths: Tensor, size: int, max_tokens: int | None = None, packed: bool = False) -> list[Tensor]:
     """Indices of the samples of each micro-batch; next to samples of their own length they need the least padding.
 
     Args:
@@ -54,11 +54,11 @@ class MicroBatching:
     max_tokens: int | None = None
     packed: bool = False
 
-    def cut(self, mini_batch: TrainBatch) -> list[TrainBatch]:
+    def split(self, mini_batch: TrainBatch) -> list[TrainBatch]:
         """The micro-batches."""
         if self.max_tokens is None:
             return mini_batch.split(self.size)
-        parts = cut_samples(mini_batch.sequences.lengths, self.size, self.max_tokens, self.packed)
+        parts = split_samples(mini_batch.sequences.lengths, self.size, self.max_tokens, self.packed)
         return [mini_batch.rows(index) for index in parts]
 
 

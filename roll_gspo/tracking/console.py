@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from roll_gspo.tracking.jsonl import read_metrics
-from roll_gspo.tracking.live import VALIDATION_FIGURES, RunView, Stage, duration, panel, stage_line, step_line
+from roll_gspo.tracking.live import VALIDATION_METRICS, RunView, Stage, duration, panel, stage_line, step_line
 from roll_gspo.tracking.run_log import PROGRESS_LOGGER, run_logging
 from roll_gspo.tracking.timing import StageTimer
 
@@ -160,7 +160,7 @@ class Console:
     def _remember(self, step: int, metrics: Mapping[str, float]) -> None:
         if math.isfinite(metrics.get(self._view.headline, math.nan)):
             self._view.history.append(metrics[self._view.headline])
-        for name in VALIDATION_FIGURES:
+        for name in VALIDATION_METRICS:
             if name in metrics:
                 self._view.validation = (step, metrics[name])
 

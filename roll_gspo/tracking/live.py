@@ -28,7 +28,7 @@ FIGURES = (
     ("tokens/s", "rollout/tokens_per_s", "{:,.0f}"),
     ("tokens/s", "sft/tokens_per_s", "{:,.0f}"),
 )
-VALIDATION_FIGURES = ("validation/score_mean", "validation/loss")
+VALIDATION_METRICS = ("validation/score_mean", "validation/loss")
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from compared_runs import figures, write_run, write_sweep
 
-from roll_gspo.compare.attention import remarks
+from roll_gspo.compare.caveats import remarks
 from roll_gspo.compare.runs import find_runs, group_runs, load_run
 from roll_gspo.compare.summary import QUANTITIES, columns, number_text, with_deviation
 from roll_gspo.tracking.names import METRICS

@@ -17,7 +17,7 @@ from roll_gspo.config.strategy import HfConfig
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.pipelines.collect import Collector
 from roll_gspo.roles.generator import Generator
-from roll_gspo.roles.judge import Judge
+from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.strategies.base import Sampling
 from roll_gspo.strategies.hf import HfInfer
 from roll_gspo.tracking.console import Progress
@@ -57,15 +57,17 @@ def stage(name: str) -> Iterator[Progress]:
 
 
 @pytest.fixture
-def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardManager]:
     (tmp_path / "my_rewards.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    judge = Judge({domain: RewardConfig(worker_cls="my_rewards.scores") for domain in GROUPS})
+    judge = RewardManager({domain: RewardConfig(worker_cls="my_rewards.scores") for domain in GROUPS})
     yield judge
     judge.close()
 
 
-def collector(judge: Judge, folder: Path, filters: dict[str, QueryFilterSettings], num_prompts: int) -> Collector:
+def collector(
+    judge: RewardManager, folder: Path, filters: dict[str, QueryFilterSettings], num_prompts: int
+) -> Collector:
     prompts = [
         Prompt((5, 6), name, {"id": name, "domain": domain, "tag": "", "ground_truth": "", "of": scores})
         for domain, groups in GROUPS.items()
@@ -88,7 +90,7 @@ def names(prompts: Sequence[Prompt]) -> set[tuple[str, str]]:
     return {(prompt.row["domain"], prompt.text) for prompt in prompts}
 
 
-def test_each_domain_drops_by_its_own_filter_and_failures_count_in_none(judge: Judge, tmp_path: Path) -> None:
+def test_each_domain_drops_by_its_own_filter_and_failures_count_in_none(judge: RewardManager, tmp_path: Path) -> None:
     filters = {"strict": QueryFilterSettings("mean_filter", threshold_down=0.0, threshold_up=1.5)}
     collected = collector(judge, tmp_path, filters, num_prompts=6).collect(1, stage)
     metrics = collected.metrics
@@ -103,7 +105,7 @@ def test_each_domain_drops_by_its_own_filter_and_failures_count_in_none(judge: J
     assert metrics["domain/strict/response_length_mean"] == 2
 
 
-def test_failed_samples_lend_a_group_no_spread(judge: Judge, tmp_path: Path) -> None:
+def test_failed_samples_lend_a_group_no_spread(judge: RewardManager, tmp_path: Path) -> None:
     filters = dict.fromkeys(GROUPS, QueryFilterSettings("std_filter"))
     collected = collector(judge, tmp_path, filters, num_prompts=6).collect(1, stage)
     assert collected.rollouts.prompts[0].text == "different", "the only group that teaches"
@@ -111,7 +113,7 @@ def test_failed_samples_lend_a_group_no_spread(judge: Judge, tmp_path: Path) -> 
     assert collected.metrics["domain/strict/groups_dropped"] == 3
 
 
-def test_without_a_filter_all_groups_are_kept_in_order(judge: Judge, tmp_path: Path) -> None:
+def test_without_a_filter_all_groups_are_kept_in_order(judge: RewardManager, tmp_path: Path) -> None:
     collected = collector(judge, tmp_path, {}, num_prompts=6).collect(1, stage)
     assert names(collected.rollouts.prompts) == {(d, name) for d, groups in GROUPS.items() for name in groups}
     for index, (prompt, result) in enumerate(zip(collected.rollouts.prompts, collected.results, strict=True)):

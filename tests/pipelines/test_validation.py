@@ -16,7 +16,7 @@ from roll_gspo.config.roles import DataArgs, GeneratingArgs
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import DataError
 from roll_gspo.pipelines.datasets import group_of, read_validation
-from roll_gspo.pipelines.validation import Answers, figure_names, summaries, validation_metrics
+from roll_gspo.pipelines.validation import Answers, metric_names, summaries, validation_metrics
 from roll_gspo.tracking.names import metric_info
 
 Command = Callable[..., Outcome]
@@ -56,7 +56,7 @@ def test_figures_by_group_and_over_all() -> None:
     assert metrics["validation/all/avg@2_low"] < 0.5 < metrics["validation/all/avg@2_high"]
     assert all(metric_info(name) for name in metrics)
     data = [Prompt((1,), "", {"source": name}) for name in ("aime", "math", "math")]
-    assert set(figure_names(data, block())) <= set(metrics)
+    assert set(metric_names(data, block())) <= set(metrics)
 
 
 def test_failed_rewards_are_left_out_and_counted() -> None:

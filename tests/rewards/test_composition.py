@@ -25,7 +25,7 @@ def length(prompt, response, ground_truth, unit=1, **row):
 def fails(prompt, response, ground_truth):
     raise ValueError("no idea")
 
-def speaks(prompt, response, ground_truth):
+def is_polite(prompt, response, ground_truth):
     return Verdict(0.5, "forty-two", {"style": 0.25})
 """
 REQUEST = RewardRequest("p", "so: 42", "42", {"bonus": 1, "prompt": "the row's own"})
@@ -109,7 +109,7 @@ def test_pool_builds_all_parts_in_one_process() -> None:
         parts={
             "exact": part("exact_match", worker_args={"delimiter": ":"}),
             "length": part("my_parts.length", worker_args={"unit": 2}, weight=-0.1),
-            "style": part("my_parts:speaks", weight=2.0),
+            "style": part("my_parts:is_polite", weight=2.0),
         },
     )
     with RewardPool(block_spec(good, "rewards.x"), 1, 30.0, "rewards.x") as pool:

@@ -21,7 +21,7 @@ from roll_gspo.rewards.blocks import block_spec
 from roll_gspo.rewards.catalog import CompositionSpec
 from roll_gspo.rewards.llm_judge import server as server_module
 from roll_gspo.rewards.llm_judge.server import BASE_URL, JudgeEngine, JudgeServer, JudgeServers
-from roll_gspo.roles.judge import Judge
+from roll_gspo.roles.reward_manager import RewardManager
 
 WHERE = "rewards.x.worker_args.engine"
 # Stands in for vLLM: it starts a process of its own, and answers on the socket as `/health` does.
@@ -173,7 +173,7 @@ def test_vllm_judges_and_is_gone_afterwards(tmp_path: Path) -> None:
         "boxed": {"worker_cls": "exact_match"},
         "judge": {"worker_cls": "llm_judge", "worker_args": arguments, "weight": 0.5},
     }
-    judge = Judge({"x": RewardConfig.model_validate({"combine": "gate", "parts": parts, "else_score": -1.0})})
+    judge = RewardManager({"x": RewardConfig.model_validate({"combine": "gate", "parts": parts, "else_score": -1.0})})
     prompts = [Prompt((1,), "2+2=", {"id": str(i), "ground_truth": "4", "domain": "x", "tag": ""}) for i in range(3)]
     rollouts = Rollouts.collate(prompts, [[Completion((5,), (-1.0,), "stop")]] * 3, pad=0, weights_version=0)
     try:

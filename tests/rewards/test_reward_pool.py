@@ -158,7 +158,7 @@ def test_kernel_takes_a_worker_when_memory_runs_out_and_the_sample_fails():
 def test_samples_may_come_while_others_are_scored():
     with pool_of("hostile.reward", num_workers=1) as pool:
         work, results = pool.new_round(), []
-        thread = threading.Thread(target=lambda: results.extend(pool.work_off(work)))
+        thread = threading.Thread(target=lambda: results.extend(pool.run(work)))
         thread.start()
         for number, request in enumerate(ask(*(str(n) for n in range(20)))):
             work.submit(request)
@@ -177,7 +177,7 @@ def test_cancelled_round_ends_at_once_and_the_pool_serves_on():
         work.submit(ask("1")[0])
         work.cancel()
         with pytest.raises(RoundCancelled):
-            pool.work_off(work)
+            pool.run(work)
         assert pool.score(ask("5")) == [RewardResult(5.0)]
 
 

@@ -17,7 +17,7 @@ from roll_gspo.execution.ray.executor import RayExecutor
 from roll_gspo.execution.ray.group import kill_family
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.replicas import Replicas
-from roll_gspo.roles.weight_sync import WireSync
+from roll_gspo.roles.weight_sync import BroadcastSync
 from roll_gspo.strategies.base import Sampling
 
 PROMPTS = [(10 * i, 10 * i + 1) for i in range(100)]
@@ -50,7 +50,7 @@ class Engines:
         self.group = executor.start_group("actor_infer", make, devices, one_world=False)
         self.replicas = Replicas(self.group, max_restarts)
         generator = Generator(self.replicas, 0, 0)
-        self.sync = WireSync(
+        self.sync = BroadcastSync(
             trainer,
             self.replicas,
             generator,

@@ -20,7 +20,7 @@ from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
 from roll_gspo.strategies.hf.sampling import draw, sampling_log_probs, uniforms
 from roll_gspo.strategies.log_probs import score_in_micro_batches
-from roll_gspo.strategies.wire import WireAddress, WireReceiver
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
 
 
 @dataclass
@@ -52,7 +52,7 @@ class HfInfer:
         self._loaded: PreTrainedModel | None = load_model(
             model.checkpoint, model.dtype, strategy_config.attn_implementation
         )
-        self._receiver: WireReceiver | None = None
+        self._receiver: WeightBroadcastReceiver | None = None
         self._failed: int | None = None
         self.weights_version = 0
 
@@ -174,11 +174,11 @@ class HfInfer:
         self.weights_version = version
         self._failed = None
 
-    def connect(self, address: WireAddress) -> None:
+    def connect(self, address: WeightBroadcastAddress) -> None:
         """See `WeightReceiver`."""
         if self._receiver is not None:
             self._receiver.close()
-        self._receiver = WireReceiver(address, name="hf_infer")
+        self._receiver = WeightBroadcastReceiver(address, name="hf_infer")
 
     def receive(self, version: int) -> None:
         """See `WeightReceiver`."""

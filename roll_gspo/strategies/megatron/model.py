@@ -30,11 +30,11 @@ from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.models.layout import layout_problems
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
-from roll_gspo.strategies.megatron.arrangement import Arrangement, arrange
 from roll_gspo.strategies.megatron.attention import HAVE_TE, decoder_spec
+from roll_gspo.strategies.megatron.packed_layout import PackedLayout, pack
 from roll_gspo.strategies.megatron.parallel import initialize_parallel
 from roll_gspo.strategies.megatron.weights import load_weights
-from roll_gspo.strategies.micro_batches import cut_samples, share_of_rank
+from roll_gspo.strategies.micro_batches import share_of_rank, split_samples
 
 
 def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
@@ -140,7 +140,7 @@ class MicroBatch(NamedTuple):
     """
 
     sequences: Sequences
-    arrangement: Arrangement
+    packed_layout: PackedLayout
     batch: TrainBatch | None
 
 
@@ -200,7 +200,7 @@ class ResponseModel:
         self._rows = [_ResponseRows(chunk, self.partial_head) for chunk in self.chunks if chunk.post_process]
 
     @property
-    def speaks(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether this rank reports the results of its data-parallel share: others have none, or the same."""
         return (
             bool(self._rows)
@@ -218,8 +218,8 @@ class ResponseModel:
         """Bring samples to the device, arranged for this rank."""
         sequences = move(sequences, self.device)
         tensor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        arrangement = arrange(sequences, packed=self.config.use_sequence_packing, sequence_parallel_size=tensor)
-        return MicroBatch(sequences, arrangement, None if batch is None else batch.to(self.device))
+        packed_layout = pack(sequences, packed=self.config.use_sequence_packing, sequence_parallel_size=tensor)
+        return MicroBatch(sequences, packed_layout, None if batch is None else batch.to(self.device))
 
     def run(
         self,
@@ -262,19 +262,19 @@ class ResponseModel:
             data_iterator=iterators if virtual else iterators[0],
             model=self.wrapped if virtual else self.wrapped[0],
             num_microbatches=len(micro_batches),
-            seq_length=max(item.arrangement.input_ids.shape[1] for item in micro_batches),
-            micro_batch_size=max(item.arrangement.input_ids.shape[0] for item in micro_batches),
+            seq_length=max(item.packed_layout.input_ids.shape[1] for item in micro_batches),
+            micro_batch_size=max(item.packed_layout.input_ids.shape[0] for item in micro_batches),
             forward_only=not train,
             collect_non_loss_data=not train,
         )
 
     def _forward(self, micro_batch: MicroBatch, chunk: Any) -> Tensor:
-        arrangement = micro_batch.arrangement
+        packed_layout = micro_batch.packed_layout
         for rows in self._rows:
-            rows.rows = arrangement.rows
+            rows.rows = packed_layout.rows
         try:
             # rotary positions are counted by megatron; the attention is causal and padding lies to the right
-            return chunk(arrangement.input_ids, None, None, packed_seq_params=arrangement.packed)
+            return chunk(packed_layout.input_ids, None, None, packed_seq_params=packed_layout.packed)
         finally:
             for rows in self._rows:
                 rows.rows = None
@@ -298,7 +298,7 @@ class ResponseModel:
         """
         for module in self.wrapped:
             module.eval()
-        parts = cut_samples(
+        parts = split_samples(
             sequences.lengths, self.setup.micro_batch_size, self.setup.max_tokens, self.config.use_sequence_packing
         )
         mine = self.share(parts)
@@ -306,7 +306,7 @@ class ResponseModel:
         micro_batches = [self.micro_batch(sequences.rows(nothing if part is None else part), None) for part in mine]
         results = self.run(micro_batches, read, train=False)
         indices = [part for part in mine if part is not None]
-        found = list(zip(indices, results, strict=False)) if self.speaks else []
+        found = list(zip(indices, results, strict=False)) if self.is_output_rank else []
         return _put_together(found, sequences, self.device)
 
 

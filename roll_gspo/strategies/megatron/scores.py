@@ -11,26 +11,26 @@ from torch import Tensor
 from roll_gspo.batch import Sequences
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.strategies.fused_scores import scores_from_hidden
-from roll_gspo.strategies.megatron.arrangement import Arrangement
 from roll_gspo.strategies.megatron.model import MicroBatch, ResponseModel
+from roll_gspo.strategies.megatron.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.parallel import tensor_group
 from roll_gspo.strategies.megatron.router_replay import Routers
 
 
-def scores_of_rows(model: ResponseModel, rows: Tensor, arrangement: Arrangement, entropy: bool) -> TokenScores:
+def scores_of_rows(model: ResponseModel, rows: Tensor, packed_layout: PackedLayout, entropy: bool) -> TokenScores:
     """Scores [B, T] from hidden states [N, H]; differentiable."""
     group, weight = tensor_group(), model.head_weight
     log_probs, entropies = scores_from_hidden(
         rows,
         weight,
-        arrangement.tokens,
+        packed_layout.tokens,
         temperature=model.setup.temperature,
         entropy=entropy,
         vocab_size=model.architecture.vocab_size,
         group=group if group.size() > 1 else None,
         first_row=group.rank() * len(weight),
     )
-    return TokenScores(arrangement.place(log_probs), None if entropies is None else arrangement.place(entropies))
+    return TokenScores(packed_layout.place(log_probs), None if entropies is None else packed_layout.place(entropies))
 
 
 def score(model: ResponseModel, sequences: Sequences, entropy: bool, routers: Routers | None = None) -> TokenScores:
@@ -43,7 +43,7 @@ def score(model: ResponseModel, sequences: Sequences, entropy: bool, routers: Ro
         routers.prescribe(None)
 
     def read(rows: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
-        found = scores_of_rows(model, rows, micro_batch.arrangement, entropy)
+        found = scores_of_rows(model, rows, micro_batch.packed_layout, entropy)
         figures = [found.log_probs] + ([] if found.entropy is None else [found.entropy])
         if routers is not None:
             # 0 is padding, as in any figure; gloo adds no 16-bit integers

@@ -105,9 +105,9 @@ class ShardedSave:
                 pieces.setdefault(tensor.key, []).append(tensor)
         self._writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
         self._planner = MCoreSavePlanner(flatten_state_dict=False)
-        rank, speaks = dist.get_rank(), dist.get_rank() == 0
-        self._planner.set_up_planner(mcore_to_pyt_state_dict(pieces), is_coordinator=speaks)
-        self._writer.set_up_storage_writer(speaks)
+        rank, is_first = dist.get_rank(), dist.get_rank() == 0
+        self._planner.set_up_planner(mcore_to_pyt_state_dict(pieces), is_coordinator=is_first)
+        self._writer.set_up_storage_writer(is_first)
         plans = _of_all(self._planner.create_local_plan())
         plans, self._metadata = self._planner.create_global_plan(plans)
         plan = self._writer.prepare_global_plan(plans)[rank]

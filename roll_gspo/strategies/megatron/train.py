@@ -23,8 +23,8 @@ from roll_gspo.strategies.base import (
     UpdateResult,
     WeightSource,
 )
-from roll_gspo.strategies.megatron.arrangement import Arrangement
 from roll_gspo.strategies.megatron.model import build_model
+from roll_gspo.strategies.megatron.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.router_replay import Routers
 from roll_gspo.strategies.megatron.scores import chosen_experts, score, scores_of_rows
 from roll_gspo.strategies.megatron.trainer import MegatronTrainer
@@ -68,8 +68,8 @@ class MegatronTrain:
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
         """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
 
-        def share(rows: Tensor, arrangement: Arrangement, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
-            value, metrics = loss(scores_of_rows(self._model, rows, arrangement, entropy), batch)
+        def share(rows: Tensor, packed_layout: PackedLayout, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
+            value, metrics = loss(scores_of_rows(self._model, rows, packed_layout, entropy), batch)
             return value, metrics | self._routing_metrics(batch)
 
         return self._trainer.update(micro_batches, share, self._prescribe)

@@ -18,15 +18,15 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
-from roll_gspo.strategies.megatron.arrangement import Arrangement
 from roll_gspo.strategies.megatron.model import MicroBatch, ResponseModel
+from roll_gspo.strategies.megatron.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.sharded_files import ShardedSave, all_true
 from roll_gspo.strategies.megatron.state import begin_save, load_state
 from roll_gspo.strategies.schedule import learning_rate
 
 # (hidden states [N, H] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the
 # loss, metrics)
-Loss = Callable[[Tensor, Arrangement, TrainBatch], tuple[Tensor, dict[str, Metric]]]
+Loss = Callable[[Tensor, PackedLayout, TrainBatch], tuple[Tensor, dict[str, Metric]]]
 # what the loss function of one micro-batch reports through megatron's schedule
 _Report = tuple[float, dict[str, Metric]]
 
@@ -84,7 +84,7 @@ class MegatronTrainer:
             ddp.train()
         self._clear_gradients()
         reports = self._model.run(self._mine(micro_batches), _reader(loss), train=True, before_pass=before_pass)
-        reports = _of_all_ranks(reports if self._model.speaks else [])
+        reports = _of_all_ranks(reports if self._model.is_output_rank else [])
         total = sum(value for value, _ in reports)
         rate = learning_rate(self._setup, self._applied_steps)
         grad_norm, applied = self._step(rate, math.isfinite(total))
@@ -192,7 +192,7 @@ def _reader(loss: Loss) -> Callable[[Tensor, MicroBatch], tuple[Tensor, _Report]
     def read(rows: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, _Report]:
         if micro_batch.batch is None:
             return rows.sum() * 0.0, (0.0, {})
-        value, metrics = loss(rows, micro_batch.arrangement, micro_batch.batch)
+        value, metrics = loss(rows, micro_batch.packed_layout, micro_batch.batch)
         return value, (float(value.detach()), metrics)
 
     return read

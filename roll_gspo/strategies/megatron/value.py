@@ -15,8 +15,8 @@ from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.metrics import Metric
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, UpdateResult, ValueLossFunction
-from roll_gspo.strategies.megatron.arrangement import Arrangement
 from roll_gspo.strategies.megatron.model import MicroBatch, ResponseModel, build_model
+from roll_gspo.strategies.megatron.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.trainer import MegatronTrainer
 from roll_gspo.strategies.value_head import ValueHead
 
@@ -36,23 +36,23 @@ class MegatronValue:
         """[B, T] float32 on the CPU, without gradient: expected return before each response token; 0 where masked."""
 
         def read(rows: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
-            return [self._values(rows, micro_batch.arrangement)]
+            return [self._values(rows, micro_batch.packed_layout)]
 
         return self._model.over_samples(sequences, read)[0]
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
         """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
 
-        def share(rows: Tensor, arrangement: Arrangement, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
-            return loss(self._values(rows, arrangement), batch)
+        def share(rows: Tensor, packed_layout: PackedLayout, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
+            return loss(self._values(rows, packed_layout), batch)
 
         return self._trainer.update(micro_batches, share)
 
-    def _values(self, rows: Tensor, arrangement: Arrangement) -> Tensor:
+    def _values(self, rows: Tensor, packed_layout: PackedLayout) -> Tensor:
         """[B, T] of hidden states [N, H]."""
         assert self._head is not None  # rows are there on the last pipeline stage only
         # the layer's own forward hands out the rows, see ResponseModel
-        return arrangement.place(ValueHead.forward(self._head, rows)[:, 0])
+        return packed_layout.place(ValueHead.forward(self._head, rows)[:, 0])
 
     def save(self, folder: Path, asynchronous: bool = False) -> None:
         """Write parameters, value head, optimizer state, applied steps and RNG states; see `MegatronTrainer.save`."""

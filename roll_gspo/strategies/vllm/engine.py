@@ -18,11 +18,11 @@ from roll_gspo.batch import Completion
 from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.errors import ConfigError, DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, WeightSource
+from roll_gspo.strategies.vllm.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
 from roll_gspo.strategies.vllm.host_process import close_engine, global_rng_kept, open_engine
 from roll_gspo.strategies.vllm.routed_experts import ExpertSource, expert_source, recording_args
 from roll_gspo.strategies.vllm.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
-from roll_gspo.strategies.vllm.wire_transfer import WIRE_ARGS, WireTransfer
-from roll_gspo.strategies.wire import WireAddress
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
 logger = logging.getLogger(__name__)
 _CPU_BLOCK_TOKENS = 128
@@ -31,20 +31,20 @@ _CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache costs some two second
 
 
 class VllmGenerate:
-    """`GenerateStrategy` on a vLLM engine, and `WeightReceiver` where the trainer lives elsewhere (`over_wire`).
+    """A vLLM engine as `GenerateStrategy`, and as `WeightReceiver` if the trainer is in another process.
 
-    Without `over_wire` engine and trainer share this process (one device), and weights come by `update_weights`; a
-    trainer that needs `torch.distributed` must have initialised it before. With it weights come by `connect`, once,
-    and `receive`; the engine's scheduler runs in this process, and with `tensor_parallel_size` above 1 each of its
-    workers in a process of its own: worker r is rank `first_rank + r` of the wire.
-    The global random state of python, numpy and torch is left as it was by every method.
+    Without `receives_broadcast` engine and trainer share this process and one device, and `update_weights` sets the
+    weights. A trainer that needs `torch.distributed` must initialise it first. With `receives_broadcast`, `connect`
+    (once) and `receive` set the weights. The engine's scheduler runs in this process. If `tensor_parallel_size` is
+    above 1, each worker runs in a separate process: worker r is rank `first_rank + r` of the broadcast.
+    Every method restores the global random state of python, numpy and torch.
 
     Args:
         model: which model; `temperature` and `micro_batch_size` are not used.
         strategy_config: size and behaviour of the engine.
         max_model_len: longest prompt plus response, in tokens.
         record_routed_experts: return the experts of every token; on a CPU this switches prefix caching off.
-        over_wire: the trainer is in another process.
+        receives_broadcast: the trainer is in another process.
 
     Raises:
         ConfigError: vLLM does not accept the settings, the experts of a dense model or of a model in several processes
@@ -58,16 +58,16 @@ class VllmGenerate:
         max_model_len: int,
         *,
         record_routed_experts: bool = False,
-        over_wire: bool = False,
+        receives_broadcast: bool = False,
     ) -> None:
         config = strategy_config
-        _check_layout(config.tensor_parallel_size, record_routed_experts, over_wire)
+        _check_layout(config.tensor_parallel_size, record_routed_experts, receives_broadcast)
         self._max_model_len = max_model_len
         # Dummy weights are no policy's; those of the checkpoint are the initial policy's.
         self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
         recording = recording_args(model.checkpoint) if record_routed_experts else {}
         try:
-            backend = WIRE_ARGS if over_wire else {"weight_transfer_config": {"backend": IN_PROCESS}}
+            backend = BROADCAST_ARGS if receives_broadcast else {"weight_transfer_config": {"backend": IN_PROCESS}}
             llm = open_engine(
                 _worker_environment(config), **_engine_args(model, config, max_model_len) | recording | backend
             )
@@ -77,8 +77,10 @@ class VllmGenerate:
             raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
         self._experts = expert_source(llm) if record_routed_experts else None
         self._vocab_size = llm.model_config.get_vocab_size()
-        transfer = WireTransfer(llm) if over_wire else WeightTransfer(llm, InProcessTrainerInitInfo(rank=0))
-        self._engine: tuple[LLM, WeightTransfer | WireTransfer] | None = (llm, transfer)
+        transfer = (
+            BroadcastTransfer(llm) if receives_broadcast else WeightTransfer(llm, InProcessTrainerInitInfo(rank=0))
+        )
+        self._engine: tuple[LLM, WeightTransfer | BroadcastTransfer] | None = (llm, transfer)
 
     def generate(
         self,
@@ -100,7 +102,7 @@ class VllmGenerate:
         """
         llm, transfer = self._open_engine()
         if self._unusable:
-            missing = "receive" if isinstance(transfer, WireTransfer) else "update_weights"
+            missing = "receive" if isinstance(transfer, BroadcastTransfer) else "update_weights"
             raise WeightTransferError(f"generate: {self._unusable}; call {missing} first")
         self._check(prompts, seeds)
         with global_rng_kept():
@@ -111,25 +113,27 @@ class VllmGenerate:
     def update_weights(self, source: WeightSource, version: int) -> None:
         """See `GenerateStrategy`; after an error the engine refuses to generate until an update succeeds."""
         _, transfer = self._open_engine()
-        if isinstance(transfer, WireTransfer):
+        if isinstance(transfer, BroadcastTransfer):
             raise WeightTransferError("update_weights: the engine takes its weights over a wire; call receive")
         with self._replacing_weights(version):
             transfer.send(source, version)
 
-    def connect(self, address: WireAddress) -> None:
+    def connect(self, address: WeightBroadcastAddress) -> None:
         """See `WeightReceiver`; `address.first_rank` is that of the engine's first worker."""
-        self._wire().connect(address)
+        self._broadcast_transfer().connect(address)
 
     def receive(self, version: int) -> None:
         """See `WeightReceiver`; after an error the engine refuses to generate until a transfer succeeds."""
-        transfer = self._wire()
+        transfer = self._broadcast_transfer()
         with self._replacing_weights(version):
             transfer.receive(version)
 
-    def _wire(self) -> WireTransfer:
+    def _broadcast_transfer(self) -> BroadcastTransfer:
         _, transfer = self._open_engine()
-        if not isinstance(transfer, WireTransfer):
-            raise WeightTransferError("the engine shares its trainer's process; build it with over_wire to connect it")
+        if not isinstance(transfer, BroadcastTransfer):
+            raise WeightTransferError(
+                "the engine shares its trainer's process; build it with receives_broadcast to connect it"
+            )
         return transfer
 
     @contextmanager
@@ -145,7 +149,7 @@ class VllmGenerate:
             close_engine(self._engine[0])
             self._engine = self._experts = None
 
-    def _open_engine(self) -> tuple[LLM, WeightTransfer | WireTransfer]:
+    def _open_engine(self) -> tuple[LLM, WeightTransfer | BroadcastTransfer]:
         if self._engine is None:
             raise RuntimeError("vllm: the engine was shut down; build a new one")
         return self._engine
@@ -170,15 +174,15 @@ class VllmGenerate:
                 )
 
 
-def _check_layout(tensor_parallel_size: int, record_routed_experts: bool, over_wire: bool) -> None:
-    if over_wire and not current_platform.is_cpu():
+def _check_layout(tensor_parallel_size: int, record_routed_experts: bool, receives_broadcast: bool) -> None:
+    if receives_broadcast and not current_platform.is_cpu():
         logger.warning(
             "vllm: weights come through the host's memory (gloo), which has not been tried on a GPU; vLLM's own ways "
             "between GPUs (nccl, ipc) are faster and not driven yet. The first rollout shows whether they arrived"
         )
     if tensor_parallel_size == 1:
         return
-    if not over_wire:
+    if not receives_broadcast:
         raise ConfigError(
             f"strategy_config.tensor_parallel_size: {tensor_parallel_size} does not fit an engine inside the "
             "trainer's process, which holds one device; set 1, or give the engine processes of its own (execution: ray)"

@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from broadcast_processes import Packed, Process, ProcessError, Worker, packed
 from engine_cases import Checkpoints, model_setup, sequences
 from tiny_models import build_model
 from torch import Tensor
 from torch import distributed as dist
-from wire_processes import Packed, Process, ProcessError, Worker, packed
 
-import roll_gspo.strategies.wire as wire_module
+import roll_gspo.strategies.weight_broadcast as broadcast_module
 from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.hf import HfInfer
 from roll_gspo.strategies.hf.model import HfWeights
-from roll_gspo.strategies.wire import WireAddress, WireReceiver, WireSender
-from roll_gspo.strategies.wire_format import Buffers, pieces
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
+from roll_gspo.strategies.weight_broadcast_format import Buffers, pieces
 
 BUCKET = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.int64)
@@ -53,8 +53,10 @@ def receivers() -> Iterator[list[Process]]:
         process.close()
 
 
-def connected(receivers: list[Process], timeout_s: float = 30.0) -> WireSender:
-    sender = WireSender(WireAddress("127.0.0.1", 0, 1 + len(receivers), timeout_s=timeout_s), BUCKET)
+def connected(receivers: list[Process], timeout_s: float = 30.0) -> WeightBroadcastSender:
+    sender = WeightBroadcastSender(
+        WeightBroadcastAddress("127.0.0.1", 0, 1 + len(receivers), timeout_s=timeout_s), BUCKET
+    )
     for rank, process in enumerate(receivers, start=1):
         process.call(Worker.connect, sender.address, rank)
     return sender
@@ -84,7 +86,7 @@ def test_bytes_that_changed_on_the_way_are_found_by_checksum(
 ) -> None:
     sender = connected(receivers)
     with monkeypatch.context() as patch:
-        patch.setattr(wire_module, "crc32", _flipping(2))
+        patch.setattr(broadcast_module, "crc32", _flipping(2))
         started(receivers, 1)
         with pytest.raises(WeightTransferError, match=r"rank \d .*checksums differ\) of w4, w5"):
             sender.send(small(1), 1, checksum=True)
@@ -95,11 +97,11 @@ def test_bytes_that_changed_on_the_way_are_found_by_checksum(
 
 
 def _flipping(bucket: int) -> Callable[[Tensor], int]:
-    original, calls = wire_module.crc32, iter(range(1000))
+    original, calls = broadcast_module.crc32, iter(range(1000))
     return lambda tensor: original(tensor) ^ int(next(calls) == bucket)
 
 
-def _assert_works(sender: WireSender, receivers: list[Process], version: int) -> None:
+def _assert_works(sender: WeightBroadcastSender, receivers: list[Process], version: int) -> None:
     started(receivers, version)
     sender.send(small(version), version)
     assert [process.result() for process in receivers] == 2 * [packed(small(version))]
@@ -107,7 +109,7 @@ def _assert_works(sender: WireSender, receivers: list[Process], version: int) ->
 
 
 def test_member_that_never_connected_is_named_on_both_sides(receivers: list[Process]) -> None:
-    sender = WireSender(WireAddress("127.0.0.1", 0, 3, timeout_s=1.0))
+    sender = WeightBroadcastSender(WeightBroadcastAddress("127.0.0.1", 0, 3, timeout_s=1.0))
     receivers[0].call(Worker.connect, sender.address, 1)
     receivers[0].start(Worker.receive, 1)
     with pytest.raises(WeightTransferError, match=r"version 1: waited 1 s for rank 2 \(never connected\)"):
@@ -273,19 +275,19 @@ def test_wires_do_not_disturb_each_other_and_close(receivers: list[Process]) -> 
     first.close()
     with pytest.raises(WeightTransferError, match="closed"):
         first.send(small(3), 3)
-    WireSender(address).close()  # the port is free again
+    WeightBroadcastSender(address).close()  # the port is free again
     second.close()
 
 
 def test_taken_port_and_absent_sender_are_named() -> None:
-    sender = WireSender(WireAddress("127.0.0.1", 0, 2, timeout_s=1.0))
+    sender = WeightBroadcastSender(WeightBroadcastAddress("127.0.0.1", 0, 2, timeout_s=1.0))
     with pytest.raises(WeightTransferError, match=rf"could not open the store at 127.0.0.1:{sender.address.port}"):
-        WireSender(sender.address)
+        WeightBroadcastSender(sender.address)
     sender.close()
     with pytest.raises(WeightTransferError, match=r"rank 1 could not reach the sender's store .* within 1 s"):
-        WireReceiver(sender.address)
+        WeightBroadcastReceiver(sender.address)
     with pytest.raises(ValueError, match=r"rank 2 is not in 1\.\.1"):
-        WireReceiver(sender.address, rank=2)
+        WeightBroadcastReceiver(sender.address, rank=2)
 
 
 def test_pieces_cover_a_tensor_within_the_limit() -> None:
@@ -312,7 +314,7 @@ def test_hf_infer_takes_weights_over_a_wire(checkpoint: Checkpoints, receivers: 
     engine = HfInfer(model_setup(checkpoint("qwen3_moe")), HfConfig())
     with pytest.raises(WeightTransferError, match="not connected"):
         engine.receive(1)
-    address: WireAddress = receivers[0].call(Worker.open_sender, 2, 20.0)  # type: ignore[assignment]
+    address: WeightBroadcastAddress = receivers[0].call(Worker.open_sender, 2, 20.0)  # type: ignore[assignment]
     engine.connect(address)
     batch = sequences()
     scores = []
@@ -343,7 +345,7 @@ def test_hf_infer_takes_weights_over_a_wire(checkpoint: Checkpoints, receivers: 
 def test_hf_infer_leaves_its_wire_for_another(checkpoint: Checkpoints, receivers: list[Process]) -> None:
     engine = HfInfer(model_setup(checkpoint("qwen2")), HfConfig())
     for process in receivers:
-        address: WireAddress = process.call(Worker.open_sender, 2, 20.0)  # type: ignore[assignment]
+        address: WeightBroadcastAddress = process.call(Worker.open_sender, 2, 20.0)  # type: ignore[assignment]
         engine.connect(address)
         process.start(Worker.send_model, "qwen2", 3, 1)
         engine.receive(1)

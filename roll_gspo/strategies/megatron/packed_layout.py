@@ -18,7 +18,7 @@ from roll_gspo.strategies.megatron.parallel import context_group
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class PackedLayout:
     """A micro-batch as megatron takes it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Arrangement:
         return reduce_from_tensor_model_parallel_region(placed, group=group)
 
 
-def arrange(sequences: Sequences, *, packed: bool, sequence_parallel_size: int = 1) -> Arrangement:
+def pack(sequences: Sequences, *, packed: bool, sequence_parallel_size: int = 1) -> PackedLayout:
     """Arrange the samples for this context-parallel rank.
 
     Args:
@@ -70,7 +70,7 @@ def arrange(sequences: Sequences, *, packed: bool, sequence_parallel_size: int =
     samples, steps, row = samples[mine], steps[mine], row[mine]
     tokens, (size, width) = sequences.response_ids[samples, steps], sequences.response_mask.shape
     if not packed:
-        return Arrangement(input_ids[:, positions[0]], None, (row, samples), (samples, steps), tokens, (size, width))
+        return PackedLayout(input_ids[:, positions[0]], None, (row, samples), (samples, steps), tokens, (size, width))
     own = padded // ranks
     starts = own.cumsum(0) - own
     flat = torch.cat([input_ids[sample, index] for sample, index in enumerate(positions)])
@@ -79,7 +79,7 @@ def arrange(sequences: Sequences, *, packed: bool, sequence_parallel_size: int =
     if extra:
         flat, padded = torch.cat([flat, flat.new_zeros(extra)]), torch.cat([padded, padded.new_tensor([extra * ranks])])
     rows = (starts[samples] + row, torch.zeros_like(samples))
-    return Arrangement(flat[None], _packed_params(padded), rows, (samples, steps), tokens, (size, width))
+    return PackedLayout(flat[None], _packed_params(padded), rows, (samples, steps), tokens, (size, width))
 
 
 def _up(lengths: Tensor, unit: int) -> Tensor:

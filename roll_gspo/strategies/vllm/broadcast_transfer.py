@@ -1,8 +1,9 @@
-"""Weights from a trainer in another process into every worker of a vLLM engine: vLLM's weight transfer over a `Wire`.
+"""vLLM's weight transfer with backend `gloo`: every worker of an engine receives the trainer's weight broadcast.
 
-vLLM imports this module in each of its workers, because the engine's `worker_extension_cls` lies here; that registers
-the backend `gloo`. Its workers never raise across vLLM's border: where one of several workers does, the answers of the
-others stay in their queues and are taken for answers to later calls. They note what happened, and `WireTransfer` asks.
+vLLM imports this module in each of its workers because the engine's `worker_extension_cls` is defined here; the import
+registers the backend. A worker never raises through vLLM's RPC: if one of several workers raised, the replies of the
+others would stay queued and be read as replies to later calls. Workers record the error and `BroadcastTransfer`
+collects it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.vllm.loading import load_full_model, shapes_of_full_model
 from roll_gspo.strategies.vllm.manifest import differences
-from roll_gspo.strategies.wire import WireAddress, WireReceiver
-from roll_gspo.strategies.wire_format import TensorMeta
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
+from roll_gspo.strategies.weight_broadcast_format import TensorMeta
 
 GLOO = "gloo"
 
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """A `WireAddress`; worker r of the engine is rank `first_rank + r`."""
+    """A `WeightBroadcastAddress`; worker r of the engine is rank `first_rank + r`."""
 
     host: str
     port: int
@@ -52,19 +53,19 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
-    _receiver: WireReceiver | None = None
+    _receiver: WeightBroadcastReceiver | None = None
     _half_loaded = False
     problem = ""
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Connect to the sender; another wire is left for this one."""
-        self._noted(lambda: self._connect(WireAddress(**asdict(init_info))))
+        self._noted(lambda: self._connect(WeightBroadcastAddress(**asdict(init_info))))
 
-    def _connect(self, address: WireAddress) -> None:
+    def _connect(self, address: WeightBroadcastAddress) -> None:
         self.shutdown()
         self._expected = shapes_of_full_model(self.model_config)
         worker = self.parallel_config.rank
-        self._receiver = WireReceiver(address, address.first_rank + worker, f"vllm worker {worker}")
+        self._receiver = WeightBroadcastReceiver(address, address.first_rank + worker, f"vllm worker {worker}")
 
     def start_weight_update(self) -> None:
         """Nothing yet: the old weights stay usable until the first manifest is accepted."""
@@ -123,30 +124,30 @@ def _chained(first: tuple[str, Tensor] | None, rest: Iterator[tuple[str, Tensor]
 WeightTransferEngineFactory.register_engine(GLOO, GlooEngine)
 
 
-class WireWorker:
+class BroadcastWorker:
     """`worker_extension_cls` of an engine that receives over a wire."""
 
     weight_transfer_engine: GlooEngine
 
-    def wire_problem(self) -> str:
+    def broadcast_problem(self) -> str:
         """What went wrong in the last call of the weight transfer; empty if nothing did."""
         return self.weight_transfer_engine.problem
 
 
-# Of an engine that `WireTransfer` drives.
-WIRE_ARGS: dict[str, object] = {
+# Of an engine that `BroadcastTransfer` drives.
+BROADCAST_ARGS: dict[str, object] = {
     "weight_transfer_config": {"backend": GLOO},
-    "worker_extension_cls": f"{WireWorker.__module__}.{WireWorker.__qualname__}",
+    "worker_extension_cls": f"{BroadcastWorker.__module__}.{BroadcastWorker.__qualname__}",
 }
 
 
-class WireTransfer:
-    """Drives the receiving side of one engine, which was built with `WIRE_ARGS`."""
+class BroadcastTransfer:
+    """Drives the receiving side of one engine, which was built with `BROADCAST_ARGS`."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
 
-    def connect(self, address: WireAddress) -> None:
+    def connect(self, address: WeightBroadcastAddress) -> None:
         """All workers of the engine enter the wire.
 
         Raises:
@@ -172,7 +173,7 @@ class WireTransfer:
 
     def _problems(self) -> list[str]:
         """Of all workers; one that several report is listed once."""
-        return list(dict.fromkeys(problem for problem in self._llm.collective_rpc("wire_problem") if problem))
+        return list(dict.fromkeys(problem for problem in self._llm.collective_rpc("broadcast_problem") if problem))
 
     def _raise_problems(self) -> None:
         if problems := self._problems():

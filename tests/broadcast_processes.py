@@ -14,7 +14,7 @@ from torch import Tensor
 from roll_gspo.batch import Completion
 from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.strategies.base import ModelSetup, Sampling
-from roll_gspo.strategies.wire import WireAddress, WireReceiver, WireSender
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 
 Packed = list[tuple[str, str, tuple[int, ...], bytes]]
 
@@ -82,11 +82,11 @@ def _serve(pipe: Connection) -> None:
 class Worker:
     """Holds one end of a wire, or a vLLM engine."""
 
-    receiver: WireReceiver
-    sender: WireSender
+    receiver: WeightBroadcastReceiver
+    sender: WeightBroadcastSender
 
-    def connect(self, address: WireAddress, rank: int) -> None:
-        self.receiver = WireReceiver(address, rank, name="engine")
+    def connect(self, address: WeightBroadcastAddress, rank: int) -> None:
+        self.receiver = WeightBroadcastReceiver(address, rank, name="engine")
 
     def receive(self, version: int) -> Packed:
         """All tensors are kept to the end, so a bucket that is written to again would be seen."""
@@ -110,8 +110,10 @@ class Worker:
                 if count == after:
                     os._exit(1)
 
-    def open_sender(self, world_size: int, timeout_s: float) -> WireAddress:
-        self.sender = WireSender(WireAddress("127.0.0.1", 0, world_size, timeout_s=timeout_s), bucket_bytes=1024)
+    def open_sender(self, world_size: int, timeout_s: float) -> WeightBroadcastAddress:
+        self.sender = WeightBroadcastSender(
+            WeightBroadcastAddress("127.0.0.1", 0, world_size, timeout_s=timeout_s), bucket_bytes=1024
+        )
         return self.sender.address
 
     def send_and_die(self, version: int) -> None:
@@ -134,9 +136,9 @@ class Worker:
 
         config = VllmConfig(max_num_seqs=32, kv_cache_memory_mb=32, tensor_parallel_size=tensor_parallel_size)
         setup = ModelSetup(folder, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)
-        self.engine = VllmGenerate(setup, config, 256, over_wire=True)
+        self.engine = VllmGenerate(setup, config, 256, receives_broadcast=True)
 
-    def connect_engine(self, address: WireAddress) -> None:
+    def connect_engine(self, address: WeightBroadcastAddress) -> None:
         self.engine.connect(address)
 
     def receive_engine(self, version: int) -> None:

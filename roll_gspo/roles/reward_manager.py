@@ -17,7 +17,7 @@ from roll_gspo.roles.scoring import Scoring
 COLUMNS_OF_REQUEST = ("ground_truth",)
 
 
-class Judge:
+class RewardManager:
     """`rewards`.
 
     Args:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class WireAddress:
+class WeightBroadcastAddress:
     """Where the members of a wire meet.
 
     Attributes:
         host, port: of the sender's store, as the receivers reach it; port 0 lets the sender choose a free one
-            (`WireSender.address` then has it).
+            (`WeightBroadcastSender.address` then has it).
         world_size: members: the sender, which is rank 0, and every receiver.
         first_rank: of the receiver that gets this address, or of the first worker of an engine that has several.
         timeout_s: how long a member waits for another one at any point.
@@ -24,7 +24,7 @@ class WireAddress:
     first_rank: int = 1
     timeout_s: float = 300.0
 
-    def at(self, first_rank: int) -> WireAddress:
+    def at(self, first_rank: int) -> WeightBroadcastAddress:
         """The same wire for another receiver."""
         return replace(self, first_rank=first_rank)
 

@@ -96,7 +96,7 @@ def make_reference(config: ExperimentConfig, checkpoint: Path) -> Reference:
 
 def make_generator(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
     """`actor_infer` with its engine in this process."""
-    return Generator(_engine(config, checkpoint, over_wire=False), pad_token_id, config.seed)
+    return Generator(_engine(config, checkpoint, receives_broadcast=False), pad_token_id, config.seed)
 
 
 def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
@@ -108,7 +108,7 @@ def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int
         engine = args.strategy_config.model_copy(update={"load_format": "auto"})
         length = config.validation_prompt_length + config.validation_response_length
         # several devices need processes of their own, which only an engine over a wire has
-        strategy = engine_class(setup, engine, length, over_wire=engine.tensor_parallel_size > 1)
+        strategy = engine_class(setup, engine, length, receives_broadcast=engine.tensor_parallel_size > 1)
     else:
         strategy = engine_class(setup, args.strategy_config)
     return Generator(strategy, pad_token_id, config.seed)
@@ -116,10 +116,10 @@ def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int
 
 def make_replica(config: ExperimentConfig, checkpoint: Path) -> Replica:
     """One engine of `actor_infer` in a process of its own."""
-    return Replica(_engine(config, checkpoint, over_wire=True))
+    return Replica(_engine(config, checkpoint, receives_broadcast=True))
 
 
-def _engine(config: ExperimentConfig, checkpoint: Path, *, over_wire: bool) -> Any:
+def _engine(config: ExperimentConfig, checkpoint: Path, *, receives_broadcast: bool) -> Any:
     role = config.actor_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
     args = role.strategy_args
@@ -132,6 +132,6 @@ def _engine(config: ExperimentConfig, checkpoint: Path, *, over_wire: bool) -> A
             args.strategy_config,
             config.engine_sequence_length,
             record_routed_experts=record,
-            over_wire=over_wire,
+            receives_broadcast=receives_broadcast,
         )
     return engine_class(setup, args.strategy_config)

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from broadcast_processes import Process, ProcessError, Worker
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from wire_processes import Process, ProcessError, Worker
 
 from roll_gspo.batch import Completion
 from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.errors import ConfigError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup
-from roll_gspo.strategies.wire import WireAddress, WireSender
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastSender
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 pytestmark = [pytest.mark.vllm]
@@ -71,19 +71,19 @@ def process() -> Iterator[Process]:
     process.close()
 
 
-Connect = Callable[[str, int], tuple[Path, WireSender]]
+Connect = Callable[[str, int], tuple[Path, WeightBroadcastSender]]
 
 
 @pytest.fixture
 def connect(process: Process, tmp_path: Path) -> Iterator[Connect]:
     """Build an engine in the process and connect it; afterwards nothing of it is left."""
-    senders: list[WireSender] = []
+    senders: list[WeightBroadcastSender] = []
 
-    def build(family: str, tensor_parallel_size: int) -> tuple[Path, WireSender]:
+    def build(family: str, tensor_parallel_size: int) -> tuple[Path, WeightBroadcastSender]:
         folder = save_model(family, tmp_path / family)
         process.call(Worker.build_engine, folder, tensor_parallel_size)
-        address = WireAddress("127.0.0.1", 0, 1 + tensor_parallel_size, timeout_s=30.0)
-        senders.append(WireSender(address, SMALL_BUCKETS))
+        address = WeightBroadcastAddress("127.0.0.1", 0, 1 + tensor_parallel_size, timeout_s=30.0)
+        senders.append(WeightBroadcastSender(address, SMALL_BUCKETS))
         process.call(Worker.connect_engine, senders[0].address)
         return folder, senders[0]
 
@@ -92,7 +92,7 @@ def connect(process: Process, tmp_path: Path) -> Iterator[Connect]:
     senders[0].close()
 
 
-def transfer(process: Process, sender: WireSender, source: dict[str, Tensor], version: int) -> None:
+def transfer(process: Process, sender: WeightBroadcastSender, source: dict[str, Tensor], version: int) -> None:
     process.start(Worker.receive_engine, version)
     sender.send(source.items(), version, checksum=True)
     process.result()
@@ -186,7 +186,7 @@ def test_engines_that_cannot_take_weights_over_the_wire_are_config_errors(tmp_pa
     with pytest.raises(ConfigError, match=r"tensor_parallel_size: 2 .* trainer's process"):
         VllmGenerate(setup, two, 256)
     with pytest.raises(ConfigError, match="experts cannot be recorded"):
-        VllmGenerate(setup, two, 256, record_routed_experts=True, over_wire=True)
+        VllmGenerate(setup, two, 256, record_routed_experts=True, receives_broadcast=True)
 
 
 def test_incomplete_weights_are_refused_after_the_last_bucket(process: Process, connect: Connect) -> None:

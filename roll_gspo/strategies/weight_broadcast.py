@@ -1,8 +1,8 @@
 """Weights between processes: one sender, any number of receivers, over a gloo group of their own.
 
-    wire = WireSender(WireAddress("127.0.0.1", port=0, world_size=2))     # in the trainer, rank 0
-    receiver = WireReceiver(wire.address, rank=1)                         # in an engine; waits for nobody but the store
-    wire.send(source, version=1)                                          # at the same time as ...
+    sender = WeightBroadcastSender(WeightBroadcastAddress("127.0.0.1", port=0, world_size=2))  # trainer, rank 0
+    receiver = WeightBroadcastReceiver(sender.address, rank=1)  # engine; waits for the store only
+    sender.send(source, version=1)  # at the same time as ...
     with receiver.receive(version=1) as weights: load(weights)            # ... this, on every receiver
 
 Tensors travel as bytes in buckets. Before each bucket all receivers say that they are ready, or what went wrong with
@@ -28,8 +28,8 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has them without exporting them
 
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.strategies.wire_address import WireAddress
-from roll_gspo.strategies.wire_format import Accept, Buffers, Header, bytes_of, crc32, pack, pieces, room
+from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
+from roll_gspo.strategies.weight_broadcast_format import Accept, Buffers, Header, bytes_of, crc32, pack, pieces, room
 
 BUCKET_BYTES = 16 << 20  # measured: larger ones fall out of the processor's cache between the ends
 _GRACE_S = 5.0  # receivers wait longer than the sender does: it knows who is late and says so
@@ -41,7 +41,7 @@ _LOOK_S = 1.0  # how often a sender that waits looks for it
 class _Member:
     """What both ends have: the store, the group, and a count of transfers and of the buckets in the current one."""
 
-    def __init__(self, address: WireAddress, rank: int, is_sender: bool) -> None:
+    def __init__(self, address: WeightBroadcastAddress, rank: int, is_sender: bool) -> None:
         self.address = address
         self._rank = rank
         self._group: dist.ProcessGroupGloo | None = None
@@ -124,14 +124,14 @@ class _Member:
         self._group = self._opened = None
 
 
-def report_loss(address: WireAddress, text: str) -> None:
+def report_loss(address: WeightBroadcastAddress, text: str) -> None:
     """Tell the sender that a receiver is lost, so that it does not wait for it; a wire that is gone needs no word."""
     with suppress(RuntimeError):
         store = TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=_GRACE_S))
         store.set(_LOST, text)
 
 
-class WireSender(_Member):
+class WeightBroadcastSender(_Member):
     """Rank 0 of a wire. Opening it waits for nobody; the receivers connect before, or while, the first version is sent.
 
     A receiver that was lost cannot be replaced: open a new wire and connect all receivers to it.
@@ -144,7 +144,7 @@ class WireSender(_Member):
         WeightTransferError: the port is taken.
     """
 
-    def __init__(self, address: WireAddress, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES) -> None:
         super().__init__(address, 0, is_sender=True)
         self.address = replace(address, port=self._store.port)
         self._bucket_bytes = bucket_bytes
@@ -258,11 +258,11 @@ class WireSender(_Member):
         return f"rank {rank} ({self._store.get(f'member/{rank}').decode() if known else 'never connected'})"
 
 
-class WireReceiver(_Member):
+class WeightBroadcastReceiver(_Member):
     """A rank from 1 of a wire; waits for the sender's store to be open, not for other receivers.
 
     Args:
-        address: as `WireSender.address` says it.
+        address: as `WeightBroadcastSender.address` says it.
         rank: of this receiver; by default `address.first_rank`.
         name: says in errors who this is; by default host and process id.
 
@@ -270,10 +270,10 @@ class WireReceiver(_Member):
         WeightTransferError: the sender's store cannot be reached.
     """
 
-    def __init__(self, address: WireAddress, rank: int | None = None, name: str = "") -> None:
+    def __init__(self, address: WeightBroadcastAddress, rank: int | None = None, name: str = "") -> None:
         rank = address.first_rank if rank is None else rank
         if not 0 < rank < address.world_size:
-            raise ValueError(f"WireReceiver: rank {rank} is not in 1..{address.world_size - 1}")
+            raise ValueError(f"WeightBroadcastReceiver: rank {rank} is not in 1..{address.world_size - 1}")
         super().__init__(address, rank, is_sender=False)
         name = f"{name + ', ' if name else ''}process {os.getpid()} on {socket.gethostname()}"
         self._store.set(f"member/{rank}", name)
