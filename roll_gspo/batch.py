@@ -1,7 +1,7 @@
-"""What flows between the parts of a training step: frozen dataclasses of named tensors.
+"""Data passed between the stages of a training step, as frozen dataclasses of named tensors.
 
-Legend: B samples, S positions of prompt + response (right-padded), T response positions; of a mixture of experts L
-layers with a router and K experts a token.
+Legend: B samples, S positions of prompt + response (right-padded), T response positions. For a mixture of experts, L
+is the number of layers with a router and K the number of experts per token.
 Response tensors are aligned to the response: column t belongs to the t-th generated token.
 """
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as it is sent to the generation engine.
+    """A prompt in the form that the generation engine receives.
 
     Attributes:
         token_ids: the templated prompt.
-        text: what `token_ids` says, for rollout dumps.
-        row: the data row it came from (`ground_truth`, `domain`, `tag`, ...), for the rewards.
+        text: `token_ids` decoded, for rollout dumps.
+        row: the data row of the prompt (`ground_truth`, `domain`, `tag`, ...), for the rewards.
     """
 
     token_ids: tuple[int, ...]
@@ -35,11 +35,11 @@ class Completion:
     """One sampled response.
 
     Attributes:
-        token_ids: the generated tokens, the end-of-sequence token included where it was sampled.
-        log_probs: log-probability of each of them under the sampling distribution.
+        token_ids: the generated tokens, including the end-of-sequence token if it was sampled.
+        log_probs: log-probability of each token under the sampling distribution.
         finish_reason: `stop` (end-of-sequence or stop string) or `length`.
-        routed_experts: [P + R - 1, L, K] int16, the experts that each token of prompt (P) and response (R) went
-            through, the last one left out, for nothing was predicted from it; None where it was not recorded.
+        routed_experts: [P + R - 1, L, K] int16, the experts chosen for each of the P prompt and R response tokens
+            except the last, from which nothing was predicted. None if routing was not recorded.
     """
 
     token_ids: tuple[int, ...]
@@ -50,13 +50,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences with a known prompt/response border: all that log-probabilities need.
+    """Token sequences with a known border between prompt and response.
 
     Attributes:
         input_ids: [B, S] int64, prompt followed by response, right-padded.
         prompt_lengths: [B] int64, at least 1.
-        response_mask: [B, T] bool, true on the tokens of the response. False in between (a gap) are tokens that are
-            given, such as the user's in a conversation of several turns; the last true one ends the sequence.
+        response_mask: [B, T] bool, true on the tokens of the response. A false run in between (a gap) marks given
+            tokens, e.g. the user's turns of a conversation. The last true position ends the sequence.
     """
 
     input_ids: Tensor
@@ -75,14 +75,14 @@ class Sequences:
 
     @property
     def response_lengths(self) -> Tensor:
-        """[B] positions of the response up to its last token, gaps included."""
+        """[B] number of response positions up to the last token, gaps included."""
         mask = self.response_mask
         ends = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return torch.where(mask, ends, 0).amax(-1)
 
     @property
     def lengths(self) -> Tensor:
-        """[B] prompt plus response, without padding."""
+        """[B] length of prompt plus response, without padding."""
         return self.prompt_lengths + self.response_lengths
 
     @property
@@ -112,7 +112,7 @@ class Sequences:
         return self.input_ids.gather(1, following)
 
     def rows(self, index: Tensor) -> Sequences:
-        """The samples of `index`, trimmed to the widths that they need."""
+        """Return the samples of `index`, trimmed to their own maximum widths."""
         width, response_width = self.trimmed_widths(index)
         return Sequences(
             self.input_ids[index, :width],
@@ -121,7 +121,7 @@ class Sequences:
         )
 
     def trimmed_widths(self, index: Tensor) -> tuple[int, int]:
-        """(S, T) that hold the samples of `index`; both at least 1."""
+        """Return the smallest (S, T) that hold the samples of `index`; both are at least 1."""
         width = int(self.lengths[index].max())
         return max(width, 1), max(int(self.response_lengths[index].max()), 1)
 
@@ -132,7 +132,7 @@ class Sequences:
         pad: int,
         masks: Sequence[Sequence[bool]] | None = None,
     ) -> Sequences:
-        """Pad `prompt + response` pairs to the right into one batch; `masks` say where the responses have gaps."""
+        """Pad `prompt + response` pairs on the right into one batch; `masks` mark the gaps of the responses."""
         width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
         response_width = max(1, max(len(r) for r in responses))
         input_ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
@@ -148,15 +148,15 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A whole rollout: every sample that the generation engine returned for a step.
+    """A whole rollout: every sample that the generation engine returned for one step.
 
     Attributes:
         sequences: tokens and masks.
-        rollout_log_probs: [B, T] float32 as reported by the engine, 0 where masked.
+        rollout_log_probs: [B, T] float32 as the engine reported them, 0 where masked.
         group_ids: [B] int64; samples of one prompt share a group.
-        prompts: the prompt of each sample, B long (one object per group, repeated).
-        completions: B long.
-        weights_version: of the policy that sampled them.
+        prompts: the prompt of each sample; length B, the samples of a group share one object.
+        completions: the completion of each sample; length B.
+        weights_version: version of the weights that sampled the rollout.
         routed_experts: [B, S, L, K] int16 of the generation engine, -1 where nothing was recorded; or None.
     """
 
@@ -175,7 +175,7 @@ class Rollouts:
     def collate(
         prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], pad: int, weights_version: int
     ) -> Rollouts:
-        """Flatten `[prompt][sample]` completions into one batch, groups kept by id."""
+        """Flatten `[prompt][sample]` completions into one batch; `group_ids` keep the groups."""
         flat = [c for group in completions for c in group]
         owners = [p for p, group in zip(prompts, completions, strict=True) for _ in group]
         group_ids = [g for g, group in enumerate(completions) for _ in group]
@@ -196,19 +196,19 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What the policy loss of some samples is computed from: a whole rollout, a mini- or a micro-batch.
+    """The inputs of the policy loss for a whole rollout, a mini-batch or a micro-batch.
 
     Attributes:
-        sequences: tokens and masks; `sequences.response_mask` is the loss mask, all false for a sample that is masked.
-        sample_ids: [B] int64, the sample's row in the rollout; named when an update is skipped.
+        sequences: tokens and masks; `sequences.response_mask` is the loss mask, all false for a masked sample.
+        sample_ids: [B] int64, the row of each sample in the rollout; logged if an update is skipped.
         advantages: [B, T] float32.
-        old_log_probs: [B, T] float32, of the policy that the ratio is taken against.
-        rollout_log_probs: [B, T] float32, of the generation engine.
-        ref_log_probs: [B, T] float32 of the frozen reference, or None without one.
-        sample_weights: [B] float32 factors of the samples' losses, or None where all are 1.
-        values: [B, T] float32 of the critic before its update, or None without one.
-        returns: [B, T] float32, what the critic learns to predict; None without one.
-        routed_experts: [B, S, L, K] int16 that routers are to replay (-1: choose freely), or None.
+        old_log_probs: [B, T] float32 of the old policy, the denominator of the ratio.
+        rollout_log_probs: [B, T] float32 of the generation engine.
+        ref_log_probs: [B, T] float32 of the frozen reference, or None.
+        sample_weights: [B] float32 factors of the per-sample losses; None if all are 1.
+        values: [B, T] float32 of the critic before its update, or None.
+        returns: [B, T] float32, the targets of the critic, or None.
+        routed_experts: [B, S, L, K] int16 that the routers replay (-1: choose freely), or None.
     """
 
     sequences: Sequences
@@ -227,17 +227,17 @@ class TrainBatch:
 
     @property
     def response_mask(self) -> Tensor:
-        """[B, T] bool."""
+        """[B, T] bool, the loss mask."""
         return self.sequences.response_mask
 
     @staticmethod
     def of_demonstrations(sequences: Sequences, sample_ids: Tensor) -> TrainBatch:
-        """Samples to imitate: nobody sampled them, so that advantages and log-probs are all 0."""
+        """Return a batch of demonstrations for imitation; advantages and log-probs are 0."""
         zeros = torch.zeros(()).expand(sequences.response_mask.shape)
         return TrainBatch(sequences, sample_ids, zeros, zeros, zeros)
 
     def rows(self, index: Tensor) -> TrainBatch:
-        """The samples of `index`, trimmed to the widths that they need."""
+        """Return the samples of `index`, trimmed to their own maximum widths."""
         positions, width = self.sequences.trimmed_widths(index)
         widths = {"sample_weights": None, "routed_experts": positions}
         changes: dict[str, Any] = {
@@ -252,11 +252,11 @@ class TrainBatch:
         return replace(self, **changes)
 
     def split(self, size: int) -> list[TrainBatch]:
-        """Consecutive pieces of at most `size` samples."""
+        """Split into consecutive batches of at most `size` samples."""
         return [self.rows(index) for index in torch.arange(len(self)).split(size)]
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        """The same batch on another device."""
+        """Copy the batch to `device`."""
         s = self.sequences
         changes: dict[str, Any] = {
             field.name: self.__dict__[field.name].to(device)
@@ -268,7 +268,7 @@ class TrainBatch:
 
 
 def pad_rows(parts: Sequence[Tensor], width: int, fill: float = 0) -> Tensor:
-    """Stack `[b_i, t_i, ...]` pieces into `[sum b_i, width, ...]`, filled up on the right."""
+    """Concatenate `[b_i, t_i, ...]` tensors into `[sum b_i, width, ...]`, padded on the right with `fill`."""
     padded = []
     for part in parts:
         rows = part.new_full((len(part), width, *part.shape[2:]), fill)

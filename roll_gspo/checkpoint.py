@@ -1,7 +1,7 @@
-"""Checkpoints that are complete or absent: written aside, synced, marked, renamed.
+"""Atomic checkpoints: written to a temporary folder, synced, marked as complete, then renamed.
 
-A checkpoint is a folder `step_000020` with the parts that its writer put there and a marker that lists them
-with their sizes. A folder without the marker, or with a part missing or cut short, is never resumed from.
+A checkpoint is a folder `step_000020` that holds its files and a marker with the size of each file. A folder without
+the marker, or with a missing or truncated file, is never resumed from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from roll_gspo.errors import CheckpointError, RollGspoError, WorkerError
 
 MARKER = "COMPLETE.json"
 BEST = "best.json"
-HF_EXPORT = "actor_train_hf"  # the policy in Hugging Face layout, where `save_hf_model` asks for it
+HF_EXPORT = "actor_train_hf"  # the policy in Hugging Face layout, written if `save_hf_model` is true
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -35,13 +35,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint by a figure of the validation.
+    """The best checkpoint by a validation metric.
 
     Attributes:
-        step: that it was saved after.
-        metric: the figure's name.
-        mode: `max` or `min`, which values are better.
-        value: of the figure.
+        step: the step after which it was saved.
+        metric: name of the metric.
+        mode: `max` or `min`: whether larger or smaller values are better.
+        value: value of the metric.
     """
 
     step: int
@@ -54,26 +54,26 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: made with the first checkpoint.
-        max_to_keep: older ones, but for the best, are deleted after a new one is complete; 0 keeps all.
-        best: the best one so far; without its checkpoint in `folder` there is none.
+        folder: created with the first checkpoint.
+        max_to_keep: number of checkpoints to keep; older ones except the best are deleted after each save. 0 keeps all.
+        best: the best checkpoint so far; dropped if `folder` does not hold it.
     """
 
     def __init__(self, folder: Path, max_to_keep: int, best: Best | None = None) -> None:
         self.folder = folder
         self._max_to_keep = max_to_keep
         self.best = best if best is not None and is_complete(self._target(best.step)) else None
-        if self.best is None:  # what lies there is of another attempt, whose later steps will be taken anew
+        if self.best is None:  # left by an earlier attempt whose later steps are repeated
             (folder / BEST).unlink(missing_ok=True)
         else:
-            self._mark(self.best)  # the process may have been killed between the checkpoint and its mark
+            self._mark(self.best)  # the process may have been killed between the rename and the mark
 
     @contextmanager
     def writing(self, step: int, best: Best | None = None) -> Iterator[Path]:
-        """Yield a folder to fill; on leaving without an error it becomes the checkpoint of `step`: see `complete`.
+        """Yield a folder to fill; on a normal exit it becomes the checkpoint of `step` (see `complete`).
 
         Raises:
-            CheckpointError: the disk refuses; earlier checkpoints are untouched.
+            CheckpointError: the files cannot be written; earlier checkpoints are untouched.
         """
         folder = self.begin(step)
         with self.filling(step):
@@ -81,12 +81,12 @@ class CheckpointStore:
         self.complete(step, best)
 
     def begin(self, step: int) -> Path:
-        """A folder to fill within `filling`, as often as it takes; `complete` makes it the checkpoint of `step`.
+        """Create the folder for the checkpoint of `step`.
 
-        One checkpoint is written at a time.
+        Fill it inside `filling`, any number of times, then call `complete`. Only one checkpoint can be open at a time.
 
         Raises:
-            CheckpointError: the disk refuses.
+            CheckpointError: the folder cannot be created.
         """
         aside = self._aside(step)
         with self.filling(step):
@@ -96,18 +96,18 @@ class CheckpointStore:
 
     @contextmanager
     def filling(self, step: int) -> Iterator[None]:
-        """An error inside deletes what there is of the checkpoint.
+        """Guard writes to the open checkpoint; an error deletes the incomplete folder.
 
         Raises:
-            CheckpointError: the disk refuses; earlier checkpoints are untouched.
+            CheckpointError: the files cannot be written; earlier checkpoints are untouched.
         """
         try:
             yield
         except BaseException as error:
             shutil.rmtree(self._aside(step), ignore_errors=True)
-            # Not only OSError: torch and safetensors report a full disk with errors of their own, workers by the text.
-            told_already = isinstance(error, RollGspoError) and type(error) is not WorkerError
-            if told_already or not isinstance(error, Exception):
+            # Not only OSError: torch and safetensors raise other types for a full disk, and workers send text.
+            is_explained = isinstance(error, RollGspoError) and type(error) is not WorkerError
+            if is_explained or not isinstance(error, Exception):
                 raise
             raise CheckpointError(
                 f"{self._target(step)}: cannot be written ({error}); free space or set checkpoint_config.output_dir. "
@@ -115,19 +115,19 @@ class CheckpointStore:
             ) from error
 
     def complete(self, step: int, best: Best | None = None) -> None:
-        """Seal what was filled and give it its name, then name the best checkpoint and delete what is too old.
+        """Mark the open checkpoint as complete, rename it, update `best.json` and delete old checkpoints.
 
         Args:
-            step: of the checkpoint.
-            best: which is the best one now, this one included; None: as before.
+            step: step of the checkpoint.
+            best: the best checkpoint, this one included; None leaves it unchanged.
 
         Raises:
-            CheckpointError: the disk refuses; earlier checkpoints are untouched.
+            CheckpointError: the files cannot be written; earlier checkpoints are untouched.
         """
         target, aside = self._target(step), self._aside(step)
         with self.filling(step):
             _seal(aside, step)
-            if target.exists():  # moved away, not deleted first: the time without a checkpoint of this step is a rename
+            if target.exists():  # rename, do not delete: a kill must not leave this step without a checkpoint
                 target.rename(aside.with_suffix(".old.tmp"))
             aside.rename(target)
             _sync(self.folder)
@@ -144,7 +144,7 @@ class CheckpointStore:
         return self.folder / f".step_{step:06d}.{os.getpid()}.tmp"
 
     def _remove_leftovers(self) -> None:
-        """Delete what a killed process left half-written."""
+        """Delete incomplete files of a killed process."""
         for leftover in self.folder.glob(".step_*.tmp"):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -159,7 +159,7 @@ class CheckpointStore:
         _sync(self.folder)
 
     def _prune(self, step: int) -> None:
-        """Delete what is too old: later steps first, which are of the attempt before a return to an earlier step."""
+        """Delete old checkpoints, first any later steps: they precede a resume from an earlier step."""
         if self._max_to_keep:
             found = sorted(complete_checkpoints(self.folder), key=lambda c: (c.step <= step, c.step))
             for old in found[: -self._max_to_keep]:
@@ -168,12 +168,12 @@ class CheckpointStore:
 
 
 class BackgroundWrite:
-    """Something that is written by a thread while training goes on.
+    """A write in a background thread while training continues.
 
-    The process does not end before it is done.
+    The process does not exit before the write is finished.
 
     Args:
-        write: touches nothing that training changes.
+        write: the function to run; it must not touch data that training changes.
     """
 
     def __init__(self, write: Callable[[], None]) -> None:
@@ -182,7 +182,7 @@ class BackgroundWrite:
         def run() -> None:
             try:
                 write()
-            except BaseException as error:  # raised where it is waited for
+            except BaseException as error:  # raised by `wait`
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="checkpoint")
@@ -190,18 +190,18 @@ class BackgroundWrite:
 
     @property
     def done(self) -> bool:
-        """Whether `wait` would return, or raise, at once."""
+        """True if `wait` would not block."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until it is written; raises what the writing raised."""
+        """Wait for the write to finish; raise its exception, if any."""
         self._thread.join()
         if self._error is not None:
             raise self._error
 
 
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every complete checkpoint of a folder, oldest step first."""
+    """Return the complete checkpoints of a folder, lowest step first."""
     found = []
     for candidate in folder.glob("step_*"):
         match = _NAME.fullmatch(candidate.name)
@@ -211,23 +211,23 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker is there and every part has the size that it lists."""
+    """Return whether the marker exists and every file has the size that the marker lists."""
     try:
         parts = json.loads((folder / MARKER).read_text(encoding="utf-8"))["parts"]
         return all((folder / name).stat().st_size == size for name, size in parts.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # torn, or not this JSON at all
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # truncated or foreign JSON
         return False
 
 
 def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoint:
-    """The checkpoint at a path that a user gave: its folder or `best.json`, or a run or `checkpoints` (its newest).
+    """Return the checkpoint that a user's path names.
 
     Args:
-        path: what was given.
-        key: what it was given for.
+        path: a checkpoint folder, its `best.json`, or a run or `checkpoints` folder, which stands for its newest one.
+        key: the configuration key that holds the path, for errors.
 
     Raises:
-        CheckpointError: there is none, or it is incomplete.
+        CheckpointError: the path holds no complete checkpoint.
     """
     if path.name == BEST and (best := read_best(path.parent)) is not None:
         path = path.parent / f"step_{best.step:06d}"
@@ -243,7 +243,7 @@ def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoi
 
 
 def read_best(folder: Path) -> Best | None:
-    """What `best.json` of a `checkpoints` folder says; None without one that can be read."""
+    """Read `best.json` of a `checkpoints` folder; None if it does not exist or is unreadable."""
     try:
         return Best(**json.loads((folder / BEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -251,17 +251,17 @@ def read_best(folder: Path) -> Best | None:
 
 
 def newest_checkpoint(experiment_folder: Path, run_name: str | None) -> Checkpoint | None:
-    """The last completed checkpoint of an experiment (of its run `run_name`, if given), or None."""
+    """Return the last completed checkpoint of an experiment, or of its run `run_name` if given; None without any."""
     runs = [experiment_folder / run_name] if run_name else list(experiment_folder.glob("*"))
     found = [c for run in runs for c in complete_checkpoints(run / "checkpoints")]
     return max(found, key=_completed, default=None)
 
 
 def _completed(checkpoint: Checkpoint) -> tuple[float, int]:
-    """Sorts by when they were completed, which the marker says: copies have file times of their own."""
+    """Sort key: the completion time from the marker, because copies have other file times."""
     try:
         marker = json.loads((checkpoint.folder / MARKER).read_text(encoding="utf-8"))
-    except OSError:  # a run that goes on has just deleted it: another is newer
+    except OSError:  # a running training has just pruned it: another is newer
         return -1.0, checkpoint.step
     return marker.get("completed", 0.0), checkpoint.step
 

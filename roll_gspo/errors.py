@@ -1,45 +1,45 @@
-"""Every error that roll_gspo raises on purpose; all of them pickle, so they cross process borders."""
+"""The exceptions that roll_gspo raises; all of them can be pickled, so that they cross process boundaries."""
 
 
 class RollGspoError(Exception):
-    """Base of the family: the message says where, what is wrong, and what to do."""
+    """Base class; the message gives the place, the problem and the fix."""
 
 
 class ConfigError(RollGspoError, ValueError):
-    """The configuration cannot be run; the message lists every problem, one a line."""
+    """An invalid configuration; the message lists every problem, one per line."""
 
 
 class MissingDependencyError(RollGspoError, ImportError):
-    """An optional engine is not installed; the message gives the `pip install` line."""
+    """A missing optional package; the message gives the `pip install` command."""
 
 
 class DataError(RollGspoError, ValueError):
-    """A data file is missing, empty or malformed; the message gives file and line."""
+    """A missing, empty or malformed data file; the message gives file and line."""
 
 
 class RewardError(RollGspoError):
-    """A reward worker cannot be built or its pool cannot be kept alive."""
+    """A reward worker that cannot be built, or a pool that cannot keep its workers alive."""
 
 
 class WeightTransferError(RollGspoError):
-    """The generation engine did not take the trainer's weights, or does not compute with them."""
+    """A failed weight transfer: the generation engine does not hold the trainer's weights."""
 
 
 class CheckpointError(RollGspoError):
-    """A checkpoint cannot be written, found or read."""
+    """A checkpoint that cannot be written, found or read."""
 
 
 class TrainingError(RollGspoError):
-    """Training cannot go on, e.g. after too many non-finite updates in a row."""
+    """Training cannot continue, e.g. after too many consecutive non-finite updates."""
 
 
 class WorkerError(RollGspoError):
-    """A worker process raised what it should not; the message names role, rank, process, node and method."""
+    """An unexpected exception in a worker; the message names role, rank, process, node and method."""
 
 
 class WorkerDiedError(WorkerError):
-    """A worker process is gone; the message gives the cause as far as it is known."""
+    """A dead worker process; the message gives the cause if it is known."""
 
 
 class WorkerHungError(WorkerError):
-    """A worker process does not answer any more, or one of its calls takes longer than it may."""
+    """A worker process without a heartbeat, or a call that exceeded its timeout."""

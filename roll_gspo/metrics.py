@@ -1,4 +1,4 @@
-"""Metrics that merge rightly: each carries what it is a mean over, or how it is reduced."""
+"""Metrics that merge exactly across micro-batches and ranks: each carries its weight and its reduction."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Reduction = Literal["mean", "max", "min", "sum"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of one micro-batch.
+    """One metric of one micro-batch.
 
     Attributes:
-        value: scalar; for `mean` the *sum* over the things averaged, else the figure itself.
-        weight: scalar; for `mean` how many things were summed, else 1.
-        reduction: how figures of several micro-batches, mini-batches or ranks become one.
+        value: scalar; for `mean` the *sum* of the averaged values, otherwise the value itself.
+        weight: scalar; for `mean` the number of summed values, otherwise 1.
+        reduction: how the values of several micro-batches, mini-batches or ranks combine.
     """
 
     value: Tensor
@@ -27,18 +27,22 @@ class Metric:
     reduction: Reduction = "mean"
 
     def cpu(self) -> Metric:
-        """The same figure in the host's memory."""
+        """Copy the metric to host memory."""
         return Metric(self.value.cpu(), self.weight.cpu(), self.reduction)
 
 
 def mean_of(values: Tensor, mask: Tensor) -> Metric:
-    """The mean of `values` where the boolean `mask` of the same shape is true (NaN elsewhere is harmless)."""
+    """Return the mean of `values` over the true positions of `mask` (same shape; values elsewhere may be NaN)."""
     kept = torch.where(mask, values, 0.0)
     return Metric(kept.detach().sum(), mask.sum())
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Fold the metrics of several micro-batches into one set; a name keeps its reduction."""
+    """Merge the metrics of several micro-batches by name.
+
+    Raises:
+        ValueError: two metrics of one name have different reductions.
+    """
     merged: dict[str, Metric] = {}
     for part in parts:
         for name, metric in part.items():
@@ -48,7 +52,7 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 def _fold(a: Metric, b: Metric) -> Metric:
     if a.reduction != b.reduction:
-        raise ValueError(f"a metric is reduced as {a.reduction} and as {b.reduction}")
+        raise ValueError(f"a metric has two reductions: {a.reduction} and {b.reduction}")
     if a.reduction in ("mean", "sum"):
         return Metric(a.value + b.value, a.weight + b.weight, a.reduction)
     fold = torch.maximum if a.reduction == "max" else torch.minimum
@@ -56,7 +60,7 @@ def _fold(a: Metric, b: Metric) -> Metric:
 
 
 def to_floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Plain numbers for the trackers; a mean over nothing is 0."""
+    """Convert to plain numbers for the trackers; a mean over no values is 0."""
     floats = {}
     for name, metric in metrics.items():
         value = float(metric.value)
