@@ -1,4 +1,4 @@
-"""What the documentation says runs: its commands (as --dry-run), its YAML, its Python, and its links."""
+"""The documentation is executable: its commands (as --dry-run), its YAML, its Python, and its links."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from commands import SIZES, spawn
+from composed import load_config
 
 from roll_gspo.data.__main__ import main as check_data
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STOPS_BY_ITSELF = {"--dry-run", "--cfg", "--help"}
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"\s*# (\S+\.(?:yaml|py))\n")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """(page, text) of every fenced block in a language."""
     return [
-        (page.name, text)
+        (str(page.relative_to(ROOT)), text)
         for page in PAGES
         for tag, text in BLOCK.findall(page.read_text(encoding="utf-8"))
         if tag == language
     ]
+
+
+def files() -> dict[str, str]:
+    """Name and text of every file that the pages show, without the indentation of its block."""
+    texts = [text for language in ("yaml", "python") for _, text in blocks(language)]
+    return {name[1]: textwrap.dedent(text) for text in texts if (name := FILE.match(text))}
 
 
 def commands() -> list[str]:
@@ -38,16 +47,12 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with the files that the pages show, each under the name in its first line."""
+    """A user's folder with the files that the pages show."""
     folder = tmp_path_factory.mktemp("user")
-    for language in ("yaml", "python"):
-        for _, text in blocks(language):
-            name = re.match(r"\s*# (\S+\.(?:yaml|py))\n", text)
-            if name:
-                path = folder / name[1]
-                path.parent.mkdir(exist_ok=True)
-                indent = len(text) - len(text.lstrip(" "))
-                path.write_text("\n".join(line[indent:] for line in text.splitlines()) + "\n")
+    for name, text in files().items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     (folder / "my").mkdir()
     (folder / "my/words.jsonl").write_text('{"prompt": "Say yes.", "ground_truth": "yes"}\n')
     (folder / "my/train.jsonl").write_text('{"question": "What is 2 + 2?", "answer": "#### 4"}\n')
@@ -71,6 +76,19 @@ def test_documented_command_is_a_valid_run(command: str, folder: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_file_names_are_unique() -> None:
+    texts = [text for language in ("yaml", "python") for _, text in blocks(language)]
+    names = [name[1] for text in texts if (name := FILE.match(text))]
+    assert sorted(names) == sorted(files())
+
+
+@pytest.mark.parametrize("name", sorted(name for name in files() if name.endswith(".yaml")))
+def test_documented_configuration_is_valid(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    path = folder / name
+    assert load_config(path.stem, config_dir=path.parent).config
+
+
 def test_documented_checks_of_data_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (folder / "my/test.jsonl").write_text('{"question": "What is 3 + 2?", "answer": "#### 5"}\n')
@@ -86,7 +104,7 @@ def test_documented_commands_are_found() -> None:
 
 
 @pytest.mark.e2e
-def test_documented_reward_judges_a_run(folder: Path, pretrained: Path) -> None:
+def test_documented_reward_scores_a_run(folder: Path, pretrained: Path) -> None:
     (documented,) = [c for c in commands() if "my_rewards.short" in c]
     arguments = shlex.split(documented)[3:]
     outcome = spawn(*arguments, *SIZES, "max_steps=1", f"pretrain={pretrained}", "strategy=hf", folder=folder)
@@ -97,14 +115,14 @@ def test_documented_reward_judges_a_run(folder: Path, pretrained: Path) -> None:
     assert all(row["score"] == float(len(row["response"].removesuffix("<|end|>")) < 20) for row in rows)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_have_targets(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert not missing
 
 
-def test_no_page_promises_a_make_target_that_is_not_there() -> None:
+def test_named_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {t for _, text in blocks("bash") for t in re.findall(r"^make ([a-z]+)", text, re.MULTILINE)}
     assert named <= targets

@@ -1,4 +1,4 @@
-"""docs/configuration.md is printed from the schema, and what its introduction says is so."""
+"""The tables of docs/configuration come from the schema, and the statements of its index hold."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from composed import load_config
 from pydantic import BaseModel
 
 from roll_gspo.config.blocks import models_in
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.legacy import IGNORED, NOT_SUPPORTED_YET
-from roll_gspo.config.reference import page
-from roll_gspo.errors import ConfigError
+from roll_gspo.config.reference import TABLE, fill_tables, main, missing_keys
+from roll_gspo.config.sft import SftConfig
+from roll_gspo.errors import ConfigError, RollGspoError
 from roll_gspo.run import shipped_folders
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[2] / "docs"
+INDEX = DOCS / "configuration.md"
+PAGES = sorted((DOCS / "configuration").glob("*.md"))
 
 
-def test_committed_page_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), (
-        "run: python -m roll_gspo.config.reference > docs/configuration.md"
-    )
+def tables() -> str:
+    """The generated rows of all pages."""
+    return "\n".join(match["rows"] for page in [INDEX, *PAGES] for match in TABLE.finditer(page.read_text("utf-8")))
+
+
+def test_committed_pages_are_current() -> None:
+    assert main([str(DOCS), "--check"]) == 0, "run: python -m roll_gspo.config.reference docs"
 
 
 def every_block(model: type[BaseModel]) -> set[type[BaseModel]]:
@@ -32,40 +37,61 @@ def every_block(model: type[BaseModel]) -> set[type[BaseModel]]:
     return {model}.union(*(every_block(block) for block in below))
 
 
-def test_page_has_every_key_with_a_meaning() -> None:
-    rows = re.findall(r"^\| `([\w*.]+)` \|", page(), flags=re.MULTILINE)
-    keys = {key for block in every_block(ExperimentConfig) for key in block.model_fields} - {
-        "strategy_name",
-        "strategy_config",
-    }
+@pytest.mark.parametrize("root", [ExperimentConfig, SftConfig])
+def test_pages_have_every_key_with_a_meaning(root: type[BaseModel]) -> None:
+    rows = re.findall(r"^\| `([\w*.]+)` \|", tables(), flags=re.MULTILINE)
+    keys = {key for block in every_block(root) for key in block.model_fields} - {"strategy_name", "strategy_config"}
     assert keys <= set(rows)
-    assert all(info.description for block in every_block(ExperimentConfig) for info in block.model_fields.values())
+    assert all(info.description for block in every_block(root) for info in block.model_fields.values())
     assert {*IGNORED, *NOT_SUPPORTED_YET} <= set(rows)
 
 
+def test_key_without_a_table_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [page.read_text("utf-8") for page in [INDEX, *PAGES]]
+    assert not missing_keys(texts)
+    without = [text for page, text in zip([INDEX, *PAGES], texts, strict=True) if page.name != "critic.md"]
+    assert "critic.device_mapping" in missing_keys(without)
+    (tmp_path / "page.md").write_text("<!-- table: critic -->\n<!-- end of table -->\n")
+    assert main([str(tmp_path)]) == 1
+    assert "actor_infer.device_mapping" in capsys.readouterr().err
+
+
+def test_outdated_page_is_reported_and_written(tmp_path: Path) -> None:
+    for page in [INDEX, *PAGES]:
+        (tmp_path / page.name).write_text(page.read_text("utf-8").replace("`rollout_batch_size`", "`batch`"))
+    assert main([str(tmp_path), "--check"]) == 1
+    assert main([str(tmp_path)]) == 0
+    assert "| `rollout_batch_size` |" in (tmp_path / "batch.md").read_text("utf-8")
+    assert main([str(tmp_path), "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("marker", "name"), [("critics", "critics"), ("critic (learning_rate)", "learning_rate")], ids=["table", "key"]
+)
+def test_unknown_name_in_a_marker_is_refused(marker: str, name: str) -> None:
+    with pytest.raises(RollGspoError, match=rf"page\.md.*{name}"):
+        fill_tables(f"<!-- table: {marker} -->\n<!-- end of table -->\n", "page.md")
+
+
 def test_tables_have_the_same_number_of_cells_in_every_row() -> None:
-    for table in re.findall(r"(?:^\|.*\n)+", page(), flags=re.MULTILINE):
+    for table in re.findall(r"(?:^\|.*\n)+", tables(), flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
 
 
-def test_page_names_every_group() -> None:
-    introduction = page().split("## Keys")[0]
-    for group in (folder for folder in shipped_folders()[1].iterdir() if folder.is_dir()):
-        assert f"`{group.name}`" in introduction
+def test_index_names_every_page() -> None:
+    assert {f"configuration/{page.name}" for page in PAGES} <= set(re.findall(r"\]\(([^)#]+)\)", INDEX.read_text()))
 
 
-def test_page_names_every_preset() -> None:
-    introduction = page().split("## Keys")[0]
-    for preset in (shipped_folders()[1] / "algorithm").glob("*.yaml"):
-        assert f"`{preset.stem}`" in introduction
+def test_index_names_every_group_and_preset() -> None:
+    text, conf = INDEX.read_text("utf-8"), shipped_folders()[1]
+    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
+    presets = {file.stem for file in (conf / "algorithm").glob("*.yaml")}
+    assert {f"`{name}`" for name in groups | presets} <= set(re.findall(r"`\w+`", text))
 
 
-def test_file_in_the_introduction_validates(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", page(), flags=re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(text)
-    assert "defaults" in yaml.safe_load(text)
-    config = load_config("mine", config_dir=tmp_path).config
-    assert (config.exp_name, config.kl_loss_coef, config.pretrain) == ("mine", 0.01, "builtin:tiny_qwen3_moe")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_has_an_example(page: Path) -> None:
+    assert re.search(r"^```yaml\n# my_configs/\w+\.yaml\n", page.read_text("utf-8"), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +108,7 @@ def test_file_in_the_introduction_validates(tmp_path: Path) -> None:
         ("run_name: ${oc.env:ROLL_GSPO_NOT_SET,b}", "run_name", "b"),
     ],
 )
-def test_values_are_read_as_the_page_says(tmp_path: Path, text: str, key: str, value: object) -> None:
+def test_values_are_read_as_documented(tmp_path: Path, text: str, key: str, value: object) -> None:
     default = "- override tracker: none\n" if "track" in text else ""
     defaults = (
         f"defaults:\n  - example_gspo\n  {default}  - _self_\n" if default else "defaults: [example_gspo, _self_]\n"
@@ -99,5 +125,5 @@ def test_command_line_wins_over_the_body_and_the_body_over_the_group(tmp_path: P
 
 @pytest.mark.parametrize("value", ["1.5", "'\"1\"'", "true"])
 def test_types_are_not_converted(value: str) -> None:
-    with pytest.raises(ConfigError, match="valid integer"):
+    with pytest.raises(ConfigError, match="max_steps"):
         load_config("example_gspo", f"max_steps={value}")
