@@ -1,4 +1,4 @@
-"""Where roles live: in this process, or as Ray actors."""
+"""Executors: roles run in this process or as Ray actors."""
 
 from roll_gspo.registry import Registry
 

@@ -1,7 +1,7 @@
-"""The interface between a pipeline and the place where its roles live.
+"""The interface between a pipeline and the processes that run its roles.
 
-A role is one object. With devices it may live in a *worker group*: processes that each hold one such object, either
-as the ranks of one `torch.distributed` world, all called alike, or as replicas that know nothing of each other.
+A role is one object. A role with devices can run as a *worker group*: processes that each hold one such object. They
+are either the ranks of one `torch.distributed` world, which all receive the same calls, or independent replicas.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _LONGEST_NAP_S = 0.05
 
 
 class Closeable(Protocol):
-    """Anything that holds an engine or processes."""
+    """An object that owns an engine or processes."""
 
     def close(self) -> None:
-        """Free what it holds; calling it again does nothing."""
+        """Release all resources. Further calls do nothing."""
         ...
 
 
@@ -34,12 +34,12 @@ RoleT = TypeVar("RoleT", bound=Closeable)
 
 @dataclass(frozen=True)
 class Devices:
-    """Where the workers of a role live.
+    """The devices of a role.
 
     Attributes:
-        numbers: one or more a worker, in the order of the ranks; GPUs, or worker slots on a machine without.
-        per_worker: how many each worker takes (the tensor-parallel size of an engine).
-        per_node: device d lies on node `d // per_node`.
+        numbers: device numbers in rank order: GPUs, or worker slots on a machine without GPUs.
+        per_worker: devices per worker (the tensor-parallel size of an engine).
+        per_node: devices per node; device d is on node `d // per_node`.
     """
 
     numbers: tuple[int, ...]
@@ -48,24 +48,24 @@ class Devices:
 
     @property
     def num_workers(self) -> int:
-        """Processes of the group."""
+        """Number of processes in the group."""
         return len(self.numbers) // self.per_worker
 
     def of_worker(self, rank: int) -> tuple[int, ...]:
-        """The device numbers of a worker."""
+        """Return the device numbers of worker `rank`."""
         return self.numbers[rank * self.per_worker : (rank + 1) * self.per_worker]
 
     def node_of(self, rank: int) -> int:
-        """The node of a worker, counted from 0.
+        """Return the node of worker `rank`, counted from 0.
 
         Raises:
-            ConfigError: its devices lie on two nodes.
+            ConfigError: the devices of the worker are on two nodes.
         """
         devices = self.of_worker(rank)
         nodes = {device // self.per_node for device in devices}
         if len(nodes) > 1:
             raise ConfigError(
-                f"device_mapping: devices {devices[0]}-{devices[-1]} of one worker lie on nodes {sorted(nodes)} "
+                f"device_mapping: devices {devices[0]}-{devices[-1]} of one worker are on nodes {sorted(nodes)} "
                 f"(num_gpus_per_node {self.per_node}); give each worker devices of one node"
             )
         return nodes.pop()
@@ -73,15 +73,15 @@ class Devices:
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """What an executor has to know before the first role starts.
+    """Settings of an executor.
 
     Attributes:
-        devices: every device number that any role names.
-        devices_per_node: device d lies on node `d // devices_per_node`.
-        call_timeout_s: after which a call that still runs is taken for hung.
-        heartbeat_timeout_s: of silence, after which a worker is taken for hung.
-        start_timeout_s: in which an empty worker process must have started.
-        environment: variables of every worker.
+        devices: all device numbers that any role uses.
+        devices_per_node: device d is on node `d // devices_per_node`.
+        call_timeout_s: time limit of a call; a worker that exceeds it is killed.
+        heartbeat_timeout_s: a worker is killed after this time without a heartbeat.
+        start_timeout_s: time limit for the start of an empty worker process.
+        environment: environment variables of every worker.
     """
 
     devices: tuple[int, ...] = (0,)
@@ -93,25 +93,25 @@ class ExecutionSettings:
 
 
 class Pending(Protocol):
-    """A call that runs in workers."""
+    """A running call on one or more workers."""
 
     def done(self) -> bool:
-        """Whether `result` would return or raise at once; asking is what looks after the workers, so ask often."""
+        """Return whether `result` would not block. Polling also checks heartbeats and timeouts, so poll often."""
         ...
 
     def result(self) -> Any:
-        """What the first of the called ranks returned, after every one has finished.
+        """Wait for all called ranks and return the result of the first one.
 
         Raises:
-            WorkerDiedError, WorkerHungError: a worker is gone or does not answer.
-            RollGspoError: of the kind that a worker raised, with role and rank.
-            WorkerError: a worker raised anything else.
+            WorkerDiedError, WorkerHungError: a worker died or does not respond.
+            RollGspoError: the same type that a worker raised, with role and rank added.
+            WorkerError: a worker raised any other exception.
         """
         ...
 
     @property
     def progress(self) -> tuple[int, int]:
-        """(done, total) as the first of the called ranks last reported it; (0, 0) where it never did."""
+        """Last (done, total) reported by the first called rank; (0, 0) before the first report."""
         ...
 
 
@@ -120,39 +120,39 @@ class WorkerGroup(Protocol):
 
     @property
     def name(self) -> str:
-        """The role."""
+        """Name of the role."""
         ...
 
     @property
     def size(self) -> int:
-        """Processes."""
+        """Number of processes."""
         ...
 
     def submit(self, method: str, *args: Any, rank: int | None = None) -> Pending:
-        """Start `method(*args)` on every rank with the same arguments, or on one.
+        """Start `method(*args)` on every rank, or only on `rank`.
 
-        A function among `args` stands for progress: the worker gets one of its own, and `Pending.progress` tells.
+        A callable in `args` is a progress callback: the worker receives a replacement that feeds `Pending.progress`.
         """
         ...
 
     def call(self, method: str, *args: Any, rank: int | None = None) -> Any:
-        """`submit` and wait; a function among `args` is called with the progress meanwhile."""
+        """Call `submit` and wait for the result; a callable in `args` receives the progress meanwhile."""
         ...
 
     def host(self, rank: int) -> str:
-        """IP of the node of a rank."""
+        """Return the IP address of the node of a rank."""
         ...
 
     def alive(self, rank: int) -> bool:
-        """False once a worker was found dead or was killed."""
+        """Return False if the worker was found dead or was killed."""
         ...
 
     def restart(self, rank: int) -> None:
-        """Start a worker again, with a new object; only of replicas."""
+        """Restart a replica with a new object."""
         ...
 
     def kill(self) -> None:
-        """End every process now."""
+        """Kill every process."""
         ...
 
     def close(self) -> None:
@@ -161,40 +161,40 @@ class WorkerGroup(Protocol):
 
 
 class Executor(Protocol):
-    """Starts roles and owns their lives; a role never knows which executor carries it."""
+    """Starts roles and manages their lifetime; roles do not depend on the executor."""
 
     def start(self, name: str, make: Callable[[], RoleT], devices: Devices | None = None) -> RoleT:
-        """Build the role `name` where it is to live and return what answers its methods.
+        """Build a role in this process or on `devices` and return an object with its methods.
 
         Args:
-            name: as in the configuration.
-            make: builds the role; it travels to every rank, so it must pickle where `devices` is given.
-            devices: one rank each; None keeps the role in this process.
+            name: the role's name in the configuration.
+            make: builds the role; it is sent to every rank, so it must pickle if `devices` is given.
+            devices: one rank per device; None builds the role in this process.
         """
         ...
 
     def close(self) -> None:
-        """Close every role, the last started first, whatever one of them raises."""
+        """Close every role in reverse order of start, even if one of them raises."""
         ...
 
 
 class ClusterExecutor(Executor, Protocol):
-    """An executor with processes of its own."""
+    """An executor that starts worker processes."""
 
     @property
     def uses_gpus(self) -> bool:
-        """Whether devices are GPUs; else they are worker slots."""
+        """True if devices are GPUs, false if they are worker slots."""
         ...
 
     def start_group(
         self, name: str, make: Callable[[], Closeable], devices: Devices, *, one_world: bool
     ) -> WorkerGroup:
-        """Build one object a worker: ranks of one world, or replicas."""
+        """Build one object per worker, as ranks of one world or as replicas."""
         ...
 
 
 class RemoteRole:
-    """Answers the methods of a role by calling all ranks of its group, and gives the result of rank 0."""
+    """Forwards method calls to all ranks of a group and returns the result of rank 0."""
 
     def __init__(self, group: WorkerGroup) -> None:
         self._group = group
@@ -210,7 +210,7 @@ class RemoteRole:
 
 
 def wait_first(pendings: Sequence[Pending], timeout_s: float | None = None) -> list[Pending]:
-    """Those that are done, as soon as one is; none if that takes longer than `timeout_s`."""
+    """Wait until at least one call is done and return all that are; empty after `timeout_s`."""
     until = None if timeout_s is None else time.monotonic() + timeout_s
     nap = 0.001
     while True:
@@ -223,11 +223,11 @@ def wait_first(pendings: Sequence[Pending], timeout_s: float | None = None) -> l
 
 
 def gather(pendings: Iterable[Pending], progress: Progress | None = None) -> list[Any]:
-    """The results of calls that run at the same time, in order.
+    """Wait for concurrent calls and return their results in order.
 
     Raises:
-        RollGspoError: that of a call that fails, at once; but for a moment a worker's death is waited for, which
-            explains what the others say of it.
+        RollGspoError: the error of the first call that fails. It is raised after a short grace period, because the
+            death of a worker explains the errors of the other calls better.
     """
     waiting = list(pendings)
     every = list(waiting)
@@ -251,7 +251,10 @@ def gather(pendings: Iterable[Pending], progress: Progress | None = None) -> lis
 
 
 def most_telling(errors: Sequence[Exception]) -> Exception:
-    """Of the errors of one joint call: a death explains the rest, and an error of this package what others met."""
+    """Return the root cause among the errors of one collective call.
+
+    A dead or hung worker explains all others; an error of this package explains generic worker errors.
+    """
     ranking = (WorkerDiedError, WorkerHungError)
     for kind in ranking:
         for error in errors:

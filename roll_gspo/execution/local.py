@@ -1,4 +1,4 @@
-"""Every role in this process: no cluster, no pickling, and a debugger works."""
+"""All roles in this process: no cluster, no pickling, and a debugger works."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ logger = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """`Executor` that builds roles right here.
+    """`Executor` that builds roles in this process.
 
     Args:
-        settings: not used, for there is one process.
+        settings: unused; the signature is that of all executors.
     """
 
     def __init__(self, settings: ExecutionSettings | None = None) -> None:
         self._roles: list[tuple[str, Closeable]] = []
 
     def start(self, name: str, make: Callable[[], RoleT], devices: Devices | None = None) -> RoleT:
-        """Build the role in this process; it computes on what the process sees, whatever `devices` says."""
+        """Build the role in this process; `devices` is ignored."""
         role = make()
         self._roles.append((name, role))
         return role
 
     def close(self) -> None:
-        """Close every role, the last started first."""
+        """Close every role in reverse order of start."""
         close_all(self._roles)
 
 
 def close_all(roles: list[tuple[str, Closeable]]) -> None:
-    """Close and forget (name, role) pairs, the last first; what one raises is logged."""
+    """Close and remove (name, role) pairs in reverse order; exceptions are logged."""
     while roles:
         name, role = roles.pop()
         try:

@@ -1,1 +1,1 @@
-"""Models: tiny ones made on the spot, their size, and the mapping between weight layouts."""
+"""Model architectures, sizes, tiny builtin models, and the mapping between weight layouts."""

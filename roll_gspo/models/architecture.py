@@ -1,7 +1,7 @@
-"""What a Hugging Face `config.json` says about a decoder, as one checked dataclass.
+"""Decoder architectures, read from a Hugging Face `config.json` and validated.
 
-Families: Llama, Qwen2, Qwen3, Qwen3-MoE. Whatever would change the computation and is not known here is refused
-by the name of its key, so that no model is computed approximately right.
+Supported families: Llama, Qwen2, Qwen3, Qwen3-MoE. An unsupported setting that would change the computation is an
+error that names its key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture of experts of every layer: its size, routing and normalisation of routing weights."""
+    """Mixture of experts of every layer: sizes, experts per token, and whether routing weights are normalised."""
 
     num_experts: int
     num_experts_per_token: int
@@ -29,7 +29,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shapes and constants of a decoder; sizes are of the whole model, before any sharding."""
+    """Shapes and constants of a decoder. Sizes are those of the whole, unsharded model."""
 
     model_type: str
     num_layers: int
@@ -47,12 +47,12 @@ class Architecture:
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether query, key and value projections have biases."""
+        """True if the query, key and value projections have biases."""
         return self.model_type == "qwen2"
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised a head."""
+        """True if queries and keys are normalised per head."""
         return self.model_type.startswith("qwen3")
 
     @staticmethod
@@ -60,7 +60,7 @@ class Architecture:
         """Read `config.json` of a checkpoint folder.
 
         Raises:
-            ConfigError: there is none, or it asks for something that is not known here.
+            ConfigError: the file does not exist, or the architecture is not supported.
         """
         path = folder / "config.json"
         if not path.is_file():
@@ -69,8 +69,12 @@ class Architecture:
 
     @staticmethod
     def from_config(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-        """Take the values of a parsed `config.json`; `where` heads the errors."""
-        if problems := list(_refused(config)):
+        """Convert a parsed `config.json`; errors start with `where`.
+
+        Raises:
+            ConfigError: a key is missing, or the architecture is not supported.
+        """
+        if problems := list(_unsupported(config)):
             raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
         try:
             return _read(config)
@@ -108,40 +112,40 @@ def _read(config: Mapping[str, Any]) -> Architecture:
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary settings under their transformers 5 key, or the older one."""
+    """Return the rotary settings, stored under `rope_parameters` by transformers 5 and `rope_scaling` before."""
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def _refused(config: Mapping[str, Any]) -> list[str]:
-    """One line for each key whose value this package would compute wrongly."""
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Return one line per key whose value the megatron strategies would not compute correctly."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        return [f"model_type: '{model_type}' is not known; use one of {', '.join(FAMILIES)}, or an hf strategy"]
-    advice = "is not supported by the megatron strategies; use an hf strategy or another model"
+        return [f"model_type: '{model_type}' is not supported; use one of {', '.join(FAMILIES)}, or an hf strategy"]
+    fix = "is not supported by the megatron strategies; use an hf strategy or another model"
     problems = []
     rope = _rope(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":
         key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        problems.append(f"{key}: rope type '{kind}' {advice}")
+        problems.append(f"{key}: rope type '{kind}' {fix}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"rope_parameters: partial_rotary_factor {rope['partial_rotary_factor']} {advice}")
+        problems.append(f"rope_parameters: partial_rotary_factor {rope['partial_rotary_factor']} {fix}")
     if config.get("mlp_only_layers"):
-        problems.append(f"mlp_only_layers: {config['mlp_only_layers']} {advice}")
+        problems.append(f"mlp_only_layers: {config['mlp_only_layers']} {fix}")
     if config.get("decoder_sparse_step", 1) != 1:
-        problems.append(f"decoder_sparse_step: {config['decoder_sparse_step']} {advice}")
+        problems.append(f"decoder_sparse_step: {config['decoder_sparse_step']} {fix}")
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if config.get(key):
-            problems.append(f"{key}: {config[key]} {advice}")
+            problems.append(f"{key}: {config[key]} {fix}")
     if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act: '{config['hidden_act']}' {advice}")
-    if _slides(config):
-        problems.append(f"use_sliding_window: a sliding window is in use, which {advice}")
+        problems.append(f"hidden_act: '{config['hidden_act']}' {fix}")
+    if _has_sliding_window(config):
+        problems.append(f"use_sliding_window: a sliding window {fix}")
     return problems
 
 
-def _slides(config: Mapping[str, Any]) -> bool:
-    """Whether any layer attends to a window only."""
+def _has_sliding_window(config: Mapping[str, Any]) -> bool:
+    """Return whether any layer attends to a sliding window."""
     if config.get("layer_types"):
         return any(kind != "full_attention" for kind in config["layer_types"])
     if not config.get("use_sliding_window") or config.get("sliding_window") is None:

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint folder in Hugging Face layout, read and written one tensor at a time."""
+"""Read and write the weights of a checkpoint in Hugging Face layout, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class CheckpointReader:
-    """Random access to the tensors of one folder, whole or sharded, without loading it all.
+    """Random access to the tensors of a checkpoint folder, sharded or not, without loading the whole model.
 
     Args:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: there are no safetensors, or a file is damaged; from every method.
+        CheckpointError: from every method, if there are no safetensors or a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,11 +47,11 @@ class CheckpointReader:
 
     @property
     def names(self) -> set[str]:
-        """Of the tensors as they are stored."""
+        """Names of the stored tensors."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor of a checkpoint name; its header is read only.
+        """Return the shape of a tensor; reads only the header.
 
         Raises:
             CheckpointError: the folder has no such tensor.
@@ -68,9 +68,9 @@ class CheckpointReader:
         return shape[1:] if place.half is None else (shape[1] // 2, *shape[2:])
 
     def read(self, name: str, axis: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """The tensor of a checkpoint name, or its piece `start:stop` along `axis` (0 or 1).
+        """Read a tensor, or its slice `start:stop` along `axis` (0 or 1).
 
-        A per-expert name is also found inside a fused tensor.
+        A per-expert name is also looked up inside a fused tensor.
 
         Raises:
             CheckpointError: the folder has no such tensor.
@@ -78,33 +78,33 @@ class CheckpointReader:
         stored, place = self._find(name)
         piece = (slice(None),) * axis + (slice(start, stop),)
         tensor = self._opened(self._file_of[stored]).get_slice(stored)
-        return tensor[piece] if place is None else place.cut(tensor[place.expert])[piece]
+        return tensor[piece] if place is None else place.select(tensor[place.expert])[piece]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
-        """Refuse a checkpoint that has other tensors than a model; only headers are read.
+        """Check that the checkpoint holds exactly the tensors of a model; reads only headers.
 
         Args:
-            shapes: checkpoint names and shapes that the model has.
-            ignored: ends of names that may be there too.
+            shapes: checkpoint names and shapes of the model.
+            ignored: name suffixes of further tensors to accept.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape, or is of no use to the model.
+            CheckpointError: a tensor is missing, has a different shape, or is not part of the model.
         """
         for name, want in shapes.items():
             if (found := self.shape(name)) != want:
                 raise CheckpointError(
-                    f"{self.folder}: {name} has the shape {found}, config.json says {want}; they do not belong together"
+                    f"{self.folder}: {name} has shape {found}, but config.json needs {want}; use matching files"
                 )
         ends = tuple(ignored)
         unused = self.names - {self._find(name)[0] for name in shapes}
         if unused := {name for name in unused if not name.endswith(ends)}:
             raise CheckpointError(
-                f"{self.folder}: {len(unused)} tensors have no place in the model, e.g. '{min(unused)}'; "
-                "the model would compute something else than this checkpoint"
+                f"{self.folder}: {len(unused)} tensors are not part of the model, e.g. '{min(unused)}'; "
+                "the model would not compute what this checkpoint defines"
             )
 
     def _find(self, name: str) -> tuple[str, FusedSlice | None]:
-        """The stored tensor that has, or is, the tensor of a checkpoint name."""
+        """Return the stored tensor that is, or contains, the named tensor."""
         if name in self._file_of:
             return name, None
         place = fused_slice(name)
@@ -118,13 +118,13 @@ class CheckpointReader:
                 self._open[file_name] = safe_open(self.folder / file_name, "pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{self.folder / file_name}: cannot be read ({error}); it is damaged or incomplete, get it again"
+                    f"{self.folder / file_name}: cannot be read ({error}); the file is damaged; download it again"
                 ) from error
         return self._open[file_name]
 
 
 class Fingerprint(NamedTuple):
-    """What tells a tensor from another: shape, dtype and the CRC-32 of its bytes."""
+    """Shape, dtype and CRC-32 of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -132,7 +132,7 @@ class Fingerprint(NamedTuple):
 
     @staticmethod
     def of(tensor: Tensor) -> Fingerprint:
-        """Of a tensor in CPU memory."""
+        """Compute the fingerprint of a CPU tensor."""
         content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         return Fingerprint(tuple(tensor.shape), tensor.dtype, zlib.crc32(content))
 
@@ -144,24 +144,24 @@ def write_checkpoint(
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write weights, tokenizer files and, last, `config.json` into an existing folder; read the weights back.
+    """Write weights, tokenizer files and finally `config.json` into an existing folder; read the weights back.
 
     Args:
-        folder: where to; what was written is deleted again where it fails.
-        source: the folder whose config and tokenizer are copied.
+        folder: output folder; after a failure the files written so far are deleted.
+        source: folder whose config and tokenizer are copied.
         weights: checkpoint names and tensors, streamed; at most one shard is held in memory.
-        dtype: that the tensors are written in; `config.json` is made to say so.
-        max_shard_bytes: a shard is closed before it would grow beyond this.
+        dtype: dtype of the written tensors; also set in `config.json`.
+        max_shard_bytes: maximum size of a shard.
 
     Raises:
-        CheckpointError: the disk refuses, or holds something else than was written.
+        CheckpointError: the files cannot be written, or read back differently.
     """
-    there = set(folder.iterdir())
+    existing = set(folder.iterdir())
     try:
         verify_weights(folder, _write_weights(folder, weights, dtype, max_shard_bytes))
         _write_companions(folder, source, dtype)
     except BaseException as error:
-        for path in set(folder.iterdir()) - there:
+        for path in set(folder.iterdir()) - existing:
             path.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise CheckpointError(
@@ -171,7 +171,7 @@ def write_checkpoint(
 
 
 def verify_weights(folder: Path, written: Mapping[str, Fingerprint]) -> None:
-    """Read every tensor of a checkpoint, one at a time, and compare it with what was to be written.
+    """Read every tensor of a checkpoint, one at a time, and compare it with the fingerprint of the source.
 
     Raises:
         CheckpointError: names, shapes, dtypes or values differ.
@@ -182,7 +182,7 @@ def verify_weights(folder: Path, written: Mapping[str, Fingerprint]) -> None:
         wrong = {name for name, fingerprint in written.items() if Fingerprint.of(reader.read(name)) != fingerprint}
     if wrong:
         raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors are not on the disk as they were written, e.g. '{min(wrong)}'; "
+            f"{folder}: {len(wrong)} tensors on disk differ from those written, e.g. '{min(wrong)}'; "
             "check the disk, or choose another folder"
         )
 
@@ -190,13 +190,13 @@ def verify_weights(folder: Path, written: Mapping[str, Fingerprint]) -> None:
 def _write_weights(
     folder: Path, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
 ) -> dict[str, Fingerprint]:
-    """Write the shards and their index; what they hold."""
+    """Write the shards and their index; return the fingerprint of each tensor."""
     shards: list[dict[str, Tensor]] = [{}]
     written: list[tuple[Path, list[str]]] = []
     fingerprints: dict[str, Fingerprint] = {}
     size = total = 0
     for name, tensor in weights:
-        # a copy of its own: safetensors refuses tensors that share memory, and the source may use it again
+        # copy: safetensors refuses tensors that share memory, and the source may reuse the buffer
         tensor = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             written.append(_write_shard(folder, len(written), shards.pop()))
@@ -225,14 +225,14 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple
     save_file(tensors, path, metadata={"format": "pt"})
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # some disks say only now that they are full
+        os.fsync(descriptor)  # a full disk may be reported only here
     finally:
         os.close(descriptor)
     return path, list(tensors)
 
 
 def _name_shards(folder: Path, written: list[tuple[Path, list[str]]], total_bytes: int) -> None:
-    """Give the shards their final names, which say how many there are, and write the index."""
+    """Rename the shards to their final names, which contain the number of shards, and write the index."""
     if len(written) == 1:
         written[0][0].rename(folder / SINGLE)
         return

@@ -1,4 +1,4 @@
-"""How large a model is and how it is built, from its config.json alone (no torch)."""
+"""Size and architecture of a model, from its config.json alone (no torch)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameter counts; `num_expert_parameters` of them are in experts. `source` says where they come from."""
+    """Parameter counts: all parameters, those in experts, and where the numbers come from."""
 
     num_parameters: int
     num_expert_parameters: int
@@ -23,18 +23,18 @@ class ModelSize:
 
 
 def architecture_of(pretrain: str) -> Architecture | None:
-    """Architecture of a builtin model or of a local checkpoint; None for a model that is not here.
+    """Return the architecture of a builtin model or local checkpoint; None for a model that is not on this machine.
 
     Raises:
-        ConfigError: it is one that the megatron strategies do not know.
+        ConfigError: the megatron strategies do not support the architecture.
     """
     config = _hf_config(pretrain)
-    # the epsilon of norms plays no part in sizes, and builtin models leave it to transformers
+    # builtin models omit the norm epsilon, which does not affect sizes
     return None if config is None else Architecture.from_config({"rms_norm_eps": 1e-6, **config}, pretrain)
 
 
 def context_length_of(pretrain: str) -> int | None:
-    """Positions that a builtin model or a local checkpoint was made for; None where that is not known here."""
+    """Return the context length of a builtin model or local checkpoint; None if unknown."""
     config = _hf_config(pretrain)
     return None if config is None else config.get("max_position_embeddings")
 
@@ -48,14 +48,14 @@ def _hf_config(pretrain: str) -> Mapping[str, Any] | None:
 
 
 def size_of(pretrain: str) -> ModelSize | None:
-    """Size of a builtin model, of a local checkpoint, or as a name such as `Qwen2.5-7B` tells; None if unknown."""
+    """Return the size of a builtin model or local checkpoint, or as read from a name like `Qwen2.5-7B`; else None."""
     if (config := _hf_config(pretrain)) is not None:
         return _count(config, "builtin" if pretrain.startswith(BUILTIN) else "config.json")
     if pretrain.startswith(BUILTIN):
         return None
     if match := re.search(r"(\d+(?:\.\d+)?)B(?:-A(\d+(?:\.\d+)?)B)?", pretrain):
         total = float(match[1]) * 1e9
-        # Nearly all parameters that a token does not use are experts'; the shared part is about half of the rest.
+        # Nearly all inactive parameters are in experts; about half of the active ones are shared.
         experts = total - float(match[2]) * 1e9 / 2 if match[2] else 0.0
         return ModelSize(int(total), int(experts), "from its name")
     return None

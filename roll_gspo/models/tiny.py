@@ -1,4 +1,4 @@
-"""Models made on the spot: real transformers architectures with a real tokenizer, small enough for a laptop.
+"""Builtin models: real transformers architectures and a real tokenizer, small enough for a laptop.
 
 Importing this module imports neither torch nor transformers.
 """
@@ -38,7 +38,7 @@ _QWEN3 = {
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A builtin model: the transformers configuration that makes it."""
+    """A builtin model, defined by its transformers configuration."""
 
     hf_config: Mapping[str, Any]
 
@@ -59,7 +59,7 @@ TINY_MODELS = {
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer with one token a byte and chat tokens, so that any text can be read and written."""
+    """Build a tokenizer with one token per byte plus chat tokens; it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +77,7 @@ def byte_tokenizer() -> Any:
 
 
 def build_model(spec: TinyModel, seed: int) -> Any:
-    """A `transformers` model with fresh float32 weights; the caller's random state is left as it was."""
+    """Build a `transformers` model with random float32 weights; the global random state is restored."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def build_model(spec: TinyModel, seed: int) -> Any:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Ten hexadecimal digits that change with anything that made a cached model."""
+    """Return ten hexadecimal digits that identify the inputs of a cached model."""
     text = json.dumps(parts, sort_keys=True, default=dict)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -101,6 +101,6 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer in Hugging Face layout."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a bar for one small file would tear the live view
+    logging.disable_progress_bar()  # a progress bar would break the live view
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Supervised start of a tiny model on demonstrations, so that reinforcement learning has successes to build on."""
+"""Supervised warm start of a tiny model, so that reinforcement learning starts with some successes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WARM_UP_STEPS = 20
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A templated prompt and the answer to imitate, end-of-sequence token included."""
+    """A templated prompt and the answer to imitate, including the end-of-sequence token."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -34,7 +34,11 @@ def train(
     pad: int,
     progress: Callable[[int, int], None],
 ) -> float:
-    """Fit `model` in place with AdamW, linear warm-up and cosine decay; returns the last step's loss (nats a token)."""
+    """Train `model` in place with AdamW, linear warm-up and cosine decay.
+
+    Returns:
+        The loss of the last step, in nats per token.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
     order = random.Random(seed)
@@ -61,7 +65,7 @@ def _learning_rate_factor(step: int, steps: int) -> float:
 
 
 def _pad(batch: Sequence[Demonstration], pad: int) -> tuple[Tensor, Tensor]:
-    """([B, S] tokens, [B, S] labels) padded on the right; causal attention needs no mask there."""
+    """Return [B, S] tokens and [B, S] labels, padded on the right; causal attention needs no mask for it."""
     width = max(len(d.prompt_ids) + len(d.answer_ids) for d in batch)
     input_ids = torch.full((len(batch), width), pad)
     labels = torch.full((len(batch), width), IGNORED_LABEL)

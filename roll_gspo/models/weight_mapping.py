@@ -1,10 +1,10 @@
-"""Hugging Face weights <-> megatron-core weights: one table of names, and how whole tensors are packed.
+"""Mapping between Hugging Face and megatron-core weights: a table of names and packings.
 
-Nothing here imports megatron. A megatron parameter is packed from one to three Hugging Face tensors. Tensor parallelism
-cuts each of these along at most one axis (query groups as wholes) and packs the pieces of a rank as it packs the whole.
+This module does not import megatron. A megatron parameter packs one to three Hugging Face tensors. Tensor parallelism
+splits each of them along at most one axis (query groups stay whole) and packs the shards of a rank like the whole.
 Layer and expert numbers are global: pipeline and expert parallelism only rename.
 
-Legend: G query groups (key/value heads), q query heads a group, D head size, H hidden, F intermediate, V vocabulary,
+Legend: G query groups (key/value heads), q query heads per group, D head size, H hidden, F intermediate, V vocabulary,
 E experts, R tensor-parallel ranks.
 """
 
@@ -21,23 +21,23 @@ from torch import Tensor
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 
-# How the Hugging Face tensors of one parameter lie in it:
-#   single   as they are
-#   vocab    [V, H], with rows of zeros until all ranks have as many
-#   qkv      group by group: its q query heads, its key head, its value head
-#   gate_up  gate over up, [2F, H]
+# Layouts of the Hugging Face tensors inside a parameter:
+#   single   unchanged
+#   vocab    [V, H], padded with zero rows so that all ranks have equally many
+#   qkv      per group: its q query heads, its key head, its value head
+#   gate_up  gate above up, [2F, H]
 Packing = Literal["single", "vocab", "qkv", "gate_up"]
 
-# (Hugging Face name, axis, start, stop) -> that piece of the tensor
-ReadPiece = Callable[[str, int, int, int], Tensor]
+# (Hugging Face name, axis, start, stop) -> that slice of the tensor
+ReadSlice = Callable[[str, int, int, int], Tensor]
 
 
 class Row(NamedTuple):
-    """One line of the table; `{}` in the Hugging Face names take the groups of `pattern`."""
+    """One row of the table; `{}` in the Hugging Face names are filled with the groups of `pattern`."""
 
     pattern: str
     packing: Packing
-    cut_axis: int | None
+    split_axis: int | None
     hf_names: tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ TABLE = (
     Row(r"embedding\.word_embeddings\.weight", "vocab", 0, ("model.embed_tokens.weight",)),
     Row(r"output_layer\.weight", "vocab", 0, ("lm_head.weight",)),
     Row(r"decoder\.final_layernorm\.weight", "single", None, ("model.norm.weight",)),
-    # TransformerEngine fuses a norm into the projection after it: the second name of the same weight
+    # TransformerEngine fuses a norm into the following projection, which gives the weight a second name
     Row(
         _LAYER + r"(?:input_layernorm\.|self_attention\.linear_qkv\.layer_norm_)weight",
         "single",
@@ -74,7 +74,7 @@ TABLE = (
     ),
     Row(_LAYER + r"mlp\.linear_fc2\.weight", "single", 1, (_HF + "mlp.down_proj.weight",)),
     Row(_LAYER + r"mlp\.router\.weight", "single", None, (_HF + "mlp.gate.weight",)),
-    # experts as modules of their own, or as numbered weights of one grouped matrix product
+    # experts are separate modules, or numbered weights of one grouped matrix product
     Row(_LAYER + r"mlp\.experts\.local_experts\.(\d+)\.linear_fc1\.weight", "gate_up", 0, _EXPERT_GATE_UP),
     Row(_LAYER + r"mlp\.experts\.linear_fc1\.weight(\d+)", "gate_up", 0, _EXPERT_GATE_UP),
     Row(_LAYER + r"mlp\.experts\.local_experts\.(\d+)\.linear_fc2\.weight", "single", 1, _EXPERT_DOWN),
@@ -84,40 +84,43 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one megatron parameter is made of Hugging Face tensors.
+    """Conversion between one megatron parameter and its Hugging Face tensors.
 
     Attributes:
-        packing: see `Packing`.
-        cut_axis: the axis of each Hugging Face tensor that tensor parallelism cuts; None where every rank has all.
+        packing: layout of the tensors in the parameter, see `Packing`.
+        split_axis: axis of each Hugging Face tensor that tensor parallelism splits; None if every rank holds it all.
         hf_names: the tensors, in packing order.
     """
 
     packing: Packing
-    cut_axis: int | None
+    split_axis: int | None
     hf_names: tuple[str, ...]
 
-    def part(
+    def shard(
         self,
-        read: ReadPiece,
+        read: ReadSlice,
         shapes: Mapping[str, tuple[int, ...]],
         model: Architecture,
         rank: int = 0,
         ranks: int = 1,
     ) -> Tensor:
-        """The parameter as `rank` of R = `ranks` tensor-parallel ranks holds it; only its pieces are read.
+        """Return the shard of the parameter on `rank` of R = `ranks` tensor-parallel ranks; only its slices are read.
 
         Args:
-            read: gives pieces of Hugging Face tensors.
-            shapes: of the whole Hugging Face tensors.
+            read: reads slices of Hugging Face tensors.
+            shapes: shapes of the whole Hugging Face tensors.
+            model: the architecture.
+            rank: tensor-parallel rank.
+            ranks: number of tensor-parallel ranks.
         """
-        if self.cut_axis is None:
+        if self.split_axis is None:
             (name,) = self.hf_names
             return read(name, 0, 0, shapes[name][0])
         pieces = []
         for name in self.hf_names:
-            length = shapes[name][self.cut_axis]
+            length = shapes[name][self.split_axis]
             step = -(-length // ranks)
-            pieces.append(read(name, self.cut_axis, min(rank * step, length), min((rank + 1) * step, length)))
+            pieces.append(read(name, self.split_axis, min(rank * step, length), min((rank + 1) * step, length)))
         if self.packing == "qkv":
             groups = [piece.unflatten(0, (model.num_key_value_heads // ranks, -1)) for piece in pieces]
             return torch.cat(groups, 1).flatten(0, 1)
@@ -126,49 +129,50 @@ class Recipe:
         return torch.cat(pieces)
 
     def unpack(
-        self, parts: Tensor, model: Architecture, contiguous: Callable[[Tensor], Tensor] = Tensor.contiguous
+        self, shards: Tensor, model: Architecture, contiguous: Callable[[Tensor], Tensor] = Tensor.contiguous
     ) -> Iterator[Tensor]:
-        """The reverse of `part`: the whole Hugging Face tensors, one at a time; views where `parts` allows it.
+        """Yield the whole Hugging Face tensors, the inverse of `shard`; views if the layout allows it.
 
         Args:
-            parts: [R, ...] the parameter as each rank holds it, R = 1 where it is not cut.
-            contiguous: lays out a tensor that cannot be a view; the result may be gone when the next one is asked for.
+            shards: [R, ...] the shard of each rank; R = 1 if the parameter is not split.
+            model: the architecture.
+            contiguous: copies a tensor that cannot be a view; the copy may be overwritten by the next one.
         """
         if self.packing == "qkv":
-            grouped = parts.unflatten(1, (model.num_key_value_heads // len(parts), -1))
+            grouped = shards.unflatten(1, (model.num_key_value_heads // len(shards), -1))
             sizes = [grouped.shape[2] - 2 * model.head_dim, model.head_dim, model.head_dim]
             for heads in grouped.split(sizes, 2):
                 yield contiguous(heads).flatten(0, 2)
         elif self.packing == "gate_up":
-            for half in parts.unflatten(1, (2, -1)).unbind(1):
+            for half in shards.unflatten(1, (2, -1)).unbind(1):
                 yield contiguous(half).flatten(0, 1)
         else:
-            axis = self.cut_axis or 0
-            whole = contiguous(parts.movedim(0, axis)).flatten(axis, axis + 1)
+            axis = self.split_axis or 0
+            whole = contiguous(shards.movedim(0, axis)).flatten(axis, axis + 1)
             yield whole[: model.vocab_size] if self.packing == "vocab" else whole
 
 
 def recipe(megatron_name: str) -> Recipe:
-    """The recipe of a megatron parameter.
+    """Return the recipe of a megatron parameter.
 
     Args:
-        megatron_name: as in `named_parameters()`, with global layer and expert numbers.
+        megatron_name: name from `named_parameters()`, with global layer and expert numbers.
 
     Raises:
-        ConfigError: the parameter belongs to a kind of model that is not in the table.
+        ConfigError: the table has no row for the parameter.
     """
     for row in TABLE:
         if match := re.fullmatch(row.pattern, megatron_name):
             names = tuple(name.format(*match.groups()) for name in row.hf_names)
-            return Recipe(row.packing, row.cut_axis, names)
+            return Recipe(row.packing, row.split_axis, names)
     raise ConfigError(
-        f"weight mapping: no Hugging Face weight is known for the megatron parameter '{megatron_name}'; "
+        f"weight mapping: no Hugging Face weight for the megatron parameter '{megatron_name}'; "
         "add a row to roll_gspo/models/weight_mapping.py"
     )
 
 
 def checkpoint_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the whole tensors that a checkpoint of a model has; a tied output head is left out."""
+    """Return names and shapes of all tensors in a checkpoint of the model, without a tied output head."""
     hidden, heads = model.hidden_size, model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
     attention: dict[str, tuple[int, ...]] = {
@@ -207,19 +211,19 @@ def _feed_forward_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 class FusedSlice(NamedTuple):
-    """Where a per-expert weight lies in the fused tensor of transformers 5: `tensor[expert, rows]`."""
+    """Position of a per-expert weight in the fused tensor of transformers 5: `tensor[expert, rows]`."""
 
     name: str
     expert: int
     half: int | None
 
-    def cut(self, expert_rows: Tensor) -> Tensor:
-        """The weight out of `fused[expert]` ([2F, H] gate over up, or [H, F] down)."""
+    def select(self, expert_rows: Tensor) -> Tensor:
+        """Return the weight within `fused[expert]` ([2F, H] gate above up, or [H, F] down)."""
         return expert_rows if self.half is None else expert_rows.chunk(2, 0)[self.half]
 
 
 def fused_slice(hf_name: str) -> FusedSlice | None:
-    """Where transformers 5 keeps `...mlp.experts.{e}.{gate,up,down}_proj.weight` in memory; None for other names."""
+    """Return the fused slice of `...mlp.experts.{e}.{gate,up,down}_proj.weight`; None for other names."""
     match = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", hf_name)
     if match is None:
         return None
@@ -230,11 +234,11 @@ def fused_slice(hf_name: str) -> FusedSlice | None:
 
 
 def split_fused(name: str, fused: Tensor) -> list[tuple[str, Tensor]]:
-    """`(checkpoint name, view)` of every expert of a fused tensor; other tensors come back as they are.
+    """Return `(checkpoint name, view)` for every expert of a fused tensor; other tensors are returned unchanged.
 
     Args:
         name: `...mlp.experts.gate_up_proj` ([E, 2F, H]) or `...mlp.experts.down_proj` ([E, H, F]).
-        fused: its tensor.
+        fused: the tensor.
     """
     match = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj", name)
     if match is None:

@@ -117,14 +117,14 @@ def test_dead_rank_ends_its_group_at_once(executor: RayExecutor) -> None:
         group.call("die", 1)
     assert time.monotonic() - started < 20
     assert gone(pids)
-    with pytest.raises(WorkerDiedError, match=r"is gone and cannot take 'pid'.*died during 'die'"):
+    with pytest.raises(WorkerDiedError, match=r"'pid'.*died during 'die'"):
         group.call("pid")
 
 
 def test_call_over_its_time_is_found_and_killed(executor: RayExecutor) -> None:
     group = group_of(executor, call_timeout_s=8)  # its start is a call, too
     pids = [group.pid(0), group.pid(1)]
-    with pytest.raises(WorkerHungError, match=r"rank 1 \(process \d+ on .*\) is in 'hang' for \d+ s .worker_timeout_s"):
+    with pytest.raises(WorkerHungError, match=r"rank 1 \(process \d+ .* 'hang' .worker_timeout_s 8"):
         group.call("hang", 1)
     assert gone(pids)
 
@@ -132,7 +132,7 @@ def test_call_over_its_time_is_found_and_killed(executor: RayExecutor) -> None:
 def test_stopped_process_is_found_by_its_silence_and_killed(executor: RayExecutor) -> None:
     group = group_of(executor, heartbeat_timeout_s=5)
     pids = [group.pid(0), group.pid(1)]
-    with pytest.raises(WorkerHungError, match=r"rank 0 .* has not answered for \d+ s .limit 5 s. during 'die'"):
+    with pytest.raises(WorkerHungError, match=r"rank 0 .* killed after \d+ s .*'die' .heartbeat_timeout_s 5"):
         group.call("die", 0, signal.SIGSTOP)
     assert gone(pids)
 

@@ -60,7 +60,7 @@ def _parts(name: str, tensors: list[Tensor], model: Architecture, ranks: int) ->
     def read(hf_name: str, axis: int, start: int, stop: int) -> Tensor:
         return named[hf_name].narrow(axis, start, stop - start)
 
-    return torch.stack([made_of.part(read, shapes, model, rank, ranks) for rank in range(ranks)])
+    return torch.stack([made_of.shard(read, shapes, model, rank, ranks) for rank in range(ranks)])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -79,7 +79,7 @@ def test_unpack_reverses_part(
     model: Architecture, name: str, shapes: list[tuple[int, ...]], part: tuple[int, ...], ranks: int
 ) -> None:
     tensors = [torch.randn(shape) for shape in shapes]
-    parts, axis = _parts(name, tensors, model, ranks), recipe(name).cut_axis
+    parts, axis = _parts(name, tensors, model, ranks), recipe(name).split_axis
     assert axis is not None
     want = [-(-part[0] // ranks) * ranks if axis == 0 else part[0], *part[1:]]  # an odd vocabulary is padded
     want[axis] //= ranks
@@ -95,7 +95,7 @@ def test_what_one_rank_has_is_unpacked_without_copies(model: Architecture) -> No
             assert tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 
-def test_cut_axis_gives_each_rank_a_whole_feed_forward_share(model: Architecture) -> None:
+def test_split_axis_gives_each_rank_a_whole_feed_forward_share(model: Architecture) -> None:
     gate, up, down, x = (torch.randn(shape, dtype=torch.float64) for shape in ((20, 24), (20, 24), (24, 20), (5, 24)))
     whole = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     parts = zip(
@@ -107,7 +107,7 @@ def test_cut_axis_gives_each_rank_a_whole_feed_forward_share(model: Architecture
     torch.testing.assert_close(sum(shares), whole)
 
 
-def test_cut_axis_gives_each_rank_whole_query_groups(model: Architecture) -> None:
+def test_split_axis_gives_each_rank_whole_query_groups(model: Architecture) -> None:
     query, key, value = torch.randn(48, 24), torch.randn(16, 24), torch.randn(16, 24)
     ranks = _parts(LAYER + "self_attention.linear_qkv.weight", [query, key, value], model, 2)
     for rank, part in enumerate(ranks):
@@ -126,7 +126,7 @@ def test_fused_experts_and_their_names_agree() -> None:
         place = fused_slice(name)
         assert place is not None
         fused = gate_up if place.name.endswith("gate_up_proj") else down
-        assert torch.equal(place.cut(fused[place.expert]), tensor)
+        assert torch.equal(place.select(fused[place.expert]), tensor)
     assert torch.equal(named[f"{prefix}.2.up_proj.weight"], gate_up[2, 5:])
     assert fused_slice("model.layers.0.mlp.gate_proj.weight") is None
     assert split_fused("model.norm.weight", down) == [("model.norm.weight", down)]

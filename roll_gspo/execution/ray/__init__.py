@@ -1,1 +1,1 @@
-"""Worker groups of Ray actors; nothing here is imported before `execution: ray` is asked for."""
+"""Worker groups of Ray actors; imported only with `execution: ray`."""

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: found or started, checked against the devices that the roles name, and reserved."""
+"""The Ray cluster of a run: join or start it, check it against the device mappings, and reserve devices."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from roll_gspo.execution.base import Devices, ExecutionSettings
 
 logger = logging.getLogger(__name__)
 _RESERVE_TIMEOUT_S = 60.0
-_OBJECT_STORE_BYTES = 512 << 20  # of a Ray of our own without GPUs; what does not fit is spilled to disk
+_OBJECT_STORE_BYTES = 512 << 20  # of a local Ray without GPUs; larger data spills to disk
 _RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers get their devices from us, not from Ray
-    "RAY_prestart_worker_first_driver": "0",  # every worker has an environment of its own: none is there beforehand
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the controller assigns devices, not Ray
+    "RAY_prestart_worker_first_driver": "0",  # prestarted workers would be unused: each has a different environment
 }
 
 
@@ -39,9 +39,9 @@ class Node:
     """A node of the placement group.
 
     Attributes:
-        host: its IP.
-        slots: the device numbers that roles take on it, ascending.
-        gpu_ids: of the GPUs that Ray reserved for them, in the same order; None where slots are only counted.
+        host: IP address.
+        slots: device numbers that roles use on this node, ascending.
+        gpu_ids: IDs of the reserved GPUs in the same order; None if devices are worker slots.
     """
 
     host: str
@@ -53,15 +53,15 @@ class Cluster:
     """A connection to Ray with the reserved devices of one run.
 
     Raises:
-        ConfigError: the cluster lacks what the roles' device mappings take.
+        ConfigError: the cluster has fewer nodes or devices than the device mappings need.
     """
 
     def __init__(self, settings: ExecutionSettings) -> None:
         by_node: dict[int, list[int]] = {}
         for device in sorted(set(settings.devices)):
             by_node.setdefault(device // settings.devices_per_node, []).append(device)
-        self._is_own = _connect(by_node)
-        self._guard = _Guard() if self._is_own else None
+        self._is_local = _connect(by_node)
+        self._reaper = _AgentReaper() if self._is_local else None
         self._group: PlacementGroup | None = None
         try:
             kind, amounts = _check(by_node, settings.devices_per_node)
@@ -75,14 +75,14 @@ class Cluster:
         self.own_node_id = ray.get_runtime_context().get_node_id()
 
     def strategy(self, devices: Devices, rank: int) -> PlacementGroupSchedulingStrategy:
-        """Puts a worker on the node of its devices."""
+        """Return the scheduling strategy that places a worker on the node of its devices."""
         assert self._group is not None
         return PlacementGroupSchedulingStrategy(
             self._group, placement_group_bundle_index=self._bundles[devices.node_of(rank)]
         )
 
     def environment(self, devices: Devices, rank: int) -> dict[str, str]:
-        """What shows a worker its devices and no others."""
+        """Return the variables that make only its own devices visible to a worker."""
         node = self._nodes[devices.node_of(rank)]
         if node.gpu_ids is None:
             return {"CUDA_VISIBLE_DEVICES": ""}
@@ -90,21 +90,21 @@ class Cluster:
         return {"CUDA_VISIBLE_DEVICES": ",".join(ids), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
     def close(self) -> None:
-        """Give the devices back, and leave the cluster; a Ray of our own ends."""
+        """Release the devices and disconnect; a local Ray is shut down."""
         if not ray.is_initialized():
             return
-        if self._group is not None and not self._is_own:
+        if self._group is not None and not self._is_local:
             remove_placement_group(self._group)
         self._group = None
         ray.shutdown()
-        if self._guard is not None:
-            self._guard.close()
+        if self._reaper is not None:
+            self._reaper.close()
 
 
-class _Guard:
-    """Ends what a raylet leaves behind for a while when this process is killed: the agents that it started.
+class _AgentReaper:
+    """Kills the agents that a raylet started, if this process is killed: they would outlive it for a while.
 
-    A shell waits for the end of a pipe that this process holds, and then kills them.
+    A shell waits for the end of a pipe that this process holds open, then kills them.
     """
 
     def __init__(self) -> None:
@@ -115,35 +115,35 @@ class _Guard:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not for it
+            start_new_session=True,  # not interrupted by Ctrl-C
         )
 
     def close(self) -> None:
-        """Nothing is left to be guarded."""
+        """End the shell without killing anything."""
         self._shell.kill()
         self._shell.communicate()
 
 
 def _connect(by_node: Mapping[int, Sequence[int]]) -> bool:
-    """Join the cluster that RAY_ADDRESS names or that `ray start` made here, else start one; whether it is our own."""
+    """Join the cluster of RAY_ADDRESS or of `ray start` on this machine, else start one; return True if started."""
     for name, value in _RAY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    ray_worker.print_to_stdstream = _log_of_ray  # Ray has no setting for it, and the console belongs to the run
+    ray_worker.print_to_stdstream = _log_ray_output  # Ray has no setting to silence it
     if ray.is_initialized():
-        raise ConfigError("execution: ray: this process is connected to Ray already; call ray.shutdown() before")
+        raise ConfigError("execution: ray: this process is already connected to Ray; call ray.shutdown() first")
     address = os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None)
-    if address and address != "local" and (os.environ.get("RAY_ADDRESS") or _answers(address)):
-        if not os.environ.get("RAY_ADDRESS"):  # as Ray itself does with a cluster that it found
+    if address and address != "local" and (os.environ.get("RAY_ADDRESS") or _is_reachable(address)):
+        if not os.environ.get("RAY_ADDRESS"):  # as ray.init does for a cluster that it finds
             authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         try:
-            with _signals_kept():
+            with _sigterm_handler_restored():
                 ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"execution: ray: the cluster at {address} cannot be joined ({error}); check RAY_ADDRESS and "
-                "RAY_AUTH_MODE (token or disabled), which must be as where the cluster was started; "
-                "RAY_ADDRESS=local starts a Ray of this machine alone"
+                "RAY_AUTH_MODE (token or disabled), which must equal that of the cluster; "
+                "RAY_ADDRESS=local starts a local Ray instead"
             ) from error
         logger.info("joined the Ray cluster at %s", address)
         return False
@@ -154,7 +154,7 @@ def _connect(by_node: Mapping[int, Sequence[int]]) -> bool:
             "num_gpus_per_node to what this machine has"
         )
     slots = max(len(devices) for devices in by_node.values())
-    with _signals_kept():
+    with _sigterm_handler_restored():
         ray.init(
             address="local",
             num_cpus=slots,
@@ -168,13 +168,13 @@ def _connect(by_node: Mapping[int, Sequence[int]]) -> bool:
     return True
 
 
-def _log_of_ray(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
-    """What raylets have to say, e.g. of a worker's end, which raises in the controller anyway."""
+def _log_ray_output(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+    """Log output of raylets at debug level; the death of a worker raises in the controller anyway."""
     logger.debug("ray: %s", " ".join(data["lines"]))
 
 
-def _answers(address: str) -> bool:
-    """`ray start` leaves its address behind when it is killed."""
+def _is_reachable(address: str) -> bool:
+    """Return whether a Ray head listens at `address`: a killed `ray start` leaves its address file behind."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=2).close()
@@ -184,8 +184,8 @@ def _answers(address: str) -> bool:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray puts a SIGTERM handler of its own in place."""
+def _sigterm_handler_restored() -> Iterator[None]:
+    """Restore the SIGTERM handler, which `ray.init` replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -203,10 +203,10 @@ def _has_gpu() -> bool:
 
 
 def _check(by_node: Mapping[int, Sequence[int]], per_node: int) -> tuple[str, list[int]]:
-    """The kind of resource that devices are here, and how many each node of the run takes.
+    """Return the resource kind of devices (GPU or CPU) and the number of devices per node of the run.
 
     Raises:
-        ConfigError: says what the cluster lacks.
+        ConfigError: the cluster has too few nodes or devices.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     kind = "GPU" if any(node["Resources"].get("GPU") for node in nodes) else "CPU"
@@ -230,18 +230,18 @@ def _check(by_node: Mapping[int, Sequence[int]], per_node: int) -> tuple[str, li
 
 
 def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
-    """One bundle a node, each on a node of its own.
+    """Reserve one bundle per node, each on a different node.
 
     Raises:
-        ConfigError: others hold the resources.
+        ConfigError: other jobs hold the resources.
     """
     group = placement_group(bundles, strategy="STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK")
     if not group.wait(_RESERVE_TIMEOUT_S):
         available = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
         remove_placement_group(group)
         raise ConfigError(
-            f"execution: ray: waited {_RESERVE_TIMEOUT_S:g} s for {bundles} of the cluster, which has {available} "
-            "free: other jobs hold the rest; wait for them, or take fewer devices"
+            f"execution: ray: {bundles} could not be reserved within {_RESERVE_TIMEOUT_S:g} s; the cluster has "
+            f"{available} free and other jobs hold the rest; wait for them, or use fewer devices"
         )
     return group
 
@@ -251,7 +251,7 @@ def _nodes(group: PlacementGroup, slots: list[list[int]], uses_gpus: bool) -> li
     hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     gpu_ids: list[tuple[str, ...] | None] = [None] * len(slots)
     if uses_gpus:
-        asked = [
+        refs = [
             _gpu_ids.options(
                 num_gpus=len(devices),
                 num_cpus=0,
@@ -259,7 +259,7 @@ def _nodes(group: PlacementGroup, slots: list[list[int]], uses_gpus: bool) -> li
             ).remote()
             for index, devices in enumerate(slots)
         ]
-        gpu_ids = list(ray.get(asked, timeout=_RESERVE_TIMEOUT_S))
+        gpu_ids = list(ray.get(refs, timeout=_RESERVE_TIMEOUT_S))
     return [
         Node(hosts[table[index]], tuple(devices), ids)
         for index, (devices, ids) in enumerate(zip(slots, gpu_ids, strict=True))
@@ -268,5 +268,5 @@ def _nodes(group: PlacementGroup, slots: list[list[int]], uses_gpus: bool) -> li
 
 @ray.remote
 def _gpu_ids() -> tuple[str, ...]:
-    """Of the GPUs that Ray gave this bundle."""
+    """Return the IDs of the GPUs that Ray assigned to this bundle."""
     return tuple(str(number) for number in ray.get_gpu_ids())

@@ -1,4 +1,4 @@
-"""Roles as groups of Ray actors, on a cluster or on a Ray of this machine that lives as long as the run."""
+"""Roles as groups of Ray actors, on an existing cluster or on a local Ray that ends with the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roll_gspo.execution.local import close_all
 from roll_gspo.execution.ray.cluster import Cluster
 from roll_gspo.execution.ray.group import RayGroup
 
-# Variables of the controller that its workers must see too, on whatever machine they are.
+# Prefixes of the controller's environment variables that workers on every machine need.
 _FORWARDED = ("CUDA_DEVICE_", "GLOO_", "HF_", "NCCL_", "OMP_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "VLLM_")
 
 
@@ -26,7 +26,7 @@ class RayExecutor:
         settings: devices, limits and environment of the run.
 
     Raises:
-        ConfigError: there is no cluster where one is needed, or it lacks what the run takes.
+        ConfigError: a cluster is needed and not found, or it has too few devices.
     """
 
     def __init__(self, settings: ExecutionSettings) -> None:
@@ -39,11 +39,11 @@ class RayExecutor:
 
     @property
     def uses_gpus(self) -> bool:
-        """See `ClusterExecutor`."""
+        """True if devices are GPUs."""
         return self._cluster.uses_gpus
 
     def start(self, name: str, make: Callable[[], RoleT], devices: Devices | None = None) -> RoleT:
-        """See `Executor`; with devices the role is a group, which is asked as if it were one object."""
+        """Build a role; with devices it runs as a group and is used like one object."""
         if devices is None:
             role = make()
             self._roles.append((name, role))
@@ -51,13 +51,13 @@ class RayExecutor:
         return cast(RoleT, RemoteRole(self.start_group(name, make, devices, one_world=True)))
 
     def start_group(self, name: str, make: Callable[[], Closeable], devices: Devices, *, one_world: bool) -> RayGroup:
-        """See `ClusterExecutor`."""
+        """Build one object per worker, as ranks of one world or as replicas."""
         group = RayGroup(name, make, devices, one_world, self._cluster, self._settings)
         self._roles.append((name, group))
         return group
 
     def close(self) -> None:
-        """Close every role, the last started first, then leave the cluster."""
+        """Close every role in reverse order of start, then disconnect from the cluster."""
         try:
             close_all(self._roles)
         finally:

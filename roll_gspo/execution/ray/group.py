@@ -1,4 +1,4 @@
-"""Worker groups on Ray: one actor a rank, calls to all or one of them, and an eye on those that are late."""
+"""Worker groups on Ray: one actor per rank, calls to one or all ranks, heartbeats and timeouts."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ from roll_gspo.execution.base import (
     wait_first,
 )
 from roll_gspo.execution.ray.cluster import Cluster
-from roll_gspo.execution.ray.worker import Beat, Identity, Outcome, ProgressSlot, Surroundings, Worker, World
+from roll_gspo.execution.ray.worker import Heartbeat, Identity, Outcome, ProcessContext, ProgressSlot, Worker, World
 
 logger = logging.getLogger(__name__)
-_BEAT_INTERVAL_S = 0.25
+_HEARTBEAT_INTERVAL_S = 0.25
 _CLOSE_TIMEOUT_S = 10.0
-_GRACE_S = 5.0  # after an error, for the other ranks' own
-WORKER_VARIABLE = "ROLL_GSPO_WORKER"  # says which one a process is, e.g. to `ps e`
+_GRACE_S = 5.0  # after an error, for errors of other ranks that may explain it
+WORKER_VARIABLE = "ROLL_GSPO_WORKER"  # names the worker of a process, e.g. in `ps e`
 _MAX_CAUSE_CHARS = 400
-_IDLE = Beat(0, 0.0, 0, 0)
+_IDLE = Heartbeat(0, 0.0, 0, 0)
 _CALLS = itertools.count(1)
-_Actor: Any = ray.remote(concurrency_groups={"beat": 1})(Worker)  # pyright: ignore[reportCallIssue]
+_Actor: Any = ray.remote(concurrency_groups={"heartbeat": 1})(Worker)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass
 class _Member:
-    """One rank as the controller knows it."""
+    """The controller's view of one rank."""
 
     actor: Any
     identity: Identity
-    beat: Beat = _IDLE
-    asked: Any = None
-    asked_at: float = 0.0
+    heartbeat: Heartbeat = _IDLE
+    request: Any = None
+    requested_at: float = 0.0
 
-    def pulse(self) -> float:
-        """Ask for a beat now and then; for how many seconds one has been owed."""
+    def poll_heartbeat(self) -> float:
+        """Request a heartbeat at intervals; return for how many seconds the current request is unanswered."""
         now = time.monotonic()
-        if self.asked is None:
-            if now - self.asked_at > _BEAT_INTERVAL_S:
-                self.asked, self.asked_at = self.actor.beat.remote(), now
+        if self.request is None:
+            if now - self.requested_at > _HEARTBEAT_INTERVAL_S:
+                self.request, self.requested_at = self.actor.heartbeat.remote(), now
             return 0.0
-        answered, _ = ray.wait([self.asked], timeout=0)
+        answered, _ = ray.wait([self.request], timeout=0)
         if not answered:
-            return now - self.asked_at
-        with suppress(RayError):  # the call itself says that the worker died
-            self.beat = ray.get(self.asked)
-        self.asked = None
+            return now - self.requested_at
+        with suppress(RayError):  # the call itself raises if the worker died
+            self.heartbeat = ray.get(self.request)
+        self.request = None
         return 0.0
 
 
@@ -84,24 +84,24 @@ class RayPending:
         self.progress = (0, 0)
 
     def done(self) -> bool:
-        """See `Pending`."""
+        """Return whether `result` would not block; also check heartbeats and timeouts."""
         if self._open:
             finished, _ = ray.wait(list(self._open), num_returns=len(self._open), timeout=0)
             for ref in finished:
                 self._take(self._open.pop(ref), ref)
         for rank in list(self._open.values()):
-            self._look_after(rank)
+            self._check_worker(rank)
         if not self._open:
             return True
         if not self._errors or time.monotonic() < self._settled_at:
             return False
-        # The rest waits for a rank that is not there any more, or has left the call.
+        # The other ranks wait in a collective for a rank that died or has left the call.
         self._open.clear()
         self._group.fail(str(most_telling(self._errors)))
         return True
 
     def result(self) -> Any:
-        """See `Pending`."""
+        """Wait for all called ranks and return the result of the first one."""
         wait_first([self])
         if self._errors:
             raise most_telling(self._errors)
@@ -114,8 +114,8 @@ class RayPending:
             text = self._group.describe_death(rank, self._method, error)
             self._lost(rank, WorkerDiedError(text))
             return
-        except Exception as error:  # of Ray: e.g. what was returned does not pickle
-            self._fail(WorkerError(f"{self._group.who(rank)} failed in '{self._method}': {error}"))
+        except Exception as error:  # raised by Ray, e.g. if the return value does not pickle
+            self._fail(WorkerError(f"{self._group.describe(rank)} failed in '{self._method}': {error}"))
             return
         self._group.relay(rank, outcome)
         if outcome.trace:
@@ -130,26 +130,26 @@ class RayPending:
         if error is not None:
             return type(error)(f"{error} ({self._group.name} rank {rank})")
         last = outcome.trace.strip().splitlines()[-1]
-        return WorkerError(f"{self._group.who(rank)} failed in '{self._method}': {last}\n{outcome.trace.rstrip()}")
+        return WorkerError(f"{self._group.describe(rank)} failed in '{self._method}': {last}\n{outcome.trace.rstrip()}")
 
-    def _look_after(self, rank: int) -> None:
+    def _check_worker(self, rank: int) -> None:
         member = self._group.member(rank)
         if member is None:
             return
-        silent_s = member.pulse()
-        beat = member.beat
-        if beat.call == self._number and rank == self._first:
-            self.progress = (beat.done, beat.total)
+        silent_s = member.poll_heartbeat()
+        heartbeat = member.heartbeat
+        if heartbeat.call == self._number and rank == self._first:
+            self.progress = (heartbeat.done, heartbeat.total)
         limit = self._group.settings.heartbeat_timeout_s
         if silent_s > limit:
-            text = f"has not answered for {silent_s:.0f} s (limit {limit:g} s) during '{self._method}'"
-        elif beat.call == self._number and beat.seconds > self._timeout_s:
-            text = f"is in '{self._method}' for {beat.seconds:.0f} s (worker_timeout_s {self._timeout_s:g})"
+            text = f"{silent_s:.0f} s without a heartbeat during '{self._method}' (heartbeat_timeout_s {limit:g})"
+        elif heartbeat.call == self._number and heartbeat.seconds > self._timeout_s:
+            text = f"{heartbeat.seconds:.0f} s in '{self._method}' (worker_timeout_s {self._timeout_s:g})"
         else:
             return
         for ref in [ref for ref, number in self._open.items() if number == rank]:
             del self._open[ref]
-        self._lost(rank, WorkerHungError(f"{self._group.who(rank)} {text}; it was taken for hung and killed"))
+        self._lost(rank, WorkerHungError(f"{self._group.describe(rank)}: killed after {text}"))
 
     def _fail(self, error: Exception) -> None:
         self._errors.append(error)
@@ -165,16 +165,16 @@ class RayGroup:
     """`WorkerGroup` of Ray actors.
 
     Args:
-        name: of the role.
+        name: name of the role.
         make: builds the object of each rank.
-        devices: of the ranks.
-        one_world: the ranks join one `torch.distributed` world; if one is lost all are killed.
-        cluster: where the devices are reserved.
-        settings: limits and environment.
+        devices: devices of the ranks.
+        one_world: the ranks join one `torch.distributed` world; if one is lost, all are killed.
+        cluster: the cluster that reserved the devices.
+        settings: time limits and environment.
 
     Raises:
         WorkerError: a worker does not start.
-        RollGspoError: what `make` raises.
+        RollGspoError: raised by `make`.
     """
 
     def __init__(
@@ -198,29 +198,29 @@ class RayGroup:
         self._start(range(self.size))
 
     def submit(self, method: str, *args: Any, rank: int | None = None) -> RayPending:
-        """See `WorkerGroup`; the arguments go to the object store once."""
+        """Start a call; the arguments are put into the object store once for all ranks."""
         packed = ray.put(tuple(ProgressSlot() if callable(arg) else arg for arg in args))
         return self._submit(method, rank, lambda actor, call, first: actor.call.remote(call, method, packed, first))
 
     def call(self, method: str, *args: Any, rank: int | None = None) -> Any:
-        """See `WorkerGroup`."""
+        """Start a call and wait for its result."""
         progress: Any = next((arg for arg in args if callable(arg)), None)
         return gather([self.submit(method, *args, rank=rank)], progress)[0]
 
     def host(self, rank: int) -> str:
-        """See `WorkerGroup`."""
+        """Return the IP address of the node of a rank."""
         return self._known(rank).identity.host
 
     def pid(self, rank: int) -> int:
-        """Of a rank's process."""
+        """Return the process ID of a rank."""
         return self._known(rank).identity.pid
 
     def alive(self, rank: int) -> bool:
-        """See `WorkerGroup`."""
+        """Return False if the worker was found dead or was killed."""
         return self._members[rank] is not None
 
     def restart(self, rank: int) -> None:
-        """See `WorkerGroup`."""
+        """Restart a replica with a new object."""
         if self._one_world:
             raise ValueError(f"{self.name}: a rank of a world cannot be restarted alone")
         self._kill(rank)
@@ -228,11 +228,11 @@ class RayGroup:
         self._start([rank])
 
     def kill(self) -> None:
-        """See `WorkerGroup`."""
-        self.fail("it was killed")
+        """Kill every process."""
+        self.fail("killed")
 
     def close(self) -> None:
-        """See `WorkerGroup`."""
+        """Close every object, then end its process."""
         living = [rank for rank in range(self.size) if self.alive(rank)]
         pendings: list[Pending] = [self.submit("close", rank=rank) for rank in living]
         until = time.monotonic() + _CLOSE_TIMEOUT_S
@@ -243,55 +243,55 @@ class RayGroup:
                     pending.result()
                 except Exception as error:
                     logger.warning("closing %s failed: %s", self.name, error)
-        self.fail("it was closed")
+        self.fail("closed")
 
-    # what pendings use
+    # used by RayPending
 
     def member(self, rank: int) -> _Member | None:
-        """A rank that is alive, or None."""
+        """Return the state of a rank, or None if it is dead."""
         return self._members[rank]
 
-    def who(self, rank: int) -> str:
-        """A rank in an error."""
+    def describe(self, rank: int) -> str:
+        """Return the description of a rank for error messages."""
         member = self._members[rank]
         where = f" (process {member.identity.pid} on {member.identity.host})" if member else ""
         return f"{self.name}: rank {rank}{where}"
 
     def relay(self, rank: int, outcome: Outcome) -> None:
-        """Log here what a worker logged; ranks of one world say the same, and once is enough."""
+        """Log the records of a worker in the controller; of one world only those of rank 0."""
         if rank == 0 or not self._one_world:
             for line in outcome.logs:
                 logging.getLogger(line.logger).log(line.level, "%s", line.text)
 
     def describe_death(self, rank: int, method: str, error: RayActorError) -> str:
-        """What Ray knows of it, in one line."""
+        """Return Ray's explanation of a worker's death, in one line."""
         text = " ".join(str(error).split())
         detail = re.search(
             r"(?:Worker exit detail: |cause was |The actor died because |The actor is dead because )(.*)", text
         )
         cause = (detail[1] if detail else text).partition(" Some common causes")[0]
-        return f"{self.who(rank)} died during '{method}': {cause[:_MAX_CAUSE_CHARS].rstrip('. ')}"
+        return f"{self.describe(rank)} died during '{method}': {cause[:_MAX_CAUSE_CHARS].rstrip('. ')}"
 
     def lose(self, rank: int, why: str) -> None:
-        """A rank is gone or useless; of a world, then, the others too."""
+        """Kill a lost rank; in one world, all ranks."""
         if self._one_world:
             self.fail(why)
         else:
             self._kill(rank)
 
     def fail(self, why: str) -> None:
-        """Kill what is left; later calls say why."""
+        """Kill all ranks; later calls report `why`."""
         self._why = self._why or why
         for rank in range(self.size):
             self._kill(rank)
 
-    # lives
+    # start and end of workers
 
     def _start(self, ranks: Sequence[int]) -> None:
         try:
             actors = {rank: self._actor(rank) for rank in ranks}
-            asked = {rank: actor.identity.remote() for rank, actor in actors.items()}
-            for rank, ref in asked.items():
+            identities = {rank: actor.identity.remote() for rank, actor in actors.items()}
+            for rank, ref in identities.items():
                 self._members[rank] = _Member(actors[rank], self._identity(rank, ref))
             store: Any = None
             if self._one_world:
@@ -302,7 +302,7 @@ class RayGroup:
             pendings = [self._build(rank, store) for rank in ranks]
             gather(pendings)
         except BaseException as error:
-            self.fail(f"it did not start: {error}")
+            self.fail(f"start failed: {error}")
             raise
 
     def _actor(self, rank: int) -> Any:
@@ -312,7 +312,7 @@ class RayGroup:
             max_restarts=0,
             scheduling_strategy=self._cluster.strategy(self._devices, rank),
             runtime_env={"env_vars": self._environment(rank)},
-        ).remote(Surroundings(os.getcwd(), tuple(os.path.abspath(folder) for folder in sys.path)))
+        ).remote(ProcessContext(os.getcwd(), tuple(os.path.abspath(folder) for folder in sys.path)))
 
     def _environment(self, rank: int) -> dict[str, str]:
         environment = {**self.settings.environment, WORKER_VARIABLE: f"{self.name} rank {rank}"}
@@ -322,7 +322,8 @@ class RayGroup:
             environment |= {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(self.size),
-                "LOCAL_RANK": "0" if self._cluster.uses_gpus else str(before),  # a worker sees its own GPUs only
+                # a worker sees only its own GPUs
+                "LOCAL_RANK": "0" if self._cluster.uses_gpus else str(before),
             }
         return environment | self._cluster.environment(self._devices, rank)
 
@@ -351,7 +352,7 @@ class RayGroup:
 
     def _raise_dead(self, rank: int, method: str) -> NoReturn:
         reason = f" ({self._why})" if self._why else ""
-        raise WorkerDiedError(f"{self.name}: rank {rank} is gone and cannot take '{method}'{reason}")
+        raise WorkerDiedError(f"{self.name}: rank {rank} is dead and cannot run '{method}'{reason}")
 
     def _known(self, rank: int) -> _Member:
         member = self._members[rank]
@@ -360,7 +361,7 @@ class RayGroup:
         return member
 
     def _kill(self, rank: int) -> None:
-        """Also where the process is stopped and cannot obey Ray."""
+        """Kill a worker through Ray and, on this node, by SIGKILL: a stopped process ignores Ray."""
         member, self._members[rank] = self._members[rank], None
         if member is None:
             return
@@ -370,7 +371,7 @@ class RayGroup:
 
 
 def kill_family(pid: int, started: float) -> None:
-    """SIGKILL a process of this machine, if it is the one that started then, and its children."""
+    """Send SIGKILL to a process of this machine and its children, if its start time matches `started`."""
     try:
         process = psutil.Process(pid)
         if abs(process.create_time() - started) > 1:

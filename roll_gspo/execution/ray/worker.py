@@ -1,4 +1,4 @@
-"""The process of one rank: it builds a role's object, runs its methods one after the other, and says how it is."""
+"""The process of one rank: builds a role's object, runs its methods one at a time and reports heartbeats."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _MAX_KEPT_LOGS = 1000
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a worker takes over from the controller; folders that its machine lacks are left out."""
+class ProcessContext:
+    """Working folder and import path of the controller; a worker ignores folders that its machine lacks."""
 
     working_folder: str
     module_folders: tuple[str, ...]
@@ -38,7 +38,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which process a worker is; `started` tells it from a later one with the same `pid`, `host` is its node's IP."""
+    """Identity of a worker process. `started` distinguishes reuses of a `pid`; `host` is the IP of the node."""
 
     pid: int
     started: float
@@ -48,7 +48,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class World:
-    """The `torch.distributed` world that a worker joins; rank 0 keeps its store."""
+    """The `torch.distributed` world that a worker joins; rank 0 hosts its store."""
 
     rank: int
     size: int
@@ -59,12 +59,12 @@ class World:
 
 @dataclass(frozen=True)
 class ProgressSlot:
-    """Stands in a call's arguments for the controller's progress function."""
+    """Placeholder for the controller's progress callback in the arguments of a call."""
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a worker does: the number of the call (0: none), since when, and how far it is."""
+class Heartbeat:
+    """State of a worker: number of the running call (0: none), its seconds so far, and its progress."""
 
     call: int
     seconds: float
@@ -74,7 +74,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class LogLine:
-    """One record of the worker's logging."""
+    """A log record of a worker."""
 
     logger: str
     level: int
@@ -83,13 +83,13 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended.
+    """Result of a call.
 
     Attributes:
-        value: what it returned, where that was asked for.
-        error: what it raised, if that crosses process borders as it is.
-        trace: the traceback of what it raised; empty where nothing was.
-        logs: records since the last outcome.
+        value: the return value, if requested.
+        error: the exception, if its type can be raised again in the controller.
+        trace: the traceback; empty if the call succeeded.
+        logs: log records since the previous outcome.
     """
 
     value: Any = None
@@ -99,42 +99,42 @@ class Outcome:
 
 
 class Worker:
-    """One rank. Methods run in one thread; `beat` answers meanwhile, in another."""
+    """One rank. Calls run in one thread; `heartbeat` runs in another."""
 
-    def __init__(self, surroundings: Surroundings) -> None:
+    def __init__(self, context: ProcessContext) -> None:
         _end_with_parent()
         faulthandler.enable()
-        if Path(surroundings.working_folder).is_dir():
-            os.chdir(surroundings.working_folder)
-        sys.path.extend(p for p in surroundings.module_folders if p not in sys.path and Path(p).is_dir())
+        if Path(context.working_folder).is_dir():
+            os.chdir(context.working_folder)
+        sys.path.extend(p for p in context.module_folders if p not in sys.path and Path(p).is_dir())
         self._role: Closeable | None = None
         self._store: Any = None
         self._call, self._began = 0, time.monotonic()
         self._progress = (0, 0)
         self._logs: deque[LogLine] = deque(maxlen=_MAX_KEPT_LOGS)
-        own = logging.getLogger("roll_gspo")
-        own.setLevel(logging.INFO)
-        own.addHandler(_Keep(self._logs))
+        package_logger = logging.getLogger("roll_gspo")
+        package_logger.setLevel(logging.INFO)
+        package_logger.addHandler(_BufferHandler(self._logs))
 
     def identity(self) -> Identity:
-        """Answered as soon as the process is ready."""
-        context = ray.get_runtime_context()
+        """Return the identity of the process, as soon as it is ready."""
+        runtime = ray.get_runtime_context()
         started = psutil.Process().create_time()
-        return Identity(os.getpid(), started, ray.util.get_node_ip_address(), context.get_node_id())
+        return Identity(os.getpid(), started, ray.util.get_node_ip_address(), runtime.get_node_id())
 
     def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """Host and port of a store that ranks of a world meet at; for rank 0."""
+        """Open the rendezvous store of a world on rank 0 and return its (host, port)."""
         from torch._C._distributed_c10d import TCPStore
 
         host = ray.util.get_node_ip_address()
-        # port 0: the system chooses one, and no other process can take it in between
+        # port 0: the system chooses a free port, so that no other process can take it in between
         self._store = TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s), multi_tenant=False
         )
         return host, self._store.port
 
     def build(self, call: int, make: Callable[[], Closeable], world: World | None) -> Outcome:
-        """Join the world, if there is one, and build the object."""
+        """Join `world`, if given, and build the object."""
 
         def work() -> None:
             if world is not None:
@@ -148,48 +148,48 @@ class Worker:
         args = [self._report if isinstance(arg, ProgressSlot) else arg for arg in packed]
         return self._run(call, lambda: getattr(self._role, method)(*args), want_value)
 
-    @ray.method(concurrency_group="beat")
-    def beat(self) -> Beat:
-        """Answered while a method runs."""
-        return Beat(self._call, time.monotonic() - self._began, *self._progress)
+    @ray.method(concurrency_group="heartbeat")
+    def heartbeat(self) -> Heartbeat:
+        """Report the state of the worker; runs beside a call."""
+        return Heartbeat(self._call, time.monotonic() - self._began, *self._progress)
 
     def _run(self, call: int, work: Callable[[], Any], want_value: bool) -> Outcome:
         self._progress = (0, 0)
         self._call, self._began = call, time.monotonic()
         try:
             value = work()
-            return Outcome(value if want_value else None, logs=self._drained())
+            return Outcome(value if want_value else None, logs=self._drain_logs())
         except Exception as error:
             kept = error if isinstance(error, RollGspoError) or type(error) is OSError else None
-            return Outcome(error=kept, trace=traceback.format_exc(), logs=self._drained())
+            return Outcome(error=kept, trace=traceback.format_exc(), logs=self._drain_logs())
         finally:
             self._call = 0
 
     def _join(self, world: World) -> None:
         import torch
         from torch import distributed as dist
-        from torch._C._distributed_c10d import TCPStore  # torch.distributed has it without exporting it
+        from torch._C._distributed_c10d import TCPStore  # not exported by torch.distributed
 
         timeout = timedelta(seconds=world.timeout_s)
         store = self._store or TCPStore(world.host, world.port, is_master=False, timeout=timeout)
         os.environ |= {"MASTER_ADDR": world.host, "MASTER_PORT": str(world.port)}
         if torch.cuda.is_available():
-            torch.cuda.set_device(0)  # the only one that this process sees
-        # two backends, so that objects and numbers of the CPU can be exchanged on a machine with GPUs too
+            torch.cuda.set_device(0)  # the only visible device
+        # gloo as well, for collectives on CPU tensors and objects
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
 
     def _report(self, done: int, total: int) -> None:
         self._progress = (done, total)
 
-    def _drained(self) -> tuple[LogLine, ...]:
+    def _drain_logs(self) -> tuple[LogLine, ...]:
         lines = tuple(self._logs)
         self._logs.clear()
         return lines
 
 
-class _Keep(logging.Handler):
-    """Keeps records until they travel to the controller, which has the run's log."""
+class _BufferHandler(logging.Handler):
+    """Buffers log records until the next outcome carries them to the controller."""
 
     def __init__(self, lines: deque[LogLine]) -> None:
         super().__init__(logging.INFO)
@@ -200,7 +200,7 @@ class _Keep(logging.Handler):
 
 
 def _end_with_parent() -> None:
-    """Have the kernel kill this process when the raylet is gone, however it went; Ctrl-C is the controller's."""
+    """Have the kernel kill this process when the raylet exits; ignore Ctrl-C, which the controller handles."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -44,7 +44,7 @@ def load_weights(chunks: Sequence[GPTModel], reader: CheckpointReader, architect
         if name == "output_layer.weight" and tied:
             name = "embedding.word_embeddings.weight"  # a last pipeline stage has its own copy
         group = _cutting_group(name)
-        part = recipe(name).part(reader.read, shapes, architecture, group.rank(), group.size())
+        part = recipe(name).shard(reader.read, shapes, architecture, group.rank(), group.size())
         if part.shape != parameter.shape:
             raise CheckpointError(
                 f"{reader.folder}: '{name}' is made with the shape {tuple(parameter.shape)}, the checkpoint fills "
