@@ -1,14 +1,14 @@
-"""Weights between processes: one sender, any number of receivers, over a gloo group of their own.
+"""Weight broadcast between processes: one sender and any number of receivers in a separate gloo group.
 
     sender = WeightBroadcastSender(WeightBroadcastAddress("127.0.0.1", port=0, world_size=2))  # trainer, rank 0
     receiver = WeightBroadcastReceiver(sender.address, rank=1)  # engine; waits for the store only
     sender.send(source, version=1)  # at the same time as ...
-    with receiver.receive(version=1) as weights: load(weights)            # ... this, on every receiver
+    with receiver.receive(version=1) as weights: load(weights)  # ... this, on every receiver
 
-Tensors travel as bytes in buckets. Before each bucket all receivers say that they are ready, or what went wrong with
-them; then the sender posts the bucket's manifest (names, shapes, dtypes), or what went wrong with it, and broadcasts.
-So an error of one side reaches the other as text and nobody waits in a broadcast that has no counterpart. Both texts
-go through the TCP store that the sender opens. The default process group is never touched.
+Tensors are sent as bytes in buckets. Before each bucket every receiver reports that it is ready, or its error. The
+sender then posts the manifest of the bucket (names, shapes, dtypes), or its error, and broadcasts. So an error of one
+side reaches the other as text, and no member blocks in a broadcast without a counterpart. These messages go through a
+TCP store that the sender opens. The default process group is not used.
 """
 
 from __future__ import annotations
@@ -25,21 +25,30 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has them without exporting them
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # not exported by torch.distributed
 
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
-from roll_gspo.strategies.weight_broadcast_format import Accept, Buffers, Header, bytes_of, crc32, pack, pieces, room
+from roll_gspo.strategies.weight_broadcast_format import (
+    Accept,
+    Buffers,
+    Header,
+    allocate,
+    bytes_of,
+    crc32,
+    pack_buckets,
+    pieces,
+)
 
-BUCKET_BYTES = 16 << 20  # measured: larger ones fall out of the processor's cache between the ends
-_GRACE_S = 5.0  # receivers wait longer than the sender does: it knows who is late and says so
+BUCKET_BYTES = 16 << 20  # measured: larger buckets do not stay in the CPU cache between copy and broadcast
+_GRACE_S = 5.0  # receivers wait longer than the sender, which can name the late rank
 _LISTED = 8
-_LOST = "lost"  # key of what `report_loss` says
-_LOOK_S = 1.0  # how often a sender that waits looks for it
+_LOST = "lost"  # key of the message of `report_loss`
+_POLL_S = 1.0  # interval at which a waiting sender checks for it
 
 
 class _Member:
-    """What both ends have: the store, the group, and a count of transfers and of the buckets in the current one."""
+    """Common part of sender and receiver: store, process group, and counters of transfers and their buckets."""
 
     def __init__(self, address: WeightBroadcastAddress, rank: int, is_sender: bool) -> None:
         self.address = address
@@ -66,14 +75,14 @@ class _Member:
     @property
     def _store(self) -> TCPStore:
         if self._opened is None:
-            raise WeightTransferError("weight transfer: the wire was closed; connect anew")
+            raise WeightTransferError("weight transfer: the connection is closed; connect again")
         return self._opened
 
     def _key(self, kind: str, rank: int = 0) -> str:
         return f"{self._transfer}/{self._step}/{kind}/{rank}"
 
     def _wait(self, key: str, timeout_s: float) -> bool:
-        """Whether `key` was set in time."""
+        """Wait for `key`; return False on timeout."""
         try:
             self._store.wait([key], timedelta(seconds=timeout_s))
         except dist.DistStoreError:
@@ -84,30 +93,30 @@ class _Member:
         self._transfer += 1
         self._step = 0
 
-    def _check_whole(self) -> None:
+    def _check_usable(self) -> None:
         if self._broken:
-            raise WeightTransferError(f"weight transfer: the wire broke before ({self._broken}); connect anew")
+            raise WeightTransferError(f"weight transfer: an earlier transfer failed ({self._broken}); connect again")
 
     def _open_group(self) -> None:
-        """Called by all members at once; each listens on the interface that leads to the sender."""
+        """Open the process group. All members call this together; each uses the interface that reaches the sender."""
         options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
         options._timeout = timedelta(seconds=self.address.timeout_s)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address.own_ip())]
         store = PrefixStore("group", self._store)
-        with self._breaking("open the group"):
+        with self._unusable_after_error("open the group"):
             self._group = dist.ProcessGroupGloo(store, self._rank, self.address.world_size, options)
 
     def _broadcast(self, tensor: Tensor) -> None:
-        """From rank 0 into the contiguous CPU tensors of the others, in bytes."""
+        """Broadcast the bytes of a contiguous CPU tensor from rank 0."""
         assert self._group is not None
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
-        with self._breaking("broadcast"):
+        with self._unusable_after_error("broadcast"):
             self._group.broadcast([bytes_of(tensor)], options).wait()  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager
-    def _breaking(self, doing: str) -> Iterator[None]:
-        """After an error in here the members are out of step for good."""
+    def _unusable_after_error(self, doing: str) -> Iterator[None]:
+        """Mark the connection as unusable after an error, as the members are no longer in step."""
         try:
             yield
         except BaseException as error:
@@ -116,32 +125,32 @@ class _Member:
                 raise
             raise WeightTransferError(
                 f"weight transfer: rank {self._rank} could not {doing} with the {self.address.world_size} members "
-                f"of the wire: {error}"
+                f"of the broadcast: {error}"
             ) from error
 
     def close(self) -> None:
-        """Leave the wire; calling it again does nothing."""
+        """Disconnect. Further calls do nothing."""
         self._group = self._opened = None
 
 
 def report_loss(address: WeightBroadcastAddress, text: str) -> None:
-    """Tell the sender that a receiver is lost, so that it does not wait for it; a wire that is gone needs no word."""
+    """Notify the sender that a receiver died, so that it stops waiting. No-op if the sender is gone."""
     with suppress(RuntimeError):
         store = TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=_GRACE_S))
         store.set(_LOST, text)
 
 
 class WeightBroadcastSender(_Member):
-    """Rank 0 of a wire. Opening it waits for nobody; the receivers connect before, or while, the first version is sent.
+    """Rank 0 of a weight broadcast. It does not wait for receivers, which connect before or during the first `send`.
 
-    A receiver that was lost cannot be replaced: open a new wire and connect all receivers to it.
+    A lost receiver cannot be replaced: open a new sender and connect all receivers to it.
 
     Args:
-        address: its `host` is this machine's as the receivers reach it.
-        bucket_bytes: largest piece that is sent at once, and all that a transfer holds beside its source.
+        address: its `host` is this machine's address as seen by the receivers.
+        bucket_bytes: maximum size of a message, and the memory that a transfer needs besides its source.
 
     Raises:
-        WeightTransferError: the port is taken.
+        WeightTransferError: the port is in use.
     """
 
     def __init__(self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -150,35 +159,35 @@ class WeightBroadcastSender(_Member):
         self._bucket_bytes = bucket_bytes
 
     def send(self, source: Iterable[tuple[str, Tensor]], version: int, checksum: bool = False) -> None:
-        """Send (name, tensor) pairs; returns when every receiver has taken the last one.
+        """Send (name, tensor) pairs; return when every receiver has received all of them.
 
-        The source is iterated once, and to its end even where a receiver fails: a collective export has other ranks
-        that take part in it. Tensors may lie on any device and in any order of strides.
+        The source is iterated once and to its end, even if a receiver fails: other ranks may take part in a
+        collective export. Tensors may be on any device and have any strides.
 
         Args:
-            source: e.g. a `WeightSource`.
-            version: that every receiver must be waiting for.
-            checksum: send a CRC-32 with every piece; it costs about as much time as a copy.
+            source: pairs to send, e.g. a `WeightSource`.
+            version: version that every receiver must be waiting for.
+            checksum: send a CRC-32 with every piece, at about the cost of a copy.
 
         Raises:
-            WeightTransferError: the source failed, a receiver is late, waits for another version or failed;
-                with its rank and name, and the error's own text.
+            WeightTransferError: the source failed, or a receiver failed, is late or waits for another version. The
+                message has the rank, its name and its error.
         """
         self._begin()
         tensors = iter(source)
         try:
-            self._check_whole()
+            self._check_usable()
             if self._group is None:
                 self._post(Header(opens_group=True), version)
                 self._open_group()
-            for header, payload in pack(tensors, self._buffers.take(self._bucket_bytes), checksum):
+            for header, payload in pack_buckets(tensors, self._buffers.take(self._bucket_bytes), checksum):
                 self._post(header, version)
                 self._send_payload(payload, checksum)
-                del payload  # a source may make its next tensor only when this one is gone
+                del payload  # free it before the source creates the next tensor
             self._await_receivers(version)
         except BaseException as error:
             wrapped = _as_transfer_error(error, version)
-            self._tell(Header(error=str(wrapped) or type(error).__name__))
+            self._post_error(Header(error=str(wrapped) or type(error).__name__))
             if isinstance(error, WeightTransferError):
                 with suppress(Exception):
                     for _ in tensors:
@@ -195,47 +204,47 @@ class WeightBroadcastSender(_Member):
                 self._broadcast(torch.tensor([crc32(sent)]))
 
     def _post(self, header: Header, version: int) -> None:
-        """Announce what comes, once everybody waits for it."""
+        """Post the next header once all receivers wait for it."""
         self._await_receivers(version)
         self._store.set(self._key("header"), header.encode())
         self._step += 1
 
-    def _tell(self, header: Header) -> None:
-        """An error, to receivers that may have left."""
+    def _post_error(self, header: Header) -> None:
+        """Post an error for receivers that may have disconnected."""
         try:
             self._store.set(self._key("header"), header.encode())
         except (RuntimeError, WeightTransferError):
-            self._broken = self._broken or "the store is gone"
+            self._broken = self._broken or "the store is closed"
 
     def _await_receivers(self, version: int) -> None:
-        """Until all are ready for the current step.
+        """Wait until all receivers are ready for the current step.
 
         Raises:
-            WeightTransferError: what the first that failed said, or who is late.
+            WeightTransferError: a receiver reported an error or is late.
         """
-        everyone = range(1, self.address.world_size)
+        receivers = range(1, self.address.world_size)
         self._wait_for_all()
-        ready = [rank for rank in everyone if self._store.check([self._key("ready", rank)])]
+        ready = [rank for rank in receivers if self._store.check([self._key("ready", rank)])]
         for rank in ready:
-            self._judge(rank, version)
-        late = [self._name(rank) for rank in everyone if rank not in ready]
+            self._check_ready(rank, version)
+        late = [self._name(rank) for rank in receivers if rank not in ready]
         if late:
             raise WeightTransferError(
                 f"weight transfer of version {version}: waited {self.address.timeout_s:g} s for {', '.join(late)}"
             )
         for key in (self._key("all_ready"), self._key("count")):
             self._store.delete_key(key)
-        if self._step:  # everybody has read the header before this one
+        if self._step:  # all receivers have read the previous header
             self._store.delete_key(f"{self._transfer}/{self._step - 1}/header/0")
 
     def _wait_for_all(self) -> bool:
-        """Whether all were ready in time.
+        """Wait for all receivers; return False on timeout.
 
         Raises:
-            WeightTransferError: somebody who watches the receivers says that one is lost.
+            WeightTransferError: `report_loss` reported a dead receiver.
         """
         until = time.monotonic() + self.address.timeout_s
-        while not self._wait(self._key("all_ready"), min(_LOOK_S, max(until - time.monotonic(), 0.001))):
+        while not self._wait(self._key("all_ready"), min(_POLL_S, max(until - time.monotonic(), 0.001))):
             if self._store.check([_LOST]):
                 self._broken = "a receiver was lost"
                 raise WeightTransferError(f"weight transfer: {self._store.get(_LOST).decode()}")
@@ -243,7 +252,7 @@ class WeightBroadcastSender(_Member):
                 return False
         return True
 
-    def _judge(self, rank: int, version: int) -> None:
+    def _check_ready(self, rank: int, version: int) -> None:
         state = json.loads(self._store.get(self._key("ready", rank)))
         self._store.delete_key(self._key("ready", rank))
         if state["error"]:
@@ -259,12 +268,12 @@ class WeightBroadcastSender(_Member):
 
 
 class WeightBroadcastReceiver(_Member):
-    """A rank from 1 of a wire; waits for the sender's store to be open, not for other receivers.
+    """A receiver of a weight broadcast (rank 1 or above). It waits for the sender's store, not for other receivers.
 
     Args:
-        address: as `WeightBroadcastSender.address` says it.
-        rank: of this receiver; by default `address.first_rank`.
-        name: says in errors who this is; by default host and process id.
+        address: `WeightBroadcastSender.address`.
+        rank: rank of this receiver; default `address.first_rank`.
+        name: name in errors, besides process ID and host.
 
     Raises:
         WeightTransferError: the sender's store cannot be reached.
@@ -280,34 +289,34 @@ class WeightBroadcastReceiver(_Member):
 
     @contextmanager
     def receive(self, version: int, accept: Accept | None = None) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """Take a version: iterate the (name, tensor) pairs to their end within the `with` block.
+        """Receive a version: iterate the (name, tensor) pairs to the end within the `with` block.
 
-        Tensors are on the CPU. They may be kept, but a small one keeps its whole bucket alive; apart from
-        what is kept, one bucket, or one tensor that is larger than it, is held at a time.
+        Tensors are on the CPU. The caller may keep them, but a small tensor keeps its whole bucket alive. Besides,
+        only one bucket, or one larger tensor, is held at a time.
 
         Args:
-            version: that the sender must send next.
-            accept: may refuse a bucket by raising, before any of its tensors is handed out.
+            version: version that the sender must send next.
+            accept: rejects a bucket by raising, before any of its tensors is yielded.
 
         Raises:
-            WeightTransferError: the sender failed or is late, a checksum differs, or the iteration ended early; an
-                error raised in the block passes as it is. In each case the sender raises its text too.
+            WeightTransferError: the sender failed or is late, a checksum differs, or the iteration ended early. An
+                exception raised in the block propagates unchanged. The sender raises the same text.
         """
         self._begin()
         ended: list[bool] = []
         try:
-            self._check_whole()
+            self._check_usable()
             yield self._tensors(version, accept, ended)
             if not ended:
                 raise WeightTransferError(f"weight transfer of version {version}: the receiver stopped before its end")
-            self._say(version)
+            self._report(version)
         except BaseException as error:
-            self._say_error(version, error)
+            self._report_error(version, error)
             raise
 
     def _tensors(self, version: int, accept: Accept | None, ended: list[bool]) -> Iterator[tuple[str, Tensor]]:
         while True:
-            self._say(version)
+            self._report(version)
             header = self._next_header(version)
             if header.opens_group:
                 self._open_group()
@@ -316,22 +325,22 @@ class WeightBroadcastReceiver(_Member):
             if accept is not None:
                 accept(header.tensors, header.last)
             yield from received
-            del received  # or it would live on beside the next one
+            del received  # free it before the next bucket is allocated
             if header.last:
                 break
         ended.append(True)
 
-    def _say(self, version: int, error: str = "") -> None:
-        """This receiver is ready for the current step, or what went wrong with it; the last one wakes the sender."""
+    def _report(self, version: int, error: str = "") -> None:
+        """Report readiness for the current step, or an error; the last receiver wakes the sender."""
         with self._reaching_sender(version):
             self._store.set(self._key("ready", self._rank), json.dumps({"version": version, "error": error}))
             if self._store.add(self._key("count"), 1) == self.address.world_size - 1 or error:
                 self._store.set(self._key("all_ready"), "")
 
-    def _say_error(self, version: int, error: BaseException) -> None:
+    def _report_error(self, version: int, error: BaseException) -> None:
         text = str(error) if isinstance(error, WeightTransferError) else f"{type(error).__name__}: {error}"
-        with suppress(WeightTransferError):  # nobody is left to hear it
-            self._say(version, text)
+        with suppress(WeightTransferError):  # the sender is gone
+            self._report(version, text)
 
     @contextmanager
     def _reaching_sender(self, version: int) -> Iterator[None]:
@@ -360,8 +369,8 @@ class WeightBroadcastReceiver(_Member):
         return header
 
     def _take(self, header: Header) -> list[tuple[str, Tensor]]:
-        """One bucket; all its pieces are received before anything is said of them."""
-        payload, tensors = room(header, self._buffers)
+        """Receive one bucket; checksums are verified after all pieces have arrived."""
+        payload, tensors = allocate(header, self._buffers)
         damaged = False
         for piece in pieces(payload, header.bucket_bytes):
             self._broadcast(piece)
@@ -373,7 +382,7 @@ class WeightBroadcastReceiver(_Member):
             names = [meta.name for meta in header.tensors]
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             raise WeightTransferError(
-                f"weight transfer: rank {self._rank} received other bytes than were sent (the checksums differ) of "
+                f"weight transfer: rank {self._rank} received corrupted bytes (checksums differ) for "
                 f"{', '.join(names[:_LISTED])}{more}"
             )
         return tensors

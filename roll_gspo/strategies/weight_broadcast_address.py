@@ -1,4 +1,4 @@
-"""Where the members of a wire meet."""
+"""The rendezvous address of a weight broadcast."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class WeightBroadcastAddress:
-    """Where the members of a wire meet.
+    """The rendezvous address of a weight broadcast.
 
     Attributes:
-        host, port: of the sender's store, as the receivers reach it; port 0 lets the sender choose a free one
-            (`WeightBroadcastSender.address` then has it).
-        world_size: members: the sender, which is rank 0, and every receiver.
-        first_rank: of the receiver that gets this address, or of the first worker of an engine that has several.
-        timeout_s: how long a member waits for another one at any point.
+        host, port: address of the sender's store. With port 0 the sender chooses a free port, which
+            `WeightBroadcastSender.address` then contains.
+        world_size: number of members: the sender (rank 0) and all receivers.
+        first_rank: rank of the receiver that gets this address, or of the first worker of its engine.
+        timeout_s: time limit of every wait for another member.
     """
 
     host: str
@@ -25,11 +25,11 @@ class WeightBroadcastAddress:
     timeout_s: float = 300.0
 
     def at(self, first_rank: int) -> WeightBroadcastAddress:
-        """The same wire for another receiver."""
+        """Return the address for the receiver with rank `first_rank`."""
         return replace(self, first_rank=first_rank)
 
     def own_ip(self) -> str:
-        """Of this machine's interface that leads to the sender; nothing is sent to find it out."""
+        """Return the IP of the local interface that routes to the sender; sends no packet."""
         family, kind, _, _, target = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(target)

@@ -1,4 +1,4 @@
-"""How tensors lie in the byte buckets of a wire, and the manifest that goes before each."""
+"""Layout of tensors in the byte buckets of a weight broadcast, and the manifest of each bucket."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64  # bytes; more than any dtype needs, so that every tensor can be read where it lies in its bucket
+_ALIGNMENT = 64  # bytes; a multiple of every dtype size, so that tensors can be views of the bucket
 
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """A tensor of a manifest; `dtype` is torch's name without `torch.`."""
+    """Metadata of a tensor; `dtype` is the torch name without `torch.`."""
 
     name: str
     dtype: str
@@ -24,35 +24,35 @@ class TensorMeta:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> TensorMeta:
-        """Describe `tensor`."""
+        """Return the metadata of `tensor`."""
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """As torch knows it."""
+        """The dtype as a torch object."""
         return getattr(torch, self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Of its values."""
+        """Size of the values in bytes."""
         return self.torch_dtype.itemsize * torch.Size(self.shape).numel()
 
 
-# Called with a bucket's manifest, and whether it is the last one, before any of its tensors is handed out.
+# Called with (manifest, is_last) of a bucket before any of its tensors is yielded; rejects it by raising.
 Accept = Callable[[Sequence[TensorMeta], bool], None]
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the sender says before it broadcasts: a bucket, the call to open the group, or its error.
+    """Announcement of the sender: a bucket, a request to open the group, or an error.
 
     Attributes:
-        tensors: of the bucket, in order; a tensor larger than `bucket_bytes` is alone.
-        last: the source ends with this bucket, which may be empty.
-        checksum: one follows each piece.
-        bucket_bytes: largest piece.
-        opens_group: no bucket; every member opens the group now.
-        error: no bucket; why the transfer ends here.
+        tensors: metadata of the tensors in order; a tensor larger than `bucket_bytes` has its own bucket.
+        last: true for the last bucket of the source, which may be empty.
+        checksum: true if a checksum follows each piece.
+        bucket_bytes: maximum size of a piece.
+        opens_group: no bucket follows; every member opens the process group now.
+        error: no bucket follows; the reason that the transfer ended.
     """
 
     tensors: tuple[TensorMeta, ...] = ()
@@ -63,21 +63,21 @@ class Header:
     error: str = ""
 
     def encode(self) -> str:
-        """As JSON."""
+        """Encode as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def decode(cls, data: bytes) -> Header:
-        """What `encode` wrote."""
+        """Decode the output of `encode`."""
         fields = json.loads(data)
         metas = (TensorMeta(m["name"], m["dtype"], tuple(m["shape"])) for m in fields.pop("tensors"))
         return cls(tensors=tuple(metas), **fields)
 
 
 class Buffers:
-    """Memory for buckets that is used again as soon as nobody holds a tensor in it: fresh pages cost more than a copy.
+    """A pool of bucket buffers. A buffer is reused once no tensor refers to it: fresh pages cost more than a copy.
 
-    Two are kept: while the next bucket arrives an engine may hold the tensors of an unfinished layer.
+    The pool keeps two buffers, as an engine may hold tensors of an unfinished layer while the next bucket arrives.
     """
 
     _KEPT = 2
@@ -86,9 +86,9 @@ class Buffers:
         self._kept: list[Tensor] = []
 
     def take(self, bucket_bytes: int) -> Tensor:
-        """Uninitialised uint8 [bucket_bytes]."""
+        """Return an uninitialised uint8 tensor [bucket_bytes]."""
         for buffer in self._kept:
-            if len(buffer) == bucket_bytes and _holders(buffer) == _holders(torch.empty(1)):
+            if len(buffer) == bucket_bytes and _num_references(buffer) == _num_references(torch.empty(1)):
                 return buffer[:]
         buffer = torch.empty(bucket_bytes, dtype=torch.uint8)
         if len(self._kept) < self._KEPT:
@@ -96,14 +96,16 @@ class Buffers:
         return buffer[:]
 
 
-def _holders(tensor: Tensor) -> int:
+def _num_references(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-def pack(tensors: Iterable[tuple[str, Tensor]], buffer: Tensor, checksum: bool) -> Iterator[tuple[Header, Tensor]]:
-    """Headers with their payloads: bytes of several tensors in `buffer`, or a single tensor larger than that.
+def pack_buckets(
+    tensors: Iterable[tuple[str, Tensor]], buffer: Tensor, checksum: bool
+) -> Iterator[tuple[Header, Tensor]]:
+    """Yield a header and payload per bucket: the bytes of several tensors in `buffer`, or one larger tensor.
 
-    A payload is valid until the next one is asked for.
+    A payload is valid until the next one is requested.
     """
     bucket_bytes = len(buffer)
     metas: list[TensorMeta] = []
@@ -125,12 +127,12 @@ def pack(tensors: Iterable[tuple[str, Tensor]], buffer: Tensor, checksum: bool) 
             buffer[used:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
             metas.append(meta)
             used = min(_aligned(end), bucket_bytes)
-        del tensor  # a source may make its next tensor only when this one is gone
+        del tensor  # free it before the source creates the next tensor
     yield header(metas, last=True), buffer[:used]
 
 
-def room(header: Header, buffers: Buffers) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """An empty payload for what `header` announces, and the tensors that lie in it."""
+def allocate(header: Header, buffers: Buffers) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """Allocate the payload that `header` announces; return it and (name, view) of each tensor in it."""
     metas = header.tensors
     if len(metas) == 1 and metas[0].nbytes > header.bucket_bytes:
         single = torch.empty(metas[0].shape, dtype=metas[0].torch_dtype)
@@ -142,7 +144,7 @@ def room(header: Header, buffers: Buffers) -> tuple[Tensor, list[tuple[str, Tens
 
 
 def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
-    """Views that make up `tensor`, of at most `limit` bytes each; where it is cut depends on shape and dtype only."""
+    """Split `tensor` into views of at most `limit` bytes; the splits depend only on shape and dtype."""
     if tensor.nbytes <= limit:
         if tensor.numel():
             yield tensor
@@ -153,12 +155,12 @@ def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's memory as uint8."""
+    """View a contiguous tensor as uint8."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def crc32(tensor: Tensor) -> int:
-    """Of a contiguous CPU tensor's bytes."""
+    """Return the CRC-32 of the bytes of a contiguous CPU tensor."""
     return zlib.crc32(bytes_of(tensor).numpy().data)
 
 

@@ -157,28 +157,26 @@ def check_failures(process: Process, connect: Connect, tmp_path: Path, tensor_pa
         sender.send(source(), 3)
     with pytest.raises(ProcessError, match="version 3: RuntimeError: the trainer lost a rank"):
         process.result()
-    with pytest.raises(WeightTransferError, match="broke off half-way; build a new engine"):
+    with pytest.raises(WeightTransferError, match="build a new engine"):
         transfer(process, sender, new, 4)
-    with pytest.raises(ProcessError, match="broke off half-way; build a new engine"):
+    with pytest.raises(ProcessError, match="build a new engine"):
         process.result()
     with pytest.raises(ProcessError, match="version 4 failed"):
         generate(process)
 
 
-def test_engine_that_failed_generates_nothing_until_a_transfer_succeeds(
-    process: Process, connect: Connect, tmp_path: Path
-) -> None:
+def test_engine_refuses_to_generate_after_a_failed_transfer(process: Process, connect: Connect, tmp_path: Path) -> None:
     check_failures(process, connect, tmp_path, 1)
 
 
 @pytest.mark.long
-def test_engine_of_two_workers_that_failed_generates_nothing_until_a_transfer_succeeds(
+def test_engine_of_two_workers_refuses_to_generate_after_a_failed_transfer(
     process: Process, connect: Connect, tmp_path: Path
 ) -> None:
     check_failures(process, connect, tmp_path, 2)
 
 
-def test_engines_that_cannot_take_weights_over_the_wire_are_config_errors(tmp_path: Path) -> None:
+def test_engines_that_cannot_receive_a_broadcast_are_config_errors(tmp_path: Path) -> None:
     from roll_gspo.strategies.vllm.engine import VllmGenerate
 
     setup = ModelSetup(save_model("qwen3_moe", tmp_path), torch.float32, 1, 1.0, 0)
@@ -189,7 +187,7 @@ def test_engines_that_cannot_take_weights_over_the_wire_are_config_errors(tmp_pa
         VllmGenerate(setup, two, 256, record_routed_experts=True, receives_broadcast=True)
 
 
-def test_incomplete_weights_are_refused_after_the_last_bucket(process: Process, connect: Connect) -> None:
+def test_incomplete_weights_are_rejected_after_the_last_bucket(process: Process, connect: Connect) -> None:
     folder, sender = connect("llama", 1)
     new = weights(folder, 1)
     del new["model.norm.weight"]

@@ -411,7 +411,7 @@ def test_engine_is_given_up_after_an_update_that_broke_off(tmp_path: Path, proce
     unreadable = {name: torch.empty_like(tensor, device="meta") for name, tensor in item.weights(1).items()}
     with pytest.raises(WeightTransferError, match=r"version 1: .*meta"):
         item.engine.update_weights(Weights(unreadable), 1)
-    with pytest.raises(WeightTransferError, match="broke off half-way; build a new engine"):
+    with pytest.raises(WeightTransferError, match="build a new engine"):
         item.engine.update_weights(Weights(item.weights(2)), 2)
     with pytest.raises(WeightTransferError, match="version 2 failed"):
         item.engine.generate(PROMPTS, Sampling(1, 1), SEEDS)

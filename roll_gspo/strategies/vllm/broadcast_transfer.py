@@ -43,13 +43,13 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """Which version the sender is about to send."""
+    """The version that the sender sends next."""
 
     version: int
 
 
 class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Worker side: a receiver on the wire that loads the model layer by layer while the buckets arrive."""
+    """Worker side: receives the weight broadcast and loads the model layer by layer as the buckets arrive."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -58,8 +58,8 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     problem = ""
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Connect to the sender; another wire is left for this one."""
-        self._noted(lambda: self._connect(WeightBroadcastAddress(**asdict(init_info))))
+        """Connect to the sender; closes an earlier connection."""
+        self._record_problem(lambda: self._connect(WeightBroadcastAddress(**asdict(init_info))))
 
     def _connect(self, address: WeightBroadcastAddress) -> None:
         self.shutdown()
@@ -68,11 +68,11 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         self._receiver = WeightBroadcastReceiver(address, address.first_rank + worker, f"vllm worker {worker}")
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the old weights stay usable until the first manifest is accepted."""
+        """Do nothing: the old weights stay usable until the first manifest is accepted."""
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Receive and load the whole model."""
-        self._noted(lambda: self._receive(update_info.version))
+        self._record_problem(lambda: self._receive(update_info.version))
 
     def _receive(self, version: int) -> None:
         if self._receiver is None:
@@ -84,35 +84,35 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
             seen = {name for name, _, _ in arrived}
             expected = self._expected if last else {n: s for n, s in self._expected.items() if n in seen}
             if wrong := differences(expected, arrived):
-                raise WeightTransferError("weight transfer: " + "; ".join(wrong) + self._after_refusal())
+                raise WeightTransferError("weight transfer: " + "; ".join(wrong) + self._state_after_rejection())
 
         with self._receiver.receive(version, accept) as weights:
             if self._half_loaded:
-                raise WeightTransferError("weight transfer: an earlier one broke off half-way; build a new engine")
-            first = next(weights, None)  # only now there is something to replace the old weights with
+                raise WeightTransferError("weight transfer: an earlier transfer stopped half-way; build a new engine")
+            first = next(weights, None)  # the old weights stay valid until the first tensor arrives
             self._half_loaded = True
             load_full_model(self.model, self.model_config, _chained(first, weights))
             self._half_loaded = False
 
-    def _after_refusal(self) -> str:
+    def _state_after_rejection(self) -> str:
         return "; build a new engine" if self._half_loaded else "; the old weights were kept"
 
     def finish_weight_update(self) -> None:
-        """Nothing left: `receive_weights` saw the whole model."""
+        """Do nothing: `receive_weights` loads the whole model."""
 
     def shutdown(self) -> None:
-        """Leave the wire."""
+        """Disconnect from the sender."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
 
-    def _noted(self, work: Callable[[], None]) -> None:
+    def _record_problem(self, work: Callable[[], None]) -> None:
         self.problem = ""
         try:
             work()
         except Exception as error:
-            named = isinstance(error, WeightTransferError)
-            self.problem = str(error) if named else f"weight transfer: {type(error).__name__}: {error}"
+            is_transfer_error = isinstance(error, WeightTransferError)
+            self.problem = str(error) if is_transfer_error else f"weight transfer: {type(error).__name__}: {error}"
 
 
 def _chained(first: tuple[str, Tensor] | None, rest: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -125,16 +125,16 @@ WeightTransferEngineFactory.register_engine(GLOO, GlooEngine)
 
 
 class BroadcastWorker:
-    """`worker_extension_cls` of an engine that receives over a wire."""
+    """The `worker_extension_cls` of an engine that receives a weight broadcast."""
 
     weight_transfer_engine: GlooEngine
 
     def broadcast_problem(self) -> str:
-        """What went wrong in the last call of the weight transfer; empty if nothing did."""
+        """Return the error of the last weight-transfer call; empty if it succeeded."""
         return self.weight_transfer_engine.problem
 
 
-# Of an engine that `BroadcastTransfer` drives.
+# Arguments of an engine for `BroadcastTransfer`.
 BROADCAST_ARGS: dict[str, object] = {
     "weight_transfer_config": {"backend": GLOO},
     "worker_extension_cls": f"{BroadcastWorker.__module__}.{BroadcastWorker.__qualname__}",
@@ -142,25 +142,25 @@ BROADCAST_ARGS: dict[str, object] = {
 
 
 class BroadcastTransfer:
-    """Drives the receiving side of one engine, which was built with `BROADCAST_ARGS`."""
+    """Controls the receiving side of one engine, built with `BROADCAST_ARGS`."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
 
     def connect(self, address: WeightBroadcastAddress) -> None:
-        """All workers of the engine enter the wire.
+        """Connect all workers of the engine to the sender.
 
         Raises:
-            WeightTransferError: a worker does not reach the sender.
+            WeightTransferError: a worker cannot reach the sender.
         """
         self._llm.init_weight_transfer_engine({"init_info": asdict(address)})
         self._raise_problems()
 
     def receive(self, version: int) -> None:
-        """Take the version that the sender is sending; keys and values of older weights are forgotten.
+        """Receive `version` and reset the KV cache of older weights.
 
         Raises:
-            WeightTransferError: what went wrong in the workers, the sender's error included.
+            WeightTransferError: the errors of all workers, including the error of the sender.
         """
         if not self._llm.reset_prefix_cache():
             raise WeightTransferError("weight transfer: requests are running; finish or abort them first")
@@ -172,7 +172,7 @@ class BroadcastTransfer:
             raise WeightTransferError("\n".join(problems))
 
     def _problems(self) -> list[str]:
-        """Of all workers; one that several report is listed once."""
+        """Return the errors of all workers without duplicates."""
         return list(dict.fromkeys(problem for problem in self._llm.collective_rpc("broadcast_problem") if problem))
 
     def _raise_problems(self) -> None:

@@ -1,4 +1,4 @@
-"""Loading a full set of Hugging Face tensors into a vLLM model that has weights already."""
+"""Load a full set of Hugging Face tensors into an initialised vLLM model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from roll_gspo.strategies.vllm.manifest import expected_shapes
 
 
 def shapes_of_full_model(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that a transfer to an engine of this model must have, from its checkpoint."""
+    """Return names and shapes of all tensors of the model, read from its checkpoint."""
     tied = bool(model_config.hf_text_config.tie_word_embeddings)
     return expected_shapes(Path(model_config.model), tied)
 
 
 def load_full_model(model: torch.nn.Module, model_config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Replace all weights, layer by layer; the iteration may stop half-way with an error, then the model is lost.
+    """Replace all weights, layer by layer. If the iteration raises, the model is unusable.
 
     Raises:
-        WeightTransferError: a parameter got nothing.
+        WeightTransferError: a parameter received no tensor.
     """
     if current_platform.is_cpu():
         _repack_experts_on_load(model)
@@ -42,19 +42,19 @@ def load_full_model(model: torch.nn.Module, model_config: ModelConfig, weights: 
     untouched = {name for name, _ in model.named_parameters()} - set(loaded or ())
     if untouched:
         raise WeightTransferError(
-            f"weight transfer: the engine's {sorted(untouched)[:10]} took none of the tensors sent"
+            f"weight transfer: parameters of the engine received no tensor: {sorted(untouched)[:10]}"
         )
 
 
 def _repack_experts_on_load(model: torch.nn.Module) -> None:
-    """vLLM 0.32 on a CPU packs a MoE layer's new weights only where no kernel exists yet."""
+    """Force repacking: vLLM 0.32 on a CPU packs new MoE weights only if no kernel exists yet."""
     for module in model.modules():
         if isinstance(module, RoutedExperts) and isinstance(module.quant_method, UnquantizedFusedMoEMethod):
             module.quant_method.moe_kernel = None
 
 
 def _repack_output_heads(model: torch.nn.Module) -> None:
-    """vLLM 0.32 on a CPU: a head tied to the embedding is loaded with it, but its packed copy is not renewed."""
+    """Repack tied output heads: vLLM 0.32 on a CPU loads them with the embedding but keeps the old packed copy."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)

@@ -1,4 +1,4 @@
-"""Which tensors a full model consists of, and how a set of tensors differs from that."""
+"""The expected tensors of a full model, and the check of a received set against them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LISTED = 8
 
 
 def expected_shapes(checkpoint: Path, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors, from the headers of its safetensors files.
+    """Read names and shapes of a model's tensors from the headers of its safetensors files.
 
     Args:
         checkpoint: folder in Hugging Face layout.
-        tied: the output head is the embedding, so it is not expected.
+        tied: true if the output head is the embedding, so that it is not sent.
 
     Raises:
         WeightTransferError: the folder has no safetensors file.
@@ -35,7 +35,7 @@ def expected_shapes(checkpoint: Path, tied: bool) -> dict[str, tuple[int, ...]]:
     for file in files:
         if not file.exists():
             raise WeightTransferError(
-                f"weight transfer: no {file.name} in {checkpoint}, so a full model cannot be told from a part of one; "
+                f"weight transfer: no {file.name} in {checkpoint}, so the manifest of the model is unknown; "
                 "save the checkpoint in safetensors format"
             )
         with safe_open(str(file), framework="pt") as tensors:
@@ -43,14 +43,14 @@ def expected_shapes(checkpoint: Path, tied: bool) -> dict[str, tuple[int, ...]]:
                 shapes[name] = tuple(tensors.get_slice(name).get_shape())
     if tied:
         shapes.pop("lm_head.weight", None)
-    # A constant that old Llama checkpoints carry; no engine loads it.
+    # A constant in old Llama checkpoints that no engine loads.
     return {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def differences(
     expected: Mapping[str, tuple[int, ...]], arrived: Sequence[tuple[str, tuple[int, ...], torch.dtype]]
 ) -> list[str]:
-    """What is wrong with the tensors that arrived, one clause for each kind; empty if nothing is."""
+    """Compare received tensors with the expected ones; return one clause per kind of difference."""
     counts = Counter(name for name, _, _ in arrived)
     known = [item for item in arrived if item[0] in expected]
     kinds = {
