@@ -23,11 +23,11 @@ from roll_gspo.rewards.base import RewardRequest
 from roll_gspo.rewards.blocks import block_spec
 from roll_gspo.rewards.catalog import build_reward
 from roll_gspo.roles.generator import sample_seeds
-from roll_gspo.strategies.megatron.attention import decoder_spec
-from roll_gspo.strategies.megatron.model import transformer_config
-from roll_gspo.strategies.megatron.state import load_state
-from roll_gspo.strategies.megatron.weights import MegatronWeights, load_weights
-from roll_gspo.strategies.vllm.engine import VllmGenerate
+from roll_gspo.strategies.megatron.engine.attention import decoder_spec
+from roll_gspo.strategies.megatron.engine.model import transformer_config
+from roll_gspo.strategies.megatron.engine.state import load_state
+from roll_gspo.strategies.megatron.engine.weights import MegatronWeights, load_weights
+from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 from roll_gspo.tracking.console import Console
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip

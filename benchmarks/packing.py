@@ -33,7 +33,7 @@ from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.metrics import Metric
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, TokenScores, UpdateResult
-from roll_gspo.strategies.megatron import MegatronTrain
+from roll_gspo.strategies.megatron.engine import MegatronTrain
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 VOCAB = 4096

@@ -83,7 +83,7 @@ def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | 
     else:
         from roll_gspo.config.strategy import VllmConfig
         from roll_gspo.strategies.base import ModelSetup
-        from roll_gspo.strategies.vllm.engine import VllmGenerate
+        from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
         setup = ModelSetup(checkpoint, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)
         engine = VllmGenerate(setup, VllmConfig(max_num_seqs=8, kv_cache_memory_mb=64), 256, receives_broadcast=True)

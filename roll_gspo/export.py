@@ -117,14 +117,14 @@ def _trained(config: AnyConfig, source: Path, folder: Path) -> Trained:
 
     role, setup = config.actor_train, _setup(config, source)
     if isinstance(role.strategy_args, HfTrainArgs):
-        from roll_gspo.strategies.hf import HfTrain
+        from roll_gspo.strategies.hf.train import HfTrain
 
         total_steps = 1 if isinstance(config, SftConfig) else config.num_updates  # no step is taken
         optimizer = optimizer_setup(config, role.training_args, total_steps)
         engine = HfTrain(setup, optimizer, role.strategy_args.strategy_config)
         engine.load(folder)
         return engine
-    from roll_gspo.strategies.megatron import MegatronTrained
+    from roll_gspo.strategies.megatron.engine import MegatronTrained
 
     return MegatronTrained(setup, folder)
 

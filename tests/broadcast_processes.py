@@ -132,7 +132,7 @@ class Worker:
         self.sender.send(HfWeights(build_model(family, seed)), version)
 
     def build_engine(self, folder: Path, tensor_parallel_size: int) -> None:
-        from roll_gspo.strategies.vllm.engine import VllmGenerate
+        from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
         config = VllmConfig(max_num_seqs=32, kv_cache_memory_mb=32, tensor_parallel_size=tensor_parallel_size)
         setup = ModelSetup(folder, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)

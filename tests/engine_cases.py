@@ -13,8 +13,8 @@ from torch import Tensor
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric, mean_of
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, TokenScores, TrainStrategy, ValueStrategy
-from roll_gspo.strategies.hf import HfValue
 from roll_gspo.strategies.hf.model import HfWeights
+from roll_gspo.strategies.hf.value import HfValue
 
 Checkpoints = Callable[[str], Path]
 
@@ -82,7 +82,7 @@ def value_weights(engine: ValueStrategy) -> dict[str, Tensor]:
     """The weights of a critic now, under checkpoint names; its head lies where the output layer did."""
     if isinstance(engine, HfValue):
         return dict(HfWeights(engine._model))
-    from roll_gspo.strategies.megatron.weights import MegatronWeights
+    from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
     model = engine._model  # type: ignore[attr-defined]
     untied = replace(model.architecture, tie_word_embeddings=False)  # the head is the critic's own

@@ -28,7 +28,7 @@ def trained(
     batching: MicroBatching = MicroBatching(2),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Scores, three updates and scores again of a model in a layout."""
-    from roll_gspo.strategies.megatron import MegatronTrain
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(model_setup(folder, dtype), OPTIMIZER, MegatronConfig(**layout))
     before = engine.score(sequences(), entropy=True)
@@ -44,7 +44,7 @@ def trained(
 
 def valued(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Values before and after three updates of a critic in a layout."""
-    from roll_gspo.strategies.megatron import MegatronValue
+    from roll_gspo.strategies.megatron.engine import MegatronValue
 
     engine = MegatronValue(model_setup(folder), OPTIMIZER, MegatronConfig(**layout))
     results = [
@@ -59,7 +59,7 @@ def valued(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 def imitated(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Scores and two updates on conversations, whose masks have gaps."""
-    from roll_gspo.strategies.megatron import MegatronTrain
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(model_setup(folder), OPTIMIZER, MegatronConfig(**layout))
     batch = demonstrations()
@@ -80,7 +80,7 @@ def squared_error(values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, 
 
 def replayed(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Recorded experts, and two updates through them."""
-    from roll_gspo.strategies.megatron import MegatronTrain
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(
         model_setup(folder), OPTIMIZER, MegatronConfig(**layout), router_replay="R2", record_routing=True

@@ -18,8 +18,8 @@ def build_ranks(model: Architecture, config: MegatronConfig, world_size: int) ->
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from roll_gspo.strategies.megatron import compat
-    from roll_gspo.strategies.megatron.model import _build_chunk, transformer_config
+    from roll_gspo.strategies.megatron.engine import compat
+    from roll_gspo.strategies.megatron.engine.model import _build_chunk, transformer_config
 
     vars(compat._Loader.stand_in.cuda)["current_device"] = lambda: torch.device("meta")
     from megatron.core import parallel_state

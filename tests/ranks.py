@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed", "roll_gspo.strategies.megatron", "parallel_cases"])
+_CONTEXT.set_forkserver_preload(["torch.distributed", "roll_gspo.strategies.megatron.engine", "parallel_cases"])
 # Groups that are over leave threads behind, each of which wakes a hundred times a second.
 _JOBS_OF_A_PROCESS = 16
 

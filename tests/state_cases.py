@@ -21,7 +21,7 @@ BEFORE, AFTER = range(2), range(2, 4)
 
 
 def engine_of(folder: Path, layout: Layout, dtype: torch.dtype = torch.float32, critic: bool = False) -> Any:
-    from roll_gspo.strategies.megatron import MegatronTrain, MegatronValue
+    from roll_gspo.strategies.megatron.engine import MegatronTrain, MegatronValue
 
     made = MegatronValue if critic else MegatronTrain
     return made(model_setup(folder, dtype), OPTIMIZER, MegatronConfig(**layout))
@@ -85,7 +85,7 @@ def whole_tensors(state: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state, by megatron's own reader."""
     from megatron.core import dist_checkpointing
 
-    from roll_gspo.strategies.megatron import MegatronTrain  # noqa: F401 - makes megatron importable
+    from roll_gspo.strategies.megatron.engine import MegatronTrain  # noqa: F401 - makes megatron importable
 
     loaded = dist_checkpointing.load_plain_tensors(str(state))
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}

@@ -18,8 +18,8 @@ from roll_gspo.models.hf_checkpoint import CheckpointReader
 
 def exported(folders: list[Path], layout: dict[str, Any], dtype: torch.dtype, bucket_bytes: int) -> list[list[str]]:
     """Load each checkpoint in a layout and export it again: the names, after all values were found equal."""
-    from roll_gspo.strategies.megatron.model import build_model
-    from roll_gspo.strategies.megatron.weights import MegatronWeights
+    from roll_gspo.strategies.megatron.engine.model import build_model
+    from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
     names = []
     for folder in folders:
@@ -43,8 +43,8 @@ def exported_grouped(folder: Path, layout: dict[str, Any]) -> list[str]:
 
     The kernels of such products need CUDA; here their parameters alone take the place of the experts.
     """
-    from roll_gspo.strategies.megatron.model import build_model
-    from roll_gspo.strategies.megatron.weights import MegatronWeights, load_weights
+    from roll_gspo.strategies.megatron.engine.model import build_model
+    from roll_gspo.strategies.megatron.engine.weights import MegatronWeights, load_weights
 
     model = build_model(model_setup(folder), MegatronConfig(**layout))
     for chunk in model.chunks:
@@ -71,8 +71,8 @@ def exported_grouped(folder: Path, layout: dict[str, Any]) -> list[str]:
 
 def changed(folder: Path, layout: dict[str, Any]) -> dict[str, float]:
     """The sum of each exported tensor, after every parameter was doubled between two exports of one source."""
-    from roll_gspo.strategies.megatron.model import build_model
-    from roll_gspo.strategies.megatron.weights import MegatronWeights
+    from roll_gspo.strategies.megatron.engine.model import build_model
+    from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
     model = build_model(model_setup(folder), MegatronConfig(**layout))
     source = MegatronWeights(model.chunks, model.architecture)
@@ -94,8 +94,8 @@ def exported_memory(folder: Path, layout: dict[str, Any], bucket_bytes: int, kee
     """
     from torch.profiler import ProfilerActivity, profile
 
-    from roll_gspo.strategies.megatron.model import build_model
-    from roll_gspo.strategies.megatron.weights import MegatronWeights, global_parameters
+    from roll_gspo.strategies.megatron.engine.model import build_model
+    from roll_gspo.strategies.megatron.engine.weights import MegatronWeights, global_parameters
 
     model = build_model(model_setup(folder), MegatronConfig(**layout))
     source = MegatronWeights(model.chunks, model.architecture, bucket_bytes)
@@ -120,7 +120,7 @@ def exported_memory(folder: Path, layout: dict[str, Any], bucket_bytes: int, kee
 
 def saved(folder: Path, layout: dict[str, Any], target: Path, max_file_bytes: int | None) -> str | None:
     """`save_hf` of a trainer in a layout; the error, if any. Rank 0 cannot write files beyond `max_file_bytes`."""
-    from roll_gspo.strategies.megatron import MegatronTrain
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig(**layout))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -139,7 +139,7 @@ def saved(folder: Path, layout: dict[str, Any], target: Path, max_file_bytes: in
 
 def refused(folder: Path, layout: dict[str, Any]) -> str:
     """Why a checkpoint cannot be loaded in a layout."""
-    from roll_gspo.strategies.megatron.model import build_model
+    from roll_gspo.strategies.megatron.engine.model import build_model
 
     try:
         build_model(model_setup(folder), MegatronConfig(**layout))

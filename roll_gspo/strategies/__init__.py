@@ -5,11 +5,11 @@ from roll_gspo.registry import Registry
 STRATEGIES = Registry(
     "strategy_name",
     {
-        "megatron_train": "roll_gspo.strategies.megatron.train:MegatronTrain",
-        "megatron_infer": "roll_gspo.strategies.megatron.infer:MegatronInfer",
+        "megatron_train": "roll_gspo.strategies.megatron.engine.train:MegatronTrain",
+        "megatron_infer": "roll_gspo.strategies.megatron.engine.infer:MegatronInfer",
         "hf_train": "roll_gspo.strategies.hf.train:HfTrain",
         "hf_infer": "roll_gspo.strategies.hf.infer:HfInfer",
-        "vllm": "roll_gspo.strategies.vllm.engine:VllmGenerate",
+        "vllm": "roll_gspo.strategies.vllm.engine.generate:VllmGenerate",
     },
 )
 
@@ -17,7 +17,7 @@ STRATEGIES = Registry(
 VALUE_STRATEGIES = Registry(
     "critic.strategy_args.strategy_name",
     {
-        "megatron_train": "roll_gspo.strategies.megatron.value:MegatronValue",
+        "megatron_train": "roll_gspo.strategies.megatron.engine.value:MegatronValue",
         "hf_train": "roll_gspo.strategies.hf.value:HfValue",
     },
 )

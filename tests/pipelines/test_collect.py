@@ -19,7 +19,7 @@ from roll_gspo.pipelines.collect import Collector
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.strategies.base import Sampling
-from roll_gspo.strategies.hf import HfInfer
+from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.tracking.console import Progress
 
 MINE = """

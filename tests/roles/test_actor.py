@@ -145,7 +145,7 @@ def test_mini_batch_that_is_masked_whole_takes_no_step(checkpoint: Path, caplog:
 
 @pytest.mark.megatron
 def test_megatron_and_transformers_train_the_same_policy(checkpoint: Path) -> None:
-    from roll_gspo.strategies.megatron.train import MegatronTrain
+    from roll_gspo.strategies.megatron.engine.train import MegatronTrain
 
     ours = actor_of(MegatronTrain(model_setup(checkpoint), optimizer_setup(), MegatronConfig()))
     oracle = actor_of(hf(checkpoint))

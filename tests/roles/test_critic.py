@@ -16,7 +16,7 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import TrainingError
 from roll_gspo.roles.critic import Critic
-from roll_gspo.strategies.hf import HfValue
+from roll_gspo.strategies.hf.value import HfValue
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 FIGURES = {"loss", "value_mean", "return_mean", "clip_fraction", "grad_norm", "lr", "num_updates", "skipped_updates"}

@@ -12,7 +12,8 @@ from roll_gspo.config.strategy import HfConfig
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.strategies.base import Sampling
-from roll_gspo.strategies.hf import HfInfer, HfTrain
+from roll_gspo.strategies.hf.infer import HfInfer
+from roll_gspo.strategies.hf.train import HfTrain
 
 PROMPTS = [Prompt((5, 6, 7), "a", {}), Prompt((9,), "b", {})]
 SAMPLING = Sampling(num_samples=3, max_new_tokens=6, temperature=0.7)

@@ -99,7 +99,7 @@ def test_steps_that_are_not_finite_are_skipped_named_and_stop_the_run(
 @pytest.mark.megatron
 @pytest.mark.parametrize("packed", [False, True])
 def test_megatron_and_transformers_take_the_same_step(checkpoint: Path, packed: bool) -> None:
-    from roll_gspo.strategies.megatron.train import MegatronTrain
+    from roll_gspo.strategies.megatron.engine.train import MegatronTrain
 
     config = MegatronConfig(use_sequence_packing=packed)
     ours = actor_of(MegatronTrain(model_setup(checkpoint), optimizer_setup(), config))

@@ -26,10 +26,11 @@ from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.strategies.base import OptimizerSetup
-from roll_gspo.strategies.hf import HfTrain, HfValue
+from roll_gspo.strategies.hf.train import HfTrain
+from roll_gspo.strategies.hf.value import HfValue
 from roll_gspo.strategies.micro_batches import MicroBatching
 
-megatron = pytest.importorskip("roll_gspo.strategies.megatron", exc_type=ImportError)
+megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
 
 pytestmark = pytest.mark.megatron
 

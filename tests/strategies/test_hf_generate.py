@@ -11,8 +11,9 @@ from roll_gspo.batch import Completion, Sequences
 from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, Sampling
-from roll_gspo.strategies.hf import HfInfer, HfTrain
+from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.sampling import draw, sampling_log_probs, uniforms
+from roll_gspo.strategies.hf.train import HfTrain
 
 PROMPTS = [[5, 6, 7], [9], [10, 11, 12, 13, 14, 15], [20, 21]]
 SEEDS = [100, 200, 300, 400]

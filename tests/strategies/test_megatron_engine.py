@@ -24,9 +24,10 @@ from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric, to_floats
 from roll_gspo.strategies.base import TokenScores, TrainStrategy
-from roll_gspo.strategies.hf import HfInfer, HfTrain
+from roll_gspo.strategies.hf.infer import HfInfer
+from roll_gspo.strategies.hf.train import HfTrain
 
-megatron = pytest.importorskip("roll_gspo.strategies.megatron", exc_type=ImportError)
+megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
 pytestmark = pytest.mark.megatron
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGET = "roll_gspo.strategies.megatron:MegatronTrain"
+TARGET = "roll_gspo.strategies.megatron.engine:MegatronTrain"
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
@@ -34,9 +34,9 @@ def test_import_order_matters_and_is_checked() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("the host shim is not installed where CUDA is present")
-    done = _python("import megatron.core, roll_gspo.strategies.megatron")
+    done = _python("import megatron.core, roll_gspo.strategies.megatron.engine")
     assert done.returncode == 1 and "megatron.core is already imported" in done.stderr
-    assert _python("import roll_gspo.strategies.megatron, megatron.core").returncode == 0
+    assert _python("import roll_gspo.strategies.megatron.engine, megatron.core").returncode == 0
 
 
 def test_light_modules_import_no_engine() -> None:

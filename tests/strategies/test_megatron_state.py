@@ -18,7 +18,7 @@ pytestmark = pytest.mark.megatron
 
 
 def engine_of(folder: Path, **config: Any) -> Any:
-    from roll_gspo.strategies.megatron import MegatronTrain
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     return MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig(**config))
 
@@ -124,7 +124,7 @@ def test_state_of_no_step_forgets_the_steps_of_the_engine(checkpoint: Checkpoint
 
 def test_state_is_whole_float32_tensors_by_names_of_one_rank(checkpoint: Checkpoints, tmp_path: Path) -> None:
     """Read with megatron's own reader; the vocabulary without padding."""
-    from roll_gspo.strategies.megatron import MegatronTrain  # first, for it makes megatron importable here
+    from roll_gspo.strategies.megatron.engine import MegatronTrain  # first, for it makes megatron importable here
 
     assert MegatronTrain
     from megatron.core import dist_checkpointing
@@ -161,7 +161,7 @@ def test_state_is_whole_float32_tensors_by_names_of_one_rank(checkpoint: Checkpo
 def test_fused_modules_have_the_names_of_plain_ones(name: str, same: str) -> None:
     """Both are made of the same Hugging Face weights."""
     from roll_gspo.models.weight_mapping import recipe
-    from roll_gspo.strategies.megatron.state import _canonical
+    from roll_gspo.strategies.megatron.engine.state import _canonical
 
     assert _canonical(name).endswith(same)
     assert recipe(_canonical(name)) == recipe(name)
@@ -169,7 +169,7 @@ def test_fused_modules_have_the_names_of_plain_ones(name: str, same: str) -> Non
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4), (1, 5, 1)])
 def test_boxes_are_the_elements_in_order(shape: tuple[int, ...]) -> None:
-    from roll_gspo.strategies.megatron.state import _boxes
+    from roll_gspo.strategies.megatron.engine.state import _boxes
 
     numel = math.prod(shape)
     whole = torch.arange(numel).view(shape)

@@ -33,7 +33,7 @@ def engine(
     optimizer: OptimizerSetup | None = None,
     **options,
 ):
-    from roll_gspo.strategies.megatron import MegatronTrain
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     setup = model_setup(checkpoint(family))
     return MegatronTrain(setup, optimizer or optimizer_setup(), config or MegatronConfig(), **options)
@@ -193,7 +193,7 @@ def test_layer_that_does_not_replay_is_named(checkpoint: Checkpoints) -> None:
 
 def test_count_is_of_the_map_that_tokens_are_dispatched_by() -> None:
     """Expert 3 was asked for and is missing from the map: 3 of 4 choices; the second token was free."""
-    from roll_gspo.strategies.megatron.router_replay import LayerRoutes
+    from roll_gspo.strategies.megatron.engine.router_replay import LayerRoutes
 
     routes = LayerRoutes()
     routes.prescribe(torch.tensor([[0, 1], [-1, -1], [2, 3]]))
@@ -218,7 +218,7 @@ def test_checkpoints_with_and_without_replay_are_the_same(checkpoint: Checkpoint
 def test_models_of_one_process_do_not_disturb_each_other(checkpoint: Checkpoints) -> None:
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
-    from roll_gspo.strategies.megatron import MegatronInfer
+    from roll_gspo.strategies.megatron.engine import MegatronInfer
 
     replaying, other = engine(checkpoint, router_replay="R2"), engine(checkpoint, record_routing=True)
     reference = MegatronInfer(model_setup(checkpoint("qwen3_moe")), MegatronConfig())
@@ -237,8 +237,8 @@ def test_dense_model_has_nothing_to_record(checkpoint: Checkpoints) -> None:
 
 @pytest.mark.vllm
 def test_vllm_records_the_experts_of_every_token_and_megatron_replays_them(tmp_path: Path) -> None:
-    from roll_gspo.strategies.megatron import MegatronTrain
-    from roll_gspo.strategies.vllm.engine import VllmGenerate
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
+    from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
     folder = with_heads_for_vllm(tmp_path, "qwen3_moe")
     trainer = MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig(), router_replay="R3")
@@ -276,8 +276,8 @@ def test_vllm_records_the_experts_of_every_token_and_megatron_replays_them(tmp_p
 @pytest.mark.vllm
 def test_vllm_records_requests_that_were_preempted(tmp_path: Path) -> None:
     """A cache of 16 blocks for 24 sequences of two: some lose their blocks and are computed anew."""
-    from roll_gspo.strategies.megatron import MegatronTrain
-    from roll_gspo.strategies.vllm.engine import VllmGenerate
+    from roll_gspo.strategies.megatron.engine import MegatronTrain
+    from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
     folder = with_heads_for_vllm(tmp_path, "qwen3_moe")
     trainer = MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig(), record_routing=True)
@@ -301,7 +301,7 @@ def test_experts_that_vllm_returns_itself_must_be_of_every_token() -> None:
     import numpy as np
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    from roll_gspo.strategies.vllm.routed_experts import ReturnedExperts
+    from roll_gspo.strategies.vllm.engine.routed_experts import ReturnedExperts
 
     def answer(rows: np.ndarray | None) -> RequestOutput:
         completion = CompletionOutput(0, "", [7, 8, 1], None, None, routed_experts=rows, finish_reason="stop")
@@ -317,7 +317,7 @@ def test_experts_that_vllm_returns_itself_must_be_of_every_token() -> None:
 
 @pytest.mark.vllm
 def test_vllm_has_nothing_to_record_of_a_dense_model(tmp_path: Path) -> None:
-    from roll_gspo.strategies.vllm.engine import VllmGenerate
+    from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
     folder = with_heads_for_vllm(tmp_path, "qwen3_tied")
     config = VllmConfig(kv_cache_memory_mb=64, max_num_seqs=3)

@@ -31,7 +31,7 @@ from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric
 from roll_gspo.strategies import VALUE_STRATEGIES
 from roll_gspo.strategies.base import UpdateResult, ValueStrategy
-from roll_gspo.strategies.hf import HfTrain
+from roll_gspo.strategies.hf.train import HfTrain
 
 ENGINES = ["hf", pytest.param("megatron", marks=pytest.mark.megatron)]
 Loss = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, Metric]]]
@@ -41,7 +41,7 @@ def engine_of(
     name: str, folder: Path, dtype: torch.dtype = torch.float32, config: MegatronConfig | None = None, **changes: object
 ) -> ValueStrategy:
     if name == "megatron":
-        pytest.importorskip("roll_gspo.strategies.megatron", exc_type=ImportError)
+        pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
     settings = HfConfig() if name == "hf" else config or MegatronConfig()
     return VALUE_STRATEGIES.load(f"{name}_train")(model_setup(folder, dtype), optimizer_setup(**changes), settings)
 
@@ -207,7 +207,7 @@ def test_state_of_a_policy_is_not_loaded_into_a_critic(
     if name == "hf":
         policy = HfTrain(setup, optimizer, HfConfig())
     else:
-        from roll_gspo.strategies.megatron import MegatronTrain
+        from roll_gspo.strategies.megatron.engine import MegatronTrain
 
         policy = MegatronTrain(setup, optimizer, MegatronConfig())
     policy.save(tmp_path)
@@ -220,11 +220,11 @@ def test_critic_beside_policy_and_reference_moves_alone(checkpoint: Checkpoints,
     folder = checkpoint("qwen3_moe")
     critic = engine_of(name, folder)
     if name == "hf":
-        from roll_gspo.strategies.hf import HfInfer
+        from roll_gspo.strategies.hf.infer import HfInfer
 
         others = [HfTrain(model_setup(folder), optimizer_setup(), HfConfig()), HfInfer(model_setup(folder), HfConfig())]
     else:
-        from roll_gspo.strategies.megatron import MegatronInfer, MegatronTrain
+        from roll_gspo.strategies.megatron.engine import MegatronInfer, MegatronTrain
 
         policy = MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig())
         others = [policy, MegatronInfer(model_setup(folder), MegatronConfig())]

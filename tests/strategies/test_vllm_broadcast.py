@@ -177,7 +177,7 @@ def test_engine_of_two_workers_refuses_to_generate_after_a_failed_transfer(
 
 
 def test_engines_that_cannot_receive_a_broadcast_are_config_errors(tmp_path: Path) -> None:
-    from roll_gspo.strategies.vllm.engine import VllmGenerate
+    from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
     setup = ModelSetup(save_model("qwen3_moe", tmp_path), torch.float32, 1, 1.0, 0)
     two = VllmConfig(tensor_parallel_size=2)

@@ -28,8 +28,8 @@ from roll_gspo.config.strategy import HfConfig, MegatronConfig, VllmConfig
 from roll_gspo.errors import ConfigError, DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, Sampling, TrainStrategy
 from roll_gspo.strategies.hf.train import HfTrain
-from roll_gspo.strategies.vllm.engine import VllmGenerate
-from roll_gspo.strategies.vllm.weight_transfer import PolicyWeights
+from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
+from roll_gspo.strategies.vllm.engine.weight_transfer import PolicyWeights
 
 pytestmark = pytest.mark.vllm
 
@@ -233,7 +233,8 @@ def test_log_probs_match_the_trainers_while_it_trains(
 def _trainer(name: str, folder: Path) -> TrainStrategy:
     if name == "hf_train":
         return HfTrain(model_setup(folder), optimizer_setup(), HfConfig())
-    megatron = pytest.importorskip("roll_gspo.strategies.megatron.train", reason="megatron-core is not installed")
+    reason = "megatron-core is not installed"
+    megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine.train", reason=reason)
     return megatron.MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig())
 
 

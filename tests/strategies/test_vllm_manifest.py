@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.strategies.vllm.manifest import differences, expected_shapes
+from roll_gspo.strategies.vllm.engine.manifest import differences, expected_shapes
 
 
 def test_expected_shapes_reads_all_shards_of_the_index(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 import roll_gspo.strategies.weight_broadcast as broadcast_module
 from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.strategies.hf import HfInfer
+from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.model import HfWeights
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 from roll_gspo.strategies.weight_broadcast_format import Buffers, pieces

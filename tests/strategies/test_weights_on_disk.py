@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.errors import CheckpointError
 from roll_gspo.strategies.base import TrainStrategy
-from roll_gspo.strategies.hf import HfInfer, HfTrain
+from roll_gspo.strategies.hf.infer import HfInfer
+from roll_gspo.strategies.hf.train import HfTrain
 
 
 def _engine(name: str, folder: Path) -> TrainStrategy:
     if name == "hf":
         return HfTrain(model_setup(folder), optimizer_setup(), HfConfig())
-    megatron = pytest.importorskip("roll_gspo.strategies.megatron", exc_type=ImportError)
+    megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
     return megatron.MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig())
 
 

@@ -22,8 +22,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.strategies.vllm.loading import load_full_model, shapes_of_full_model
-from roll_gspo.strategies.vllm.manifest import differences
+from roll_gspo.strategies.vllm.engine.loading import load_full_model, shapes_of_full_model
+from roll_gspo.strategies.vllm.engine.manifest import differences
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
 from roll_gspo.strategies.weight_broadcast_format import TensorMeta
 

@@ -30,10 +30,10 @@ from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.models.layout import layout_problems
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
-from roll_gspo.strategies.megatron.attention import HAVE_TE, decoder_spec
-from roll_gspo.strategies.megatron.packed_layout import PackedLayout, pack
-from roll_gspo.strategies.megatron.parallel import initialize_parallel
-from roll_gspo.strategies.megatron.weights import load_weights
+from roll_gspo.strategies.megatron.engine.attention import HAVE_TE, decoder_spec
+from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
+from roll_gspo.strategies.megatron.engine.parallel import initialize_parallel
+from roll_gspo.strategies.megatron.engine.weights import load_weights
 from roll_gspo.strategies.micro_batches import share_of_rank, split_samples
 
 

@@ -18,10 +18,10 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
-from roll_gspo.strategies.megatron.model import MicroBatch, ResponseModel
-from roll_gspo.strategies.megatron.packed_layout import PackedLayout
-from roll_gspo.strategies.megatron.sharded_files import ShardedSave, all_true
-from roll_gspo.strategies.megatron.state import begin_save, load_state
+from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel
+from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
+from roll_gspo.strategies.megatron.engine.sharded_files import ShardedSave, all_true
+from roll_gspo.strategies.megatron.engine.state import begin_save, load_state
 from roll_gspo.strategies.schedule import learning_rate
 
 # (hidden states [N, H] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the

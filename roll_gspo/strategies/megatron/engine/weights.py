@@ -19,7 +19,12 @@ from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.models.weight_mapping import checkpoint_shapes, recipe
 from roll_gspo.strategies.device import local_device
-from roll_gspo.strategies.megatron.parallel import expert_group, expert_tensor_group, pipeline_group, tensor_group
+from roll_gspo.strategies.megatron.engine.parallel import (
+    expert_group,
+    expert_tensor_group,
+    pipeline_group,
+    tensor_group,
+)
 
 # in some checkpoints: recomputed here, or the embedding once more
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)

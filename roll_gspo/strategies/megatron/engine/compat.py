@@ -122,7 +122,7 @@ def install() -> None:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
-            "roll_gspo.strategies.megatron: megatron.core is already imported; import it after this package"
+            "roll_gspo.strategies.megatron.engine: megatron.core is already imported; import it after this package"
         )
     sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
     # context parallelism moves rotary slices by Tensor.cuda(), past every stand-in

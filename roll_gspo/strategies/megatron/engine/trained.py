@@ -7,9 +7,9 @@ from pathlib import Path
 from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.models.hf_checkpoint import write_checkpoint
 from roll_gspo.strategies.base import ModelSetup
-from roll_gspo.strategies.megatron.infer import MegatronInfer
-from roll_gspo.strategies.megatron.state import load_state
-from roll_gspo.strategies.megatron.weights import MegatronWeights
+from roll_gspo.strategies.megatron.engine.infer import MegatronInfer
+from roll_gspo.strategies.megatron.engine.state import load_state
+from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
 
 class MegatronTrained(MegatronInfer):

@@ -20,8 +20,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from roll_gspo.strategies.megatron.packed_layout import own_positions
-from roll_gspo.strategies.megatron.parallel import context_group
+from roll_gspo.strategies.megatron.engine.packed_layout import own_positions
+from roll_gspo.strategies.megatron.engine.parallel import context_group
 
 
 class RMSNorm(torch.nn.RMSNorm):

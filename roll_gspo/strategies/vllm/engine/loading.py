@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.strategies.vllm.manifest import expected_shapes
+from roll_gspo.strategies.vllm.engine.manifest import expected_shapes
 
 
 def shapes_of_full_model(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from roll_gspo.batch import Sequences
-from roll_gspo.strategies.megatron.parallel import context_group
+from roll_gspo.strategies.megatron.engine.parallel import context_group
 
 
 @dataclass(frozen=True)

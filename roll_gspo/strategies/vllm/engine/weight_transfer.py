@@ -27,8 +27,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.base import WeightSource
-from roll_gspo.strategies.vllm.loading import load_full_model, shapes_of_full_model
-from roll_gspo.strategies.vllm.manifest import differences
+from roll_gspo.strategies.vllm.engine.loading import load_full_model, shapes_of_full_model
+from roll_gspo.strategies.vllm.engine.manifest import differences
 
 IN_PROCESS = "in_process"
 

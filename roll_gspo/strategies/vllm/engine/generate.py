@@ -18,10 +18,10 @@ from roll_gspo.batch import Completion
 from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.errors import ConfigError, DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, WeightSource
-from roll_gspo.strategies.vllm.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
-from roll_gspo.strategies.vllm.host_process import close_engine, global_rng_kept, open_engine
-from roll_gspo.strategies.vllm.routed_experts import ExpertSource, expert_source, recording_args
-from roll_gspo.strategies.vllm.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
+from roll_gspo.strategies.vllm.engine.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
+from roll_gspo.strategies.vllm.engine.host_process import close_engine, global_rng_kept, open_engine
+from roll_gspo.strategies.vllm.engine.routed_experts import ExpertSource, expert_source, recording_args
+from roll_gspo.strategies.vllm.engine.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
 logger = logging.getLogger(__name__)

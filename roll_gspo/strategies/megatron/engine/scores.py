@@ -11,10 +11,10 @@ from torch import Tensor
 from roll_gspo.batch import Sequences
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.strategies.fused_scores import scores_from_hidden
-from roll_gspo.strategies.megatron.model import MicroBatch, ResponseModel
-from roll_gspo.strategies.megatron.packed_layout import PackedLayout
-from roll_gspo.strategies.megatron.parallel import tensor_group
-from roll_gspo.strategies.megatron.router_replay import Routers
+from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel
+from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
+from roll_gspo.strategies.megatron.engine.parallel import tensor_group
+from roll_gspo.strategies.megatron.engine.router_replay import Routers
 
 
 def scores_of_rows(model: ResponseModel, rows: Tensor, packed_layout: PackedLayout, entropy: bool) -> TokenScores:

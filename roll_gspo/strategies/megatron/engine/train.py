@@ -23,12 +23,12 @@ from roll_gspo.strategies.base import (
     UpdateResult,
     WeightSource,
 )
-from roll_gspo.strategies.megatron.model import build_model
-from roll_gspo.strategies.megatron.packed_layout import PackedLayout
-from roll_gspo.strategies.megatron.router_replay import Routers
-from roll_gspo.strategies.megatron.scores import chosen_experts, score, scores_of_rows
-from roll_gspo.strategies.megatron.trainer import MegatronTrainer
-from roll_gspo.strategies.megatron.weights import MegatronWeights
+from roll_gspo.strategies.megatron.engine.model import build_model
+from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
+from roll_gspo.strategies.megatron.engine.router_replay import Routers
+from roll_gspo.strategies.megatron.engine.scores import chosen_experts, score, scores_of_rows
+from roll_gspo.strategies.megatron.engine.trainer import MegatronTrainer
+from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
 
 class MegatronTrain:

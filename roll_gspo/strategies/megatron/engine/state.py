@@ -29,9 +29,9 @@ from torch.nn import Parameter
 
 from roll_gspo.errors import CheckpointError
 from roll_gspo.models.weight_mapping import recipe
-from roll_gspo.strategies.megatron.model import ResponseModel
-from roll_gspo.strategies.megatron.parallel import expert_tensor_group, tensor_group
-from roll_gspo.strategies.megatron.sharded_files import (
+from roll_gspo.strategies.megatron.engine.model import ResponseModel
+from roll_gspo.strategies.megatron.engine.parallel import expert_tensor_group, tensor_group
+from roll_gspo.strategies.megatron.engine.sharded_files import (
     MANIFEST,
     Layout,
     Manifest,
@@ -41,7 +41,7 @@ from roll_gspo.strategies.megatron.sharded_files import (
     read_tensors,
     stored_tensors,
 )
-from roll_gspo.strategies.megatron.weights import global_parameters
+from roll_gspo.strategies.megatron.engine.weights import global_parameters
 from roll_gspo.strategies.value_head import ValueHead
 
 _WEIGHT, _MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
