@@ -37,15 +37,15 @@ from vllm import LLM, SamplingParams  # isort: skip
 
 
 class BareStep:
-    """Models of its own beside those of `parts`, and the same vLLM engine, prompts and sampling.
+    """Models of its own beside those of `components`, and the same vLLM engine, prompts and sampling.
 
     Two engines in one process would not be what a run has, so the engine is shared and takes the weights of whoever
     is next before each step.
     """
 
-    def __init__(self, config: ExperimentConfig, parts: Components, console: Console) -> None:
+    def __init__(self, config: ExperimentConfig, components: Components, console: Console) -> None:
         self._config = config
-        self._parts = parts
+        self._components = components
         self._stage = console.stage
         self._checkpoint = prepare_checkpoint(config, config.pretrain, console)
         self._architecture = Architecture.from_checkpoint(self._checkpoint)
@@ -104,7 +104,7 @@ class BareStep:
 
     def step(self, step: int) -> None:
         """Generate, score, score tokens twice, train, hand the weights over."""
-        prompts = self._parts.state.sampler.next_batch(self._config.rollout_batch_size)
+        prompts = self._components.state.sampler.next_batch(self._config.rollout_batch_size)
         with self._stage("generate"):
             responses = self._generate(prompts, step)
         owners = [prompt for prompt in prompts for _ in range(len(responses) // len(prompts))]
@@ -127,12 +127,12 @@ class BareStep:
             self._sync()
 
     def _engine(self) -> LLM:
-        strategy = self._parts.actor_infer._strategy
+        strategy = self._components.actor_infer._strategy
         assert isinstance(strategy, VllmGenerate) and strategy._engine is not None
         return strategy._engine[0]
 
     def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Sequence[int]]:
-        sampling = self._parts.sampling
+        sampling = self._components.sampling
         seeds = sample_seeds(self._config.seed, f"step {step}", len(prompts), sampling.num_samples)
         params = [
             SamplingParams(

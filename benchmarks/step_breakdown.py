@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bare_step import BareStep
 
     from roll_gspo.pipelines.build import Components
-    from roll_gspo.pipelines.rlvr import Rlvr
+    from roll_gspo.pipelines.rlvr import RlvrSteps
     from roll_gspo.strategies.base import WeightSource
 
 ENGINES = {"actor_train": "megatron_train", "actor_infer": "vllm", "reference": "megatron_infer"}
@@ -116,46 +116,45 @@ def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
     from bare_step import BareStep
 
     from roll_gspo.pipelines.build import build_components
-    from roll_gspo.pipelines.interrupt import Interrupt
     from roll_gspo.pipelines.plan import make_plan
-    from roll_gspo.pipelines.rlvr import Rlvr
+    from roll_gspo.pipelines.rlvr import RlvrSteps
     from roll_gspo.pipelines.run_folder import open_run_folder
     from roll_gspo.tracking.console import Console
 
     folder = open_run_folder(config, make_plan(config))
     with Console(config.exp_name, rounds, folder.path, stream=io.StringIO()) as console:
         timer = console.timer = TwoClocks()
-        parts = build_components(config, folder, console)
+        components = build_components(config, folder, console)
         try:
-            bare = BareStep(config, parts, console)
-            loop = Rlvr(config, parts, console, Interrupt(console.warning))
-            measured = [_round(loop, bare, parts, timer, step) for step in range(1, rounds + 2)]
+            bare = BareStep(config, components, console)
+            steps = RlvrSteps(config, components, console)
+            measured = [_round(steps, bare, components, timer, step) for step in range(1, rounds + 2)]
         finally:
-            parts.executor.close()
+            components.executor.close()
     return measured[1:]
 
 
-def _round(loop: Rlvr, bare: BareStep, parts: Components, timer: TwoClocks, step: int) -> Round:
+def _round(steps: RlvrSteps, bare: BareStep, components: Components, timer: TwoClocks, step: int) -> Round:
     """One step of either kind from the same state."""
-    place = parts.state.sampler.state_dict()
+    place = components.state.sampler.state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        parts.actor_train.save(Path(folder))
+        components.actor_train.save(Path(folder))
         bare.load(Path(folder))
 
     def timed(weights: WeightSource, run: Callable[[int], None]) -> tuple[Seconds, Seconds]:
-        parts.state.sampler.load_state_dict(place)
-        parts.actor_infer.update_weights(weights, step - 1)
+        components.state.sampler.load_state_dict(place)
+        components.actor_infer.update_weights(weights, step - 1)
         timer.laps()
         run(step)
         return timer.laps()
 
     def ours(step: int) -> None:
-        loop._output.log(step, loop._step(step))
+        components.output.log(step, steps.train_step(step))
 
     if step % 2:
         theirs = timed(bare.weights(), bare.step)
-        return Round(timed(parts.actor_train.weights(), ours), theirs)
-    return Round(timed(parts.actor_train.weights(), ours), timed(bare.weights(), bare.step))
+        return Round(timed(components.actor_train.weights(), ours), theirs)
+    return Round(timed(components.actor_train.weights(), ours), timed(bare.weights(), bare.step))
 
 
 def _print_table(config: ExperimentConfig, rounds: list[Round]) -> None:

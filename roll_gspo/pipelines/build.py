@@ -1,8 +1,8 @@
-"""From a configuration to the parts of a run, in the order in which they can live together."""
+"""Build the components of a run from its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from roll_gspo.pipelines.settings import (
     sampling,
 )
 from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState, TrainerState
+from roll_gspo.pipelines.step_loop import RunComponents
 from roll_gspo.pipelines.validation import Validation, check_keep_best
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
@@ -45,12 +46,23 @@ from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.rollouts import RolloutWriter
 
 
-@dataclass(frozen=True)
-class Components:
-    """What the training loop works with."""
+@dataclass(frozen=True, kw_only=True)
+class Components(RunComponents):
+    """The components of `RlvrSteps`.
 
-    executor: Executor
+    Attributes:
+        actor_infer: the policy that generates.
+        weights: sends the weights of `actor_train` to it.
+        reference, critic: None if no KL term, no estimator needs them.
+        rewards, collector: score responses; generate and score the samples of a step.
+        experience: settings of the advantages.
+        sampling: of the training responses.
+        validation: the held-out prompts.
+        num_prompts_dropped: training prompts longer than `prompt_length`.
+    """
+
     actor_train: Actor
+    state: TrainerState
     actor_infer: Generator
     weights: WeightSync
     reference: Reference | None
@@ -58,11 +70,14 @@ class Components:
     rewards: RewardManager
     collector: Collector
     experience: ExperienceSettings
-    state: TrainerState
-    output: Output
     sampling: Sampling
     validation: Validation | None
     num_prompts_dropped: int
+
+    @property
+    def trained_roles(self) -> dict[str, TrainedRole[Any]]:
+        """The roles whose state a checkpoint holds, by the name of their folder in it."""
+        return _trained_roles(self.actor_train, self.critic)
 
 
 def build_components(config: ExperimentConfig, folder: RunFolder, console: Console) -> Components:
@@ -106,7 +121,7 @@ def _start_roles(
         running_moments=RunningMoments(),
         kl_controller=new_kl_controller(config),
     )
-    resume(config, folder, console, models.actor_train, models.critic, state)
+    resume(config, folder, console, _trained_roles(models.actor_train, models.critic), state)
     groups, length = config.num_return_sequences_in_group, config.max_response_length
     training = sampling(config.actor_infer.generating_args, groups, length, data.stop_ids)
     return Components(
@@ -123,8 +138,13 @@ def _start_roles(
         output=make_output(config, folder, console, state, data.tokenizer),
         sampling=training,
         validation=new_validation(config, data.validation, data.stop_ids, rewards) if config.validation else None,
+        num_steps=config.max_steps,
         num_prompts_dropped=len(datasets.train) - len(data.train),
     )
+
+
+def _trained_roles(actor: Actor, critic: Critic | None) -> dict[str, TrainedRole[Any]]:
+    return {ACTOR: actor} if critic is None else {ACTOR: actor, CRITIC: critic}
 
 
 @dataclass(frozen=True)
@@ -174,20 +194,18 @@ def resume(
     config: AnyConfig,
     folder: RunFolder,
     console: Console,
-    actor: TrainedRole,
-    critic: Critic | None,
+    roles: Mapping[str, TrainedRole[Any]],
     state: RunState[Any],
 ) -> None:
-    """Load the checkpoint to go on from, if there is one."""
+    """Load the checkpoint to resume from, if there is one, into `roles` (by folder name) and `state`."""
     if folder.resumed_from is None:
         if config.resume_from_checkpoint is True:
             console.warning("resume_from_checkpoint: no complete checkpoint was found; starting from the beginning")
         return
     source = folder.resumed_from.folder
     with console.stage("load checkpoint"):
-        actor.load(source / ACTOR)
-        if critic is not None:
-            critic.load(source / CRITIC)
+        for name, role in roles.items():
+            role.load(source / name)
         state.load(source)
         keep = config.checkpoint_config
         if state.best is not None and (state.best.metric, state.best.mode) != (keep.keep_best, keep.keep_best_mode):

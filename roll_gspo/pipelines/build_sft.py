@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a supervised run."""
+"""Build the components of a supervised run from its configuration."""
 
 from __future__ import annotations
 
@@ -36,28 +36,31 @@ from roll_gspo.pipelines.datasets import (
     check_tags,
     fingerprint,
 )
-from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.placement import execution_settings, start_sft_actor
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.run_folder import RunFolder
-from roll_gspo.pipelines.state import RunState
+from roll_gspo.pipelines.state import ACTOR, RunState
+from roll_gspo.pipelines.step_loop import RunComponents
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.tracking.console import Console
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SftComponents:
-    """What the training loop works with."""
+@dataclass(frozen=True, kw_only=True)
+class SftComponents(RunComponents):
+    """The components of `SftSteps`.
 
-    executor: Executor
+    Attributes:
+        validation: the held-out sequences.
+        pad_token_id: fills up batches.
+        num_dropped: training sequences longer than `sequence_length`.
+    """
+
     actor_train: SftActor
     state: RunState[ChatSample]
-    output: Output
     validation: tuple[ChatSample, ...]
     pad_token_id: int
-    num_steps: int
     num_dropped: int
 
 
@@ -91,9 +94,9 @@ def build_sft_components(config: SftConfig, folder: RunFolder, console: Console)
         executor: Executor = EXECUTORS.load(config.execution)(execution_settings(config))
     try:
         actor = start_sft_actor(config, checkpoint, executor, console, num_steps)
-        parts = (part for sample in samples.samples for part in (sample.prompt_ids, sample.rest_ids, sample.mask))
-        state = RunState(0, PromptSampler(samples.samples, config.seed, fingerprint(parts)))
-        resume(config, folder, console, actor, None, state)
+        tokens = (ids for sample in samples.samples for ids in (sample.prompt_ids, sample.rest_ids, sample.mask))
+        state = RunState(0, PromptSampler(samples.samples, config.seed, fingerprint(tokens)))
+        resume(config, folder, console, {ACTOR: actor}, state)
     except BaseException:
         executor.close()
         raise

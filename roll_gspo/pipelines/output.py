@@ -14,12 +14,11 @@ from torch import Tensor
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.checkpoint import HF_EXPORT, Best, CheckpointStore
 from roll_gspo.pipelines.records import response_metrics, rollout_records
-from roll_gspo.pipelines.state import ACTOR, CRITIC, RunState
+from roll_gspo.pipelines.state import RunState
 from roll_gspo.pipelines.validation import ScoredBatch, validation_records
 from roll_gspo.report.page import write_report
 from roll_gspo.rewards.base import RewardResult
-from roll_gspo.roles.critic import Critic
-from roll_gspo.roles.trained import TrainedRole
+from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
 from roll_gspo.tracking.base import Trackers
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.live import VALIDATION_METRICS
@@ -66,7 +65,7 @@ class Output:
         self._config_text = config_text
         self._save_hf_model = save_hf_model
         self._asynchronous = asynchronous
-        self._saving: tuple[int, Best | None, list[TrainedRole | Critic]] | None = None
+        self._saving: tuple[int, Best | None, list[TrainedRole[Any]]] | None = None
         self._decode = decode
 
     def before_training(self, metrics: Mapping[str, float]) -> None:
@@ -104,28 +103,34 @@ class Output:
         records = [UpdatedRecord(sample, response_metrics(log_probs, mask, place)) for place, sample in samples]
         self._rollouts.write_updated(step, records)
 
-    def save(self, step: int, actor: TrainedRole, critic: Critic | None, state: RunState[Any]) -> None:
-        """A complete checkpoint of the run, then the report so far.
+    def save(
+        self, step: int, state: RunState[Any], roles: Mapping[str, TrainedRole[Any]], policy: TrainedPolicy
+    ) -> None:
+        """Write a checkpoint of the run, then the report.
 
         With asynchronous saving the checkpoint is complete only after `finish_save`.
 
+        Args:
+            step: the last completed step.
+            state: the run's progress.
+            roles: the trained roles, by the name of their folder in the checkpoint.
+            policy: the role that is exported in Hugging Face layout if `save_hf_model`.
+
         Raises:
-            CheckpointError: it, or the one before it, cannot be written; earlier ones are untouched.
+            CheckpointError: this checkpoint or the one before it cannot be written; complete ones are untouched.
         """
         self.finish_save()
         folder = self._checkpoints.begin(step)
         with self._checkpoints.filling(step):
             if self._save_hf_model:
                 (folder / HF_EXPORT).mkdir()
-                actor.save_hf(folder / HF_EXPORT)
+                policy.save_hf(folder / HF_EXPORT)
             state.save(folder)
             (folder / "config.yaml").write_text(self._config_text, encoding="utf-8")
-            (folder / ACTOR).mkdir()
-            actor.save(folder / ACTOR, self._asynchronous)
-            if critic is not None:
-                (folder / CRITIC).mkdir()
-                critic.save(folder / CRITIC, self._asynchronous)
-        self._saving = step, state.best, [role for role in (actor, critic) if role is not None]
+            for name, role in roles.items():
+                (folder / name).mkdir()
+                role.save(folder / name, self._asynchronous)
+        self._saving = step, state.best, list(roles.values())
         self.finish_save(wait=not self._asynchronous)
         self.report()
 

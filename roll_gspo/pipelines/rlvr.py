@@ -7,6 +7,7 @@ values -> advantages -> critic and policy updates -> hand the weights to the gen
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -22,123 +23,82 @@ from roll_gspo.pipelines.experience import (
     routing_metrics,
     train_batch,
 )
-from roll_gspo.pipelines.interrupt import Interrupt, graceful_interrupt
-from roll_gspo.pipelines.lifecycle import finish, open_console, run_with_restarts
-from roll_gspo.pipelines.output import Output, traced_samples
+from roll_gspo.pipelines.lifecycle import run_training
+from roll_gspo.pipelines.output import traced_samples
 from roll_gspo.pipelines.plan import Plan
-from roll_gspo.pipelines.run_folder import RunFolder
-from roll_gspo.pipelines.state import TrainerState
+from roll_gspo.pipelines.step_loop import Steps
 from roll_gspo.pipelines.transfer_check import check_transfer
 from roll_gspo.pipelines.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.tracking.console import Console
-from roll_gspo.tracking.memory import rss_mb
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: ExperimentConfig, plan: Plan) -> int:
-    """Run the whole training; returns the process's exit status.
+    """Run the whole training and return the process's exit status.
 
     Raises:
-        WorkerError: a worker process was lost more than `max_restarts` times.
+        WorkerError: workers were lost more than `max_restarts` times.
     """
-    return run_with_restarts(config, plan, _run_once)
+    return run_training(
+        config, plan, build_components, RlvrSteps, num_steps=config.max_steps, headline="rollout/score_mean"
+    )
 
 
-def _run_once(config: ExperimentConfig, folder: RunFolder) -> int:
-    with open_console(config, folder, config.max_steps) as console:
-        parts = build_components(config, folder, console)
-        try:
-            with graceful_interrupt(console.warning) as interrupt:
-                return Rlvr(config, parts, console, interrupt).train()
-        finally:
-            parts.output.close()
-            parts.executor.close()
+class RlvrSteps(Steps):
+    """The steps of reinforcement learning from verifiable rewards."""
 
-
-class Rlvr:
-    """One run: its parts, its state, and the loop over steps."""
-
-    def __init__(self, config: ExperimentConfig, parts: Components, console: Console, interrupt: Interrupt) -> None:
+    def __init__(self, config: ExperimentConfig, components: Components, console: Console) -> None:
         self._config = config
-        self._parts = parts
+        self._components = components
         self._console = console
-        self._interrupt = interrupt
-        self._state: TrainerState = parts.state
-        self._output: Output = parts.output
-        self._first_step = parts.state.step + 1
         self._checked_transfer = False
 
-    def train(self) -> int:
-        """Every step that is left; a checkpoint follows the last one, or the one that Ctrl-C interrupted."""
-        config, state, keep = self._config, self._state, self._config.checkpoint_config
+    def prepare(self) -> None:
+        """Send the initial weights to the generation engine."""
         with self._console.stage("sync_weights"):
-            self._parts.weights.push(state.step)
-        if state.step == 0:
-            self._output.before_training(self._validate(0))
-        self._console.start_steps(self._first_step)
-        stopping = self._interrupt.requested
-        while state.step < config.max_steps and not stopping:
-            step = state.step + 1
-            metrics = self._step(step)
-            state.step = step
-            last, best = step == config.max_steps, False
-            if last or step % config.eval_steps == 0:
-                figures = self._validate(step)
-                metrics |= figures
-                best = state.take_if_best(keep.keep_best, keep.keep_best_mode, figures)
-            # Logged before it is saved: a run killed in between is resumed from the checkpoint before, and the
-            # line is written again.
-            self._output.log(step, metrics | self._costs(metrics["rollout/num_tokens"]))
-            stopping = self._interrupt.requested  # asked once: whoever stops has saved
-            if last or stopping or best or step % config.save_steps == 0:
-                with self._console.stage("save"):
-                    self._output.save(step, self._parts.actor_train, self._parts.critic, state)
-            else:
-                self._output.finish_save(wait=False)
-        with self._console.stage("save"):
-            self._output.finish_save()
-        return finish(self._output, self._console, self._interrupt, self._first_step, state.step, config.max_steps)
+            self._components.weights.push(self._components.state.step)
 
-    def _step(self, step: int) -> dict[str, float]:
-        parts, stage = self._parts, self._console.stage
-        collected = parts.collector.collect(step, stage)
+    def train_step(self, step: int) -> dict[str, float]:
+        """Generate, score and train on one rollout."""
+        components, stage = self._components, self._console.stage
+        collected = components.collector.collect(step, stage)
         rollouts = collected.rollouts
         metrics = collected.metrics | rollout_metrics(rollouts)
         scoring, figures = self._score_tokens(rollouts)
         with stage("advantages"):
-            batch, statistics = train_batch(collected, scoring, parts.experience, parts.state)
+            batch, statistics = train_batch(collected, scoring, components.experience, components.state)
         metrics |= figures | statistics
         with stage("log"):  # before the update, which may fail and names samples of this file
-            domains = parts.rewards.domains(rollouts.prompts)
-            self._output.write_rollouts(step, rollouts, domains, collected.results, batch)
-        if parts.critic is not None:
+            domains = components.rewards.domains(rollouts.prompts)
+            self._components.output.write_rollouts(step, rollouts, domains, collected.results, batch)
+        if components.critic is not None:
             with stage("update_critic") as progress:
-                metrics |= parts.critic.update(batch, step, progress)
+                metrics |= components.critic.update(batch, step, progress)
         metrics |= self._update_policy(batch, step, metrics["reward/score_min"], metrics["reward/score_max"])
         if metrics["actor/num_updates"] and self._config.trace_groups:
             with stage("trace"):
                 self._trace(step, collected)
-        return metrics | parts.state.metrics() | {"data/prompts_dropped": float(parts.num_prompts_dropped)}
+        return metrics | components.state.metrics() | {"data/prompts_dropped": float(components.num_prompts_dropped)}
 
     def _trace(self, step: int, collected: Collected) -> None:
         """Score a few samples again, for the ratio of each token that the report shows."""
         rows = traced_samples(collected.rollouts, collected.results, self._config.trace_groups)
         traced = collected.rollouts.sequences.rows(rows)
-        log_probs = self._parts.actor_train.score(traced).log_probs
-        self._output.write_updated(step, rows, log_probs, traced.response_mask)
+        log_probs = self._components.actor_train.score(traced).log_probs
+        self._components.output.write_updated(step, rows, log_probs, traced.response_mask)
 
     def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
         """What reference, critic and trainer say of the sampled tokens, before any update."""
-        parts, stage = self._parts, self._console.stage
+        components, stage = self._components, self._console.stage
         ref_log_probs = values = None
-        if parts.reference is not None:
+        if components.reference is not None:
             with stage("reference_log_probs"):
-                ref_log_probs = parts.reference.log_probs(rollouts.sequences)
-        if parts.critic is not None:
+                ref_log_probs = components.reference.log_probs(rollouts.sequences)
+        if components.critic is not None:
             with stage("values"):
-                values = parts.critic.values(rollouts.sequences)
+                values = components.critic.values(rollouts.sequences)
         with stage("old_log_probs"):
             old_log_probs, own, metrics = self._old_log_probs(rollouts)
         routed_experts = rollouts.routed_experts
@@ -154,10 +114,10 @@ class Rlvr:
         recompute = self._config.enable_old_logprobs_recompute
         if not recompute and self._checked_transfer:
             return rollouts.rollout_log_probs, None, {}
-        own = self._parts.actor_train.score(rollouts.sequences)
+        own = self._components.actor_train.score(rollouts.sequences)
         if not self._checked_transfer:
             dtypes = (role.model_args.dtype for role in (self._config.actor_train, self._config.actor_infer))
-            check_transfer(rollouts, own.log_probs, self._parts.sampling, *dtypes)
+            check_transfer(rollouts, own.log_probs, self._components.sampling, *dtypes)
             self._checked_transfer = True
         if not recompute:  # then the first mini-batch of every step measures the mismatch
             return rollouts.rollout_log_probs, None, {}
@@ -181,14 +141,14 @@ class Rlvr:
             logger.warning("step %d: %s", step, reason)
             return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self._config.updates_per_rollout)}
         with stage("update") as progress:
-            metrics = self._parts.actor_train.update(batch, step, progress)
+            metrics = self._components.actor_train.update(batch, step, progress)
         with stage("sync_weights"):
-            self._parts.weights.push(step)
+            self._components.weights.push(step)
         return metrics
 
-    def _validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int) -> dict[str, float]:
         """Figures of the current policy on the held-out prompts, whose samples are written as they come."""
-        parts, validation = self._parts, self._parts.validation
+        components, validation = self._components, self._components.validation
         if validation is None:
             return {}
         answers: list[Answers] = []
@@ -198,15 +158,10 @@ class Rlvr:
             return batch
 
         with self._console.stage("validate") as progress:
-            batches = validation.judged(parts.actor_infer, parts.collector.judge, progress)
-            self._output.write_validation(step, (seen(batch) for batch in batches))
+            batches = validation.judged(components.actor_infer, components.collector.judge, progress)
+            self._components.output.write_validation(step, (seen(batch) for batch in batches))
         return validation_metrics(summaries(answers, validation.config))
 
-    def _costs(self, num_tokens: float) -> dict[str, float]:
-        """Time and memory of the step that ends here."""
-        times = self._console.timings()
-        return {
-            **times,
-            "rollout/tokens_per_s": num_tokens / times["time/generate"],
-            "memory/rss_mb": rss_mb(),
-        }
+    def throughput(self, metrics: Mapping[str, float], times: Mapping[str, float]) -> dict[str, float]:
+        """Return the tokens generated per second of generation."""
+        return {"rollout/tokens_per_s": metrics["rollout/num_tokens"] / times["time/generate"]}

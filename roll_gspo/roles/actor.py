@@ -12,13 +12,13 @@ from roll_gspo.algorithms.policy_loss import PolicyLossSettings, policy_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
-from roll_gspo.roles.trained import TrainedRole
+from roll_gspo.roles.trained import TrainedPolicy
 from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult, WeightSource
 from roll_gspo.strategies.micro_batches import MicroBatching
 from roll_gspo.strategies.weight_broadcast import BUCKET_BYTES, WeightBroadcastAddress, WeightBroadcastSender
 
 
-class Actor(TrainedRole):
+class Actor(TrainedPolicy):
     """`actor_train`.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
@@ -12,11 +11,12 @@ from roll_gspo.algorithms.value_loss import ValueLossSettings, value_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
+from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.strategies.base import UpdateResult, ValueStrategy
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 
-class Critic:
+class Critic(TrainedRole[ValueStrategy]):
     """`critic`.
 
     Args:
@@ -40,7 +40,7 @@ class Critic:
         max_consecutive_skipped_steps: int,
         seed: int,
     ) -> None:
-        self._strategy = strategy
+        super().__init__(strategy)
         self._loss_settings = loss_settings
         self._micro_batching = micro_batching
         self._mini_batches = MiniBatches(
@@ -72,18 +72,3 @@ class Critic:
             return value_loss(values, micro_batch, denominators, self._loss_settings)
 
         return self._strategy.update(self._micro_batching.split(mini_batch), loss)
-
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write the training state into an empty folder; `asynchronous`: go on meanwhile, `finish_save` ends it."""
-        self._strategy.save(folder, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete; `wait` until it is."""
-        return self._strategy.finish_save(wait)
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
-        self._strategy.load(folder)
-
-    def close(self) -> None:
-        """The engine lives as long as the process."""

@@ -11,12 +11,12 @@ from roll_gspo.algorithms.sft_loss import negative_log_likelihood, sft_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
-from roll_gspo.roles.trained import TrainedRole
+from roll_gspo.roles.trained import TrainedPolicy
 from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 
-class SftActor(TrainedRole):
+class SftActor(TrainedPolicy):
     """`actor_train` with `pipeline: sft`.
 
     Args:

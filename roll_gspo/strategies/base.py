@@ -108,11 +108,38 @@ class ScoringStrategy(Protocol):
         ...
 
 
+class Checkpointable(Protocol):
+    """An engine with a training state that can be saved and loaded."""
+
+    def save(self, folder: Path, asynchronous: bool = False) -> None:
+        """Write parameters (and a value head), optimizer, schedule and RNG state into an empty folder.
+
+        If `asynchronous`, the state is copied to host memory and written while training continues; `finish_save`
+        completes it.
+
+        Raises:
+            CheckpointError: the state, or that of an earlier asynchronous save, cannot be written.
+        """
+        ...
+
+    def finish_save(self, wait: bool = True) -> bool:
+        """Return whether the last `save` is complete; with `wait`, wait until it is. True if nothing was saved.
+
+        Raises:
+            CheckpointError: the state cannot be written.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Load a state that `save` wrote."""
+        ...
+
+
 # (values [b, t], the micro-batch) -> (this micro-batch's share of the loss, metrics)
 ValueLossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, Metric]]]
 
 
-class ValueStrategy(Protocol):
+class ValueStrategy(Checkpointable, Protocol):
     """A model with a value head and an optimizer: the critic's engine."""
 
     def values(self, sequences: Sequences) -> Tensor:
@@ -123,30 +150,8 @@ class ValueStrategy(Protocol):
         """Forward and backward over all micro-batches, then one optimizer step (skipped if not finite)."""
         ...
 
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write parameters, value head, optimizer, schedule and RNG state into an empty folder.
 
-        With `asynchronous` they are copied to host memory and written while training goes on; `finish_save` ends it.
-
-        Raises:
-            CheckpointError: they cannot be written; or an earlier save could not.
-        """
-        ...
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete (or nothing was begun); `wait` until it is.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
-        ...
-
-
-class TrainStrategy(ScoringStrategy, Protocol):
+class TrainStrategy(ScoringStrategy, Checkpointable, Protocol):
     """A model with an optimizer."""
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
@@ -155,28 +160,6 @@ class TrainStrategy(ScoringStrategy, Protocol):
 
     def weights(self) -> WeightSource:
         """The live weights, for the generation engine."""
-        ...
-
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write parameters, optimizer, schedule and RNG state into an empty folder.
-
-        With `asynchronous` they are copied to host memory and written while training goes on; `finish_save` ends it.
-
-        Raises:
-            CheckpointError: they cannot be written; or an earlier save could not.
-        """
-        ...
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete (or nothing was begun); `wait` until it is.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
         ...
 
     def save_hf(self, folder: Path) -> None:

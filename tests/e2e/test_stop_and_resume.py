@@ -31,7 +31,7 @@ def test_interrupted_run_saves_its_step_and_goes_on_as_if_nothing_had_happened(
         outcome = _interrupted(command, small, name, number)
         assert outcome.code == 128 + number
         assert f"{name}: finishing this step and saving; once more stops at once" in outcome.out
-        assert "stopped after step 2 of 4 and saved; the same command with resume_from_checkpoint=true" in outcome.out
+        assert "step 2 of 4" in outcome.out and "resume_from_checkpoint=true" in outcome.out
         assert [row["step"] for row in metrics_of(RUNS / name)] == [0, 1, 2]
         assert checkpoints_of(RUNS / name) == ["step_000002"]
         resumed = command(*HF, *small, f"run_name={name}", "resume_from_checkpoint=true")

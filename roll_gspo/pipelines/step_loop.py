@@ -1,0 +1,137 @@
+"""The loop over training steps that all pipelines share: train, validate, log, save, stop on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from roll_gspo.config.experiment import RunConfig
+from roll_gspo.execution.base import Executor
+from roll_gspo.pipelines.interrupt import Interrupt
+from roll_gspo.pipelines.output import Output
+from roll_gspo.pipelines.state import ACTOR, RunState
+from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
+from roll_gspo.tracking.console import Console
+from roll_gspo.tracking.memory import rss_mb
+
+SIGNALLED = 128  # plus the signal's number is a shell's exit status: 130 after Ctrl-C
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunComponents:
+    """The components that `run_steps` needs; each pipeline adds its own.
+
+    Attributes:
+        executor: where the roles live.
+        actor_train: the policy that is trained.
+        state: the run's progress; a checkpoint holds it.
+        output: writes below the run's folder.
+        num_steps: training steps of the whole run.
+    """
+
+    executor: Executor
+    actor_train: TrainedPolicy
+    state: RunState[Any]
+    output: Output
+    num_steps: int
+
+    @property
+    def trained_roles(self) -> dict[str, TrainedRole[Any]]:
+        """The roles whose state a checkpoint holds, by the name of their folder in it."""
+        return {ACTOR: self.actor_train}
+
+
+class Steps(Protocol):
+    """What a pipeline does inside the loop of `run_steps`."""
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Take one training step and return its metrics."""
+        ...
+
+    def prepare(self) -> None:
+        """Prepare for the first step of this process. Does nothing unless overridden."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Return validation metrics of the current model. Empty unless overridden."""
+        return {}
+
+    def throughput(self, metrics: Mapping[str, float], times: Mapping[str, float]) -> dict[str, float]:
+        """Return rates of the step, such as tokens per second. Empty unless overridden.
+
+        Args:
+            metrics: the step's metrics.
+            times: seconds by stage, `time/<stage>`.
+        """
+        return {}
+
+    def finish(self, step: int) -> None:
+        """Report on a model that was trained up to `step` in this process. Does nothing unless overridden."""
+
+
+def run_steps(
+    steps: Steps, config: RunConfig, components: RunComponents, console: Console, interrupt: Interrupt
+) -> int:
+    """Train until the last step or until the user interrupts, and return the process's exit status.
+
+    Validation runs before the first step, every `eval_steps` and after the last step. A checkpoint follows every
+    `save_steps`, a best validation, the last step, and the step that was interrupted.
+    """
+    state, output, num_steps, keep = components.state, components.output, components.num_steps, config.checkpoint_config
+    first_step = state.step + 1
+    steps.prepare()
+    if state.step == 0:
+        output.before_training(steps.validate(0))
+    console.start_steps(first_step, num_steps)
+    stopping = interrupt.requested
+    while state.step < num_steps and not stopping:
+        step = state.step + 1
+        metrics = steps.train_step(step)
+        state.step = step
+        is_last, is_best = step == num_steps, False
+        if is_last or step % config.eval_steps == 0:
+            validation = steps.validate(step)
+            metrics |= validation
+            is_best = state.take_if_best(keep.keep_best, keep.keep_best_mode, validation)
+        times = console.timings()
+        costs = {**times, **steps.throughput(metrics, times), "memory/rss_mb": rss_mb()}
+        # Log before saving: if the run is killed in between, it resumes from the previous checkpoint and logs the
+        # step again.
+        output.log(step, metrics | costs)
+        stopping = interrupt.requested  # read once, so that a run that stops has saved
+        if is_last or stopping or is_best or step % config.save_steps == 0:
+            with console.stage("save"):
+                output.save(step, state, components.trained_roles, components.actor_train)
+        else:
+            output.finish_save(wait=False)
+    with console.stage("save"):
+        output.finish_save()
+    if state.step >= first_step:
+        steps.finish(state.step)
+    return _finish(output, console, interrupt, first_step, state.step, num_steps)
+
+
+def _finish(output: Output, console: Console, interrupt: Interrupt, first_step: int, step: int, num_steps: int) -> int:
+    """Close the trackers, write the report, print how the run ended, and return the exit status.
+
+    Args:
+        output, console, interrupt: of the run.
+        first_step: the first step of this process.
+        step: the last completed step.
+        num_steps: steps of the whole run.
+    """
+    output.close()
+    with console.stage("report"):
+        report = output.report()
+    if report is not None:
+        console.message(f"report: {report}")
+    if interrupt.signal is None or step == num_steps:
+        return 0
+    if step < first_step:
+        console.message("stopped before the first step was complete; nothing was saved")
+    else:
+        console.message(
+            f"stopped after step {step} of {num_steps} and saved; resume with the same command and "
+            "resume_from_checkpoint=true"
+        )
+    return SIGNALLED + interrupt.signal
