@@ -135,7 +135,7 @@ def _piece(chunk: GPTModel, name: str, parameter: Parameter, number: int, vocab_
         name, copy = _EMBEDDING, True  # the last pipeline stage's
     packing, axis = "single", None
     if name != _VALUE_HEAD:
-        packing, axis = recipe(name).packing, recipe(name).cut_axis
+        packing, axis = recipe(name).packing, recipe(name).split_axis
     shape = tuple(parameter.shape)
     if packing == "gate_up" and axis is not None:  # each rank has its part of both, one over the other
         shape, axis = (2, shape[0] // 2, *shape[1:]), axis + 1

@@ -256,7 +256,7 @@ def _parts(bucket: Sequence[_Entry], rows: Tensor) -> list[Tensor]:
     parts = []
     for entry, part in zip(bucket, rows.split([entry.part_bytes for entry in bucket], 1), strict=True):
         part = part.view(entry.dtype).unflatten(1, entry.shape)
-        parts.append(part[:1] if recipe(entry.name).cut_axis is None else part)
+        parts.append(part[:1] if recipe(entry.name).split_axis is None else part)
     return parts
 
 
