@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from roll_gspo.algorithms.advantage import AdvantageSettings, advantages
-from roll_gspo.algorithms.advantage_estimators import ADVANTAGE_ESTIMATORS
+from roll_gspo.algorithms.advantage import advantages
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings
 from roll_gspo.algorithms.aggregate import Denominators
-from roll_gspo.algorithms.objective import POLICY_LOSSES
-from roll_gspo.algorithms.policy_loss import PolicyLossSettings, policy_loss
-from roll_gspo.algorithms.ratio import RATIOS
+from roll_gspo.algorithms.objective import PolicyLossSettings
+from roll_gspo.algorithms.policy_loss import policy_loss
 from roll_gspo.algorithms.value_loss import ValueLossSettings, value_loss
 from roll_gspo.batch import Sequences, TrainBatch
+from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, RATIOS
 
 AIM = 12.0
 GROUP = 8
@@ -120,16 +120,13 @@ class Problem:
 
 
 def policy_settings(importance_sampling: str, objective: str, width: int) -> PolicyLossSettings | None:
-    """Of a pair, with the clip range that it takes; None where the two do not go together."""
+    """Build the settings of a pair, with the clip range that it needs; None if the two do not go together."""
+    declared = POLICY_LOSSES.declaration(objective)
+    if declared.own_ratio and importance_sampling != "token":
+        return None
     clip = (3e-4, 4e-4) if importance_sampling.startswith("seq") else (0.2, 0.27)
-    for low, high in (clip, (None, None)):
-        try:
-            return PolicyLossSettings(
-                importance_sampling, low, high, None, "seq-mean-token-mean", width, policy_loss=objective
-            )
-        except ValueError:
-            continue
-    return None
+    low, high = clip if declared.needs_clip_range else (None, None)
+    return PolicyLossSettings(importance_sampling, low, high, None, "seq-mean-token-mean", width, policy_loss=objective)
 
 
 def rows(problem: Problem) -> Iterator[Row]:

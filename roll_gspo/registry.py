@@ -45,7 +45,8 @@ def import_target(path: str, what: str) -> Any:
 class Registry(Mapping[str, str]):
     """A table `name -> "package.module:attribute"` of one kind of component.
 
-    Besides the shipped names, every lookup accepts a user's own dotted path (`my_package.module.attribute`).
+    Besides the shipped names, every lookup accepts the dotted path of a user's component (`my_package.module.attribute`
+    or `my_module:attribute`).
 
     Args:
         kind: the YAML key whose values are the names; errors start with it.
@@ -58,7 +59,7 @@ class Registry(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         if name not in self._targets:
-            if "." in name:
+            if {".", ":"} & set(name):
                 return name
             known = ", ".join(sorted(self._targets))
             hint = did_you_mean(name, list(self._targets))

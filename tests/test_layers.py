@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "roll_gspo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(("errors", "registry", "metrics", "batch"), 0),
+    **dict.fromkeys(("errors", "registry", "declarations", "metrics", "batch"), 0),
     **dict.fromkeys(("config", "algorithms", "sandbox"), 1),
     **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
@@ -21,10 +21,10 @@ LAYERS = {
     **dict.fromkeys(("run", "export"), 6),
     "evaluate": 7,
 }
-BOTTOM = ("metrics", "batch", "registry", "errors")  # the lowest layer may import downwards within itself
+BOTTOM = ("metrics", "batch", "declarations", "registry", "errors")  # each may import later ones
 ALLOWED = {  # less than their layer
-    "config": ("registry", "errors"),
-    "algorithms": ("batch", "metrics", "errors"),
+    "config": ("declarations", "registry", "errors"),
+    "algorithms": ("batch", "declarations", "metrics", "errors"),
     "compare": ("report", "errors"),
     "sandbox": ("errors",),
 }

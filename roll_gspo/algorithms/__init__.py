@@ -1,12 +1,13 @@
-"""Every quantity of the training step as pure functions of tensors: no configuration objects, no I/O.
+"""The mathematics of a training step as pure functions of tensors: no configuration objects, no I/O.
 
-The choices compose and never name an algorithm; each is a visible table of small functions:
+Each axis of the algorithm is a set of small functions, selected by name:
 
-* rewards to advantages: `reward_norm.REWARD_NORMS`, `advantage.ADVANTAGE_ESTIMATORS`;
-* the policy loss: `ratio.RATIOS`, `objective.POLICY_LOSSES`, `aggregate.LOSS_AGG_MODES`, `kl.KL_ESTIMATORS`,
+* rewards to advantages: `reward_norm.REWARD_NORMS`, the estimators of `advantage_estimators`;
+* the policy loss: the ratios of `ratio`, the losses of `objective`, `aggregate.LOSS_AGG_MODES`, `kl.KL_ESTIMATORS`,
   `correction.CORRECTION_LEVELS` and `CORRECTION_MODES`;
-* which samples count, and how much: `query_filter`, `sample_weighting`.
+* samples in the loss and their weights: `query_filter`, `sample_weighting`.
 
-`policy_loss` and `value_loss` put them together; `routing` compares the experts of two passes through a mixture of
-experts. Legend of the package: B samples, T response positions, n_i valid tokens of sample i.
+Estimators, ratios and losses carry a decorator of `roll_gspo.declarations` that states what they need; users add their
+own by dotted path. The schema validates every setting, so that nothing here does. `policy_loss` and `value_loss`
+combine the parts. Legend of the package: B samples, T response positions, n_i valid tokens of sample i.
 """

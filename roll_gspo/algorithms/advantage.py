@@ -1,94 +1,36 @@
-"""Rewards to advantages of a whole rollout, in the order: normalise, clip, KL, estimate, whiten, clip.
+"""Advantages of a whole rollout from its rewards, in the order: normalise, clip, KL, estimate, whiten, clip.
 
-Legend: B samples of the rollout (all ranks), T response positions. Everything here is without gradient.
+Legend: B samples of the rollout (all ranks), T response positions. Nothing here has a gradient.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.advantage_estimators import (
-    ADVANTAGE_ESTIMATORS,
-    CRITIC_ESTIMATORS,
-    GROUP_ESTIMATORS,
-    WHITENED_ESTIMATORS,
-    ShapedRewards,
-)
-from roll_gspo.algorithms.choice import choose
-from roll_gspo.algorithms.kl import KL_ESTIMATORS, kl_estimate
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, ShapedRewards
+from roll_gspo.algorithms.kl import kl_estimate
 from roll_gspo.algorithms.masking import zero_masked
 from roll_gspo.algorithms.reward_norm import (
     RunningMoments,
-    check_reward_norm,
     clip_rewards,
     groups_without_spread,
     normalise_rewards,
 )
+from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 
 WHITENING_EPSILON = 1e-8
 
 
-@dataclass(frozen=True)
-class AdvantageSettings:
-    """The choices between score and advantage.
-
-    Attributes:
-        adv_estimator: a name in `ADVANTAGE_ESTIMATORS`.
-        gamma: discount per valid token; `reinforce`, `reinforce_plus_plus` and `gae` use it.
-        reward_norm, reward_shift, reward_scale: see `normalise_rewards`.
-        reward_clip: bound of the normalised reward, or None.
-        add_token_level_kl: subtract `kl_coef * kl` from the reward of every token.
-        kl_penalty: the estimator of that KL, a name in `KL_ESTIMATORS`.
-        whiten_advantages: zero mean and unit variance over all valid tokens.
-        advantage_clip: bound of the advantage, or None.
-        lambd: of GAE: 1 is reward-to-go minus value, 0 the one-step residual.
-
-    Raises:
-        ValueError: a name is unknown, a number is out of range or the reward flags contradict each other.
-    """
-
-    adv_estimator: str = "grpo"
-    gamma: float = 1.0
-    reward_norm: str | None = None
-    reward_shift: bool = False
-    reward_scale: bool = False
-    reward_clip: float | None = None
-    add_token_level_kl: bool = False
-    kl_penalty: str = "kl"
-    whiten_advantages: bool = False
-    advantage_clip: float | None = None
-    lambd: float = 0.95
-
-    def __post_init__(self) -> None:
-        choose(ADVANTAGE_ESTIMATORS, "adv_estimator", self.adv_estimator)
-        choose(KL_ESTIMATORS, "kl_penalty", self.kl_penalty)
-        check_reward_norm(self.reward_norm, self.reward_shift, self.reward_scale)
-        for key, value in (("gamma", self.gamma), ("lambd", self.lambd)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{key}: {value} is not a discount; use a number from 0 to 1")
-
-    @property
-    def whitens(self) -> bool:
-        """Whether advantages are whitened, by choice or by the estimator's definition."""
-        return self.whiten_advantages or self.adv_estimator in WHITENED_ESTIMATORS
-
-    @property
-    def compares_groups(self) -> bool:
-        """Whether a sample's advantage depends on the other samples of its prompt."""
-        return self.adv_estimator in GROUP_ESTIMATORS or self.reward_norm == "group"
-
-
 class Estimated(NamedTuple):
-    """What a rollout is trained on.
+    """Advantages and returns of a rollout.
 
     Attributes:
-        advantages: [B, T], 0 where the loss does not look.
-        returns: [B, T] what the critic learns to predict, 0 where masked; None without a critic.
+        advantages: [B, T], 0 outside the loss mask.
+        returns: [B, T] targets of the critic, 0 where masked; None without a critic.
         statistics: of rewards and advantages, see `advantages`.
     """
 
@@ -98,7 +40,7 @@ class Estimated(NamedTuple):
 
 
 class TokenMoments(NamedTuple):
-    """Of the valid tokens of [B, T]: count, mean, unbiased std (0 of fewer than two), bounds; all 0 of none."""
+    """Count, mean, unbiased std (0 for fewer than two) and bounds of the valid tokens of [B, T]; 0 if undefined."""
 
     count: int = 0
     mean: float = 0.0
@@ -108,16 +50,16 @@ class TokenMoments(NamedTuple):
 
 
 def _centred(values: Tensor, mask: Tensor) -> tuple[Tensor, TokenMoments]:
-    """`values` [B, T], 0 where masked, minus the mean of the valid tokens, again 0 where masked; and the moments."""
+    """Return `values` [B, T] (0 where masked) minus the mean of the valid tokens, 0 where masked; and the moments."""
     lengths = mask.sum(-1)
     count = int(lengths.sum())
     if not count:
         return values, TokenMoments()
-    # Some valid token stands in where masked, so that the bounds are those of the valid tokens.
+    # Fill masked positions with a valid token, so that the bounds are those of the valid tokens.
     row = int(lengths.argmax())
     example = float(values[row, int(mask[row].to(torch.uint8).argmax())])
     low, high = (float(bound) for bound in torch.where(mask, values, example).aminmax())
-    # Equal values have exactly their value as mean, and so no spread: rounding noise would be a signal.
+    # The mean of equal values must be exactly their value: whitening would amplify rounding noise.
     mean = low if low == high else float(values.sum(-1).sum(dtype=torch.float64)) / count
     centred = torch.where(mask, values - mean, 0.0)
     squares = float(centred.square().sum(-1).sum(dtype=torch.float64))
@@ -125,15 +67,15 @@ def _centred(values: Tensor, mask: Tensor) -> tuple[Tensor, TokenMoments]:
 
 
 def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """Zero mean and unit unbiased variance over the valid tokens of [B, T]; 0 where masked.
+    """Return [B, T] with zero mean and unit unbiased variance over the valid tokens, 0 where masked.
 
-    Fewer than two valid tokens are left as they are; equal advantages become 0.
+    Fewer than two valid tokens are unchanged. Equal advantages become 0.
     """
     return _whitened(zero_masked(advantages, response_mask), response_mask)[0]
 
 
 def _whitened(values: Tensor, mask: Tensor) -> tuple[Tensor, TokenMoments]:
-    """`whiten` of `values` that are 0 where masked, and the moments of the result."""
+    """Whiten `values` that are 0 where masked; return the result and its moments."""
     centred, moments = _centred(values, mask)
     if moments.count < 2:
         return values, moments
@@ -143,7 +85,7 @@ def _whitened(values: Tensor, mask: Tensor) -> tuple[Tensor, TokenMoments]:
 
 
 def clip_advantages(advantages: Tensor, response_mask: Tensor, advantage_clip: float | None) -> tuple[Tensor, float]:
-    """[B, T] clamped to +-`advantage_clip` (None: as they are), and the fraction of valid tokens beyond."""
+    """Return [B, T] clamped to +-`advantage_clip` (None: unchanged), and the fraction of valid tokens beyond."""
     if advantage_clip is None:
         return advantages, 0.0
     count = max(int(response_mask.sum()), 1)
@@ -152,7 +94,7 @@ def clip_advantages(advantages: Tensor, response_mask: Tensor, advantage_clip: f
 
 
 def _reward_statistics(scores: Tensor, group_ids: Tensor, rewards: Tensor) -> dict[str, float]:
-    """Mean, std, min and max of the scores [B] (zeros of none, std 0 of one), and the mean of the rewards [B]."""
+    """Return mean, std, min and max of the scores [B], and the mean of the rewards [B]; 0 if undefined."""
     flat = scores.double() if len(scores) else scores.new_zeros(1).double()
     return {
         "reward/score_mean": float(flat.mean()),
@@ -178,28 +120,29 @@ def advantages(
     values: Tensor | None = None,
     loss_mask: Tensor | None = None,
 ) -> Estimated:
-    """Advantages of a whole rollout and what they were made of.
+    """Return the advantages of a whole rollout, with returns and statistics.
 
     Args:
-        scores: [B] of the reward workers.
+        scores: [B] from the reward workers.
         group_ids: [B] integers; samples of one prompt share one.
         response_mask: [B, T] bool.
-        settings: the choices.
+        settings: from scores to advantages.
         log_probs, ref_log_probs: [B, T] of the sampling policy and the reference, for `add_token_level_kl`.
-        kl_coef: of the KL controller, for `add_token_level_kl`.
-        running: the run's moments, for `reward_norm: running`; this rollout is taken in.
-        values: [B, T] of the critic, for `gae`.
-        loss_mask: [B, T] bool, the valid tokens of the samples that the loss sees; None for `response_mask`. The
-            others count in the moments of the rewards, not in whitening and the statistics of the advantages.
+        kl_coef: coefficient from the KL controller, for `add_token_level_kl`.
+        running: moments of the run, for `reward_norm: running`; they are updated with this rollout.
+        values: [B, T] of the critic, for estimators that need one.
+        loss_mask: [B, T] bool, the valid tokens of samples in the loss; None for `response_mask`. Other samples count
+            in the moments of the rewards, but not in whitening and the statistics of the advantages.
 
     Returns:
-        Advantages (0 outside `loss_mask`; float32, or float64 for float64 scores), for `gae` the returns (advantages
-        before whitening, plus values), and the statistics `reward/score_{mean,std,min,max}` (as given), `reward/mean`
-        (normalised and clipped), `reward/clip_fraction`, `reward/groups_without_spread`, `advantage/{mean,std,min,max}`
-        (before the clip), `advantage/clip_fraction` and, with `add_token_level_kl`, `reward/kl` (per valid token).
+        Advantages (0 outside `loss_mask`; float32, or float64 for float64 scores). Returns if the estimator needs a
+        critic: advantages before whitening, plus values. Statistics: `reward/score_{mean,std,min,max}` (of `scores`),
+        `reward/mean` (normalised and clipped), `reward/clip_fraction`, `reward/groups_without_spread`,
+        `advantage/{mean,std,min,max}` (before the clip), `advantage/clip_fraction` and, with `add_token_level_kl`,
+        `reward/kl` (per valid token).
 
     Raises:
-        ValueError: log-probabilities, values or moments that the settings need are missing.
+        ValueError: log-probs, values or moments that the settings need are missing.
     """
     rewards = normalise_rewards(
         scores, group_ids, settings.reward_norm, settings.reward_shift, settings.reward_scale, running
@@ -213,13 +156,11 @@ def advantages(
         kl = kl_estimate(log_probs, ref_log_probs, response_mask, settings.kl_penalty)
         statistics["reward/kl"] = float(kl.sum(-1).sum(dtype=torch.float64)) / max(int(response_mask.sum()), 1)
         penalties = kl_coef * kl
-    group_normalised = settings.reward_norm == "group"
-    shaped = ShapedRewards(
-        rewards, penalties, group_ids, response_mask, group_normalised, settings.gamma, settings.lambd, values
-    )
-    estimated = ADVANTAGE_ESTIMATORS[settings.adv_estimator](shaped).expand(response_mask.shape)
+    shaped = ShapedRewards(rewards, penalties, group_ids, response_mask, values)
+    estimator = ADVANTAGE_ESTIMATORS.load(settings.adv_estimator)
+    estimated = estimator(shaped, settings, **settings.adv_estimator_args).expand(response_mask.shape)
     returns = None
-    if settings.adv_estimator in CRITIC_ESTIMATORS and values is not None:
+    if ADVANTAGE_ESTIMATORS.declaration(settings.adv_estimator).needs_critic and values is not None:
         returns = zero_masked(estimated + values, response_mask)
 
     seen = response_mask if loss_mask is None else response_mask & loss_mask
@@ -228,7 +169,7 @@ def advantages(
 
 
 def _finished(estimated: Tensor, mask: Tensor, settings: AdvantageSettings) -> tuple[Tensor, dict[str, float]]:
-    """Whitened and clipped as the settings say, over `mask`; 0 elsewhere; and the statistics `advantage/*`."""
+    """Whiten and clip over `mask`; return the result, 0 outside `mask`, and the statistics `advantage/*`."""
     estimated = zero_masked(estimated, mask)
     if settings.whitens:
         estimated, moments = _whitened(estimated, mask)

@@ -1,7 +1,7 @@
-"""From a loss per token to one number: `loss_agg_mode`, over denominators of the whole mini-batch.
+"""Aggregation of token losses to one number (`loss_agg_mode`), with denominators of the whole mini-batch.
 
-A micro-batch returns its share: its partial sum over the global denominator. Shares add up to the same loss
-and gradient for every micro-batch size, data-parallel size, padding and order.
+Each micro-batch returns its share: its partial sum over the global denominator. Shares add up to the same loss and
+gradient for every micro-batch size, data-parallel size, padding and order.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from roll_gspo.algorithms.choice import choose
 from roll_gspo.algorithms.masking import count_true, zero_masked
 
 
 @dataclass(frozen=True)
 class Denominators:
-    """What a mini-batch is averaged over, all micro-batches and ranks together.
+    """Denominators of a mini-batch, over all its micro-batches and ranks.
 
     Attributes:
         num_tokens: valid tokens.
@@ -53,7 +52,7 @@ def seq_mean_token_mean(sums: Tensor, lengths: Tensor, denominators: Denominator
 
 
 def seq_mean_token_sum_norm(sums: Tensor, lengths: Tensor, denominators: Denominators, response_length: int) -> Tensor:
-    """`sum_t L_it / (N_seq response_length)`: a constant divisor, not the padded width (arXiv 2503.20783)."""
+    """`sum_t L_it / (N_seq response_length)`: a constant divisor instead of the padded width (arXiv 2503.20783)."""
     return sums / (max(denominators.num_sequences, 1) * response_length)
 
 
@@ -73,14 +72,14 @@ def aggregate(
     response_length: int,
     sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """This micro-batch's share (scalar) of the mini-batch's aggregated `token_values`.
+    """Return this micro-batch's share (scalar) of the mini-batch's aggregated `token_values`.
 
     Args:
         token_values: [B, T], anything where masked.
         response_mask: [B, T] bool.
         denominators: of the whole mini-batch.
         loss_agg_mode: a name in `LOSS_AGG_MODES`.
-        response_length: the longest response the run allows; only `seq-mean-token-sum-norm` divides by it.
+        response_length: maximum response length in tokens; only `seq-mean-token-sum-norm` divides by it.
         sample_weights: [B] factors of the samples; they do not enter the denominators.
     """
     sums, lengths = zero_masked(token_values, response_mask).sum(-1), count_true(response_mask)
@@ -95,7 +94,6 @@ def aggregate_sums(
     response_length: int,
     sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """`aggregate` of samples whose valid tokens are summed and counted already: `sums` and `lengths` are [B]."""
-    mode = choose(LOSS_AGG_MODES, "loss_agg_mode", loss_agg_mode)
-    shares = mode(sums, lengths, denominators, response_length)
+    """Aggregate samples by `sums` [B] over their valid tokens and their `lengths` [B]; otherwise as `aggregate`."""
+    shares = LOSS_AGG_MODES[loss_agg_mode](sums, lengths, denominators, response_length)
     return shares.sum() if sample_weights is None else (shares * sample_weights).sum()

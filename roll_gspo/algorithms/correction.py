@@ -1,6 +1,6 @@
-"""How far the trainer's log-probabilities are from those that the generation engine sampled with, and weights for it.
+"""The mismatch of log-probs between trainer and generation engine: metrics, and importance weights that correct it.
 
-Legend: `d_it = old_log_probs_it - rollout_log_probs_it`, trainer minus engine, on the same weights.
+Legend: `d_it = old_log_probs_it - rollout_log_probs_it`, trainer minus engine, with the same model weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.choice import choose
 from roll_gspo.algorithms.kl import k3
 from roll_gspo.algorithms.masking import masked_difference
 from roll_gspo.algorithms.ratio import MAX_LOG_RATIO
@@ -20,21 +19,21 @@ from roll_gspo.metrics import Metric, mean_of
 
 @torch.no_grad()
 def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor) -> dict[str, Metric]:
-    """Figures of `d = old_log_probs - rollout_log_probs` (trainer minus engine), all inputs [B, T].
+    """Return metrics of `d = old_log_probs - rollout_log_probs` (trainer minus engine); all inputs are [B, T].
 
     * `mismatch/log_prob_diff_mean`, `_max`: `|d|` over the valid tokens.
     * `mismatch/kl`: KL(rollout || trainer) per valid token by k3 (`exp(d) - 1 - d`), as the engine sampled.
     * `mismatch/ess`: effective sample size over the number of samples with a response,
-      `(sum_i w_i)^2 / sum_i w_i^2 / B`, with the sequence weights `w_i = exp(sum_t d_it)`, the exponent
-      clamped to +-20: 1 where both agree, 1/B where one sample outweighs all others. Compute it on a whole
-      rollout: merged figures are the mean of those of the pieces.
+      `(sum_i w_i)^2 / sum_i w_i^2 / B`, with the sequence weights `w_i = exp(sum_t d_it)` and the exponent
+      clamped to +-20. It is 1 if both agree, and 1/B if one sample outweighs all others. Compute it on a whole
+      rollout: merging averages the values of the parts.
     """
     difference = masked_difference(old_log_probs, rollout_log_probs, response_mask)
     present = response_mask.any(-1)
     exponents = difference.double().sum(-1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     weights = torch.where(present, exponents.exp(), torch.zeros_like(exponents))
     squares = weights.square().sum()
-    # All weights are 0 only without any sample; then the figure is a mean over nothing.
+    # All weights are 0 only if there is no sample; then the weight of the metric is 0.
     effective = weights.sum().square() / torch.where(squares > 0, squares, torch.ones_like(squares))
     one = difference.new_ones(())
     return {
@@ -47,15 +46,12 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, response_
 
 @dataclass(frozen=True)
 class CorrectionSettings:
-    """`train_infer_correction`: importance weights `pi_trainer / pi_engine` on the loss.
+    """Settings of `train_infer_correction`: importance weights `pi_trainer / pi_engine` on the loss.
 
     Attributes:
         level: a name in `CORRECTION_LEVELS`.
         mode: a name in `CORRECTION_MODES`.
-        lower_bound, upper_bound: of the weight; 0 is no lower bound.
-
-    Raises:
-        ValueError: a name is unknown or nothing lies between the bounds.
+        lower_bound, upper_bound: bounds of the weight; 0 is no lower bound.
     """
 
     level: str
@@ -63,28 +59,19 @@ class CorrectionSettings:
     lower_bound: float = 0.0
     upper_bound: float = 2.0
 
-    def __post_init__(self) -> None:
-        choose(CORRECTION_LEVELS, "train_infer_correction.level", self.level)
-        choose(CORRECTION_MODES, "train_infer_correction.mode", self.mode)
-        if not 0 <= self.lower_bound < self.upper_bound:
-            raise ValueError(
-                f"train_infer_correction.lower_bound: {self.lower_bound} is not between 0 and upper_bound "
-                f"{self.upper_bound}; lower it"
-            )
-
 
 def token_level(difference: Tensor, lengths: Tensor) -> Tensor:
-    """[B, T] exponents `d_it`: a weight a token."""
+    """Return [B, T] exponents `d_it`: one weight per token."""
     return difference
 
 
 def geometric_level(difference: Tensor, lengths: Tensor) -> Tensor:
-    """[B, 1] exponents `sum_t d_it / n_i`: the mean over the response, on the scale of one token."""
+    """Return [B, 1] exponents `sum_t d_it / n_i`: the mean over the response, on the scale of one token."""
     return difference.sum(-1, keepdim=True) / lengths.clamp(min=1)
 
 
 def sequence_level(difference: Tensor, lengths: Tensor) -> Tensor:
-    """[B, 1] exponents `sum_t d_it`: the weight of the whole response, unbiased and of high variance."""
+    """Return [B, 1] exponents `sum_t d_it`: the weight of the whole response, unbiased and of high variance."""
     return difference.sum(-1, keepdim=True)
 
 
@@ -101,8 +88,7 @@ def truncate(weights: Tensor, settings: CorrectionSettings) -> Tensor:
 
 
 def mask(weights: Tensor, settings: CorrectionSettings) -> Tensor:
-    """`w` within the bounds and 0 beyond them: masked importance sampling (IcePop, arXiv 2510.18855, section
-    2.3.2)."""
+    """`w` within the bounds, else 0: masked importance sampling (IcePop, arXiv 2510.18855, section 2.3.2)."""
     inside = (weights >= settings.lower_bound) & (weights <= settings.upper_bound)
     return torch.where(inside, weights, 0.0)
 
@@ -114,9 +100,9 @@ CORRECTION_MODES: Mapping[str, Callable[[Tensor, CorrectionSettings], Tensor]] =
 def correction_weights(
     old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor, settings: CorrectionSettings
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Factors [B, T] of the token losses, without gradient and 1 where masked; exponents are clamped to +-20.
+    """Return factors [B, T] of the token losses, without gradient and 1 where masked; exponents are clamped to +-20.
 
-    They do not enter the denominators of the loss, so that it does not depend on how samples meet in micro-batches.
+    The weights do not enter the denominators of the loss, so that it does not depend on the split into micro-batches.
 
     Returns:
         The weights, and `correction/weight_mean` and `correction/bounded_fraction` (weights that the bounds

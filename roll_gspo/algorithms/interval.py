@@ -1,7 +1,7 @@
 """95 % confidence intervals of a mean over prompts.
 
-Prompts are the independent units: the samples of one prompt rise and fall together, so that they are averaged first
-(a cluster has one value) and the spread *between* prompts decides.
+Prompts are the independent units. The samples of one prompt are correlated, so that they are averaged first, and the
+interval follows from the spread *between* prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95 % confidence interval; `low` and `high` are NaN where one value says nothing of the spread."""
+    """A mean and its 95 % confidence interval; `low` and `high` are NaN if the spread is unknown (a single value)."""
 
     mean: float
     low: float
@@ -23,24 +23,24 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float], num_samples: int, *, is_fraction: bool) -> Estimate:
-    """The mean over prompts with its interval.
+    """Return the mean over prompts with its interval.
 
     Args:
-        values: one a prompt, at least one: a score or chance, the mean over the prompt's samples.
-        num_samples: behind all values together.
-        is_fraction: every single sample lies in 0 to 1; then `wilson` holds the interval within 0 to 1, else `student`.
+        values: one per prompt, at least one: a score or probability, averaged over the prompt's samples.
+        num_samples: number of samples over all prompts.
+        is_fraction: every sample lies in 0 to 1. The interval is then `wilson`, within 0 to 1, else `student`.
     """
     return wilson(values, num_samples) if is_fraction else student(values)
 
 
 def wilson(values: Sequence[float], num_samples: int) -> Estimate:
-    """Wilson's score interval with the effective number of samples of clustered data (Korn and Graubard 1998).
+    """Return Wilson's score interval with the effective number of samples of clustered data (Korn and Graubard 1998).
 
-    That number is p (1 - p) / SE^2, with SE the standard error of a mean over prompts, times the squared ratio of
-    Student's quantiles for `num_samples` and for the prompts (few prompts tell the spread badly), and at most
-    `num_samples`. With one sample of 0 or 1 a prompt it is the number of prompts, i.e. Wilson's own interval. Where all
-    values are 0, or all 1, or there is one prompt, nothing is known of the spread, and each prompt counts as one
-    sample: 0 of 30 is [0, 0.114] however many samples a prompt has.
+    The effective number is p (1 - p) / SE^2, with SE the standard error of a mean over prompts. It is multiplied by the
+    squared ratio of Student's quantiles for `num_samples` and for the number of prompts, because few prompts estimate
+    the spread badly. It is at most `num_samples`. With one sample of 0 or 1 per prompt it is the number of prompts,
+    which gives Wilson's original interval. If all values are 0, all are 1, or there is one prompt, the spread is
+    unknown and each prompt counts as one sample: 0 of 30 is [0, 0.114] for any number of samples per prompt.
     """
     count, mean = len(values), math.fsum(values) / len(values)
     squares = math.fsum((value - mean) ** 2 for value in values)
@@ -56,7 +56,7 @@ def wilson(values: Sequence[float], num_samples: int) -> Estimate:
 
 
 def student(values: Sequence[float]) -> Estimate:
-    """Student's t interval of the values, for scores of any size; NaN as limits of a single value."""
+    """Return Student's t interval of the values, for scores of any size; the limits are NaN for a single value."""
     count, mean = len(values), math.fsum(values) / len(values)
     if count == 1:
         return Estimate(mean, math.nan, math.nan)
@@ -67,7 +67,7 @@ def student(values: Sequence[float]) -> Estimate:
 
 @cache
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t distribution, by bisection of its closed form for whole degrees of freedom."""
+    """Return the 97.5 % quantile of Student's t distribution for an integer number of degrees, by bisection."""
     low, high = 0.0, 13.0  # 12.71 at one degree
     while high - low > 1e-12:
         middle = (low + high) / 2
@@ -76,7 +76,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def _central_mass(t: float, degrees: int) -> float:
-    """P(|T| < t): Abramowitz and Stegun 26.7.3 (odd degrees) and 26.7.4 (even)."""
+    """Return P(|T| < t): Abramowitz and Stegun 26.7.3 (odd degrees) and 26.7.4 (even)."""
     angle = math.atan(t / math.sqrt(degrees))
     cosine, total = math.cos(angle), 0.0
     term = cosine if degrees % 2 else 1.0

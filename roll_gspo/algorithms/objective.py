@@ -1,57 +1,101 @@
-"""The policy losses per token, `policy_loss`: what the ratio and the advantage are made into before aggregation.
+"""Policy losses per token, selected by `policy_loss`: from ratio and advantage to a loss, before aggregation.
 
-Every function maps `Terms` to the loss [B, T] and to [B, T] bool: where it took the gradient away or bounded a
-weight, for the clip fractions. All tensors are [B, T]; masked positions hold ratio 1, log-probability and advantage 0.
-`sg` stops the gradient.
+Each function maps `Terms` and `PolicyLossSettings` to the loss [B, T] and to a [B, T] bool: true where it removed the
+gradient or bounded a weight, for the clip fractions. All tensors are [B, T]. Masked positions hold ratio 1, log-prob 0
+and advantage 0. `sg` stops the gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from roll_gspo.algorithms.correction import CorrectionSettings
 from roll_gspo.algorithms.ratio import MAX_LOG_RATIO
+from roll_gspo.declarations import PolicyLoss
+
+
+@dataclass(frozen=True)
+class PolicyLossSettings:
+    """Settings of the policy loss; fields have the names of their YAML keys, except the derived ones.
+
+    Attributes:
+        importance_sampling: a name in `IMPORTANCE_SAMPLINGS`, or the dotted path of a user's function.
+        clip_low, clip_high: the ratio is clipped to `[1 - clip_low, 1 + clip_high]`; None if the loss needs no range.
+        dual_clip_ratio: bound c > 1 of the dual clip, or None without one.
+        loss_agg_mode: a name in `LOSS_AGG_MODES`.
+        response_length: maximum response length in tokens.
+        kl_loss_coef: coefficient of the KL term; 0 switches it off.
+        kl_loss_type: a name in `KL_ESTIMATORS`.
+        entropy_loss_coef: coefficient of the entropy bonus; 0 switches it off.
+        policy_loss: a name in `POLICY_LOSSES`, or the dotted path of a user's function.
+        sapo_tau_positive, sapo_tau_negative: temperatures of SAPO's gate by the sign of the advantage.
+        correction: weights that correct the mismatch of trainer and generation engine, or None.
+        policy_loss_args, importance_sampling_args: keyword arguments of a user's functions.
+    """
+
+    importance_sampling: str
+    clip_low: float | None
+    clip_high: float | None
+    dual_clip_ratio: float | None
+    loss_agg_mode: str
+    response_length: int
+    kl_loss_coef: float = 0.0
+    kl_loss_type: str = "k3"
+    entropy_loss_coef: float = 0.0
+    policy_loss: str = "clip"
+    sapo_tau_positive: float = 1.0
+    sapo_tau_negative: float = 1.05
+    correction: CorrectionSettings | None = None
+    policy_loss_args: Mapping[str, Any] = field(default_factory=dict)
+    importance_sampling_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(clip_low, clip_high) of a loss that declares `needs_clip_range`."""
+        assert self.clip_low is not None and self.clip_high is not None  # the schema gives every such loss a range
+        return self.clip_low, self.clip_high
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a policy loss is made of.
+    """Inputs of a policy loss.
 
     Attributes:
         log_probs: [B, T] of the current policy, with gradient.
         log_ratio: [B, T] of the tokens, clamped (`ratio.clamped_log_ratio`), with gradient.
         ratio: [B, T] at the level of `importance_sampling`, with gradient.
         advantages: [B, T].
-        lengths: [B] int64, valid tokens.
-        clip_low, clip_high: the ratio is bounded to `[1 - clip_low, 1 + clip_high]`.
-        sapo_tau_positive, sapo_tau_negative: temperatures of SAPO's gate by the sign of the advantage.
+        response_mask: [B, T] bool, true on valid tokens.
+        lengths: [B] int64, valid tokens per sample.
+        ref_log_probs: [B, T] of the reference policy if the loss declares `needs_reference`, else None.
     """
 
     log_probs: Tensor
     log_ratio: Tensor
     ratio: Tensor
     advantages: Tensor
+    response_mask: Tensor
     lengths: Tensor
-    clip_low: float = 0.0
-    clip_high: float = 0.0
-    sapo_tau_positive: float = 1.0
-    sapo_tau_negative: float = 1.05
+    ref_log_probs: Tensor | None = None
 
 
-def clip(terms: Terms) -> tuple[Tensor, Tensor]:
+@PolicyLoss(needs_clip_range=True, allows_dual_clip=True)
+def clip(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-min(ratio A, clip(ratio) A)` (PPO, arXiv 1707.06347 eq. 7; GSPO eq. 5, and eq. 13 with `seq_token`)."""
-    return clipped_objective(terms.ratio, terms.advantages, terms.clip_low, terms.clip_high)
+    return clipped_objective(terms.ratio, terms.advantages, *settings.clip_range)
 
 
 def clipped_objective(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
     """`-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`.
 
     Returns:
-        The loss [B, T], and [B, T] bool: true where the clip takes the gradient away (`surr2 < surr1`).
+        The loss [B, T], and [B, T] bool: true where the clip removes the gradient (`surr2 < surr1`).
     """
     minus = -advantages
     loss = ratio * minus
@@ -61,7 +105,7 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip_low: float, clip_h
 
 
 def dual_clip(loss: Tensor, advantages: Tensor, dual_clip_ratio: float) -> tuple[Tensor, Tensor]:
-    """`min(loss, c |A|)` where `A < 0`, with `c = dual_clip_ratio` > 1 (arXiv 1912.09729).
+    """`min(loss, c |A|)` if `A < 0`, with `c = dual_clip_ratio` > 1 (arXiv 1912.09729).
 
     Returns:
         The loss [B, T], and [B, T] bool: true where the bound replaced it.
@@ -71,66 +115,61 @@ def dual_clip(loss: Tensor, advantages: Tensor, dual_clip_ratio: float) -> tuple
     return torch.where(bounded, bound, loss), bounded
 
 
-def cispo(terms: Terms) -> tuple[Tensor, Tensor]:
+@PolicyLoss(needs_clip_range=True)
+def cispo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-sg[clip(ratio)] A log_prob` (MiniMax-M1, arXiv 2506.13585 eqs. 4 and 5): every token keeps a gradient.
 
-    Counted as clipped: weights that the range bounds, where the advantage is not 0.
+    Counted as clipped: weights that the range bounds, if the advantage is not 0.
     """
+    low, high = settings.clip_range
     ratio = terms.ratio.detach()
-    weight = ratio.clamp(1.0 - terms.clip_low, 1.0 + terms.clip_high)
+    weight = ratio.clamp(1.0 - low, 1.0 + high)
     clipped = (weight - ratio).mul_(terms.advantages) != 0
     return weight.mul_(terms.advantages).neg_() * terms.log_probs, clipped
 
 
-def gmpo(terms: Terms) -> tuple[Tensor, Tensor]:
+@PolicyLoss(needs_clip_range=True, own_ratio="the geometric mean of its clipped token ratios")
+def gmpo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-A exp(sum_t c_it / n_i)`: minus the geometric mean of the clipped token ratios (arXiv 2507.20673 eq. 4).
 
-    `c_it = min(d_it, log(1 + clip_high))` where `A > 0` and `max(d_it, log(1 - clip_low))` where `A < 0`: the
-    one-sided clip of the paper, in log space. The sequence's mean is repeated on its tokens, so that
-    `seq-mean-token-mean` gives the paper's objective; advantages that differ within a sample each multiply it.
+    `c_it = min(d_it, log(1 + clip_high))` if `A > 0`, `max(d_it, log(1 - clip_low))` if `A < 0`: the one-sided clip of
+    the paper, in log space. The mean of the sequence is repeated on its tokens, so that `seq-mean-token-mean` gives the
+    paper's objective. Advantages that differ within a sample each multiply that mean.
 
-    Counted as clipped: tokens whose ratio the clip holds, where the advantage is not 0.
+    Counted as clipped: tokens whose ratio the clip bounds, if the advantage is not 0.
     """
+    low, high = settings.clip_range
     log_ratio = terms.log_ratio
-    lowest = math.log1p(-terms.clip_low) if terms.clip_low < 1 else -math.inf
-    inside = log_ratio.detach().clamp(lowest, math.log1p(terms.clip_high))
+    lowest = math.log1p(-low) if low < 1 else -math.inf
+    inside = log_ratio.detach().clamp(lowest, math.log1p(high))
     clipped = (inside - log_ratio.detach()).mul_(terms.advantages) < 0
     sums = torch.where(clipped, inside, log_ratio).sum(-1, keepdim=True)
     mean = (sums / terms.lengths.clamp(min=1)[:, None]).exp()
     return -mean * terms.advantages, clipped
 
 
-def sapo(terms: Terms) -> tuple[Tensor, Tensor]:
+@PolicyLoss(reads=("sapo_tau_positive", "sapo_tau_negative"))
+def sapo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-(4 / tau) sigmoid(tau (ratio - 1)) A` (arXiv 2511.20347 eqs. 5 and 6): a soft gate instead of a clip.
 
-    `tau` is `sapo_tau_positive` where `A > 0`, else `sapo_tau_negative`. Nothing is counted as clipped.
+    `tau` is `sapo_tau_positive` if `A > 0`, else `sapo_tau_negative`. Nothing is counted as clipped.
     """
     positive, advantages = terms.advantages > 0, terms.advantages
-    tau = torch.where(positive, advantages.new_tensor(terms.sapo_tau_positive), terms.sapo_tau_negative)
+    tau = torch.where(positive, advantages.new_tensor(settings.sapo_tau_positive), settings.sapo_tau_negative)
     gate = torch.sigmoid(tau * (terms.ratio - 1.0))
     return gate * (-4.0 * advantages / tau), torch.zeros_like(positive)
 
 
-def topr(terms: Terms) -> tuple[Tensor, Tensor]:
-    """`-w A log_prob`: `w` is 1 where `A >= 0`, else `sg[min(exp(sum_t d_it), 1)]` (arXiv 2503.14286 eq. 8).
+@PolicyLoss(own_ratio="the product of its token ratios")
+def topr(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
+    """`-w A log_prob`: `w` is 1 if `A >= 0`, else `sg[min(exp(sum_t d_it), 1)]` (arXiv 2503.14286 eq. 8).
 
-    The ratio is that of the whole response, as in the paper: a wrong answer that the policy has left behind no longer
-    pushes. The paper's sum over a response is `seq-mean-token-sum`.
+    The ratio is that of the whole response, as in the paper. A wrong answer that has become unlikely gets a small
+    weight. The paper's sum over a response is `seq-mean-token-sum`.
 
-    Counted as clipped: the tokens of responses whose ratio 1 bounds.
+    Counted as clipped: the tokens of responses whose ratio is bounded at 1.
     """
     whole = terms.log_ratio.detach().sum(-1, keepdim=True).clamp(min=-MAX_LOG_RATIO)
     negative = terms.advantages < 0
     weighted = torch.where(negative, whole.clamp(max=0.0).exp(), 1.0) * -terms.advantages
     return weighted * terms.log_probs, negative & (whole > 0)
-
-
-POLICY_LOSSES: Mapping[str, Callable[[Terms], tuple[Tensor, Tensor]]] = {
-    "clip": clip,
-    "cispo": cispo,
-    "gmpo": gmpo,
-    "sapo": sapo,
-    "topr": topr,
-}
-HAVE_A_CLIP_RANGE = ("clip", "cispo", "gmpo")
-FORM_THEIR_OWN_RATIO = ("gmpo", "topr")  # of the whole response, from the token ratios

@@ -1,6 +1,6 @@
-"""What n samples of a prompt say of k attempts at it: pass@k and maj@k, each the exact expectation over k of the n.
+"""pass@k and maj@k of a prompt from n samples: exact expectations over all choices of k samples.
 
-Nothing is drawn at random, and the order of the samples does not matter.
+Nothing is drawn at random. The order of the samples does not matter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a correct one.
+    """Return the probability that k of the samples, drawn without replacement, include a correct one.
 
     1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1.
 
@@ -24,15 +24,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def maj_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> float:
-    """Expected score of the answer that most of k samples give, the k drawn without replacement.
+    """Return the expected score of the majority answer of k samples, drawn without replacement.
 
-    Samples without an answer (None) abstain; where all k do, the score is 0. Of answers with equally many votes each
-    wins with the same chance. Where samples of one answer score differently (a reward may look at more than the
-    answer), the winner has their mean score.
+    Samples without an answer (None) abstain; if all k abstain, the score is 0. Tied answers win with equal probability.
+    If samples with the same answer have different scores (a reward may depend on more than the answer), the answer has
+    their mean score.
 
     Args:
-        answers: of every sample; equal texts are equal answers.
-        scores: of every sample.
+        answers: one per sample; equal texts are equal answers.
+        scores: one per sample.
 
     Raises:
         ValueError: not 1 <= k <= n.
@@ -44,7 +44,7 @@ def maj_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> 
             groups.setdefault(answer, []).append(score)
     counts = [len(group) for group in groups.values()]
     abstaining = len(answers) - sum(counts)
-    means: dict[int, float] = {}  # summed over the answers of one count, whose chances are the same
+    means: dict[int, float] = {}  # by count, summed over its answers: they win with equal probability
     for group in groups.values():
         means[len(group)] = means.get(len(group), 0.0) + sum(group) / len(group)
     expected = 0.0
@@ -57,7 +57,7 @@ def maj_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> 
 
 
 def _chance_to_win(own: int, others: Sequence[int], abstaining: int, k: int) -> float:
-    """Of an answer that `own` samples give, when k of all are drawn; ties are shared."""
+    """Return the probability that an answer with `own` samples wins if k of all are drawn; ties are shared."""
     total = 0.0
     num_subsets = math.comb(own + sum(others) + abstaining, k)
     for votes in range(1, min(own, k) + 1):
@@ -67,13 +67,13 @@ def _chance_to_win(own: int, others: Sequence[int], abstaining: int, k: int) -> 
 
 
 def _ways_below(others: Sequence[int], abstaining: int, k: int, votes: int) -> dict[int, int]:
-    """In how many ways k of the other samples can be drawn so that no answer has more than `votes`.
+    """Count the ways to draw k of the other samples so that no answer has more than `votes`.
 
     Returns:
         The number of ways by the number of answers that have exactly `votes`.
     """
-    free = abstaining + sum(count for count in others if count < votes)  # however many of these are drawn
-    ways = {(0, 0): 1}  # (drawn so far, answers with exactly `votes`) -> number of ways
+    free = abstaining + sum(count for count in others if count < votes)  # any number of these may be drawn
+    ways = {(0, 0): 1}  # (number drawn, answers with exactly `votes`) -> number of ways
     for count in (count for count in others if count >= votes):
         following: dict[tuple[int, int], int] = {}
         for (drawn, tied), number in ways.items():

@@ -2,84 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES, Denominators, aggregate_sums
-from roll_gspo.algorithms.choice import choose
-from roll_gspo.algorithms.correction import CorrectionSettings, correction_weights
-from roll_gspo.algorithms.kl import KL_ESTIMATORS, MAX_K3, kl_estimate
+from roll_gspo.algorithms.aggregate import Denominators, aggregate_sums
+from roll_gspo.algorithms.correction import correction_weights
+from roll_gspo.algorithms.kl import MAX_K3, kl_estimate
 from roll_gspo.algorithms.masking import count_true, raised, zero_masked
-from roll_gspo.algorithms.objective import (
-    FORM_THEIR_OWN_RATIO,
-    HAVE_A_CLIP_RANGE,
-    POLICY_LOSSES,
-    Terms,
-    dual_clip,
-)
-from roll_gspo.algorithms.ratio import RATIOS, clamped_log_ratio, importance_ratio
+from roll_gspo.algorithms.objective import PolicyLossSettings, Terms, dual_clip
+from roll_gspo.algorithms.ratio import clamped_log_ratio
 from roll_gspo.batch import TrainBatch
+from roll_gspo.declarations import POLICY_LOSSES, RATIOS
 from roll_gspo.metrics import Metric
-
-
-@dataclass(frozen=True)
-class PolicyLossSettings:
-    """The choices of the policy loss.
-
-    Attributes:
-        importance_sampling: a name in `RATIOS`.
-        clip_low, clip_high: the ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
-        dual_clip_ratio: bound `c` > 1 of the dual clip, or None without one.
-        loss_agg_mode: a name in `LOSS_AGG_MODES`.
-        response_length: the longest response the run allows, in tokens.
-        kl_loss_coef: of the KL term; 0 is without.
-        kl_loss_type: a name in `KL_ESTIMATORS`.
-        entropy_loss_coef: of the entropy bonus; 0 is without.
-        policy_loss: a name in `POLICY_LOSSES`; those without a clip range take None for its bounds.
-        sapo_tau_positive, sapo_tau_negative: temperatures of `sapo`.
-        correction: weights for the mismatch of trainer and generation engine, or None without.
-
-    Raises:
-        ValueError: a name is unknown or a number is out of range.
-    """
-
-    importance_sampling: str
-    clip_low: float | None
-    clip_high: float | None
-    dual_clip_ratio: float | None
-    loss_agg_mode: str
-    response_length: int
-    kl_loss_coef: float = 0.0
-    kl_loss_type: str = "k3"
-    entropy_loss_coef: float = 0.0
-    policy_loss: str = "clip"
-    sapo_tau_positive: float = 1.0
-    sapo_tau_negative: float = 1.05
-    correction: CorrectionSettings | None = None
-
-    def __post_init__(self) -> None:
-        choose(RATIOS, "importance_sampling", self.importance_sampling)
-        choose(LOSS_AGG_MODES, "loss_agg_mode", self.loss_agg_mode)
-        choose(KL_ESTIMATORS, "kl_loss_type", self.kl_loss_type)
-        choose(POLICY_LOSSES, "policy_loss", self.policy_loss)
-        if self.policy_loss in FORM_THEIR_OWN_RATIO and self.importance_sampling != "token":
-            raise ValueError(
-                f"importance_sampling: policy_loss {self.policy_loss} forms the ratio of the whole response itself; "
-                f"set token instead of {self.importance_sampling}"
-            )
-        for name, bound in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
-            if self.policy_loss in HAVE_A_CLIP_RANGE and (bound is None or bound < 0):
-                raise ValueError(f"{name}: policy_loss {self.policy_loss} needs 0 or more, not {bound}")
-        if self.dual_clip_ratio is not None and self.policy_loss != "clip":
-            raise ValueError(f"dual_clip_ratio: acts with policy_loss clip, not {self.policy_loss}; leave it out")
-        if self.sapo_tau_positive <= 0 or self.sapo_tau_negative <= 0:
-            raise ValueError("sapo_tau_positive, sapo_tau_negative: must be above 0; raise them")
-        if self.dual_clip_ratio is not None and self.dual_clip_ratio <= 1:
-            raise ValueError(f"dual_clip_ratio: {self.dual_clip_ratio} is not above 1; use e.g. 3.0")
-        if self.response_length < 1:
-            raise ValueError(f"response_length: {self.response_length} is below 1; give the limit in tokens")
 
 
 def policy_loss(
@@ -89,20 +23,20 @@ def policy_loss(
     denominators: Denominators,
     settings: PolicyLossSettings,
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """This micro-batch's share of `pg_loss + kl_loss_coef kl - entropy_loss_coef entropy`, and its metrics.
+    """Return this micro-batch's share of `pg_loss + kl_loss_coef kl - entropy_loss_coef entropy`, and its metrics.
 
-    Shares of the micro-batches of a mini-batch add up to its loss. Half precision is computed in float32.
+    The shares of a mini-batch's micro-batches add up to its loss. Half precision is computed in float32.
 
     Args:
         log_probs: [B, T] of the current policy, with gradient.
         entropy: [B, T] of the current policy's token distributions, or None.
         batch: the samples; masked positions may hold anything.
         denominators: of the whole mini-batch.
-        settings: the choices.
+        settings: of the policy loss.
 
     Returns:
-        The scalar loss, and metrics without gradient: `actor/{pg,kl,total}_loss` are shares, the others means
-        over valid tokens or sequences, or bounds.
+        The scalar loss, and metrics without gradient: `actor/{pg,kl,total}_loss` are shares; the others are means
+        over valid tokens or sequences, or extremes.
 
     Raises:
         ValueError: the entropy or the reference log-probabilities that a coefficient needs are missing.
@@ -141,31 +75,40 @@ def policy_loss(
 def _token_loss(
     log_probs: Tensor, batch: TrainBatch, lengths: Tensor, settings: PolicyLossSettings
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """The policy-gradient loss [B, T], 0 where masked, with the correction's weights; and the metrics of its parts."""
+    """Return the policy-gradient loss [B, T], corrected and 0 where masked, and the metrics of its parts."""
     mask = batch.response_mask
+    declared = POLICY_LOSSES.declaration(settings.policy_loss)
     log_ratio = clamped_log_ratio(log_probs, batch.old_log_probs, mask)
     terms = Terms(
         log_probs=zero_masked(log_probs, mask),
         log_ratio=log_ratio,
-        ratio=importance_ratio(log_ratio, mask, settings.importance_sampling),
+        ratio=RATIOS.load(settings.importance_sampling)(log_ratio, mask, **settings.importance_sampling_args),
         advantages=zero_masked(batch.advantages, mask).to(log_ratio.dtype),
+        response_mask=mask,
         lengths=lengths,
-        clip_low=settings.clip_low or 0.0,
-        clip_high=settings.clip_high or 0.0,
-        sapo_tau_positive=settings.sapo_tau_positive,
-        sapo_tau_negative=settings.sapo_tau_negative,
+        ref_log_probs=_reference(batch, settings.policy_loss) if declared.needs_reference else None,
     )
-    token_loss, clipped = POLICY_LOSSES[settings.policy_loss](terms)
+    loss_function = POLICY_LOSSES.load(settings.policy_loss)
+    token_loss, clipped = loss_function(terms, settings, **settings.policy_loss_args)
     dual_clipped = None
     if settings.dual_clip_ratio is not None:
         token_loss, dual_clipped = dual_clip(token_loss, terms.advantages, settings.dual_clip_ratio)
     metrics = _ratio_metrics(terms, mask)
-    metrics |= _clip_metrics(clipped, dual_clipped, terms, settings.policy_loss in HAVE_A_CLIP_RANGE)
+    metrics |= _clip_metrics(clipped, dual_clipped, terms, declared.needs_clip_range)
     if settings.correction is not None:
-        weights, figures = correction_weights(batch.old_log_probs, batch.rollout_log_probs, mask, settings.correction)
+        weights, weight_metrics = correction_weights(
+            batch.old_log_probs, batch.rollout_log_probs, mask, settings.correction
+        )
         token_loss = token_loss * weights.to(token_loss.dtype)
-        metrics |= figures
+        metrics |= weight_metrics
     return token_loss, metrics
+
+
+def _reference(batch: TrainBatch, policy_loss: str) -> Tensor:
+    """Return the reference log-probs [B, T], 0 where masked."""
+    if batch.ref_log_probs is None:
+        raise ValueError(f"policy_loss: '{policy_loss}' got no ref_log_probs; score the batch with the reference")
+    return zero_masked(batch.ref_log_probs, batch.response_mask)
 
 
 def _share_metric(share: Tensor) -> Metric:
@@ -173,20 +116,20 @@ def _share_metric(share: Tensor) -> Metric:
 
 
 def _mean(zeroed: Tensor, lengths: Tensor) -> Metric:
-    """The mean over valid tokens of values [B, T] that are 0 where masked."""
+    """Return the mean over valid tokens of values [B, T] that are 0 where masked."""
     return Metric(zeroed.detach().sum(), lengths.sum())
 
 
 @torch.no_grad()
 def _ratio_metrics(terms: Terms, mask: Tensor) -> dict[str, Metric]:
-    """Means over the valid tokens of ratio, |ratio - 1|, log-prob and k3 of KL(old || current); ratio bounds.
+    """Return means over valid tokens of ratio, |ratio - 1|, log-prob and k3 of KL(old || current); ratio extremes.
 
-    A micro-batch without a valid token has bounds beyond any ratio, which lose against any other.
+    A micro-batch without a valid token has a maximum below and a minimum above any ratio, so that merging ignores them.
     """
     ratio, lengths = terms.ratio, terms.lengths
     one, num_tokens = torch.ones_like(ratio[0, 0]), lengths.sum()
     excess = ratio - 1.0  # 0 where masked
-    beyond = (~mask).view(torch.uint8).to(ratio.dtype).mul_(torch.finfo(ratio.dtype).max)  # adds nothing where valid
+    beyond = (~mask).view(torch.uint8).to(ratio.dtype).mul_(torch.finfo(ratio.dtype).max)  # 0 where valid
     kl = terms.log_ratio.expm1().sub_(terms.log_ratio).clamp_(max=MAX_K3)
     return {
         "actor/ratio_mean": Metric(excess.sum() + num_tokens, num_tokens),
@@ -199,17 +142,17 @@ def _ratio_metrics(terms: Terms, mask: Tensor) -> dict[str, Metric]:
 
 
 def _clip_metrics(clipped: Tensor, dual_clipped: Tensor | None, terms: Terms, has_range: bool) -> dict[str, Metric]:
-    """Where the clip took the gradient away: per valid token (what the GSPO paper plots) and per sequence.
+    """Return the fractions that were clipped: per valid token (plotted in the GSPO paper) and per sequence.
 
-    A sequence counts once, as soon as one of its tokens is clipped. `high` and `low` are the side on which the ratio
-    left the range, and add up to the fraction of tokens. The dual clip is counted per valid token.
+    A sequence counts if any of its tokens is clipped. `high` and `low` are the side on which the ratio left the range;
+    they add up to the fraction of tokens. The dual clip is counted per valid token.
     """
     dtype, num_tokens = terms.advantages.dtype, terms.lengths.sum()
 
     def share_of_tokens(count: Tensor) -> Metric:
         return Metric(count.to(dtype), num_tokens)
 
-    counts = count_true(clipped)  # never where masked: the ratio is 1 and the advantage 0 there
+    counts = count_true(clipped)  # 0 where masked, since the ratio is 1 and the advantage 0
     metrics = {
         "actor/clip_fraction": share_of_tokens(counts.sum()),
         "actor/clip_fraction_sequence": Metric((counts > 0).sum().to(dtype), (terms.lengths > 0).sum()),

@@ -1,39 +1,38 @@
-"""Importance ratios between the current and the old policy: `importance_sampling`.
+"""Importance ratios between the current and the old policy, selected by `importance_sampling`.
 
-Every function maps `(log_ratio, response_mask)`, both [B, T], to a ratio [B, T] that is 1 where masked.
-`log_ratio` is `d_it = log_probs_it - old_log_probs_it`, clamped to +-20 before any `exp` (a token beyond the clamp
-carries no gradient) and 0 where masked, as `clamped_log_ratio` gives it. A sample without valid tokens has ratio 1.
-Equation numbers are those of the GSPO paper, arXiv 2507.18071.
+Each function maps `(log_ratio, response_mask)`, both [B, T], to a ratio [B, T] that is 1 where masked.
+`log_ratio` is `d_it = log_probs_it - old_log_probs_it`, computed by `clamped_log_ratio`: clamped to +-20 before any
+`exp` (a clamped token has no gradient), and 0 where masked. A sample without valid tokens has ratio 1.
+Equation numbers refer to the GSPO paper, arXiv 2507.18071.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardtanh
 
-from roll_gspo.algorithms.choice import choose
 from roll_gspo.algorithms.masking import count_true, masked_difference
+from roll_gspo.declarations import ImportanceRatio
 
 MAX_LOG_RATIO = 20.0
 
-RatioFunction = Callable[[Tensor, Tensor], Tensor]
-
 
 def clamped_log_ratio(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """`d_it` [B, T] in +-20, exactly 0 (value and gradient) where masked; the inputs may hold anything there."""
+    """Return `d_it` [B, T] in +-20, exactly 0 (value and gradient) where masked. Masked inputs may hold anything."""
     difference = masked_difference(log_probs, old_log_probs, response_mask)
     return hardtanh(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)  # a clamp whose gradient is cheaper
 
 
+@ImportanceRatio(name="token", scale="token")
 def token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`r_it = exp(d_it)`: PPO and GRPO (eq. 3)."""
     return log_ratio.exp()
 
 
+@ImportanceRatio(name="seq", scale="sequence")
 def sequence_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`s_i = exp(sum_t m_it d_it / n_i)` (GSPO, eq. 7), repeated on every valid token of sample i."""
     lengths = count_true(response_mask).clamp(min=1)
@@ -41,10 +40,11 @@ def sequence_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     return torch.where(response_mask, ratio_B1, 1.0)
 
 
+@ImportanceRatio(name="seq_token", scale="sequence")
 def sequence_token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`s_it = sg[s_i] exp(log_probs_it - sg[log_probs_it])`: GSPO-token (eq. 14).
 
-    Numerically `s_i`; the gradient goes through the token alone, so advantages may differ within a sample.
+    Numerically `s_i`. The gradient goes through the token alone, so that advantages may differ within a sample.
     """
     sequence = sequence_ratio(log_ratio.detach(), response_mask)
     # exp(x - sg[x]) is 1 + (x - sg[x]) in value and gradient. The clamped difference stands for log_probs: the same
@@ -52,8 +52,9 @@ def sequence_token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     return torch.addcmul(sequence, sequence, log_ratio - log_ratio.detach())
 
 
+@ImportanceRatio(name="segment", scale="sequence")
 def segment_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
-    """As `sequence_ratio`, for every contiguous run of the mask (one assistant turn) on its own."""
+    """`sequence_ratio` of each contiguous run of the mask (one assistant turn)."""
     starts = torch.ones_like(response_mask)  # of runs, gaps included: their mean is 0 and their ratio 1
     starts[:, 1:] = response_mask[:, 1:] ^ response_mask[:, :-1]
     positions = starts.flatten().nonzero().squeeze(-1)
@@ -61,9 +62,9 @@ def segment_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
 
 
 class _RunMean(torch.autograd.Function):
-    """The mean over each run of [B, T] read row by row, on each of its positions; `lengths` of the runs.
+    """Replace each position of [B, T], read row by row, by the mean of its run; `lengths` are those of the runs.
 
-    As a matrix it is symmetric: the gradient is the run means of the gradient.
+    The map is symmetric as a matrix, so that the gradient is the run means of the gradient.
     """
 
     @staticmethod
@@ -79,25 +80,3 @@ class _RunMean(torch.autograd.Function):
 def _run_means(values: Tensor, lengths: Tensor) -> Tensor:
     sums = torch.segment_reduce(values.flatten(), "sum", lengths=lengths, unsafe=True)
     return torch.repeat_interleave(sums / lengths, lengths, output_size=values.numel()).view(values.shape)
-
-
-RATIOS: Mapping[str, RatioFunction] = {
-    "token": token_ratio,
-    "seq": sequence_ratio,
-    "seq_token": sequence_token_ratio,
-    "segment": segment_ratio,
-}
-
-
-def importance_ratio(log_ratio: Tensor, response_mask: Tensor, importance_sampling: str) -> Tensor:
-    """The ratio [B, T] at the level that `importance_sampling` names.
-
-    Args:
-        log_ratio: [B, T] from `clamped_log_ratio`.
-        response_mask: [B, T] bool.
-        importance_sampling: a name in `RATIOS`.
-
-    Raises:
-        ValueError: `importance_sampling` is not in `RATIOS`.
-    """
-    return choose(RATIOS, "importance_sampling", importance_sampling)(log_ratio, response_mask)

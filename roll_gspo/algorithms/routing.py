@@ -1,7 +1,7 @@
-"""How far the experts of a mixture-of-experts model are from one another on the same tokens.
+"""Comparison of the experts that two passes through a mixture-of-experts model activate for the same tokens.
 
-Legend: B samples, S positions, N positions that count, L layers with a router, K experts a token. Experts are numbered;
--1 is not recorded.
+Legend: B samples, S positions, N counted positions, L layers with a router, K experts per token. Experts are numbered;
+-1 means not recorded.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from roll_gspo.metrics import Metric
 
 @torch.no_grad()
 def expert_difference(experts: Tensor, others: Tensor, positions: Tensor) -> Metric:
-    """The share of activated experts that differ between two passes over the same tokens.
+    """Return the fraction of activated experts that differ between two passes over the same tokens.
 
-    An expert of `experts` differs where the same layer did not choose it for the same token in `others`; the order
-    among the K does not matter.
+    An expert of `experts` differs if the same layer did not choose it for the same token in `others`. The order of the
+    K experts does not matter.
 
     Args:
-        experts, others: [B, S, L, K] integers, K different ones a token and layer.
-        positions: [B, S] bool, those that count (`Sequences.predicting_mask`: what a token is predicted from); where
-            one of the two recorded nothing never does.
+        experts, others: [B, S, L, K] integers, K distinct ones per token and layer.
+        positions: [B, S] bool, the counted positions (`Sequences.predicting_mask`). Positions that one of the two
+            passes did not record are never counted.
 
     Returns:
         A mean over positions, layers and experts.
@@ -30,7 +30,7 @@ def expert_difference(experts: Tensor, others: Tensor, positions: Tensor) -> Met
     ours, theirs = experts[positions], others[positions]
     recorded = (ours >= 0).all(-1) & (theirs >= 0).all(-1)
     shared = torch.zeros_like(ours, dtype=torch.bool)
-    for choice in theirs.unbind(-1):  # K times; [N, L, K, K] at once would be K times the memory of a rollout
+    for choice in theirs.unbind(-1):  # comparing [N, L, K, K] at once would need K times the memory
         shared |= ours == choice[..., None]
     differing = (~shared & recorded[..., None]).sum()
     return Metric(differing.double(), recorded.sum() * experts.shape[-1])

@@ -1,7 +1,7 @@
-"""Which samples of a rollout the loss sees, how much each counts, and what a too long one costs.
+"""Sample masks, sample weights and the penalty of overlong responses.
 
-Legend: B samples of the rollout. Everything is decided on the whole rollout, so nothing depends on how it is split
-into mini- and micro-batches.
+Legend: B samples of the rollout. All are computed on the whole rollout, so that they do not depend on its split into
+mini- and micro-batches.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from roll_gspo.algorithms.reward_norm import group_moments
 
 @dataclass(frozen=True)
 class SampleMaskSettings:
-    """Which samples are taken out of the loss after scoring. They still count in the moments of their group.
+    """Settings of the sample masks. Masked samples leave the loss, but still count in the moments of their group.
 
     Attributes:
-        max_len_mask: take out samples that were cut off at the length limit.
-        difficulty_mask: take out groups whose mean score is not strictly between the two thresholds.
+        max_len_mask: mask samples that were truncated at the length limit.
+        difficulty_mask: mask groups whose mean score is not strictly between the two thresholds.
         difficulty_low_threshold, difficulty_high_threshold: in units of the score.
-
-    Raises:
-        ValueError: the thresholds leave nothing between them.
     """
 
     max_len_mask: bool = False
@@ -32,20 +29,15 @@ class SampleMaskSettings:
     difficulty_low_threshold: float = 0.0
     difficulty_high_threshold: float = 1.0
 
-    def __post_init__(self) -> None:
-        low, high = self.difficulty_low_threshold, self.difficulty_high_threshold
-        if not low < high:
-            raise ValueError(f"difficulty_low_threshold: {low} is not below difficulty_high_threshold {high}; lower it")
-
 
 def kept_samples(scores: Tensor, group_ids: Tensor, truncated: Tensor, settings: SampleMaskSettings) -> Tensor:
-    """[B] bool: the loss sees this sample.
+    """Return [B] bool: true if the sample is in the loss.
 
     Args:
-        scores: [B] of the reward workers.
+        scores: [B] from the reward workers.
         group_ids: [B] integers; samples of one prompt share one.
         truncated: [B] bool, generation ended at the length limit (by finish reason, not by length).
-        settings: the choices. Groups of one have no difficulty and stay.
+        settings: of the masks. The difficulty mask does not apply to groups of one.
     """
     kept = torch.ones_like(truncated, dtype=torch.bool)
     if settings.max_len_mask:
@@ -59,11 +51,11 @@ def kept_samples(scores: Tensor, group_ids: Tensor, truncated: Tensor, settings:
 
 
 def comparable_samples(valid: Tensor, group_ids: Tensor) -> Tensor:
-    """[B] bool: valid samples that are not the only one left of their group.
+    """Return [B] bool: valid samples, except a single one left of a larger group.
 
     Args:
         valid: [B] bool, the sample has a score.
-        group_ids: [B] integers; a group that had one sample from the start has lost nothing.
+        group_ids: [B] integers; a group of one sample is kept.
     """
     ids, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
     left = torch.zeros(len(ids), dtype=torch.int64).index_add(0, index, valid.long())
@@ -73,20 +65,20 @@ def comparable_samples(valid: Tensor, group_ids: Tensor) -> Tensor:
 def sample_weights(
     lengths: Tensor, difficulty: Tensor | None, kept: Tensor, *, length_loss_weight: bool, difficulty_loss_weight: bool
 ) -> Tensor:
-    """[B] float32 factors of the samples' losses with mean 1 over the kept samples of the rollout; 0 for the others.
+    """Return [B] float32 factors of the sample losses: mean 1 over the kept samples of the rollout, 0 for the others.
 
-    The product, scaled to that mean, of `1.5 - (n_i - min) / (max - min)` over the kept samples' lengths (from 1.5 for
-    the shortest to 0.5 for the longest) and of `0.5 + 1.5 clip(difficulty, 0, 1)` (from 0.5 to 2): ROLL's weights,
-    which it scales per micro-batch.
+    The product of `1.5 - (n_i - min) / (max - min)` over the lengths of kept samples (from 1.5 for the shortest to 0.5
+    for the longest) and of `0.5 + 1.5 clip(difficulty, 0, 1)` (from 0.5 to 2), scaled to mean 1. These are ROLL's
+    weights, which ROLL scales per micro-batch.
 
     Args:
-        lengths: [B] valid tokens of each response.
-        difficulty: [B] of each prompt, 0 easy to 1 hard; None without.
-        kept: [B] bool, what the loss sees.
-        length_loss_weight, difficulty_loss_weight: which of the two factors apply.
+        lengths: [B] valid tokens per response.
+        difficulty: [B] of the prompts, 0 easy to 1 hard, or None.
+        kept: [B] bool, samples in the loss.
+        length_loss_weight, difficulty_loss_weight: switch on the two factors.
 
     Raises:
-        ValueError: `difficulty_loss_weight` without difficulties, or one of a kept sample is not finite.
+        ValueError: `difficulty_loss_weight` is set, and a kept sample has no finite difficulty.
     """
     weights = kept.double()
     if not bool(kept.any()):
@@ -107,25 +99,16 @@ def sample_weights(
 def overlong_penalty(
     lengths: Tensor, response_length: int, overlong_buffer_length: int, overlong_penalty_factor: float
 ) -> Tensor:
-    """[B] float32 <= 0, to add to the scores before they are normalised (DAPO, arXiv 2503.14476, eq. 13).
+    """Return [B] float32 <= 0, to add to the scores before normalisation (DAPO, arXiv 2503.14476, eq. 13).
 
-    0 up to `response_length - overlong_buffer_length` tokens, from there linearly down to `-overlong_penalty_factor`
-    at `response_length`, and no lower beyond.
+    It is 0 up to `response_length - overlong_buffer_length` tokens, and falls linearly to `-overlong_penalty_factor` at
+    `response_length`. Longer responses get the same penalty.
 
     Args:
-        lengths: [B] valid tokens of each response.
-        response_length: the longest response the run allows.
-        overlong_buffer_length: over how many tokens the penalty rises.
-        overlong_penalty_factor: the whole penalty, in units of the score.
-
-    Raises:
-        ValueError: the buffer is not between 1 and `response_length`, or the factor is negative.
+        lengths: [B] valid tokens per response.
+        response_length: maximum response length in tokens.
+        overlong_buffer_length: tokens over which the penalty grows.
+        overlong_penalty_factor: maximum penalty in units of the score, 0 or more.
     """
-    if not 1 <= overlong_buffer_length <= response_length:
-        raise ValueError(
-            f"overlong_buffer_length: {overlong_buffer_length} is not between 1 and response_length {response_length}"
-        )
-    if overlong_penalty_factor < 0:
-        raise ValueError(f"overlong_penalty_factor: {overlong_penalty_factor} would be a reward; use 0 or more")
     over = lengths.double() - (response_length - overlong_buffer_length)
     return (-overlong_penalty_factor * (over / overlong_buffer_length).clamp(0, 1)).float()

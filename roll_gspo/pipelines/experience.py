@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.advantage import AdvantageSettings, Estimated, advantages
+from roll_gspo.algorithms.advantage import Estimated, advantages
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings
 from roll_gspo.algorithms.correction import mismatch_metrics
 from roll_gspo.algorithms.routing import expert_difference
 from roll_gspo.algorithms.sample_weighting import (

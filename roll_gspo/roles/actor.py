@@ -8,7 +8,8 @@ from torch import Tensor
 
 from roll_gspo.algorithms.aggregate import Denominators
 from roll_gspo.algorithms.correction import mismatch_metrics
-from roll_gspo.algorithms.policy_loss import PolicyLossSettings, policy_loss
+from roll_gspo.algorithms.objective import PolicyLossSettings
+from roll_gspo.algorithms.policy_loss import policy_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary

@@ -8,9 +8,10 @@ from reference import advantage_reference as reference
 from reference.gspo_cases import random_case
 from reference.gspo_reference import kl_table
 
-from roll_gspo.algorithms.advantage import AdvantageSettings, advantages, whiten
-from roll_gspo.algorithms.advantage_estimators import ADVANTAGE_ESTIMATORS, WHITENED_ESTIMATORS, token_rewards
+from roll_gspo.algorithms.advantage import advantages, whiten
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, token_rewards
 from roll_gspo.algorithms.reward_norm import RunningMoments
+from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 
 MASK = torch.tensor([[True, True, False], [True, True, True]])
 GROUPS = torch.tensor([5, 5])
@@ -303,7 +304,7 @@ def test_advantages_reinforce_plus_plus_baseline_hand_computed():
     torch.testing.assert_close(result.advantages, torch.tensor([[-1.0], [1.0], [0.0]]))
 
 
-@pytest.mark.parametrize("estimator", sorted(WHITENED_ESTIMATORS))
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
 def test_advantages_are_whitened_once(estimator):
     case = random_case(3, batch=6)
     scores, groups = case.old[:, 0], torch.tensor([1, 1, 1, 2, 2, 2])
@@ -383,16 +384,3 @@ def test_advantages_gae_with_lambda_one_is_reward_to_go_minus_value():
 def test_advantages_gae_without_values_is_refused():
     with pytest.raises(ValueError, match="'gae' got no values"):
         advantages(torch.tensor([1.0, 2.0]), GROUPS, MASK, AdvantageSettings("gae"))
-
-
-def test_advantage_settings_refuse_unknown_names():
-    with pytest.raises(ValueError, match="adv_estimator: unknown value 'gre'"):
-        AdvantageSettings("gre")
-    with pytest.raises(ValueError, match="kl_penalty"):
-        AdvantageSettings(kl_penalty="full")
-    with pytest.raises(ValueError, match="both true"):
-        AdvantageSettings(reward_norm="group", reward_shift=True, reward_scale=True)
-    with pytest.raises(ValueError, match=r"lambd: 1.5 is not a discount"):
-        AdvantageSettings("gae", lambd=1.5)
-    with pytest.raises(ValueError, match=r"gamma: -0.1 is not a discount"):
-        AdvantageSettings(gamma=-0.1)

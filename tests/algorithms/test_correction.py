@@ -134,17 +134,3 @@ def test_correction_of_equal_log_probs_is_one(level, mode):
     weights, metrics = correction_weights(ROLLOUT, ROLLOUT, MASK, CorrectionSettings(level, mode, 0.9, 1.1))
     assert torch.equal(weights, torch.ones(3, 3))
     assert to_floats(metrics) == {"correction/weight_mean": 1.0, "correction/bounded_fraction": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("word", "mask"), "train_infer_correction.level: unknown value 'word'; use one of geometric, sequence, token"),
-        (("token", "clip"), "train_infer_correction.mode: unknown value 'clip'; use one of mask, truncate"),
-        (("token", "mask", 2.0, 2.0), "train_infer_correction.lower_bound: 2.0 is not between 0 and upper_bound 2.0"),
-        (("token", "mask", -0.1, 2.0), "train_infer_correction.lower_bound: -0.1 is not"),
-    ],
-)
-def test_correction_settings_refuse(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        CorrectionSettings(*arguments)

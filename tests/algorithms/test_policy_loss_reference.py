@@ -12,13 +12,13 @@ from reference.gspo_cases import Case, random_case
 
 from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES, Denominators
 from roll_gspo.algorithms.correction import CorrectionSettings
-from roll_gspo.algorithms.objective import FORM_THEIR_OWN_RATIO, HAVE_A_CLIP_RANGE, POLICY_LOSSES
-from roll_gspo.algorithms.policy_loss import PolicyLossSettings, policy_loss
-from roll_gspo.algorithms.ratio import RATIOS
+from roll_gspo.algorithms.objective import PolicyLossSettings
+from roll_gspo.algorithms.policy_loss import policy_loss
+from roll_gspo.declarations import POLICY_LOSSES, RATIOS
 from roll_gspo.metrics import merge, to_floats
 
 MODES = sorted(LOSS_AGG_MODES)
-PAIRS = [(r, p) for p in POLICY_LOSSES for r in RATIOS if r == "token" or p not in FORM_THEIR_OWN_RATIO]
+PAIRS = [(r, p) for p in POLICY_LOSSES for r in RATIOS if r == "token" or not POLICY_LOSSES.declaration(p).own_ratio]
 CORRECTIONS = [
     CorrectionSettings("token", "truncate", 0.5, 1.2),
     CorrectionSettings("token", "mask", 0.6, 1.5),
@@ -31,11 +31,12 @@ WIDTH = 9
 
 def settings_of(pair, mode, low=0.2, high=0.27, dual=None, correction=None) -> PolicyLossSettings:
     level, name = pair
+    declared = POLICY_LOSSES.declaration(name)
     return PolicyLossSettings(
         level,
-        low if name in HAVE_A_CLIP_RANGE else None,
-        high if name in HAVE_A_CLIP_RANGE else None,
-        dual if name == "clip" else None,
+        low if declared.needs_clip_range else None,
+        high if declared.needs_clip_range else None,
+        dual if declared.allows_dual_clip else None,
         mode,
         response_length=WIDTH,
         policy_loss=name,

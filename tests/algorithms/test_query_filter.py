@@ -52,10 +52,3 @@ def test_kept_groups_equal_the_reference_in_any_order(rows, threshold):
         given_scores, given_groups = torch.tensor(scores, dtype=torch.float64), torch.tensor(groups)
         assert kept_groups(given_scores, given_groups, chosen).tolist() == expected
         assert kept_groups(given_scores.flip(0), given_groups.flip(0), chosen).tolist() == expected[::-1]
-
-
-def test_query_filter_settings_refuse_what_means_nothing():
-    with pytest.raises(ValueError, match=r"query_filter_config.type: unknown value 'median'"):
-        QueryFilterSettings("median")
-    with pytest.raises(ValueError, match=r"threshold_down: 0.5 is not below threshold_up 0.5"):
-        QueryFilterSettings("mean_filter", threshold_down=0.5, threshold_up=0.5)

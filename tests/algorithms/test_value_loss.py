@@ -149,10 +149,6 @@ def test_value_loss_refuses_what_is_missing():
         whole(values, replace(batch, returns=None), ValueLossSettings())
     with pytest.raises(ValueError, match="value_clip: the batch has no values"):
         whole(values, replace(batch, values=None), ValueLossSettings(0.2))
-    with pytest.raises(ValueError, match=r"value_clip: 0.0 is not above 0"):
-        ValueLossSettings(0.0)
-    with pytest.raises(ValueError, match="loss_agg_mode: unknown value 'sum'"):
-        ValueLossSettings(loss_agg_mode="sum")
 
 
 def test_explained_variance_hand_computed():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from roll_gspo.algorithms.advantage import AdvantageSettings
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings
 from roll_gspo.algorithms.kl import AdaptiveKLController, KLController
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.algorithms.sample_weighting import SampleMaskSettings

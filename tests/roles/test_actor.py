@@ -11,7 +11,7 @@ import torch
 from engine_cases import model_setup, optimizer_setup, train_batch
 from tiny_models import write_model
 
-from roll_gspo.algorithms.policy_loss import PolicyLossSettings
+from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.batch import TrainBatch
 from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.errors import TrainingError

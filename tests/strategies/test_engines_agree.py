@@ -19,7 +19,7 @@ from engine_cases import (
 )
 from torch import Tensor
 
-from roll_gspo.algorithms.policy_loss import PolicyLossSettings
+from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.batch import TrainBatch
 from roll_gspo.config.strategy import HfConfig, MegatronConfig
