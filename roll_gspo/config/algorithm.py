@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_gspo.config.base import Schema
+from roll_gspo.config.base import Problem, Schema, used_only_with
 from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
 
 AdvEstimator = Literal[
@@ -181,8 +181,8 @@ class AlgorithmConfig(Schema):
         """Whether dynamic sampling is on."""
         return self.query_filter_config is not None and self.query_filter_config.type != "no_filter"
 
-    def broken_rules(self) -> Iterator[str]:
-        """Flags without their keys, keys without their flags, and flags against each other."""
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield switches without their keys, keys without their switch, and switches that exclude each other."""
         yield from super().broken_rules()
         yield from self._broken_objective_rules()
         yield from self._broken_clip_rules()
@@ -191,89 +191,97 @@ class AlgorithmConfig(Schema):
         yield from self._broken_correction_rules()
         yield from self._keys_without_effect()
 
-    def _keys_without_effect(self) -> Iterator[str]:
-        """A key that is changed from its default where nothing reads it would be ignored silently."""
+    def _keys_without_effect(self) -> Iterator[Problem]:
+        """Yield keys that differ from their default although nothing reads them."""
         dual_clip_reads_it = self.dual_clip_loss and self.dual_clip_ratio is None
         sapo, gae = self.policy_loss == "sapo", self.needs_critic
-        gamma_reader = "adv_estimator: reinforce, reinforce_plus_plus or gae"
-        for key, reader, is_read in (
-            ("gamma", gamma_reader, self.adv_estimator in DISCOUNTED),
-            ("lambd", "adv_estimator: gae", gae),
-            ("value_clip", "adv_estimator: gae", gae),
-            ("critic_warmup", "adv_estimator: gae", gae),
-            ("pg_clip", "use_pg_clip_range: false", not self.use_pg_clip_range or dual_clip_reads_it),
-            ("sapo_tau_positive", "policy_loss: sapo", sapo),
-            ("sapo_tau_negative", "policy_loss: sapo", sapo),
-            ("overlong_penalty_factor", "overlong_buffer_length", self.overlong_buffer_length is not None),
-            ("difficulty_low_threshold", "difficulty_mask: true", self.difficulty_mask),
-            ("difficulty_high_threshold", "difficulty_mask: true", self.difficulty_mask),
-            ("max_sampling_rounds", "query_filter_config.type: std_filter or mean_filter", self.filters_groups),
-            ("kl_loss_type", "use_kl_loss: true", self.use_kl_loss),
-            ("kl_penalty", "add_token_level_kl: true", self.add_token_level_kl),
-            ("kl_horizon", "target_kl", self.target_kl is not None),
+        for key, reader, values, is_read in (
+            ("gamma", "adv_estimator", "reinforce, reinforce_plus_plus or gae", self.adv_estimator in DISCOUNTED),
+            ("lambd", "adv_estimator", "gae", gae),
+            ("value_clip", "adv_estimator", "gae", gae),
+            ("critic_warmup", "adv_estimator", "gae", gae),
+            ("pg_clip", "use_pg_clip_range", "false", not self.use_pg_clip_range or dual_clip_reads_it),
+            ("sapo_tau_positive", "policy_loss", "sapo", sapo),
+            ("sapo_tau_negative", "policy_loss", "sapo", sapo),
+            ("overlong_penalty_factor", "overlong_buffer_length", "", self.overlong_buffer_length is not None),
+            ("difficulty_low_threshold", "difficulty_mask", "true", self.difficulty_mask),
+            ("difficulty_high_threshold", "difficulty_mask", "true", self.difficulty_mask),
+            ("max_sampling_rounds", "query_filter_config.type", "std_filter or mean_filter", self.filters_groups),
+            ("kl_loss_type", "use_kl_loss", "true", self.use_kl_loss),
+            ("kl_penalty", "add_token_level_kl", "true", self.add_token_level_kl),
+            ("kl_horizon", "target_kl", "", self.target_kl is not None),
         ):
             if not is_read and self.__dict__[key] != type(self).model_fields[key].default:
-                yield f"{key} acts with {reader} only; set that or remove it"
+                yield used_only_with(key, reader, values)
 
-    def _broken_objective_rules(self) -> Iterator[str]:
-        """What the objective itself decides."""
+    def _broken_objective_rules(self) -> Iterator[Problem]:
+        """Yield keys that the chosen objective does not read."""
         name, fields = self.policy_loss, type(self).model_fields
         if name in OWN_RATIO and self.importance_sampling != "token":
-            yield (
-                f"policy_loss: {name} computes the ratio of a whole response itself, {OWN_RATIO[name]}, so that "
-                f"importance_sampling: {self.importance_sampling} would be ignored; set importance_sampling: token"
+            yield Problem(
+                "policy_loss",
+                f"{name} computes the ratio of a whole response itself ({OWN_RATIO[name]}), so importance_sampling: "
+                f"{self.importance_sampling} would be ignored; set importance_sampling: token",
+                ("importance_sampling",),
             )
         if name not in CLIPPED:
             for key in ("use_pg_clip_range", "pg_clip_low", "pg_clip_high", "pg_clip"):
                 if self.__dict__[key] != fields[key].default:
-                    yield (
-                        f"{key} acts with policy_loss: clip, cispo or gmpo only, {name} clips no ratio; remove it "
-                        f"(policy_loss={name} as a group option does)"
+                    yield Problem(
+                        key,
+                        f"is used only with policy_loss: clip, cispo or gmpo, and {name} clips no ratio; remove it "
+                        f"(the group option policy_loss={name} does)",
+                        ("policy_loss",),
                     )
         if self.dual_clip_loss and name != "clip":
-            yield f"dual_clip_loss acts with policy_loss: clip only, this is {name}; set dual_clip_loss: false"
+            message = f"is used only with policy_loss: clip, and this is {name}; set dual_clip_loss: false"
+            yield Problem("dual_clip_loss", message, ("policy_loss",))
 
-    def _broken_clip_rules(self) -> Iterator[str]:
-        given = [self.pg_clip_low is not None, self.pg_clip_high is not None]
-        if self.use_pg_clip_range and not all(given):
-            yield "use_pg_clip_range: true needs both pg_clip_low and pg_clip_high; set them"
-        if not self.use_pg_clip_range and any(given):
-            key = "pg_clip_low" if given[0] else "pg_clip_high"
-            yield f"{key} acts with use_pg_clip_range: true only; set that flag or remove it"
+    def _broken_clip_rules(self) -> Iterator[Problem]:
+        bounds = {"pg_clip_low": self.pg_clip_low, "pg_clip_high": self.pg_clip_high}
+        given = [key for key, value in bounds.items() if value is not None]
+        if self.use_pg_clip_range and len(given) < 2:
+            message = "true needs both pg_clip_low and pg_clip_high; set them"
+            yield Problem("use_pg_clip_range", message, tuple(bounds))
+        if not self.use_pg_clip_range and given:
+            yield used_only_with(given[0], "use_pg_clip_range", "true")
         if self.dual_clip_ratio is not None and not self.dual_clip_loss:
-            yield "dual_clip_ratio acts with dual_clip_loss: true only; set that flag or remove it"
+            yield used_only_with("dual_clip_ratio", "dual_clip_loss", "true")
 
-    def _broken_reward_rules(self) -> Iterator[str]:
+    def _broken_reward_rules(self) -> Iterator[Problem]:
         if self.reward_shift and self.reward_scale:
-            yield (
-                "reward_shift and reward_scale are both true: they mean 'only subtract the mean' and 'only "
-                "divide by the deviation'; set both false for (r - mean) / std"
+            yield Problem(
+                "reward_shift",
+                "true and reward_scale: true exclude each other: the first only subtracts the mean, the second only "
+                "divides by the standard deviation; set both false for (r - mean) / std",
+                ("reward_scale",),
             )
         if self.reward_norm is None and (self.reward_shift or self.reward_scale):
-            flag = "reward_shift" if self.reward_shift else "reward_scale"
-            yield f"{flag}: true needs reward_norm: group, batch or running; set one of them"
+            key = "reward_shift" if self.reward_shift else "reward_scale"
+            yield Problem(key, "true needs reward_norm: group, batch or running; set one of them", ("reward_norm",))
         low, high = self.difficulty_low_threshold, self.difficulty_high_threshold
         if self.difficulty_mask and low >= high:
-            yield (
-                f"difficulty_low_threshold {low:g} is not below difficulty_high_threshold {high:g}, so that every "
-                "group is masked; lower it"
-            )
+            message = f"{low:g} is not below difficulty_high_threshold {high:g}, so every group is masked; lower it"
+            yield Problem("difficulty_low_threshold", message, ("difficulty_high_threshold",))
 
-    def _broken_kl_rules(self) -> Iterator[str]:
+    def _broken_kl_rules(self) -> Iterator[Problem]:
         if self.use_kl_loss and self.kl_loss_coef == 0:
-            yield "use_kl_loss: true needs kl_loss_coef above 0; set it, or use_kl_loss: false"
+            message = "true needs kl_loss_coef above 0; set it, or use_kl_loss: false"
+            yield Problem("use_kl_loss", message, ("kl_loss_coef",))
         if self.kl_loss_coef and not self.use_kl_loss:
-            yield "kl_loss_coef acts with use_kl_loss: true only; set that flag or remove it"
+            yield used_only_with("kl_loss_coef", "use_kl_loss", "true")
         if self.add_token_level_kl and self.init_kl_coef is None:
-            yield "add_token_level_kl: true needs init_kl_coef; set it"
+            yield Problem("add_token_level_kl", "true needs init_kl_coef; set it", ("init_kl_coef",))
         for key, value in (("init_kl_coef", self.init_kl_coef), ("target_kl", self.target_kl)):
             if value is not None and not self.add_token_level_kl:
-                yield f"{key} acts with add_token_level_kl: true only; set that flag or remove it"
+                yield used_only_with(key, "add_token_level_kl", "true")
 
-    def _broken_correction_rules(self) -> Iterator[str]:
+    def _broken_correction_rules(self) -> Iterator[Problem]:
         if self.train_infer_correction is not None and not self.enable_old_logprobs_recompute:
-            yield (
-                "train_infer_correction compares the trainer's old log-probs with the engine's, and with "
-                "enable_old_logprobs_recompute: false they are the same, every weight 1; set that flag to true "
-                "(old_log_probs=recompute), or train_infer_correction: null"
+            yield Problem(
+                "train_infer_correction",
+                "compares the trainer's old log-probs with the engine's, and with enable_old_logprobs_recompute: false "
+                "they are the same, so every weight is 1; set that switch to true (old_log_probs=recompute), or "
+                "train_infer_correction: null",
+                ("enable_old_logprobs_recompute",),
             )

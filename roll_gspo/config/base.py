@@ -4,28 +4,63 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 MAX_DEVICES = 2**16  # a slip such as range(0, 80000000000) must not fill the memory
 
 
+class Problem(NamedTuple):
+    """A rule between keys that a configuration breaks.
+
+    Attributes:
+        key: the dotted key to look at, relative to the block whose rule it is.
+        message: what is wrong with its value and what to do. It does not repeat the key.
+        also: further keys that the rule reads. The error points to one of them if `key` is written nowhere, or if
+            only they are set on the command line.
+    """
+
+    key: str
+    message: str
+    also: tuple[str, ...] = ()
+
+
+class BrokenRules(ValueError):
+    """The broken rules of one block; pydantic hands it on inside its `ValidationError`."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(f"{problem.key}: {problem.message}" for problem in problems))
+        self.problems = problems
+
+
+def used_only_with(key: str, reader: str, values: str = "") -> Problem:
+    """Return the problem of a key that is set although nothing reads it.
+
+    Args:
+        key: the key without effect.
+        reader: the key that decides whether `key` is read.
+        values: the values of `reader` for which it is; omitted if any value but null is.
+    """
+    condition = f"{reader}: {values}" if values else reader
+    return Problem(key, f"is used only with {condition}; set that, or remove this key", (reader,))
+
+
 class Schema(BaseModel):
-    """One YAML block: unknown keys are errors, types are not coerced, values never change afterwards."""
+    """One YAML block. Unknown keys are errors, types are not coerced, and values never change."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
     )
 
-    def broken_rules(self) -> Iterator[str]:
-        """What is wrong between the keys of this block, one text a rule; each begins with the key to look at."""
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield the rules between the keys of this block that its values break."""
         yield from ()
 
     @model_validator(mode="after")
     def _hold_rules(self) -> Self:
         if broken := list(self.broken_rules()):
-            raise ValueError("\n".join(broken))
+            raise BrokenRules(broken)
         return self
 
 

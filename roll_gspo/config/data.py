@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
 
-from roll_gspo.config.base import Names, Schema
+from roll_gspo.config.base import Names, Problem, Schema
 from roll_gspo.registry import did_you_mean
 
 CHAT_TEMPLATES = ("native", "plain", "chatml", "qwen2_5", "qwen3", "llama3")
@@ -65,16 +65,20 @@ class SourceArgs(Schema):
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: stop the run with file and line, or be counted and left out."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """One column of prompts; none where the rows are of this package."""
         yield from super().broken_rules()
         if self.file_name[0].startswith("builtin:"):
             fields = type(self).model_fields  # of which conversations have fewer
             for key in (key for key in OF_FILES if key in fields):
                 if (value := self.__dict__[key]) != fields[key].get_default(call_default_factory=True):
-                    yield f"{key} is '{value}', but {self.file_name[0]} is no file and has rows of its own; remove it"
+                    message = f"'{value}' describes a file, and {self.file_name[0]} is generated; remove it"
+                    yield Problem(key, message, ("file_name",))
         if self.messages is not None and self.prompt is not None:
-            yield f"messages is '{self.messages}' and prompt is '{self.prompt}'; a row has one of the two: remove one"
+            message = (
+                f"'{self.messages}' and prompt: '{self.prompt}' are both set, and a row has one of them; remove one"
+            )
+            yield Problem("messages", message, ("prompt",))
 
 
 class DataArgs(SourceArgs):
@@ -92,14 +96,15 @@ class DataArgs(SourceArgs):
     domain_system_prompts: dict[str, str] = Field(default_factory=dict)
     """System prompts of single domains (blocks of `rewards`), instead of `system_prompt`."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """Shares of a whole, and only files that are there."""
         yield from super().broken_rules()
         if strange := [name for name in self.file_domains if name not in self.file_name]:
-            yield f"file_domains names {', '.join(strange)}, not in file_name; write it as there, or remove it"
+            message = f"{', '.join(strange)} is not in file_name; write it as there, or remove it"
+            yield Problem("file_domains", message, ("file_name",))
         shares = self.domain_interleave_probs
         if shares is not None:
             total = math.fsum(shares.values())
             if not abs(total - 1) <= SHARES_TOLERANCE:
                 listed = " + ".join(f"{share:g}" for share in shares.values()) or "nothing"
-                yield f"domain_interleave_probs sum to {total:g} ({listed}), not to 1; change them"
+                yield Problem("domain_interleave_probs", f"the sum is {total:g} ({listed}), not 1; change them")

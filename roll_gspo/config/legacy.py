@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from roll_gspo.config.algorithm import AlgorithmConfig
+from roll_gspo.config.base import Problem
 
 ROLES = ("actor_train", "actor_infer", "reference", "critic", "validation")
 NEVER_READ = "ROLL never reads it"
@@ -246,8 +247,7 @@ class Sifted:
     values: dict[str, Any]
     warnings: tuple[tuple[str, str], ...]
     """(key path, why it is ignored)"""
-    refusals: tuple[tuple[str, str], ...]
-    """(key path, message)"""
+    refusals: tuple[Problem, ...]
 
 
 def sift(values: dict[str, Any]) -> Sifted:
@@ -256,7 +256,7 @@ def sift(values: dict[str, Any]) -> Sifted:
     An ignored key gives a warning; one that asks for a missing feature is refused, unless its value says 'off'.
     """
     warnings: list[tuple[str, str]] = []
-    refusals: list[tuple[str, str]] = []
+    refusals: list[Problem] = []
     values = _without_switches(values, warnings, refusals)
 
     def visit(node: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -271,18 +271,19 @@ def sift(values: dict[str, Any]) -> Sifted:
             elif later is not None:
                 if not _is_off(value, later.off):
                     shown = f" (value {value!r})" if _is_fit_to_print(key, value) else ""
-                    refusals.append((path, f"not supported yet: {later.feature}{shown}"))
+                    refusals.append(Problem(path, f"not supported yet: {later.feature}{shown}"))
             elif isinstance(value, dict):
                 kept[key] = visit(value, f"{path}.")
             else:
                 kept[key] = value
         return kept
 
-    return Sifted(visit(values, ""), tuple(warnings), tuple(refusals))
+    kept = visit(values, "")
+    return Sifted(kept, tuple(warnings), tuple(refusals))
 
 
 def _without_switches(
-    values: dict[str, Any], warnings: list[tuple[str, str]], refusals: list[tuple[str, str]]
+    values: dict[str, Any], warnings: list[tuple[str, str]], refusals: list[Problem]
 ) -> dict[str, Any]:
     """Dynamic batching has a switch and a budget in ROLL; here the budget is the switch."""
     values = dict(values)
@@ -294,7 +295,7 @@ def _without_switches(
         values[role] = block = dict(block)
         is_on = block.pop(switch)
         if is_on and not block.get(budget):
-            refusals.append((f"{role}.{switch}", f"it needs {budget}; add it"))
+            refusals.append(Problem(f"{role}.{switch}", f"true needs {budget}; add it"))
         elif not is_on and block.pop(budget, None):
             warnings.append((f"{role}.{budget}", f"{switch}: false switches it off"))
     return values

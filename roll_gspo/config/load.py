@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from roll_gspo.config.base import BrokenRules, Problem
 from roll_gspo.config.blocks import models_in
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.legacy import LATER_VALUES, sift
@@ -43,10 +44,10 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     """
     values = _resolved(composed, sources)
     sifted = sift(values)
-    problems = [f"{sources.locate(tuple(p.split('.')))}{p}: {text}" for p, text in sifted.refusals]
     own, foreign = without_other_pipelines(sifted.values, sources)
     root, config = config_class(own), None
-    problems += [*foreign, *_overridden_choices(own, root, choices, sources)]
+    problems = [sources.line(problem) for problem in (*sifted.refusals, *foreign)]
+    problems += _overridden_choices(own, root, choices, sources)
     try:
         config = root.model_validate(own)
     except ValidationError as error:
@@ -69,13 +70,11 @@ def _ignored(warnings: tuple[tuple[str, str], ...], sources: Sources) -> Iterato
 def _resolved(composed: DictConfig, sources: Sources) -> dict[str, Any]:
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
-            lines = (f"{sources.locate(tuple(p.split('.')))}{p}: must be set ('???')" for p in missing)
-            raise ConfigError("\n".join(lines))
+            raise ConfigError("\n".join(sources.line(Problem(key, "must be set ('???')")) for key in missing))
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        path = tuple(str(error.full_key or "").split("."))
-        text = str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{sources.locate(path)}{'.'.join(path)}: {text}") from error
+        problem = Problem(str(error.full_key or ""), str(error.msg or error).splitlines()[0])
+        raise ConfigError(sources.line(problem)) from error
     if not isinstance(values, dict):
         raise ConfigError("the configuration is not a mapping of keys")
     return {str(key): value for key, value in values.items()}
@@ -123,9 +122,7 @@ def _problems_of(error: ValidationError, root: type[BaseModel], sources: Sources
             if not any(_is_near(d, detail) for d in details if d["type"] == "extra_forbidden"):
                 problems.append(f"{sources.locate(path)}{dotted}: missing; add it")
         elif detail["type"] == "value_error":
-            for text in str(detail.get("ctx", {}).get("error")).splitlines():
-                keys = [(*path, *key) for key in _keys_named(text)]
-                problems.append(f"{sources.locate_any(keys or [path])}{f'{dotted}: ' if path else ''}{text}")
+            problems += _rule_problems(path, detail["ctx"]["error"], sources)
         else:
             key, text = _wrong_value(path, dict(detail))
             problems.append(f"{sources.locate(key)}{'.'.join(key)}: {text}")
@@ -178,11 +175,14 @@ def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> tuple[tuple[s
     return path, f"{message[0].lower()}{message[1:]}, got {value!r} ({type(value).__name__}){quote}"
 
 
-def _keys_named(text: str) -> list[tuple[str, ...]]:
-    """The keys that a rule's message names, the one to look at first in front."""
-    first = re.match(r"[a-z_]+(\.[a-z_]+)*", text)
-    others = re.finditer(r"[a-z]+[_.][a-z_]+(\.[a-z_]+)*", text)
-    return list(dict.fromkeys(tuple(match[0].split(".")) for match in (*filter(None, [first]), *others)))
+def _rule_problems(path: tuple[str, ...], error: ValueError, sources: Sources) -> Iterator[str]:
+    """Yield a line per broken rule of the block at `path`, or one of the value at `path`."""
+    if not isinstance(error, BrokenRules):
+        yield f"{sources.locate(path)}{'.'.join(path)}: {error}"
+        return
+    for problem in error.problems:
+        keys = [(*path, *key.split(".")) for key in (problem.key, *problem.also)]
+        yield f"{sources.locate_any(keys)}{'.'.join(keys[0])}: {problem.message}"
 
 
 def known_keys(location: tuple[int | str, ...], root: type[BaseModel] = ExperimentConfig) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from roll_gspo.config.base import Problem
 from roll_gspo.config.blocks import models_in
 from roll_gspo.config.sft import CONFIGS, config_class
 from roll_gspo.config.sources import Sources
@@ -17,12 +18,12 @@ from roll_gspo.config.sources import Sources
 Models = list[type[BaseModel]]
 
 
-def without_other_pipelines(values: dict[str, Any], sources: Sources) -> tuple[dict[str, Any], list[str]]:
-    """The keys that are left, and a line for each that has to be removed."""
+def without_other_pipelines(values: dict[str, Any], sources: Sources) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the keys that this pipeline reads, and a problem per key that the user has to remove."""
     own = config_class(values)
     name = next(name for name, model in CONFIGS.items() if model is own)
     others = {other: model for other, model in CONFIGS.items() if model is not own}
-    problems: list[str] = []
+    problems: list[Problem] = []
 
     def visit(node: dict[str, Any], mine: Models, theirs: Models, path: tuple[str, ...]) -> dict[str, Any]:
         if mine == theirs:
@@ -36,17 +37,15 @@ def without_other_pipelines(values: dict[str, Any], sources: Sources) -> tuple[d
             elif _knows(mine, key) or not _knows(theirs, key):
                 kept[key] = value
             elif not sources.set_by_option(place):
-                acting = " or ".join(others)
-                problems.append(
-                    f"{sources.locate(place)}{'.'.join(place)}: acts with pipeline: {acting} only, this is {name}; "
-                    "remove it"
-                )
+                readers = " or ".join(others)
+                message = f"is used only with pipeline: {readers}, and this is {name}; remove it"
+                problems.append(Problem(".".join(place), message))
         return kept
 
     kept = visit(values, [own], list(others.values()), ())
     known_elsewhere = {key for model in others.values() for key in model.model_fields} - set(own.model_fields)
-    idle = sources.idle_options(known_elsewhere)
-    problems += [f"{option}: says nothing that pipeline: {name} reads; leave this choice out" for option in idle]
+    for group, option in sources.idle_options(known_elsewhere):
+        problems.append(Problem(group, f"'{option}' sets only keys that pipeline: {name} does not use; remove it"))
     return kept, problems
 
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from roll_gspo.config.base import Problem
 from roll_gspo.config.roles import CriticConfig, PolicyConfig, ReferenceConfig
 from roll_gspo.config.strategy import MegatronTrainArgs
 
 
-def broken_dtype_rules(role: str, block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[str]:
-    """What no engine computes in."""
+def broken_dtype_rules(role: str, block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[Problem]:
+    """Yield a number format that no engine computes in."""
     if block.model_args.dtype == "fp16":
-        yield f"{role}.model_args.dtype: fp16 is not supported yet; set bf16 or fp32"
+        yield Problem(f"{role}.model_args.dtype", "fp16 is not supported yet; set bf16 or fp32")
 
 
-def broken_rank_rules(role: str, block: PolicyConfig | CriticConfig) -> Iterator[str]:
-    """The ranks of a trained role hold whole copies of the model."""
+def broken_rank_rules(role: str, block: PolicyConfig | CriticConfig) -> Iterator[Problem]:
+    """Yield a number of ranks that does not hold whole copies of the model."""
     ranks, copy = num_ranks(block), model_parallel_size(block)
     if ranks % copy:
-        yield (
-            f"{role}.device_mapping names {ranks} device(s), not a multiple of the "
-            f"{copy} that one copy of the model takes (tensor * pipeline * context parallel "
-            f"size in {role}.strategy_args.strategy_config); name {_nearest_multiples(ranks, copy)} devices, or "
-            "change a size"
+        config = f"{role}.strategy_args.strategy_config"
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        yield Problem(
+            f"{role}.device_mapping",
+            f"{ranks} device(s) are not a multiple of the {copy} of one copy of the model (tensor * pipeline * context "
+            f"parallel size in {config}); name {_nearest_multiples(ranks, copy)} devices, or change a size",
+            tuple(f"{config}.{size}" for size in sizes),
         )
 
 

@@ -25,9 +25,10 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from roll_gspo.config.algorithm import AlgorithmConfig
+from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.blocks import models_in
-from roll_gspo.config.experiment import BatchConfig, RunConfig
 from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_SUPPORTED_YET, reader_text
+from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import CONFIGS
 from roll_gspo.errors import RollGspoError
 from roll_gspo.registry import did_you_mean

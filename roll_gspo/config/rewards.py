@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt, model_validator
 
-from roll_gspo.config.base import Names, Schema
+from roll_gspo.config.base import Names, Problem, Schema, used_only_with
 from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.registry import did_you_mean
 
@@ -153,54 +153,61 @@ class RewardConfig(Schema):
         timeouts = [LONG_TIMEOUT_S.get(ROLL_REWARD_WORKERS.get(name, name), 0.0) for name in names]
         return {**values, "timeout_s": max(timeouts)} if max(timeouts, default=0.0) > 0 else values
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """One worker or parts, and no key without effect."""
         yield from super().broken_rules()
         if self.worker_cls is None and not self.parts:
-            yield "worker_cls: missing; name a worker, or give parts and combine"
+            yield Problem("worker_cls", "missing; name a worker, or give parts and combine", ("parts",))
         elif self.worker_cls is not None and self.parts:
-            yield f"parts stand in the place of worker_cls, which is '{self.worker_cls}'; set one of them to null"
+            message = f"replace worker_cls, which is '{self.worker_cls}'; set one of them to null"
+            yield Problem("parts", message, ("worker_cls",))
         elif self.parts:
             yield from self._rules_of_parts()
         elif self.combine is not None:
-            yield f"combine: {self.combine} needs parts; add them or remove it"
+            yield Problem("combine", f"{self.combine} needs parts; add them, or remove this key", ("parts",))
         if self.else_score and self.combine != "gate":
-            yield "else_score acts with combine: gate only; set that or remove it"
+            yield used_only_with("else_score", "combine", "gate")
         yield from self._rules_of_deadlines()
         yield from self._rules_of_judge()
         yield from self._rules_of_named_arguments()
 
-    def _rules_of_parts(self) -> Iterator[str]:
+    def _rules_of_parts(self) -> Iterator[Problem]:
         names = list(self.parts)
         if self.worker_args:
-            yield "worker_args belong to worker_cls; write those of a part in parts.NAME.worker_args"
+            message = "belong to worker_cls, which is not set; write those of a part in parts.NAME.worker_args"
+            yield Problem("worker_args", message)
         if self.combine is None:
-            yield "combine: missing; say how the parts make one score: weighted_sum, gate or min"
+            yield Problem("combine", "missing; choose weighted_sum, gate or min", ("parts",))
             return
         if len(names) < 2:
-            yield f"parts: '{names[0]}' is alone; add another, or write its worker_cls in the block itself"
+            message = f"'{names[0]}' is the only part; add another, or write its worker_cls in the block itself"
+            yield Problem("parts", message)
         for name, part in self.parts.items():
             is_gate = self.combine == "gate" and name == names[0]
             if "/" in name:
-                yield f"parts: '{name}' has a slash, which separates a part from its own components; rename it"
+                message = f"'{name}' has a slash, which separates a part from its components in metrics; rename it"
+                yield Problem("parts", message)
             if part.threshold is not None and not is_gate:
-                yield f"parts.{name}.threshold acts in the first part of combine: gate only; remove it"
+                message = "is used only in the first part of combine: gate; remove it"
+                yield Problem(f"parts.{name}.threshold", message, ("combine",))
             if part.weight is not None and (is_gate or self.combine == "min"):
-                what = "the gate itself" if is_gate else "combine: min"
-                yield f"parts.{name}.weight: {what} has no weights; remove it"
+                what = "the gate of combine: gate" if is_gate else "combine: min"
+                yield Problem(f"parts.{name}.weight", f"{what} has no weights; remove it", ("combine",))
 
-    def _rules_of_deadlines(self) -> Iterator[str]:
+    def _rules_of_deadlines(self) -> Iterator[Problem]:
         blocks = {"": (self.worker_cls, self.worker_args)}
         blocks |= {f"parts.{name}.": (part.worker_cls, part.worker_args) for name, part in self.parts.items()}
         for path, (worker, arguments) in blocks.items():
             deadline = arguments.get("deadline_s")
             if worker == "llm_judge" and isinstance(deadline, int | float) and deadline >= self.timeout_s:
-                yield (
-                    f"{path}worker_args.deadline_s {deadline:g} is not below timeout_s {self.timeout_s:g}, which would "
-                    "end the worker before the judge gives up; raise timeout_s"
+                yield Problem(
+                    f"{path}worker_args.deadline_s",
+                    f"{deadline:g} is not below timeout_s {self.timeout_s:g}, so the worker would be killed before the "
+                    "judge gives up; raise timeout_s",
+                    ("timeout_s",),
                 )
 
-    def _rules_of_judge(self) -> Iterator[str]:
+    def _rules_of_judge(self) -> Iterator[Problem]:
         keys = {
             "judge_model_type": self.judge_model_type,
             "judge_model_name": self.judge_model_name,
@@ -211,30 +218,39 @@ class RewardConfig(Schema):
         if not given:
             return
         if self.worker_cls != "llm_judge":
-            yield f"{given[0]} acts with worker_cls: llm_judge only (in a part, write its worker_args); remove it"
+            message = "is used only with worker_cls: llm_judge (in a part, write its worker_args); remove it"
+            yield Problem(given[0], message, ("worker_cls",))
             return
         if self.judge_model_type == "inference" and self.judge_model_name is None:
-            yield "judge_model_type: inference needs the model to run; name it in judge_model_name"
+            message = "inference needs the model to run; name it in judge_model_name"
+            yield Problem("judge_model_type", message, ("judge_model_name",))
         if self.judge_model_type == "inference" and self.judge_api_url is not None:
-            yield "judge_api_url has no effect with judge_model_type: inference; remove it, or write api"
+            message = "has no effect with judge_model_type: inference; remove it, or set judge_model_type: api"
+            yield Problem("judge_api_url", message, ("judge_model_type",))
         if both := sorted(self.worker_args.keys() & self._judge_arguments.keys()):
-            yield f"worker_args.{both[0]} and ROLL's key for it (judge_*) both stand here; remove one of them"
+            message = "and ROLL's key for it (judge_*) are both set; remove one of them"
+            yield Problem(f"worker_args.{both[0]}", message, tuple(given))
 
-    def _rules_of_named_arguments(self) -> Iterator[str]:
+    def _rules_of_named_arguments(self) -> Iterator[Problem]:
         worker = self.worker_cls
         for key, value in self._named_arguments.items():
             if value is None:
                 continue
             if worker is None:
-                yield f"{key} '{value}' belongs to worker_cls; write it in parts.NAME.worker_args"
+                message = f"'{value}' belongs to worker_cls, which is not set; write it in parts.NAME.worker_args"
+                yield Problem(key, message)
             elif worker in REWARD_WORKERS and worker not in _TAKES[key]:
-                yield f"{key} '{value}' acts with worker_cls: {' or '.join(_TAKES[key])} only, not {worker}; remove it"
+                takers = " or ".join(_TAKES[key])
+                message = f"'{value}' is used only with worker_cls: {takers}, and this is {worker}; remove it"
+                yield Problem(key, message, ("worker_cls",))
             elif key in self.worker_args:
-                yield f"{key} '{value}' stands in worker_args, too; remove one of the two"
+                message = f"'{value}' and worker_args.{key} are both set; remove one of them"
+                yield Problem(key, message, (f"worker_args.{key}",))
         types = REWARD_TYPES.get(worker or "", ())
         if self.reward_type and types and self.reward_type not in types:
             known = ", ".join(types)
-            yield f"reward_type '{self.reward_type}' is not one of {worker}, which has {known}; choose one of these"
+            message = f"'{self.reward_type}' is unknown to {worker}; choose one of {known}"
+            yield Problem("reward_type", message, ("worker_cls",))
 
     @property
     def _named_arguments(self) -> dict[str, str | None]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_gspo.config.base import DeviceMapping, Schema
+from roll_gspo.config.base import DeviceMapping, Problem, Schema, used_only_with
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.strategy import (
     GenerateStrategyArgs,
@@ -68,16 +68,17 @@ class TrainingArgs(Schema):
         """Samples that one rank contributes to an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def broken_rules(self) -> Iterator[str]:
-        """A decay goes down, and no key is without effect."""
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield a schedule that rises at its end, and keys of a schedule that is not chosen."""
         yield from super().broken_rules()
         if self.min_learning_rate > self.learning_rate:
             peak, end = self.learning_rate, self.min_learning_rate
-            yield f"min_learning_rate {end:g} is above learning_rate {peak:g}; lower it"
+            message = f"{end:g} is above learning_rate {peak:g}; lower it"
+            yield Problem("min_learning_rate", message, ("learning_rate",))
         if self.min_learning_rate and self.lr_scheduler_type == "constant":
-            yield "min_learning_rate acts with lr_scheduler_type: linear or cosine only; set that or remove it"
+            yield used_only_with("min_learning_rate", "lr_scheduler_type", "linear or cosine")
         if self.warmup_ratio and self.warmup_steps:
-            yield "warmup_ratio acts with warmup_steps: 0 only; remove one of the two"
+            yield used_only_with("warmup_ratio", "warmup_steps", "0")
 
 
 class GeneratingArgs(Schema):
@@ -131,39 +132,44 @@ class PolicyConfig(Schema):
     router_replay: RouterReplayConfig = RouterReplayConfig()
     """Replay of recorded experts; `megatron_train` and mixtures of experts only."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """What only one engine, or only some layouts, do."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
         replay, args = self.router_replay, self.strategy_args
         if replay.mode == "disable" and not replay.record:
             return
-        key = f"router_replay.mode: {replay.mode}" if replay.mode != "disable" else "router_replay.record: true"
+        key, value = ("mode", replay.mode) if replay.mode != "disable" else ("record", "true")
         if not isinstance(args, MegatronTrainArgs):
-            yield (
-                f"{key} acts with strategy_args.strategy_name: megatron_train only, this is {args.strategy_name}; "
-                "set strategy=megatron, or router_replay=none"
+            yield Problem(
+                f"router_replay.{key}",
+                f"{value} is used only with strategy_args.strategy_name: megatron_train, and this is "
+                f"{args.strategy_name}; set strategy=megatron, or router_replay=none",
+                ("strategy_args.strategy_name",),
             )
-        elif cuts := list(_cuts_of_tokens(args.strategy_config)):
-            yield (
-                f"{key} with {', '.join(cuts)}: the recorded experts of every token and layer would have to be cut and "
-                "rearranged likewise, which is not done; remove these (data and expert parallelism remain), or set "
-                "router_replay=none"
+        elif splits := _splits_of_tokens(args.strategy_config):
+            listed = ", ".join(f"{name}: {text}" for name, text in splits.items())
+            yield Problem(
+                f"router_replay.{key}",
+                f"{value} does not work with {listed}: recorded experts are not split by token or layer; remove these "
+                "(data and expert parallelism work), or set router_replay=none",
+                tuple(f"strategy_args.strategy_config.{name}" for name in splits),
             )
 
 
-def _cuts_of_tokens(config: MegatronConfig) -> Iterator[str]:
-    """The settings by which a rank sees other tokens or layers than the whole model does."""
+def _splits_of_tokens(config: MegatronConfig) -> dict[str, str]:
+    """Return the keys, with their values, by which a rank holds only some tokens or layers, or in another order."""
     sizes = {
         "tensor_model_parallel_size": config.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
         "context_parallel_size": config.context_parallel_size,
     }
-    yield from (f"{key} {size}" for key, size in sizes.items() if size > 1)
-    if config.sequence_parallel:
-        yield "sequence_parallel: true"
-    if config.use_sequence_packing:
-        yield "use_sequence_packing: true"
+    switches = {
+        "sequence_parallel": config.sequence_parallel,
+        "use_sequence_packing": config.use_sequence_packing,
+    }
+    splits = {key: str(size) for key, size in sizes.items() if size > 1}
+    return splits | {key: "true" for key, is_on in switches.items() if is_on}
 
 
 class ActorTrainConfig(PolicyConfig):
@@ -192,7 +198,7 @@ class CriticConfig(Schema):
     """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
     `per_device_train_batch_size` samples. Optimizer steps and results stay the same; a longer sample goes alone."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """What only one engine does."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
@@ -225,7 +231,7 @@ class ReferenceConfig(Schema):
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
     """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples; megatron only."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """What only a generating engine does."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
@@ -233,13 +239,14 @@ class ReferenceConfig(Schema):
             yield from generating_keys(self.strategy_args.strategy_config, "strategy_args.strategy_config")
 
 
-def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[str]:
-    """Only megatron engines cut forward passes by tokens."""
+def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[Problem]:
+    """Yield a token budget of forward passes with an engine that splits by samples only."""
     engine = block.strategy_args.strategy_name
     if block.max_tokens_per_microbatch_in_infer is not None and not engine.startswith("megatron"):
-        yield (
-            f"max_tokens_per_microbatch_in_infer acts with megatron engines only, this is {engine}; remove it "
-            "(infer_batch_size decides)"
+        yield Problem(
+            "max_tokens_per_microbatch_in_infer",
+            f"is used only with megatron engines, and this is {engine}; remove it (infer_batch_size decides)",
+            ("strategy_args.strategy_name",),
         )
 
 
@@ -277,16 +284,14 @@ class CheckpointConfig(Schema):
     async_save: bool = False
     """Go on with the next step while a checkpoint is written; it counts once it is complete."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """Only what validation measures tells a good policy."""
         yield from super().broken_rules()
         if self.keep_best is not None and not self.keep_best.startswith("validation/"):
-            yield (
-                f"keep_best is '{self.keep_best}', which is no figure of the validation; give one, such as "
-                "validation/score_mean"
-            )
+            message = f"'{self.keep_best}' is no metric of the validation; give one, e.g. validation/score_mean"
+            yield Problem("keep_best", message)
         if self.keep_best is None and self.keep_best_mode != "max":
-            yield f"keep_best_mode: {self.keep_best_mode} acts with keep_best only; set that or remove it"
+            yield used_only_with("keep_best_mode", "keep_best")
 
 
 class WeightTransferConfig(Schema):

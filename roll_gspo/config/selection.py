@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat
 
-from roll_gspo.config.base import Schema
+from roll_gspo.config.base import Problem, Schema, used_only_with
 
 
 class TrainInferCorrectionConfig(Schema):
@@ -22,11 +22,12 @@ class TrainInferCorrectionConfig(Schema):
     upper_bound: PositiveFloat = 2.0
     """Greatest weight."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """The bounds leave room."""
         yield from super().broken_rules()
         if self.lower_bound >= self.upper_bound:
-            yield f"lower_bound {self.lower_bound:g} is not below upper_bound {self.upper_bound:g}; lower it"
+            message = f"{self.lower_bound:g} is not below upper_bound {self.upper_bound:g}; lower it"
+            yield Problem("lower_bound", message, ("upper_bound",))
 
 
 class FilterArgs(Schema):
@@ -48,20 +49,19 @@ class QueryFilterConfig(Schema):
     filter_args: FilterArgs = FilterArgs()
     """Thresholds."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """Each filter has its own thresholds."""
         yield from super().broken_rules()
         args = self.filter_args
         if args.std_threshold and self.type != "std_filter":
-            yield "filter_args.std_threshold acts with type: std_filter only; set that or remove it"
-        for key, value in (("threshold_down", args.threshold_down), ("threshold_up", args.threshold_up)):
+            yield used_only_with("filter_args.std_threshold", "type", "std_filter")
+        thresholds = {"filter_args.threshold_down": args.threshold_down, "filter_args.threshold_up": args.threshold_up}
+        for key, value in thresholds.items():
             if value is not None and self.type != "mean_filter":
-                yield f"filter_args.{key} acts with type: mean_filter only; set that or remove it"
-        if self.type == "mean_filter":
-            if args.threshold_down is None or args.threshold_up is None:
-                yield "filter_args.threshold_down and filter_args.threshold_up: mean_filter needs both; set them"
-            elif args.threshold_down >= args.threshold_up:
-                yield (
-                    f"filter_args.threshold_down {args.threshold_down:g} is not below threshold_up "
-                    f"{args.threshold_up:g}, so that every group is dropped; lower it"
-                )
+                yield used_only_with(key, "type", "mean_filter")
+            if value is None and self.type == "mean_filter":
+                yield Problem(key, "is needed by type: mean_filter; set it", ("type",))
+        low, high = args.threshold_down, args.threshold_up
+        if self.type == "mean_filter" and low is not None and high is not None and low >= high:
+            message = f"{low:g} is not below filter_args.threshold_up {high:g}, so every group is dropped; lower it"
+            yield Problem("filter_args.threshold_down", message, ("filter_args.threshold_up",))

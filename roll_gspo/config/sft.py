@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from roll_gspo.config.base import Schema
+from roll_gspo.config.base import Problem, Schema
 from roll_gspo.config.data import SourceArgs
-from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, model_parallel_size, num_ranks
 from roll_gspo.config.roles import PolicyConfig, RouterReplayConfig
+from roll_gspo.config.run import RunConfig
 
 # Keys that the two pipelines share by their class, and that only generation engines read.
 OF_GENERATION = ("max_worker_restarts", "weight_transfer")
-# What of the validation falls as the model gets better, so that a checkpoint can be kept for it.
-FIGURES = ("validation/loss", "validation/perplexity")
+# Metrics of the validation by which the best checkpoint can be chosen; lower is better.
+METRICS = ("validation/loss", "validation/perplexity")
 
 
 class SftDataArgs(SourceArgs):
@@ -34,11 +35,12 @@ class SftTrainConfig(PolicyConfig):
     data_args: SftDataArgs
     """Training conversations."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """What only rollouts have."""
         yield from super().broken_rules()
         if self.router_replay != RouterReplayConfig():
-            yield "router_replay replays the experts of a rollout, and pipeline: sft has none; remove it"
+            message = "replays the experts of a rollout, and pipeline: sft has no rollouts; remove it"
+            yield Problem("router_replay", message)
 
 
 class SftValidationConfig(Schema):
@@ -83,20 +85,21 @@ class SftConfig(RunConfig):
             limits.append(-(-num_samples * self.num_epochs // self.mini_batch_size))
         return min(limits)
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """The rules that span blocks."""
         yield from super().broken_rules()
         yield from broken_rank_rules("actor_train", self.actor_train)
         yield from broken_dtype_rules("actor_train", self.actor_train)
         if self.max_steps is None and self.num_epochs is None:
-            yield "num_epochs: missing; add it, or max_steps"
+            yield Problem("num_epochs", "missing; add it, or max_steps", ("max_steps",))
         for key in OF_GENERATION:
             if self.__dict__[key] != RunConfig.model_fields[key].default:
-                yield f"{key} acts with generation engines, and pipeline: sft has none; remove it"
+                message = "is used only by generation engines, and pipeline: sft has none; remove it"
+                yield Problem(key, message)
         yield from self._broken_template_rules()
         yield from self._broken_best_rules()
 
-    def _broken_template_rules(self) -> Iterator[str]:
+    def _broken_template_rules(self) -> Iterator[Problem]:
         """Where a turn has no mark, its tokens cannot be told from those before it, and the model learns no end."""
         named = {"actor_train.data_args.template": self.actor_train.data_args.template}
         if self.validation is not None:
@@ -105,21 +108,25 @@ class SftConfig(RunConfig):
         named |= {f"tag_to_template.{tag}": name for tag, name in self.tag_to_template.items()}
         for key, name in named.items():
             if name == "plain":
-                yield (
-                    f"{key}: plain marks neither turns nor their end, so that pipeline: sft cannot tell what to "
-                    "imitate; choose a template that does, such as chatml"
+                yield Problem(
+                    key,
+                    "plain marks neither turns nor their end, so pipeline: sft cannot find the tokens to imitate; "
+                    "choose a template that does, e.g. chatml",
                 )
 
-    def _broken_best_rules(self) -> Iterator[str]:
+    def _broken_best_rules(self) -> Iterator[Problem]:
         keep, key = self.checkpoint_config, "checkpoint_config.keep_best"
         if keep.keep_best is None:
             return
         if self.validation is None:
-            yield f"{key}: {keep.keep_best} needs the validation block; add it, or remove the key"
-        if keep.keep_best not in FIGURES:
-            yield f"{key}: {keep.keep_best} is no figure of pipeline: sft; choose one of {', '.join(FIGURES)}"
+            message = f"{keep.keep_best} needs the validation block; add it, or remove the key"
+            yield Problem(key, message, ("validation",))
+        if keep.keep_best not in METRICS:
+            message = f"{keep.keep_best} is no metric of pipeline: sft; choose one of {', '.join(METRICS)}"
+            yield Problem(key, message)
         elif keep.keep_best_mode != "min":
-            yield f"{key}_mode: {keep.keep_best_mode} would keep the worst {keep.keep_best}; set min"
+            message = f"{keep.keep_best_mode} would keep the worst {keep.keep_best}; set min"
+            yield Problem(f"{key}_mode", message, (key,))
 
 
 AnyConfig = ExperimentConfig | SftConfig

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from roll_gspo.config.base import Problem
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,17 @@ class Sources:
         keys = [override for override in self.overrides if override.lstrip("+") not in choices]
         return not _override_of(path, keys) and next(files, None) in self.option_files
 
-    def idle_options(self, unread: Collection[str]) -> Iterator[str]:
-        """The chosen options, as `group=option`, whose every key is one of `unread`."""
+    def line(self, problem: Problem) -> str:
+        """Return `file:line: key: message` of a problem whose keys are full paths."""
+        keys = [tuple(key.split(".")) for key in (problem.key, *problem.also)]
+        return f"{self.locate_any(keys)}{problem.key}: {problem.message}"
+
+    def idle_options(self, unread: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Yield (group, option) of the chosen options whose every key is one of `unread`."""
         for file in self.option_files:
             found = _top_level_keys(file)
             if found and found <= set(unread):
-                yield f"{file.parent.name}={file.stem}"
+                yield file.parent.name, file.stem
 
     def _on_command_line(self, path: tuple[str, ...]) -> str:
         override = _override_of(path, self.overrides)
@@ -114,7 +122,7 @@ def _top_level_keys(file: Path) -> set[str]:
 
 def _line_of(file: Path, path: tuple[str, ...]) -> int | None:
     try:
-        node: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node: Any = _node_of(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return None
     line = None
@@ -126,6 +134,11 @@ def _line_of(file: Path, path: tuple[str, ...]) -> int | None:
             return None
         line, node = pair[0].start_mark.line + 1, pair[1]
     return line
+
+
+@lru_cache(maxsize=64)  # one error looks up many keys in the same files
+def _node_of(text: str) -> Any:
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def _short(file: Path) -> str:

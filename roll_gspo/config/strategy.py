@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from roll_gspo.config.base import Schema
+from roll_gspo.config.base import Problem, Schema, used_only_with
 
 
 class MegatronConfig(Schema):
@@ -59,51 +59,62 @@ class MegatronConfig(Schema):
         """Ranks that hold all experts of the model together."""
         return self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """What no model and no number of ranks makes possible."""
         yield from super().broken_rules()
         yield from self._broken_parallel_rules()
         yield from self._broken_recompute_rules()
 
-    def _broken_parallel_rules(self) -> Iterator[str]:
+    def _broken_parallel_rules(self) -> Iterator[Problem]:
         tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         virtual, expert_tensor = self.virtual_pipeline_model_parallel_size, self.expert_tensor_parallel_size
         if virtual is not None and pipeline == 1:
-            yield (
-                f"virtual_pipeline_model_parallel_size {virtual} cuts pipeline stages, and there is one; set it to "
-                "null, or pipeline_model_parallel_size to 2 or more"
+            yield Problem(
+                "virtual_pipeline_model_parallel_size",
+                f"{virtual} splits pipeline stages, and there is one; set it to null, or pipeline_model_parallel_size "
+                "to 2 or more",
+                ("pipeline_model_parallel_size",),
             )
         elif virtual == 1:
-            yield "virtual_pipeline_model_parallel_size 1 leaves each stage whole; set it to null, or to 2 or more"
+            message = "1 splits no stage; set it to null, or to 2 or more"
+            yield Problem("virtual_pipeline_model_parallel_size", message)
         if self.sequence_parallel and tensor == 1:
-            yield (
-                "sequence_parallel: true shares positions between tensor-parallel ranks, and there is one; set it to "
-                "false, or tensor_model_parallel_size to 2 or more"
+            yield Problem(
+                "sequence_parallel",
+                "true splits positions over tensor-parallel ranks, and there is one; set it to false, or "
+                "tensor_model_parallel_size to 2 or more",
+                ("tensor_model_parallel_size",),
             )
         if self.expert_model_parallel_size == 1 and expert_tensor not in (None, tensor):
-            yield (
-                f"expert_tensor_parallel_size {expert_tensor} with tensor_model_parallel_size {tensor} and "
-                "expert_model_parallel_size 1: megatron would not sum the experts' gradients over all ranks that hold "
-                "them; set expert_tensor_parallel_size to null, or expert_model_parallel_size to 2 or more"
+            yield Problem(
+                "expert_tensor_parallel_size",
+                f"{expert_tensor} with tensor_model_parallel_size {tensor} and expert_model_parallel_size 1: megatron "
+                "would not sum the experts' gradients over all ranks that hold them; set it to null, or "
+                "expert_model_parallel_size to 2 or more",
+                ("tensor_model_parallel_size", "expert_model_parallel_size"),
             )
         if self.moe_token_dispatcher_type == "allgather" and pipeline > 1:
-            yield (
-                f"moe_token_dispatcher_type: allgather with pipeline_model_parallel_size {pipeline}: it cannot take "
-                "micro-batches of different lengths; set alltoall"
+            yield Problem(
+                "moe_token_dispatcher_type",
+                f"allgather with pipeline_model_parallel_size {pipeline} cannot process micro-batches of different "
+                "lengths; set alltoall",
+                ("pipeline_model_parallel_size",),
             )
 
-    def _broken_recompute_rules(self) -> Iterator[str]:
+    def _broken_recompute_rules(self) -> Iterator[Problem]:
         if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
-            yield (
-                "recompute_granularity: full needs recompute_method and recompute_num_layers; "
-                "add 'recompute_method: uniform' and 'recompute_num_layers: 1'"
+            yield Problem(
+                "recompute_granularity",
+                "full needs recompute_method and recompute_num_layers; add 'recompute_method: uniform' and "
+                "'recompute_num_layers: 1'",
+                ("recompute_method", "recompute_num_layers"),
             )
         for key, value in (
             ("recompute_method", self.recompute_method),
             ("recompute_num_layers", self.recompute_num_layers),
         ):
             if value and self.recompute_granularity != "full":
-                yield f"{key} acts with recompute_granularity: full only; set that or remove it"
+                yield used_only_with(key, "recompute_granularity", "full")
 
 
 class HfConfig(Schema):
@@ -115,10 +126,11 @@ class HfConfig(Schema):
     """Samples that are decoded together when this engine generates."""
 
 
-def generating_keys(config: HfConfig, block: str) -> Iterator[str]:
-    """Problems of a block whose engine never generates."""
+def generating_keys(config: HfConfig, block: str) -> Iterator[Problem]:
+    """Yield keys of generation that are set for an engine that never generates."""
     if config.generate_batch_size != HfConfig.model_fields["generate_batch_size"].default:
-        yield f"{block}.generate_batch_size acts where the engine generates (actor_infer) only; remove it"
+        message = "is used only if the engine generates (actor_infer); remove it"
+        yield Problem(f"{block}.generate_batch_size", message)
 
 
 class VllmConfig(Schema):
@@ -160,7 +172,7 @@ class MegatronInferArgs(Schema):
     strategy_config: MegatronConfig = MegatronConfig()
     """Layout of the engine."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """What only training does."""
         yield from super().broken_rules()
         c = self.strategy_config
@@ -170,7 +182,8 @@ class MegatronInferArgs(Schema):
             ("recompute_granularity", c.recompute_granularity),
         ):
             if value:
-                yield f"strategy_config.{key} acts with megatron_train only, megatron_infer has no gradients; remove it"
+                message = "is used only with megatron_train (megatron_infer has no gradients); remove it"
+                yield Problem(f"strategy_config.{key}", message, ("strategy_name",))
 
 
 class HfTrainArgs(Schema):
@@ -181,7 +194,7 @@ class HfTrainArgs(Schema):
     strategy_config: HfConfig = HfConfig()
     """Options of the engine."""
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """What only a generating engine does."""
         yield from super().broken_rules()
         yield from generating_keys(self.strategy_config, "strategy_config")

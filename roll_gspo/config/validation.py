@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PositiveInt
 
-from roll_gspo.config.base import Names, Schema
+from roll_gspo.config.base import Names, Problem, Schema
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.roles import GeneratingArgs
 
@@ -53,19 +53,24 @@ class ValidationConfig(Schema):
             return (self.num_samples,) if self.num_samples > 1 else ()
         return tuple(sorted(self.metrics_k))
 
-    def broken_rules(self) -> Iterator[str]:
+    def broken_rules(self) -> Iterator[Problem]:
         """There are as many samples as the figures ask for, and they differ."""
         yield from super().broken_rules()
         if self.data_args.domain_interleave_probs is not None:
-            yield "data_args.domain_interleave_probs acts in training only: validation takes every row; remove it"
+            message = "is used only in training: validation takes every row; remove it"
+            yield Problem("data_args.domain_interleave_probs", message)
         samples = self.num_samples
         if self.attempts and self.attempts[-1] > samples:
-            yield (
-                f"metrics_k asks for pass@{self.attempts[-1]}, but generating_args.num_return_sequences gives "
-                f"{samples} sample(s) a prompt; lower the one or raise the other"
+            yield Problem(
+                "metrics_k",
+                f"pass@{self.attempts[-1]} needs as many samples per prompt, but generating_args.num_return_sequences "
+                f"is {samples}; lower the first, or raise the second",
+                ("generating_args.num_return_sequences",),
             )
         if self.generating_args.temperature == 0 and samples > 1:
-            yield (
-                f"generating_args.temperature: 0 is greedy, so that all {samples} samples of a prompt are equal; set "
-                "generating_args.num_return_sequences: 1, or a temperature above 0"
+            yield Problem(
+                "generating_args.temperature",
+                f"0 is greedy, so all {samples} samples of a prompt are equal; set "
+                "generating_args.num_return_sequences: 1, or a temperature above 0",
+                ("generating_args.num_return_sequences",),
             )

@@ -12,7 +12,8 @@ from typing import Any
 
 from roll_gspo.batch import Prompt
 from roll_gspo.config.data import DataArgs, SourceArgs
-from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition, multi_domain

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from roll_gspo.checkpoint import complete_checkpoints
-from roll_gspo.config.experiment import RunConfig
+from roll_gspo.config.run import RunConfig
 from roll_gspo.errors import WorkerError
 from roll_gspo.pipelines.interrupt import graceful_interrupt
 from roll_gspo.pipelines.plan import Plan

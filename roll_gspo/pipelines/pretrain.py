@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from roll_gspo.config.experiment import RunConfig
 from roll_gspo.config.roles import WarmStart
+from roll_gspo.config.run import RunConfig
 from roll_gspo.errors import ConfigError
 from roll_gspo.models import tiny
 from roll_gspo.registry import did_you_mean

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from roll_gspo.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from roll_gspo.config.experiment import RunConfig
+from roll_gspo.config.run import RunConfig
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.pipelines.plan import Plan
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from roll_gspo.config.base import Schema
-from roll_gspo.config.experiment import ExperimentConfig, RunConfig
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.pipelines.devices import devices_of, devices_per_node, roles_of
 

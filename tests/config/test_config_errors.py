@@ -6,129 +6,113 @@ from pathlib import Path
 
 import pytest
 from composed import load_config
+from config_problems import derived_config, problem_of, problems_of
 
 from roll_gspo.config.base import parse_device_mapping
 from roll_gspo.config.legacy import IGNORED, NOT_SUPPORTED_YET, ROLES
 from roll_gspo.config.load import known_keys
-from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.plan import make_plan
 
 HERE = Path(__file__).parent
 
 
-def problems_of(name: str, *overrides: str, config_dir: Path | None = None) -> list[str]:
-    """The lines of the ConfigError that a configuration is refused with."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(name, *overrides, config_dir=config_dir)
-    return str(caught.value).splitlines()
-
-
-def problem_of(*overrides: str) -> str:
-    """The one problem that example_gspo has with these overrides."""
-    (problem,) = problems_of("example_gspo", *overrides)
-    return problem
-
-
-def written(folder: Path, text: str) -> Path:
-    """`mine.yaml` in `folder`: example_gspo, then the lines of `text` from line 3 on."""
-    (folder / "mine.yaml").write_text(f"defaults: [example_gspo, _self_]\n\n{text}", encoding="utf-8")
-    return folder
-
-
 def test_unknown_key_in_a_file_has_line_path_and_nearest_key(tmp_path: Path) -> None:
-    folder = written(tmp_path, "exp_name: mine\nactor_train:\n  training_args:\n    learnin_rate: 1e-4\n")
-    (problem,) = problems_of("mine", config_dir=folder)
-    assert problem.endswith(
-        "mine.yaml:6: actor_train.training_args.learnin_rate: unknown key; did you mean 'learning_rate'?"
-    )
+    folder = derived_config(tmp_path, "exp_name: mine\nactor_train:\n  training_args:\n    learnin_rate: 1e-4\n")
+    problem = problem_of(name="mine", config_dir=folder)
+    assert problem.where.endswith("mine.yaml:6") and problem.key == "actor_train.training_args.learnin_rate"
+    assert problem.names("learning_rate")
 
 
 def test_missing_key_beside_its_misspelt_twin_is_one_problem(tmp_path: Path) -> None:
     text = "rewards:\n  column_addition:\n    worker_clas: exact_match\n"
     (tmp_path / "mine.yaml").write_text(f"defaults:\n  - example_gspo\n  - override data: gsm8k\n  - _self_\n{text}")
-    (problem,) = problems_of("mine", config_dir=tmp_path)
-    assert problem.endswith("mine.yaml:7: rewards.column_addition.worker_clas: unknown key; did you mean 'worker_cls'?")
+    problem = problem_of(name="mine", config_dir=tmp_path)
+    assert problem.where.endswith("mine.yaml:7") and problem.key == "rewards.column_addition.worker_clas"
+    assert problem.names("worker_cls")
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_unknown_key_on_the_command_line_is_located_there(prefix: str) -> None:
     problem = problem_of(f"{prefix}importance_samplin=token")
-    assert problem == (
-        "command line (importance_samplin=token): importance_samplin: unknown key; did you mean 'importance_sampling'?"
-    )
+    assert problem[:2] == ("command line (importance_samplin=token)", "importance_samplin")
+    assert problem.names("importance_sampling")
 
 
 def test_unknown_key_without_a_near_one_lists_the_known_ones() -> None:
-    assert "unknown key (known here: dtype, model_name_or_path)" in problem_of("actor_infer.model_args.quux=1")
+    assert problem_of("actor_infer.model_args.quux=1").names("dtype", "model_name_or_path")
 
 
 def test_unknown_engine_key_names_only_keys_of_that_engine() -> None:
     problem = problem_of("actor_train.strategy_args.strategy_config.attn_implementation=eager")
-    assert "did you mean" not in problem and "recompute_granularity" in problem and "generate_batch_size" not in problem
+    assert problem.names("recompute_granularity") and not problem.names("generate_batch_size")
     location = ("actor_train", "strategy_args", "hf_train", "strategy_config")
     assert known_keys(location) == ["attn_implementation", "generate_batch_size"]
 
 
 def test_reward_domain_may_be_named_like_an_engine() -> None:
     problem = problem_of("rewards.vllm.worker_cls=exact_match", "rewards.vllm.wrld_size=2")
-    assert "rewards.vllm.wrld_size: unknown key; did you mean 'world_size'?" in problem
+    assert problem.key == "rewards.vllm.wrld_size" and problem.names("world_size")
 
 
 def test_problems_come_together_in_the_order_of_lines(tmp_path: Path) -> None:
     lines = [f"unknown_{i}: 1" for i in range(9)]
-    folder = written(tmp_path, "\n".join([*lines, "max_steps: many", "pg_clip: 2"]))
+    folder = derived_config(tmp_path, "\n".join([*lines, "max_steps: many", "pg_clip: 2"]))
     problems = problems_of("mine", config_dir=folder)
-    numbers = [int(problem.split(":")[1]) for problem in problems]
+    numbers = [int(problem.where.rpartition(":")[2]) for problem in problems]
     assert numbers == sorted(numbers) == list(range(3, 14))
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "key", "values"),
     [
-        ("max_steps=a", "max_steps: should be a valid integer, got 'a' (str)"),
-        ("max_steps=1.5", "max_steps: should be a valid integer, got 1.5 (float)"),
-        ("max_steps=true", "max_steps: should be a valid integer, got True (bool)"),
-        ("max_steps=0", "max_steps: should be greater than 0, got 0 (int)"),
-        ("use_kl_loss=1", "use_kl_loss: should be a valid boolean, got 1 (int)"),
-        ("exp_name=2024", "exp_name: should be a valid string, got 2024 (int); put it in quotes"),
-        ("pg_clip=1", "pg_clip: should be less than 1, got 1 (int)"),
-        ("gamma=0", "gamma: should be greater than 0, got 0 (int)"),
-        ("actor_infer=3", "actor_infer: expected a block of keys, got 3"),
-        ("actor_train.strategy_args=hf_train", "actor_train.strategy_args: expected a block of keys, got 'hf_train'"),
-        ("actor_train.data_args.file_name=[]", "file_name: expected at least one, got []"),
-        ("actor_train.data_args.file_name=3", "file_name: expected a string or a list of strings, got 3"),
-        ("warm_start.slip_probability=1.0", "warm_start.slip_probability: should be less than 1"),
-        ("actor_infer.generating_args.top_k=-2", "top_k: should be greater than or equal to -1"),
-        ("kl_loss_type=k2", "kl_loss_type: expected one of kl, abs, mse, k3, got 'k2'"),
-        ("kl_penalty=full", "kl_penalty: expected one of kl, abs, mse, k3, got 'full'"),
+        ("max_steps=a", "max_steps", ("integer", "a")),
+        ("max_steps=1.5", "max_steps", ("integer", "1.5")),
+        ("max_steps=true", "max_steps", ("integer", True)),
+        ("max_steps=0", "max_steps", ("0",)),
+        ("use_kl_loss=1", "use_kl_loss", ("boolean", "1")),
+        ("exp_name=2024", "exp_name", ("string", "2024", "quotes")),
+        ("pg_clip=1", "pg_clip", ("1",)),
+        ("gamma=0", "gamma", ("0",)),
+        ("actor_infer=3", "actor_infer", ("3",)),
+        ("actor_train.strategy_args=hf_train", "actor_train.strategy_args", ("hf_train",)),
+        ("actor_train.data_args.file_name=[]", "actor_train.data_args.file_name", ("one",)),
+        ("actor_train.data_args.file_name=3", "actor_train.data_args.file_name", ("3",)),
+        ("warm_start.slip_probability=1.0", "warm_start.slip_probability", ("1", "1.0")),
+        ("actor_infer.generating_args.top_k=-2", "actor_infer.generating_args.top_k", ("-1", "-2")),
+        ("kl_loss_type=k2", "kl_loss_type", ("kl", "abs", "mse", "k3", "k2")),
+        ("kl_penalty=full", "kl_penalty", ("kl", "abs", "mse", "k3", "full")),
     ],
 )
-def test_wrong_values_are_named_with_what_is_expected(override: str, expected: str) -> None:
+def test_wrong_value_is_shown_with_what_is_expected(override: str, key: str, values: tuple[str, ...]) -> None:
     problem = problem_of(override)
-    assert expected in problem and problem.startswith("command line (")
+    assert problem.where.startswith("command line (")
+    assert problem.key == key and problem.names(*values)
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "key", "values"),
     [
         (
             "actor_train.strategy_args.strategy_name=vlm",
-            "actor_train.strategy_args.strategy_name: expected one of megatron_train, hf_train, got 'vlm'",
+            "actor_train.strategy_args.strategy_name",
+            ("megatron_train", "hf_train", "vlm"),
         ),
         (
             "actor_infer.strategy_args.strategy_name=vlm",
-            "actor_infer.strategy_args.strategy_name: expected one of vllm, hf_infer, got 'vlm'; did you mean 'vllm'?",
+            "actor_infer.strategy_args.strategy_name",
+            ("hf_infer", "vllm", "vlm"),
         ),
-        ("~actor_train.strategy_args.strategy_name", "actor_train.strategy_args.strategy_name: missing; add it"),
+        ("~actor_train.strategy_args.strategy_name", "actor_train.strategy_args.strategy_name", ()),
     ],
 )
-def test_engines_are_chosen_by_a_known_name(override: str, expected: str) -> None:
-    assert expected in problem_of(override)
+def test_unknown_engine_is_refused(override: str, key: str, values: tuple[str, ...]) -> None:
+    problem = problem_of(override)
+    assert problem.key == key and problem.names(*values)
 
 
 def test_missing_keys_are_named_with_the_block_they_belong_to() -> None:
     problems = problems_of("example_gspo", "~pretrain", "~rollout_batch_size", "~rewards", "~actor_train.data_args")
-    assert [p.rpartition(": missing")[0].rpartition(": ")[2] for p in problems] == [
+    assert [problem.key for problem in problems] == [
         *("actor_train.data_args", "pretrain", "rewards", "rollout_batch_size"),
     ]
 
@@ -183,11 +167,11 @@ def test_device_mapping_refuses_everything_else_and_evaluates_nothing(
 
 
 def test_group_choice_that_the_body_overrides_is_refused(tmp_path: Path) -> None:
-    folder = written(tmp_path, "importance_sampling: seq\ntrack_with: stdout\n")
+    folder = derived_config(tmp_path, "importance_sampling: seq\ntrack_with: stdout\n")
     sampling, tracker = problems_of("mine", "importance_sampling=token", "tracker=none", config_dir=folder)
-    assert "mine.yaml:3: importance_sampling: the defaults list or the command line chose" in sampling
-    assert "'importance_sampling: token', but this line says 'seq' and would win; remove it" in sampling
-    assert "mine.yaml:4: track_with: " in tracker and "'tracker: none'" in tracker
+    assert sampling.where.endswith("mine.yaml:3") and sampling.key == "importance_sampling"
+    assert sampling.names("token", "seq")
+    assert tracker.where.endswith("mine.yaml:4") and tracker.key == "track_with" and tracker.names("tracker", "none")
 
 
 def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
@@ -196,89 +180,114 @@ def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "key", "values"),
     [
-        (("~pg_clip_low",), "use_pg_clip_range: true needs both pg_clip_low and pg_clip_high"),
-        (("use_pg_clip_range=false",), "pg_clip_low acts with use_pg_clip_range: true only"),
+        (("~pg_clip_low",), "use_pg_clip_range", ("true", "pg_clip_low", "pg_clip_high")),
+        (("use_pg_clip_range=false",), "pg_clip_low", ("use_pg_clip_range", "true")),
         (
             ("reference.strategy_args.strategy_config.use_distributed_optimizer=true",),
-            "strategy_config.use_distributed_optimizer acts with megatron_train only",
+            "reference.strategy_args.strategy_config.use_distributed_optimizer",
+            ("megatron_train", "megatron_infer"),
         ),
         (
             ("gamma=0.9", "adv_estimator=rloo"),
-            "gamma acts with adv_estimator: reinforce, reinforce_plus_plus or gae only",
+            "gamma",
+            ("adv_estimator", "reinforce_plus_plus", "gae"),
         ),
-        (("pg_clip=0.1", "dual_clip_ratio=3"), "pg_clip acts with use_pg_clip_range: false only"),
-        (("kl_loss_type=mse", "use_kl_loss=false", "kl_loss_coef=0"), "kl_loss_type acts with use_kl_loss: true only"),
-        (("kl_penalty=k3",), "kl_penalty acts with add_token_level_kl: true only"),
-        (("kl_horizon=5",), "kl_horizon acts with target_kl only"),
+        (("pg_clip=0.1", "dual_clip_ratio=3"), "pg_clip", ("use_pg_clip_range", "false")),
+        (("kl_loss_type=mse", "use_kl_loss=false", "kl_loss_coef=0"), "kl_loss_type", ("use_kl_loss", "true")),
+        (("kl_penalty=k3",), "kl_penalty", ("add_token_level_kl", "true")),
+        (("kl_horizon=5",), "kl_horizon", ("target_kl",)),
         (
             (
                 "actor_train.training_args.lr_scheduler_type=constant",
                 "actor_train.training_args.min_learning_rate=1e-5",
             ),
-            "min_learning_rate acts with lr_scheduler_type: linear or cosine only",
+            "actor_train.training_args.min_learning_rate",
+            ("lr_scheduler_type", "linear", "cosine"),
         ),
-        (("actor_train.training_args.warmup_ratio=0.1",), "warmup_ratio acts with warmup_steps: 0 only"),
+        (
+            ("actor_train.training_args.warmup_ratio=0.1",),
+            "actor_train.training_args.warmup_ratio",
+            ("warmup_steps", "0"),
+        ),
         (
             ("strategy=hf", "actor_train.strategy_args.strategy_config.generate_batch_size=8"),
-            "generate_batch_size acts where the engine generates",
+            "actor_train.strategy_args.strategy_config.generate_batch_size",
+            ("actor_infer",),
         ),
         (
             ("strategy=hf", "reference.strategy_args.strategy_config.generate_batch_size=8"),
-            "generate_batch_size acts where the engine generates",
+            "reference.strategy_args.strategy_config.generate_batch_size",
+            ("actor_infer",),
         ),
-        (("dual_clip_loss=false", "dual_clip_ratio=3"), "dual_clip_ratio acts with dual_clip_loss: true only"),
-        (("kl_loss_coef=0",), "use_kl_loss: true needs kl_loss_coef above 0"),
-        (("use_kl_loss=false",), "kl_loss_coef acts with use_kl_loss: true only"),
-        (("add_token_level_kl=true",), "add_token_level_kl: true needs init_kl_coef"),
-        (("init_kl_coef=0.2",), "init_kl_coef acts with add_token_level_kl: true only"),
-        (("target_kl=0.1",), "target_kl acts with add_token_level_kl: true only"),
-        (("reward_shift=true",), "reward_shift: true needs reward_norm"),
-        (("reward_norm=batch", "reward_shift=true", "reward_scale=true"), "reward_shift and reward_scale are both"),
-        (("sequence_length=100",), "sequence_length 100 is not prompt_length 16 + response_length 48"),
-        (("~response_length",), "response_length: missing; add it, or sequence_length"),
-        (("~response_length", "sequence_length=16"), "sequence_length 16 leaves no room after prompt_length 16"),
-        (("reference=null",), "use_kl_loss: true needs the reference block"),
-        (("pretrain=Qwen/Qwen3-0.6B",), "warm_start makes a builtin: model ready"),
-        (("actor_infer.generating_args.temperature=0",), "actor_infer.generating_args.temperature: 0 is greedy"),
-        (("actor_infer.generating_args.max_new_tokens=9",), "max_new_tokens is 9, but response_length is 48"),
-        (("actor_infer.generating_args.num_return_sequences=2",), "num_return_sequences is 2, but"),
+        (("dual_clip_loss=false", "dual_clip_ratio=3"), "dual_clip_ratio", ("dual_clip_loss", "true")),
+        (("kl_loss_coef=0",), "use_kl_loss", ("true", "kl_loss_coef", "0")),
+        (("use_kl_loss=false",), "kl_loss_coef", ("use_kl_loss", "true")),
+        (("add_token_level_kl=true",), "add_token_level_kl", ("true", "init_kl_coef")),
+        (("init_kl_coef=0.2",), "init_kl_coef", ("add_token_level_kl", "true")),
+        (("target_kl=0.1",), "target_kl", ("add_token_level_kl", "true")),
+        (("reward_shift=true",), "reward_shift", ("true", "reward_norm")),
+        (
+            ("reward_norm=batch", "reward_shift=true", "reward_scale=true"),
+            "reward_shift",
+            ("true", "reward_scale", "false"),
+        ),
+        (("sequence_length=100",), "sequence_length", ("100", "prompt_length", "16")),
+        (("~response_length",), "response_length", ("sequence_length",)),
+        (("~response_length", "sequence_length=16"), "sequence_length", ("16", "prompt_length")),
+        (("reference=null",), "use_kl_loss", ("true", "reference")),
+        (("pretrain=Qwen/Qwen3-0.6B",), "warm_start", ("Qwen/Qwen3-0.6B", "null")),
+        (("actor_infer.generating_args.temperature=0",), "actor_infer.generating_args.temperature", ("0",)),
+        (
+            ("actor_infer.generating_args.max_new_tokens=9",),
+            "actor_infer.generating_args.max_new_tokens",
+            ("9", "response_length", "48"),
+        ),
+        (
+            ("actor_infer.generating_args.num_return_sequences=2",),
+            "actor_infer.generating_args.num_return_sequences",
+            ("2", "num_return_sequences_in_group", "8"),
+        ),
         (
             ("actor_train.training_args.min_learning_rate=1",),
-            "actor_train.training_args: min_learning_rate 1 is above learning_rate",
+            "actor_train.training_args.min_learning_rate",
+            ("1", "learning_rate", "0.0002"),
         ),
         (
             ("actor_train.strategy_args.strategy_config.recompute_granularity=full",),
-            "recompute_granularity: full needs recompute_method and recompute_num_layers",
+            "actor_train.strategy_args.strategy_config.recompute_granularity",
+            ("recompute_method", "recompute_num_layers", "1"),
         ),
         (
             ("actor_train.strategy_args.strategy_config.recompute_num_layers=1",),
-            "recompute_num_layers acts with recompute_granularity: full only",
+            "actor_train.strategy_args.strategy_config.recompute_num_layers",
+            ("recompute_granularity", "full"),
         ),
         (
             ("actor_train.strategy_args.strategy_config.tensor_model_parallel_size=3",),
-            "actor_train.device_mapping names 1 device(s), not a multiple of the 3",
+            "actor_train.device_mapping",
+            ("1", "3", "actor_train.strategy_args.strategy_config"),
         ),
         (
             ("actor_train.training_args.gradient_accumulation_steps=3",),
-            "256 samples are not a multiple of the mini-batch of 96",
+            "rollout_batch_size",
+            ("256", "96"),
         ),
-        (("actor_train.device_mapping='0-2'",), "are not a multiple of the mini-batch of 192"),
+        (("actor_train.device_mapping='0-2'",), "rollout_batch_size", ("256", "192")),
     ],
 )
-def test_rules_between_keys(overrides: tuple[str, ...], expected: str) -> None:
+def test_rules_between_keys(overrides: tuple[str, ...], key: str, values: tuple[str, ...]) -> None:
     problem = problem_of(*overrides)
-    assert expected in problem
-    assert problem.startswith(("command line (", "conf/", "examples/")) or "missing" in problem, "says where"
+    assert problem.key == key and problem.names(*values)
+    assert problem.where.startswith(("command line (", "conf/", "examples/")) or "missing" in problem.message
 
 
 def test_groups_of_one_sample_refuse_both_group_baselines() -> None:
     problems = problems_of(
         "example_grpo", "num_return_sequences_in_group=1", "reward_norm=group", "model=tiny_qwen3_moe"
     )
-    assert any("): adv_estimator: grpo compares" in problem for problem in problems)
-    assert any("): reward_norm: group compares" in problem for problem in problems)
+    assert {"adv_estimator", "reward_norm"} <= {problem.key for problem in problems}
 
 
 def test_broken_rules_of_several_blocks_are_reported_together() -> None:
@@ -292,59 +301,69 @@ def test_broken_rules_of_several_blocks_are_reported_together() -> None:
 
 def test_rule_is_located_at_the_key_given_on_the_command_line() -> None:
     problem = problem_of("actor_train.training_args.gradient_accumulation_steps=3")
-    assert problem.startswith(
-        "command line (actor_train.training_args.gradient_accumulation_steps=3): rollout_batch_size"
+    assert problem[:2] == (
+        "command line (actor_train.training_args.gradient_accumulation_steps=3)",
+        "rollout_batch_size",
     )
 
 
 def test_rule_inside_a_block_is_located_at_its_line(tmp_path: Path) -> None:
     text = "actor_train:\n  strategy_args:\n    strategy_config:\n      recompute_method: block\n"
-    (problem,) = problems_of("mine", config_dir=written(tmp_path, text))
-    assert "mine.yaml:6: actor_train.strategy_args.strategy_config: recompute_method acts" in problem
+    problem = problem_of(name="mine", config_dir=derived_config(tmp_path, text))
+    assert problem.where.endswith("mine.yaml:6")
+    assert problem.key == "actor_train.strategy_args.strategy_config.recompute_method"
 
 
 def test_interpolation_of_an_unknown_key_is_located(tmp_path: Path) -> None:
-    (problem,) = problems_of("mine", config_dir=written(tmp_path, "exp_name: a\nrun_name: ${nope.x}\n"))
-    assert "mine.yaml:4: run_name: " in problem and "nope.x" in problem
+    problem = problem_of(name="mine", config_dir=derived_config(tmp_path, "exp_name: a\nrun_name: ${nope.x}\n"))
+    assert problem.where.endswith("mine.yaml:4") and problem.key == "run_name" and problem.names("nope.x")
 
 
 def test_environment_variable_that_is_not_set_is_named(tmp_path: Path) -> None:
-    (problem,) = problems_of("mine", config_dir=written(tmp_path, "run_name: ${oc.env:ROLL_GSPO_NOT_SET}\n"))
-    assert "mine.yaml:3: run_name: " in problem and "ROLL_GSPO_NOT_SET" in problem
+    (problem,) = problems_of("mine", config_dir=derived_config(tmp_path, "run_name: ${oc.env:ROLL_GSPO_NOT_SET}\n"))
+    assert problem.where.endswith("mine.yaml:3") and problem.key == "run_name" and problem.names("ROLL_GSPO_NOT_SET")
 
 
 def test_values_left_open_are_all_named(tmp_path: Path) -> None:
-    problems = problems_of("mine", config_dir=written(tmp_path, "run_name: ???\nwarm_start:\n  seed: ???\n"))
-    assert len(problems) == 2 and all("must be set ('???')" in problem for problem in problems)
-    assert "mine.yaml:3: run_name" in problems[0] and "mine.yaml:5: warm_start.seed" in problems[1]
+    problems = problems_of("mine", config_dir=derived_config(tmp_path, "run_name: ???\nwarm_start:\n  seed: ???\n"))
+    assert [problem.key for problem in problems] == ["run_name", "warm_start.seed"]
+    assert problems[0].where.endswith("mine.yaml:3") and problems[1].where.endswith("mine.yaml:5")
+    assert all("'???'" in problem.message for problem in problems)
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "key", "values"),
     [
-        ("pipeline=agentic", "pipeline: not supported yet: multi-turn rollouts ('agentic')"),
-        ("async_generation_ratio=1", "async_generation_ratio: not supported yet: asynchronous generation (value 1)"),
-        ("actor_infer.generating_args.num_beams=4", "not supported yet: beam search (value 4)"),
-        ("actor_train.model_args.lora_target=all-linear", "not supported yet: LoRA (value 'all-linear')"),
-        ("max_ckpt_to_keep=3", "write checkpoint_config.max_ckpt_to_keep"),
-        ("pg_variant=tis", "pg_variant: not supported yet: this name (write policy_loss) (value 'tis')"),
-        ("+actor_train.pg_variant=tis", "this name (write policy_loss)"),
-        ("error_max_len_clip=true", "not supported yet: a clip of the rewards of overlong responses"),
-        ("+train_infer_correction={filters:[{enabled:true}]}", "write level, mode, lower_bound and upper_bound"),
-        ("+reference.router_replay={mode:R2}", "this place (write actor_train.router_replay)"),
-        ("rewards.column_addition.judge_api_key=secret", "not supported yet: a password in a file"),
-        ("+rollout_mock={enable:true,mode:dump}", "not supported yet: record and replay of rollouts"),
+        ("pipeline=agentic", "pipeline", ("agentic",)),
+        ("async_generation_ratio=1", "async_generation_ratio", ("1",)),
+        ("actor_infer.generating_args.num_beams=4", "actor_infer.generating_args.num_beams", ("4",)),
+        ("actor_train.model_args.lora_target=all-linear", "actor_train.model_args.lora_target", ("LoRA", "all-linear")),
+        ("max_ckpt_to_keep=3", "max_ckpt_to_keep", ("checkpoint_config.max_ckpt_to_keep", "3")),
+        ("pg_variant=tis", "pg_variant", ("policy_loss",)),
+        ("+actor_train.pg_variant=tis", "actor_train.pg_variant", ("policy_loss",)),
+        ("error_max_len_clip=true", "error_max_len_clip", ("overlong_buffer_length",)),
+        (
+            "+train_infer_correction={filters:[{enabled:true}]}",
+            "train_infer_correction.filters",
+            ("lower_bound", "upper_bound"),
+        ),
+        ("+reference.router_replay={mode:R2}", "reference.router_replay", ("actor_train.router_replay",)),
+        (
+            "rewards.column_addition.judge_api_key=secret",
+            "rewards.column_addition.judge_api_key",
+            ("worker_args.api_key_env",),
+        ),
+        ("+rollout_mock={enable:true,mode:dump}", "rollout_mock", ()),
     ],
 )
-def test_features_of_later_versions_are_refused_by_name(override: str, expected: str) -> None:
+def test_features_of_later_versions_are_refused_by_name(override: str, key: str, values: tuple[str, ...]) -> None:
     problem = problem_of(override)
-    assert expected in problem
+    assert problem.message.startswith("not supported yet: ")
+    assert problem.key == key and problem.names(*values)
 
 
 def test_secrets_are_not_printed_with_the_problem() -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config("example_gspo", "rewards.column_addition.judge_api_key=secret")
-    assert "secret" not in str(caught.value).partition("): ")[2]
+    assert "secret" not in problem_of("rewards.column_addition.judge_api_key=secret").message
 
 
 @pytest.mark.parametrize(
@@ -363,7 +382,7 @@ def test_features_of_later_versions_may_be_written_when_off(override: str) -> No
 
 def test_ignored_keys_of_roll_give_one_warning_a_reason_with_their_lines(tmp_path: Path) -> None:
     text = "base_dir: x\nactor_train:\n  model_args: {flash_attn: fa2}\nrpc_timeout: 1\n"
-    first, second = sorted(load_config("mine", config_dir=written(tmp_path, text)).warnings)
+    first, second = sorted(load_config("mine", config_dir=derived_config(tmp_path, text)).warnings)
     assert "base_dir (" in first and "mine.yaml:3)" in first and "mine.yaml:5)" in first
     assert first.endswith(": ROLL never reads it")
     assert second.startswith("ignored, delete it: rpc_timeout (") and "worker_timeout_s decides" in second
@@ -394,22 +413,23 @@ def test_configuration_is_frozen() -> None:
 
 @pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0e-3"])
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path, text: str) -> None:
-    folder = written(tmp_path, f"actor_train:\n  training_args:\n    learning_rate: {text}\n")
+    folder = derived_config(tmp_path, f"actor_train:\n  training_args:\n    learning_rate: {text}\n")
     assert load_config("mine", config_dir=folder).config.actor_train.training_args.learning_rate == 0.001
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "value"),
     [
-        ("mathrule", "did you mean 'math_rule'?"),
+        ("mathrule", "math_rule"),
         (
             "roll.pipeline.rlvr.rewards.general_val_rule_reward_worker.GeneralValRuleRewardWorker",
-            "not supported yet: ROLL's",
+            "GeneralValRuleRewardWorker",
         ),
     ],
 )
-def test_reward_workers_that_do_not_exist_are_refused_before_anything_is_built(name: str, expected: str) -> None:
-    assert expected in problem_of(f"rewards.column_addition.worker_cls={name}")
+def test_reward_workers_that_do_not_exist_are_refused_before_anything_is_built(name: str, value: str) -> None:
+    problem = problem_of(f"rewards.column_addition.worker_cls={name}")
+    assert problem.key == "rewards.column_addition.worker_cls" and problem.names(value)
 
 
 def test_rolls_math_worker_stands_for_math_rule() -> None:
@@ -441,8 +461,7 @@ def test_flat_yaml_takes_a_group_option_with_a_plus() -> None:
 
 def test_flat_yaml_of_roll_that_asks_for_too_much_names_all_of_it() -> None:
     problems = problems_of("roll_example_refused", config_dir=HERE)
-    keys = [problem.split(": ")[1] for problem in problems]
-    assert keys == [
+    assert [problem.key for problem in problems] == [
         *("adv_estimator", "max_ckpt_to_keep", "pg_variant", "async_generation_ratio", "norm_mean_type"),
         *("norm_std_type", "track_with", "token_level_loss", "train_infer_correction.is_weight"),
         *(
@@ -452,6 +471,6 @@ def test_flat_yaml_of_roll_that_asks_for_too_much_names_all_of_it() -> None:
         ),
         *("actor_train.strategy_args.strategy_name", "actor_train.device_mapping"),
         *("actor_infer.strategy_args.strategy_name",),
-        *("rewards.llm_judge", "rewards.llm_judge.judge_api_key"),
+        *("rewards.llm_judge.judge_model_type", "rewards.llm_judge.judge_api_key"),
     ]
-    assert all("roll_example_refused.yaml:" in problem for problem in problems)
+    assert all("roll_example_refused.yaml:" in problem.where for problem in problems)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from composed import load_config
+from config_problems import problem_of
 
 from roll_gspo.batch import Prompt
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.data.sampler import Sampler
-from roll_gspo.errors import ConfigError, DataError
+from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import byte_tokenizer
 from roll_gspo.pipelines.datasets import chat_format, make_sampler, read_datasets, tokenize
 
@@ -131,29 +132,26 @@ def test_tag_with_a_template_that_no_row_has_is_an_error(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "key", "values"),
     [
-        (f"+{SHARES}={{column_addition: 0.9}}", "domain_interleave_probs sum to 0.9 (0.9), not to 1; change them"),
-        (f"+{SHARES}={{column_addition: .nan}}", "domain_interleave_probs"),
+        (f"+{SHARES}={{column_addition: 0.9}}", SHARES, ("0.9",)),
+        (f"+{SHARES}={{column_addition: .nan}}", f"{SHARES}.column_addition", ()),
+        (f"+{SHARES}={{poetry: 1}}", SHARES, ("poetry", "column_addition")),
         (
-            f"+{SHARES}={{poetry: 1}}",
-            "domain_interleave_probs names poetry, but the blocks of rewards are column_addit",
+            "+validation.data_args.domain_interleave_probs={column_addition: 1}",
+            "validation.data_args.domain_interleave_probs",
+            ("training",),
         ),
-        ("+validation.data_args.domain_interleave_probs={column_addition: 1}", "acts in training only"),
-        ("+actor_train.data_args.file_domains={x: column_addition}", "file_domains names x, not in file_name"),
-        ("actor_train.data_args={file_name: x, prompt: a, messages: b}", "a row has one of the two: remove one"),
-        ("+validation.data_args.split=test", "split is 'test', but builtin:column_addition is no file and has rows of"),
-        (
-            "actor_train.data_args.domain=sums",
-            "domain is 'sums', but builtin:column_addition is no file and has rows of",
-        ),
-        ("actor_train.data_args.on_bad_row=skip", "on_bad_row is 'skip', but builtin:column_addition is no file"),
-        ("actor_train.data_args.tag=kind", "tag is 'kind', but builtin:column_addition is no file"),
-        ("+actor_train.data_args.ground_truth=sum", "ground_truth is 'sum', but builtin:column_addition is no file"),
-        ("+actor_train.data_args.template=chatlm", "unknown chat template 'chatlm'; did you mean 'chatml'?"),
+        ("+actor_train.data_args.file_domains={x: column_addition}", "actor_train.data_args.file_domains", ("x",)),
+        ("actor_train.data_args={file_name: x, prompt: a, messages: b}", "actor_train.data_args.messages", ("a", "b")),
+        ("+validation.data_args.split=test", "validation.data_args.split", ("test", "builtin:column_addition")),
+        ("actor_train.data_args.domain=sums", "actor_train.data_args.domain", ("sums", "builtin:column_addition")),
+        ("actor_train.data_args.on_bad_row=skip", "actor_train.data_args.on_bad_row", ("builtin:column_addition",)),
+        ("actor_train.data_args.tag=kind", "actor_train.data_args.tag", ("kind", "builtin:column_addition")),
+        ("+actor_train.data_args.ground_truth=sum", "actor_train.data_args.ground_truth", ("sum",)),
+        ("+actor_train.data_args.template=chatlm", "actor_train.data_args.template", ("chatlm", "chatml")),
     ],
 )
-def test_data_keys_that_contradict_are_refused(override: str, told: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config("example_gspo", override)
-    assert told in str(caught.value)
+def test_contradicting_data_keys_are_refused(override: str, key: str, values: tuple[str, ...]) -> None:
+    problem = problem_of(override)
+    assert problem.key == key and problem.names(*values)
