@@ -29,7 +29,6 @@ from roll_gspo.errors import ConfigError, DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, Sampling, TrainStrategy
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
-from roll_gspo.strategies.vllm.engine.weight_transfer import PolicyWeights
 
 pytestmark = pytest.mark.vllm
 
@@ -446,11 +445,20 @@ def test_head_sizes_that_vllm_cannot_compute_are_config_errors(tmp_path: Path) -
         _build(tmp_path)
 
 
-def test_metadata_of_policy_weights_agrees_with_iteration() -> None:
-    source = PolicyWeights()
-    for width in (3, 4):
-        source.rebind(Weights({"a": torch.ones(2, width, requires_grad=True), "b": torch.ones(1).bfloat16()}))
-        declared = [(m.name, m.dtype, m.shape) for m in source.metadata()]
-        assert declared == [("a", torch.float32, (2, width)), ("b", torch.bfloat16, (1,))]
-        assert [(name, t.dtype, tuple(t.shape)) for name, t in source] == declared
-        assert not any(t.requires_grad for _, t in source)
+def test_weights_are_refused_while_requests_run(dense: Tiny) -> None:
+    llm = dense.engine._open_engine()[0]
+    expected = dense.engine.generate(PROMPTS, Sampling(1, 8), SEEDS)
+    (request,) = llm.enqueue([{"prompt_token_ids": PROMPTS[0]}], use_tqdm=False)
+    llm.llm_engine.step()
+    with pytest.raises(WeightTransferError, match="requests are running"):
+        dense.engine.update_weights(Weights(dense.weights(2)), 2)
+    llm.llm_engine.abort_request([request], internal=True)
+    dense.engine.update_weights(Weights(dense.weights(1)), 2)
+    assert dense.engine.generate(PROMPTS, Sampling(1, 8), SEEDS) == expected
+
+
+def test_weights_that_require_gradients_are_transferred(dense: Tiny) -> None:
+    expected = dense.engine.generate(PROMPTS, Sampling(1, 8), SEEDS)
+    trained = {name: tensor.requires_grad_() for name, tensor in dense.weights(1).items()}
+    dense.engine.update_weights(Weights(trained), 2)
+    assert dense.engine.generate(PROMPTS, Sampling(1, 8), SEEDS) == expected

@@ -21,7 +21,7 @@ from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, Weig
 from roll_gspo.strategies.vllm.engine.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
 from roll_gspo.strategies.vllm.engine.host_process import close_engine, global_rng_kept, open_engine
 from roll_gspo.strategies.vllm.engine.routed_experts import ExpertSource, expert_source, recording_args
-from roll_gspo.strategies.vllm.engine.weight_transfer import IN_PROCESS, InProcessTrainerInitInfo, WeightTransfer
+from roll_gspo.strategies.vllm.engine.weight_transfer import IN_PROCESS, InProcessTransfer
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
 logger = logging.getLogger(__name__)
@@ -77,10 +77,8 @@ class VllmGenerate:
             raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
         self._experts = expert_source(llm) if record_routed_experts else None
         self._vocab_size = llm.model_config.get_vocab_size()
-        transfer = (
-            BroadcastTransfer(llm) if receives_broadcast else WeightTransfer(llm, InProcessTrainerInitInfo(rank=0))
-        )
-        self._engine: tuple[LLM, WeightTransfer | BroadcastTransfer] | None = (llm, transfer)
+        transfer = BroadcastTransfer(llm) if receives_broadcast else InProcessTransfer(llm)
+        self._engine: tuple[LLM, InProcessTransfer | BroadcastTransfer] | None = (llm, transfer)
 
     def generate(
         self,
@@ -149,7 +147,7 @@ class VllmGenerate:
             close_engine(self._engine[0])
             self._engine = self._experts = None
 
-    def _open_engine(self) -> tuple[LLM, WeightTransfer | BroadcastTransfer]:
+    def _open_engine(self) -> tuple[LLM, InProcessTransfer | BroadcastTransfer]:
         if self._engine is None:
             raise RuntimeError("vllm: the engine was shut down; build a new one")
         return self._engine
