@@ -1,17 +1,19 @@
-# Two commands do everything: `make example` and `make test`. Both set up .venv first if it is not ready.
+# Start with `make example` or `make test`. Both set up .venv first if it is not complete.
 PYTHON ?= python3
 ARGS ?=
-# Tests side by side; most use one core each.
+# Number of tests that run in parallel; most use one core.
 TEST_JOBS ?= 2
 
 .PHONY: help setup example compare test test-all check lint types clean
 
 help:
-	@echo "make example [ARGS='max_steps=10']   watch GSPO learn on this machine"
-	@echo "make compare [ARGS='max_steps=40']   GSPO and GRPO with three seeds each, on the same axes"
-	@echo "make test [ARGS='-k ratio']          run the test suite, two tests side by side (TEST_JOBS=2)"
-	@echo "make test-all                        and the tests that take minutes each"
-	@echo "make check                           lint, types and tests"
+	@echo "make example [ARGS='max_steps=10']   train the embedded example with GSPO"
+	@echo "make compare [ARGS='max_steps=40']   train GSPO and GRPO with three seeds each and compare them"
+	@echo "make test [ARGS='-k ratio']          run the test suite, TEST_JOBS=2 tests in parallel"
+	@echo "make test-all                        run also the tests that take minutes each"
+	@echo "make check                           run lint, types and tests"
+	@echo "make setup                           set up .venv only"
+	@echo "make clean                           remove .venv, builds and output"
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
@@ -19,7 +21,7 @@ setup:
 example: setup
 	.venv/bin/python -m roll_gspo.run --config-name example_gspo $(ARGS)
 
-# Finished runs are kept, others go on from their last checkpoint: calling it again does what is left.
+# Finished runs are kept and others resume from their last checkpoint, so calling it again completes the comparison.
 compare: setup
 	.venv/bin/python -m roll_gspo.run --multirun --jobs 2 --config-name example_gspo algorithm=gspo,grpo seed=0,1,2 \
 		exp_name=gspo_vs_grpo resume_from_checkpoint=true $(ARGS)

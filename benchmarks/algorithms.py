@@ -1,4 +1,4 @@
-"""What the mathematics of a training step costs: time as a multiple of one `exp` pass, memory of one input tensor.
+"""Time and memory of losses and estimators, in passes of one `exp` and in input tensors.
 
     python benchmarks/algorithms.py [--shape 512 4096] [--rounds 15] [--threads 1] [--holes] [--only clip gae ...]
 
@@ -6,12 +6,13 @@ Rows: every valid pair of `importance_sampling` and `policy_loss` through `polic
 backward pass to the log-probabilities, the value loss with its backward pass, and every `adv_estimator` through
 `advantages()` with its statistics.
 
-Time: CPU time of the process, which other work on the machine hardly touches (wall time would favour the shorter call).
-In each round a row is timed right after `exp` over a tensor of the same shape, and the multiple is the median of the
-rounds' quotients. Memory: the most that is allocated at once during a call beyond
-what was there before, gradient included, from the allocations and frees of torch's CPU allocator that
-`torch.profiler` records, over the size of one float32 input. The process keeps freed memory (mallopt), as a training
-process does that has warmed up; else the page faults of the operating system are what is measured.
+Time is CPU time of the process, which other work on the machine hardly affects; wall time would favour the shorter
+call. In each round a row is timed right after `exp` over a tensor of the same shape. The multiple is the median of the
+rounds' ratios.
+
+Memory is the peak allocated during a call beyond the start, gradient included, divided by the size of one float32
+input. It comes from the allocations and frees of torch's CPU allocator that `torch.profiler` records. The process keeps
+freed memory (mallopt), like a training process that has warmed up. Otherwise the benchmark would measure page faults.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ from roll_gspo.algorithms.value_loss import ValueLossSettings, value_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, RATIOS
 
-AIM = 12.0
+GOAL = 12.0
 GROUP = 8
 TURN = 100
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
     call: Callable[[], object]
 
 
 class Cost(NamedTuple):
-    """Medians: CPU microseconds of a call, in `exp` passes, and of `exp`; then the peak memory in input tensors."""
+    """Medians: CPU time per call in microseconds and `exp` passes, time of `exp`, peak memory in input tensors."""
 
     microseconds: float
     passes: float
@@ -64,7 +65,7 @@ class Cost(NamedTuple):
 
 
 class Problem:
-    """Tensors [B, T] of a mini-batch: lengths from half of T to T; with `holes` every fifth `TURN` tokens masked."""
+    """Tensors [B, T] of a mini-batch with lengths from T / 2 to T; `holes` masks every fifth run of `TURN` tokens."""
 
     def __init__(self, batch: int, width: int, holes: bool) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -94,19 +95,19 @@ class Problem:
         self.denominators = Denominators.of(self.mask)
 
     def policy(self, chosen: PolicyLossSettings) -> None:
-        """Loss, metrics and gradient of the log-probabilities."""
+        """Compute loss, metrics and the gradient of the log-probabilities."""
         self.log_probs.grad = None
         policy_loss(self.log_probs, None, self.batch, self.denominators, chosen)[0].backward()
         self.log_probs.grad = None
 
     def value(self, chosen: ValueLossSettings) -> None:
-        """Loss, metrics and gradient of the values."""
+        """Compute loss, metrics and the gradient of the values."""
         self.values.grad = None
         value_loss(self.values, self.batch, self.denominators, chosen)[0].backward()
         self.values.grad = None
 
     def advantages(self, chosen: AdvantageSettings) -> None:
-        """Advantages of a whole rollout of this shape."""
+        """Compute advantages of a whole rollout of this shape."""
         advantages(
             self.scores,
             self.groups,
@@ -120,7 +121,7 @@ class Problem:
 
 
 def policy_settings(importance_sampling: str, objective: str, width: int) -> PolicyLossSettings | None:
-    """Build the settings of a pair, with the clip range that it needs; None if the two do not go together."""
+    """Return the settings of a pair with its clip range, None if the two cannot be combined."""
     declared = POLICY_LOSSES.declaration(objective)
     if declared.own_ratio and importance_sampling != "token":
         return None
@@ -130,7 +131,7 @@ def policy_settings(importance_sampling: str, objective: str, width: int) -> Pol
 
 
 def rows(problem: Problem) -> Iterator[Row]:
-    """Every row of the table."""
+    """Yield every row of the table."""
     width = problem.mask.shape[1]
     for objective in POLICY_LOSSES:
         for importance_sampling in RATIOS:
@@ -151,14 +152,14 @@ def rows(problem: Problem) -> Iterator[Row]:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """CPU time of one call, all threads."""
+    """Return the CPU time of one call, all threads."""
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator holds during the call beyond what it held before."""
+    """Return the peak bytes of torch's CPU allocator during the call, beyond those at its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +175,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def measure(table: list[Row], problem: Problem, rounds: int) -> dict[str, Cost]:
-    """All rows, each in every round; a first round warms up and is not counted."""
+    """Measure all rows in every round; the first round warms up and is not counted."""
     source = problem.old
     times: dict[str, list[tuple[float, float, float]]] = {row.name: [] for row in table}
     for number in range(rounds + 1):
@@ -192,7 +193,7 @@ def measure(table: list[Row], problem: Problem, rounds: int) -> dict[str, Cost]:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc not to hand freed memory back to the system; nothing elsewhere."""
+    """Ask glibc not to return freed memory to the system; no-op on other systems."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3
@@ -201,15 +202,15 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=(512, 4096), metavar=("B", "T"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--holes", action="store_true", help="masks with gaps, as of several turns")
+    parser.add_argument("--holes", action="store_true", help="masks with gaps, as in multi-turn responses")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name contains one of these")
     arguments = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler logs every start and stop
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     batch, width = arguments.shape
@@ -223,7 +224,7 @@ def main() -> None:
     print(f"| {'what':34} | {'CPU µs':>8} | {'× exp':>6} | {'peak memory × input':>19} |")
     print(f"|{'-' * 36}|{'-' * 9}:|{'-' * 7}:|{'-' * 20}:|")
     for name, cost in costs.items():
-        flag = " over the aim" if cost.passes > AIM else ""
+        flag = " over the goal" if cost.passes > GOAL else ""
         print(f"| {name:34} | {cost.microseconds:8.0f} | {cost.passes:6.1f} | {cost.memory:19.1f} |{flag}")
 
 

@@ -1,6 +1,6 @@
-"""The work of one training step without this framework: vLLM, megatron-core and torch called directly.
+"""One training step without this framework: vLLM, megatron-core and torch called directly.
 
-Legend: B samples, S positions, T response positions. See `step_breakdown.py`.
+Shapes: B samples, S positions, T response positions. `step_breakdown.py` runs this.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from vllm import LLM, SamplingParams  # isort: skip
 
 
 class BareStep:
-    """Models of its own beside those of `components`, and the same vLLM engine, prompts and sampling.
+    """A step with separate Megatron models and the vLLM engine, prompts and sampling of `components`.
 
-    Two engines in one process would not be what a run has, so the engine is shared and takes the weights of whoever
-    is next before each step.
+    A run has one engine per process. The engine is therefore shared and gets the weights of the next kind before each
+    step.
     """
 
     def __init__(self, config: ExperimentConfig, components: Components, console: Console) -> None:
@@ -95,15 +95,15 @@ class BareStep:
         return gpt
 
     def load(self, folder: Path) -> None:
-        """Weights and optimizer state that the framework's trainer saved."""
+        """Load weights and optimizer state that the framework's trainer saved."""
         load_state(folder, [self._gpt], self._optimizer)
 
     def weights(self) -> MegatronWeights:
-        """Under their Hugging Face names."""
+        """Return the weights under their Hugging Face names."""
         return MegatronWeights([self._gpt], self._architecture)
 
     def step(self, step: int) -> None:
-        """Generate, score, score tokens twice, train, hand the weights over."""
+        """Generate, compute rewards and two sets of log-probs, train, and transfer the weights."""
         prompts = self._components.state.sampler.next_batch(self._config.rollout_batch_size)
         with self._stage("generate"):
             responses = self._generate(prompts, step)
@@ -162,13 +162,13 @@ class BareStep:
         ]
 
     def _micro_batches(self, index: Tensor, size: int, lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """(samples, the width that they need)."""
+        """Yield (sample indices, width of the longest)."""
         for part in index.split(size):
             yield part, int(lengths[part].max())
 
     @torch.no_grad()
     def _log_probs(self, gpt: GPTModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """[B, S - 1] of every token given those before."""
+        """Return [B, S - 1] log-probs of every token given its predecessors."""
         gpt.eval()
         result = torch.zeros(input_ids.shape[0], input_ids.shape[1] - 1)
         size = self._config.actor_train.infer_batch_size

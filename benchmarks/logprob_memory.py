@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies with their backward pass: peak memory and time, from logits and without them (Linux).
+"""Peak memory and time of log-probs and entropies with backward pass, with and without logits (Linux only).
 
     python benchmarks/logprob_memory.py [--tokens 1024] [--vocab 151936] [--hidden 256] [--dtype float32] [--rounds 5]
                                         [--threads 1]
@@ -6,13 +6,13 @@
 Variants, each from hidden states [N, H] and a head [V, H] to the gradients of both:
 
 * plain: `hidden @ head.T`, `log_softmax` in float32, gather and entropy, all by autograd
-* logits: the same logits, then `strategies.log_probs` in chunks of them
-* fused: `strategies.fused_scores`, which never holds the logits
+* logits: the same logits, then `strategies.log_probs` in chunks
+* fused: `strategies.fused_scores`, which never holds all logits
 
-Each variant has a fresh process, and all take turns in every round; a first round warms up and is not counted. Time:
-CPU time of the process (all threads), and the median of the rounds' quotients by plain. Memory: the operating system's
-maximum of the resident set over all rounds, less what was resident once the inputs were made and a small problem had
-been solved; the gradients count.
+Each variant runs in a fresh process, and all take turns in every round. The first round warms up and is not counted.
+Time is CPU time of the process (all threads), with the median of the rounds' ratios to plain. Memory is the maximum of
+the resident set over all rounds, minus the resident set after the inputs were made and a small problem was solved.
+Gradients count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from roll_gspo.strategies.log_probs import token_log_probs
 
 MIB = 2**20
 VARIANTS = ("plain", "logits", "fused")
-AIM_MEMORY, AIM_TIME = 5.0, 1.1
+GOAL_MEMORY, GOAL_TIME = 5.0, 1.1
 
 
 class Problem(NamedTuple):
@@ -47,14 +47,14 @@ class Problem(NamedTuple):
 
     @staticmethod
     def make(num_tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> Problem:
-        """Random, with logits of a spread of a few units."""
+        """Make a random problem whose logits have a standard deviation of a few units."""
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(num_tokens, hidden, generator=generator, dtype=dtype).requires_grad_()
         head = torch.randn(vocab, hidden, generator=generator, dtype=dtype).mul_(3 * hidden**-0.5).requires_grad_()
         return Problem(states, head, torch.randint(vocab, (num_tokens,), generator=generator))
 
     def scores(self, variant: str) -> tuple[Tensor, Tensor | None]:
-        """(log-probabilities, entropies)."""
+        """Return (log-probabilities, entropies)."""
         hidden, head, tokens = self
         if variant == "fused":
             return scores_from_hidden(hidden, head, tokens, temperature=1.0, entropy=True, vocab_size=len(head))
@@ -65,7 +65,7 @@ class Problem(NamedTuple):
         return log_p.gather(-1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
     def solve(self, variant: str) -> None:
-        """Forward and backward."""
+        """Run forward and backward pass."""
         self.hidden.grad = self.head.grad = None
         log_probs, entropies = self.scores(variant)
         assert entropies is not None
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
 
 def answer(variant: str, arguments: argparse.Namespace) -> None:
-    """For each line of standard input solve once; print the CPU seconds and the peak memory so far, in bytes."""
+    """Solve once per line of standard input; print CPU seconds and peak memory in bytes."""
     torch.set_num_threads(arguments.threads)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
     Problem.make(64, 1024, arguments.hidden, dtype).solve(variant)
@@ -87,7 +87,7 @@ def answer(variant: str, arguments: argparse.Namespace) -> None:
 
 
 def measure(rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """variant -> (CPU seconds, peak bytes so far) of each round."""
+    """Return (CPU seconds, peak bytes) of each round by variant."""
     command = [sys.executable, *sys.argv]
     children = {
         variant: subprocess.Popen(
@@ -115,7 +115,7 @@ def measure(rounds: int) -> dict[str, list[tuple[float, float]]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=151_936)
@@ -145,8 +145,8 @@ def main() -> None:
             f"| {variant} | {peaks[variant] / MIB:.0f} | {peaks['plain'] / peaks[variant]:.1f} "
             f"| {statistics.median(seconds):.2f} | {ratios[variant]:.2f} |"
         )
-    met = peaks["plain"] / peaks["fused"] >= AIM_MEMORY and ratios["fused"] <= AIM_TIME
-    print(f"\naim ({AIM_MEMORY:.0f} × less memory at up to {AIM_TIME} × the time): {'met' if met else 'missed'}")
+    met = peaks["plain"] / peaks["fused"] >= GOAL_MEMORY and ratios["fused"] <= GOAL_TIME
+    print(f"\ngoal ({GOAL_MEMORY:.0f} × less memory at up to {GOAL_TIME} × the time): {'met' if met else 'missed'}")
 
 
 if __name__ == "__main__":

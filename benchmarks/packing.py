@@ -1,16 +1,15 @@
-"""An update step on samples of very unequal length: padded, in batches of like length, and packed.
+"""Time an update on samples of unequal length: padded, batched by length, and packed.
 
     python benchmarks/packing.py [--samples 64] [--longest 512] [--rounds 5]
 
-The same mini-batch of a log-normal mix of lengths goes through one optimizer step of a Qwen3 of 2.4 M parameters on
-megatron-core:
+One optimizer step of a Qwen3 of 2.4 M parameters on megatron-core, on the same mini-batch with log-normal lengths:
 
-* padded: micro-batches of 8 samples as they come, padded to the longest
-* sorted: dynamic batching (`max_tokens_per_microbatch_in_train`), samples of like length together, padded
+* padded: micro-batches of 8 samples in their order, padded to the longest
+* sorted: dynamic batching (`max_tokens_per_microbatch_in_train`), samples of similar length together, padded
 * packed: dynamic batching and `use_sequence_packing`, no padding
 
-All take turns in every round, after a first one that warms up; the table shows the median of the rounds' quotients.
-Losses and gradient norms are compared: no variant may change a number.
+The variants take turns in every round, after a first one that warms up. The table shows the median of the rounds'
+ratios, with losses and gradient norms: no variant may change a number.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from roll_gspo.strategies.micro_batches import MicroBatching
 
 VOCAB = 4096
 MAX_TOKENS = 2048
-AIM = 1.5
+GOAL = 1.5
 VARIANTS = {
     "padded": (MegatronConfig(), MicroBatching(8)),
     "sorted": (MegatronConfig(), MicroBatching(8, MAX_TOKENS)),
@@ -47,7 +46,7 @@ VARIANTS = {
 
 
 def long_tailed_batch(samples: int, longest: int) -> TrainBatch:
-    """Prompts of 16 tokens and responses whose median is an eighth of the longest."""
+    """Make prompts of 16 tokens and responses whose median length is an eighth of the longest."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(samples, generator=generator)
     lengths = (longest / 8 * torch.exp(spread)).clamp(4, longest).long().tolist()
@@ -62,13 +61,13 @@ def long_tailed_batch(samples: int, longest: int) -> TrainBatch:
 
 
 def loss(scores: TokenScores, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
-    """Advantage-weighted log-probabilities."""
+    """Return the advantage-weighted log-probabilities as a loss."""
     return -torch.where(batch.response_mask, scores.log_probs * batch.advantages, 0.0).sum() / 1000, {}
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="an update step padded, in batches of like length, and packed")
+    parser = argparse.ArgumentParser(description="time an update step: padded, batched by length, and packed")
     parser.add_argument("--samples", type=int, default=64, help="samples of the mini-batch")
     parser.add_argument("--longest", type=int, default=512, help="tokens of the longest response")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
@@ -101,9 +100,9 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
     print(
         f"{len(batch)} samples of {int(lengths.min())} to {int(lengths.max())} tokens (median {int(lengths.median())}, "
-        f"{int(lengths.sum())} in all), {arguments.rounds} rounds, {torch.get_num_threads()} thread(s)\n"
+        f"{int(lengths.sum())} in total), {arguments.rounds} rounds, {torch.get_num_threads()} thread(s)\n"
     )
-    print("| variant | passes | tokens with padding | s a step | times faster than padded | loss | gradient norm |")
+    print("| variant | passes | tokens with padding | s per step | times faster than padded | loss | gradient norm |")
     print("|---|---|---|---|---|---|---|")
     for name, (_, batching) in VARIANTS.items():
         parts = batching.split(batch)
@@ -114,7 +113,7 @@ def main() -> None:
             f"| {name} | {len(parts)} | {held} | {statistics.median(seconds[name]):.2f} | {faster:.2f} | "
             f"{result.loss:.5f} | {result.grad_norm:.5f} |"
         )
-    print(f"\naim: packed at least {AIM:g} times faster than padded")
+    print(f"\ngoal: packed at least {GOAL:g} times faster than padded")
 
 
 if __name__ == "__main__":

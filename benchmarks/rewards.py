@@ -1,13 +1,14 @@
-"""What a pool of reward processes brings: samples a second against calls without it, and how much of it a run hides.
+"""Throughput of reward pools, and the share of reward time that generation hides.
 
     python benchmarks/rewards.py [--samples 400] [--rounds 5] [--workers 2] [--no-run]
 
-First table, for each reward: samples a second of the library called bare in this process (for `math_rule` math-verify's
-`parse` and `verify`; for `code_sandbox`, which is no library's, the reward itself), of the reward called in this
-process, and of a `RewardPool` whose timeouts are on. The three are timed one after the other in each round, on the same
-samples; figures are medians, and the factor is the median of the rounds' quotients. A reward that this version lacks is
-reported as not installed. Then a short training of the embedded task with `math_rule`, and the share of reward time
-(seconds that reward processes worked) that lay before the end of generation, step by step.
+The first table shows samples per second for each reward, called in three ways: the bare library in this process (for
+`math_rule` math-verify's `parse` and `verify`; for `code_sandbox`, which uses no library, the reward itself), the
+reward in this process, and a `RewardPool` with timeouts. Each round times the three in turn on the same samples. Values
+are medians; factors are medians of the rounds' ratios. An unknown reward is reported as not installed.
+
+The second table comes from a short training of the embedded task with `math_rule`. It shows, per step, the share of
+reward time (seconds that reward processes worked) before the end of generation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# Before any library starts threads: they would take the cores from the pool's processes.
+# Set before any library starts threads, which would take cores from the pool's processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -35,7 +36,7 @@ from roll_gspo.rewards.catalog import build_reward
 
 GROUP = 8
 TIMEOUT_S = 60.0
-LIBRARY_TIMEOUT_S = 20  # its clock is the wall's: a busy machine must not fail a sample
+LIBRARY_TIMEOUT_S = 20  # wall time: a busy machine must not fail a sample
 FORMS = (
     "So there are {0} of them, and the final answer is \\boxed{{{0}}}.",
     "The final answer is $\\frac{{{1}}}{{2}}$.",
@@ -50,13 +51,13 @@ PROGRAM = "```python\nn = int(input())\nprint(sum(i * i for i in range(n + 1)))\
 RUN = (
     *("--config-name", "example_gspo", "tracker=none", "validation=null", "warm_start.steps=80", "save_steps=1000"),
     *("rewards.column_addition.worker_cls=math_rule", "run_name=run"),
-    # An engine is full, in a real run: it decodes a part of the samples at a time.
+    # Fewer slots than samples, as in a real run: the engine decodes a part of the samples at a time.
     *("actor_infer.strategy_args.strategy_config.max_num_seqs=16", "rollout_batch_size=64"),
 )
 
 
 class Case(NamedTuple):
-    """A reward with samples, and the same done without this package (None: there is no such thing)."""
+    """A reward with samples, and the same work without this package (None if there is no such library)."""
 
     name: str
     arguments: dict[str, object]
@@ -65,7 +66,7 @@ class Case(NamedTuple):
 
 
 def mathematics(num_samples: int) -> list[RewardRequest]:
-    """Answers in several forms, right and wrong; `GROUP` samples share a ground truth."""
+    """Make right and wrong answers in several forms; `GROUP` samples share a ground truth."""
     numbers = [7 + 3 * (index // GROUP) for index in range(num_samples)]
     return [
         RewardRequest("", FORMS[i % len(FORMS)].format(n, 2 * n, n * n, n + 1), str(n)) for i, n in enumerate(numbers)
@@ -73,7 +74,7 @@ def mathematics(num_samples: int) -> list[RewardRequest]:
 
 
 def programs(num_samples: int) -> list[RewardRequest]:
-    """One program, three cases each."""
+    """Make samples with the same program and three test cases."""
     cases = [
         {"input": f"{n}\n", "output": f"{n * (n + 1) * (2 * n + 1) // 6}\n", "testtype": "stdin"} for n in (1, 9, 40)
     ]
@@ -81,7 +82,7 @@ def programs(num_samples: int) -> list[RewardRequest]:
 
 
 def math_verify_alone(request: RewardRequest) -> object:
-    """As its documentation shows it, with its own timeouts."""
+    """Call math-verify as in its documentation, with its own timeouts."""
     return verify(
         parse(f"\\boxed{{{request.ground_truth}}}", parsing_timeout=LIBRARY_TIMEOUT_S),
         parse(request.response, parsing_timeout=LIBRARY_TIMEOUT_S),
@@ -90,14 +91,14 @@ def math_verify_alone(request: RewardRequest) -> object:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
+    """Return the wall time of one call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def compare(case: Case, num_workers: int, rounds: int) -> None:
-    """One line of the table."""
+    """Measure a reward and print its row."""
     if case.name not in REWARDS:
         print(f"{case.name:14} not installed (this version has {', '.join(sorted(REWARDS))})")
         return
@@ -125,7 +126,7 @@ def compare(case: Case, num_workers: int, rounds: int) -> None:
 
 
 def hidden_shares(num_steps: int, num_workers: int) -> None:
-    """Train a little and print what was hidden."""
+    """Run a short training and print the hidden share of each step."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "roll_gspo.run", *RUN, f"max_steps={num_steps}", "output_dir=out"]
         command.append(f"rewards.column_addition.world_size={num_workers}")
@@ -138,19 +139,19 @@ def hidden_shares(num_steps: int, num_workers: int) -> None:
     rows = [json.loads(line) for line in lines]
     print("\nstep  generate s  score s  reward s  hidden share of reward time")
     for row in rows:
-        figures = row["time/generate"], row["time/score"], row["reward/seconds"], 100 * row["reward/hidden_share"]
-        print("{:4}  {:10.2f}  {:7.3f}  {:8.2f}  {:5.1f} %".format(row["step"], *figures))
-    print(f"median {100 * statistics.median(row['reward/hidden_share'] for row in rows):.1f} % (aim: 90 %)")
+        values = row["time/generate"], row["time/score"], row["reward/seconds"], 100 * row["reward/hidden_share"]
+        print("{:4}  {:10.2f}  {:7.3f}  {:8.2f}  {:5.1f} %".format(row["step"], *values))
+    print(f"median {100 * statistics.median(row['reward/hidden_share'] for row in rows):.1f} % (goal: 90 %)")
 
 
 def main() -> None:
-    """Print both."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--no-run", action="store_true", help="leave the training out")
+    parser.add_argument("--no-run", action="store_true", help="skip the training")
     arguments = parser.parse_args()
     print(f"{arguments.workers} workers, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'samples/s':14} {'bare':>12}  {'reward':>12}  {'pool':>12}  pool/bare  pool/reward")

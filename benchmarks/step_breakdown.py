@@ -1,15 +1,15 @@
-"""Where the seconds of a training step go, against the same work done bare.
+"""Time the stages of a training step and compare them with the same work on bare engines.
 
     python benchmarks/step_breakdown.py [--config-name example_gspo] [--rounds 9] [key=value ...]
 
-Bare is what a script without this framework would do in the same process, on the same engine, model and batch:
-`LLM.generate`; megatron's `GPTModel`, DDP and optimizer in a plain loop over as large mini- and micro-batches with a
-minimal GSPO loss; the reward function called directly; weights handed over by vLLM's own reload. No logs, no
-metrics, no files, no checks. Each round does one step of either kind from the same weights on the same prompts and
-seeds, in turn first and second; a first round is not counted.
+"Bare" is a script without this framework, in the same process, on the same engine, model and batch: `LLM.generate`;
+megatron's `GPTModel`, DDP and optimizer in a plain loop over mini- and micro-batches of the same size with a minimal
+GSPO loss; the reward function called directly; weights transferred by vLLM's own reload. It has no logs, metrics,
+files or checks. Each round runs one step of both kinds from the same weights on the same prompts and seeds, in
+alternating order. The first round is not counted.
 
-Wall time is what a user waits; CPU time (of this process, all threads) is the fairer figure on a busy machine. The
-reward workers are processes of their own: their CPU time is not in it.
+The table shows wall time and CPU time (of this process, all threads). CPU time is more reliable on a busy machine. It
+excludes the reward workers, which are separate processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from roll_gspo.strategies.base import WeightSource
 
 ENGINES = {"actor_train": "megatron_train", "actor_infer": "vllm", "reference": "megatron_infer"}
-# Row of the table -> stages that count to it; what is left is the row "own".
+# Row of the table -> its stages; the remaining time is the row "own".
 ROWS = {
     "generation": ("generate",),
     "rewards": ("score",),
@@ -54,14 +54,14 @@ Seconds = dict[str, float]
 
 
 class Round(NamedTuple):
-    """(wall, CPU) seconds by row of one step of either kind."""
+    """(wall, CPU) seconds by row for one step of each kind."""
 
     ours: tuple[Seconds, Seconds]
     bare: tuple[Seconds, Seconds]
 
 
 class TwoClocks(StageTimer):
-    """A `StageTimer` of wall time with another one of CPU time beside it."""
+    """A `StageTimer` that measures wall time and CPU time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class TwoClocks(StageTimer):
             yield
 
     def laps(self) -> tuple[Seconds, Seconds]:
-        """Wall and CPU seconds of each row since the last call."""
+        """Return wall and CPU seconds by row since the last call."""
         return _by_row(self.lap()), _by_row(self.cpu.lap())
 
 
@@ -104,10 +104,12 @@ def _compose(name: str, overrides: list[str]) -> ExperimentConfig:
         config = load_composed(composed).config
     for role, engine in ENGINES.items():
         if config.model_dump()[role]["strategy_args"]["strategy_name"] != engine:
-            raise SystemExit(f"step_breakdown: {role} must be {engine}, the only engine that a bare step exists for")
+            raise SystemExit(
+                f"step_breakdown: {role} is not {engine}, the only engine with a bare step; set strategy=megatron"
+            )
     if len(config.rewards) != 1 or not config.needs_reference:
         raise SystemExit(
-            "step_breakdown: the bare step knows one reward block and a reference; choose such a configuration"
+            "step_breakdown: the bare step needs one reward block and a reference; choose another configuration"
         )
     return config
 
@@ -135,7 +137,7 @@ def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
 
 
 def _round(steps: RlvrSteps, bare: BareStep, components: Components, timer: TwoClocks, step: int) -> Round:
-    """One step of either kind from the same state."""
+    """Run one step of each kind from the same state."""
     place = components.state.sampler.state_dict()
     with tempfile.TemporaryDirectory() as folder:
         components.actor_train.save(Path(folder))
@@ -159,9 +161,7 @@ def _round(steps: RlvrSteps, bare: BareStep, components: Components, timer: TwoC
 
 def _print_table(config: ExperimentConfig, rounds: list[Round]) -> None:
     samples = config.rollout_batch_size * config.num_return_sequences_in_group
-    print(
-        f"{samples} samples a step, {len(rounds)} rounds; seconds (medians), ratio ours / bare (median of the rounds')"
-    )
+    print(f"{samples} samples per step, {len(rounds)} rounds; median seconds, median ratio ours / bare")
     print(f"{'':<20} {'wall: ours':>11} {'bare':>7} {'ratio':>6}   {'CPU: ours':>11} {'bare':>7} {'ratio':>6}")
     for row in [*ROWS, "own", "step"]:
         cells = []

@@ -1,12 +1,11 @@
-"""What it costs to hand weights to an engine in another process, against a copy of the same bytes in this one.
+"""Time the transfer of weights to an engine in another process against a copy in this process.
 
     python benchmarks/weight_transfer.py [--rounds 9] [--sizes 0.6 20 300] [--checksum]
 
-For each size (million parameters, float32, a tied dense Qwen3 with random weights): the wire alone, whose receiver
-drops the tensors, and the whole way into a running vLLM engine, which repacks them for its kernels. In each round three
-things are timed one after the other: a copy (`tensor.copy_`) of every tensor into another that exists already, the
-transfer over the wire, and the one into the engine. `--largest-engine 20` leaves larger engines out: the last needs
-several GB of memory for trainer, copies and engine.
+Sizes are million parameters of a tied dense Qwen3 with random weights in float32. Each round times three things: a copy
+(`tensor.copy_`) of every tensor into an existing one, the broadcast to a receiver that drops the tensors, and the
+broadcast into a running vLLM engine, which repacks them for its kernels. `--largest-engine 20` skips larger engines:
+the largest needs several GB of memory for trainer, copies and engine.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch is imported: a thread that spins takes the core from the process at the other end.
+# Set before torch is imported: a spinning thread takes the core from the other process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -36,7 +35,7 @@ TIMEOUT_S = 120.0
 
 
 class Shape(NamedTuple):
-    """Of a model."""
+    """Sizes of a model."""
 
     hidden: int
     layers: int
@@ -47,16 +46,16 @@ SHAPES = {0.6: Shape(128, 3, 256), 20.0: Shape(512, 5, 4096), 300.0: Shape(1280,
 
 
 class Cost(NamedTuple):
-    """Of one size: bytes, and seconds of each round."""
+    """Bytes of a model, and the seconds of each round."""
 
     nbytes: int
     copy: list[float]
-    wire: list[float]
+    broadcast: list[float]
     engine: list[float]
 
 
 def model_of(shape: Shape) -> Qwen3ForCausalLM:
-    """Random weights."""
+    """Make a Qwen3 with random weights."""
     config = Qwen3Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -72,7 +71,7 @@ def model_of(shape: Shape) -> Qwen3ForCausalLM:
 
 
 def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | None) -> None:
-    """The other process: receive a version for each that the pipe names, into an engine if there is a checkpoint."""
+    """Receive every version that the pipe names, into an engine if there is a checkpoint; runs in the other process."""
     if checkpoint is None:
         receiver = WeightBroadcastReceiver(address)
 
@@ -95,7 +94,7 @@ def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | 
 
 
 class Remote:
-    """A process with one receiver, and the sender in this one."""
+    """A process with a receiver, and its sender in this process."""
 
     def __init__(self, checkpoint: Path | None) -> None:
         context = multiprocessing.get_context("spawn")
@@ -109,13 +108,13 @@ class Remote:
         self._version = 0
 
     def send(self, weights: list[tuple[str, Tensor]], checksum: bool) -> None:
-        """Returns when the other side has them."""
+        """Send the weights; return after the receiver has them."""
         self._version += 1
         self._pipe.send(self._version)
         self._sender.send(weights, self._version, checksum)
 
     def close(self) -> None:
-        """End the process."""
+        """End the receiving process."""
         self._pipe.send(0)
         self._process.join(TIMEOUT_S)
         self._process.kill()
@@ -123,21 +122,21 @@ class Remote:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
+    """Return the wall time of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def measure(millions: float, rounds: int, checksum: bool, with_engine: bool) -> Cost:
-    """All rounds of one size; the first of each, which opens connections and touches memory, does not count."""
+    """Measure one size; the first round opens connections and touches memory, and does not count."""
     model = model_of(SHAPES[millions])
     with tempfile.TemporaryDirectory() as folder:
         if with_engine:
             model.save_pretrained(folder)
         weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
         copies = [torch.empty_like(tensor) for _, tensor in weights]
-        wire, engine = Remote(None), Remote(Path(folder)) if with_engine else None
+        broadcast, engine = Remote(None), Remote(Path(folder)) if with_engine else None
 
         def copy() -> None:
             for target, (_, tensor) in zip(copies, weights, strict=True):
@@ -147,18 +146,18 @@ def measure(millions: float, rounds: int, checksum: bool, with_engine: bool) -> 
         try:
             for _ in range(rounds + 1):
                 cost.copy.append(seconds(copy))
-                cost.wire.append(seconds(lambda: wire.send(weights, checksum)))
+                cost.broadcast.append(seconds(lambda: broadcast.send(weights, checksum)))
                 if engine is not None:
                     cost.engine.append(seconds(lambda: engine.send(weights, checksum)))
         finally:
-            wire.close()
+            broadcast.close()
             if engine is not None:
                 engine.close()
-    return Cost(cost.nbytes, cost.copy[1:], cost.wire[1:], cost.engine[1:])
+    return Cost(cost.nbytes, cost.copy[1:], cost.broadcast[1:], cost.engine[1:])
 
 
 def row(millions: float, cost: Cost) -> str:
-    """Of the table; ratios are medians of the rounds' own ratios."""
+    """Return a row of the table; ratios are medians of the rounds' ratios."""
 
     def rate(times: list[float]) -> str:
         return f"{cost.nbytes / statistics.median(times) / 1e9:.2f}" if times else "–"
@@ -173,7 +172,7 @@ def row(millions: float, cost: Cost) -> str:
     cells = [
         f"{millions:g} M ({cost.nbytes / 1e6:.0f} MB)",
         rate(cost.copy),
-        *(rate(cost.wire), milliseconds(cost.wire), ratio(cost.wire)),
+        *(rate(cost.broadcast), milliseconds(cost.broadcast), ratio(cost.broadcast)),
         *(rate(cost.engine), milliseconds(cost.engine), ratio(cost.engine)),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -181,13 +180,13 @@ def row(millions: float, cost: Cost) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="weight transfer against a copy of the same bytes")
+    parser = argparse.ArgumentParser(description="time weight transfer against a copy of the same bytes")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", type=float, nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--largest-engine", type=float, default=300.0, help="million parameters")
     parser.add_argument("--checksum", action="store_true")
     arguments = parser.parse_args()
-    print("| parameters | copy, GB/s | wire, GB/s | ms | × copy | into vLLM, GB/s | ms | × copy |")
+    print("| parameters | copy, GB/s | broadcast, GB/s | ms | × copy | into vLLM, GB/s | ms | × copy |")
     print("|---|---|---|---|---|---|---|---|")
     for millions in arguments.sizes:
         with_engine = millions <= arguments.largest_engine

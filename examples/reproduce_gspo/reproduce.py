@@ -1,10 +1,10 @@
-"""The claims of the GSPO paper (arXiv 2507.18071) at the scale of the embedded task: run studies, print tables.
+"""Test claims of the GSPO paper (arXiv 2507.18071) on the embedded task: run the studies, print the tables.
 
     python examples/reproduce_gspo/reproduce.py                   # every study, about an hour on two cores
     python examples/reproduce_gspo/reproduce.py stability         # one of them
-    python examples/reproduce_gspo/reproduce.py --tables          # only the tables, of what was run before
+    python examples/reproduce_gspo/reproduce.py --tables          # print the tables of earlier runs
 
-Runs that are complete are not run again. `docs/reproducing-gspo.md` holds the tables and what they show.
+Complete runs are not repeated. `docs/reproducing-gspo.md` holds the tables and their interpretation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from roll_gspo.tracking.jsonl import read_metrics
 
-# Everything equal but the ratio: group-normalised advantages, mean over tokens then sequences, no KL (GSPO, 5.1).
-# importance_sampling=token is then GRPO; each level brings the clip range that the paper gives it.
+# Only the ratio differs: group-normalised advantages, mean over tokens then sequences, no KL (GSPO, 5.1).
+# With importance_sampling=token this is GRPO. Each level sets the clip range of the paper.
 COMMON = (
     *("--config-name", "example_gspo_paper", "algorithm=gspo_paper", "tracker=none"),
     "actor_train.training_args.save_hf_model=false",
@@ -40,12 +40,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of a table: a folder of runs that differ in their seed.
+    """One row of a table: a folder of runs that differ only in their seed.
 
     Attributes:
-        name: what the table says.
-        overrides: of the configuration.
-        steps: rollouts of each run.
+        name: first cell of the row.
+        overrides: configuration overrides of the runs.
+        steps: rollouts per run.
     """
 
     name: str
@@ -54,23 +54,23 @@ class Setting:
 
     @property
     def folder(self) -> str:
-        """`exp_name` of its runs."""
+        """Return the `exp_name` of the runs."""
         return "".join(c if c.isalnum() else "-" for c in self.name.lower())
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a run: the mean of a metric over its first, all or last logged steps."""
+    """One column of a table: the mean of a metric over some of the logged steps of a run."""
 
     title: str
     metric: str
-    where: slice
+    steps: slice
     digits: str = ".3f"
 
-    def of(self, rows: Sequence[Row]) -> float | None:
-        """The figure, or None where the metric was never logged."""
+    def value(self, rows: Sequence[Row]) -> float | None:
+        """Return the mean, or None if the metric was never logged."""
         values = [row[self.metric] for row in rows if row.get(self.metric) is not None]
-        return mean(values[self.where]) if values else None
+        return mean(values[self.steps]) if values else None
 
 
 ALL, LAST, END = slice(None), slice(-5, None), slice(-1, None)
@@ -125,31 +125,31 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
 
 
 def run(setting: Setting, output: Path, jobs: int) -> None:
-    """The runs of a setting that are not complete yet; the runs of three seeds go on where they were stopped."""
+    """Run the seeds of a setting that are not complete; interrupted runs resume."""
     missing = [seed for seed in SEEDS if last_step(run_folder(setting, output, seed)) < setting.steps]
     if not missing:
         return
     command = [sys.executable, "-m", "roll_gspo.run", "--multirun", "--jobs", str(jobs), *COMMON, *setting.overrides]
     command += [f"max_steps={setting.steps}", f"save_steps={setting.steps}", "eval_steps=25"]
     command += [f"exp_name={setting.folder}", f"output_dir={output}", "resume_from_checkpoint=true"]
-    # a run is named after its seed, so that a study that was stopped goes on with what is missing
+    # The seed is the name of a run, so that an interrupted study finds the missing ones.
     command += [f"seed={','.join(map(str, missing))}", "run_name='seed_${seed}'"]
     print(f"\n{setting.name}: seeds {', '.join(map(str, missing))}", flush=True)
     subprocess.run(command, check=True)
 
 
 def run_folder(setting: Setting, output: Path, seed: int) -> Path:
-    """Where the run of a seed writes."""
+    """Return the folder of a seed's run."""
     return output / setting.folder / f"seed_{seed}"
 
 
 def last_step(folder: Path) -> int:
-    """The last step that a run logged, 0 before its first."""
+    """Return the last step that a run logged, 0 if there is none."""
     return max((row["step"] for row in read_metrics(folder / "metrics.jsonl")), default=0)
 
 
 def table(settings: Iterable[Setting], columns: Sequence[Column], output: Path) -> str:
-    """Markdown: mean over the seeds, and each seed in brackets."""
+    """Return a Markdown table with the mean over the seeds, and each seed in brackets."""
     lines = [
         "| " + " | ".join(["", *(column.title for column in columns)]) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -162,30 +162,30 @@ def table(settings: Iterable[Setting], columns: Sequence[Column], output: Path) 
 
 
 def _cell(column: Column, runs: Sequence[Sequence[Row]]) -> str:
-    figures = [best(rows) if column.title == "reward, best 5" else column.of(rows) for rows in runs]
-    known = [figure for figure in figures if figure is not None]
+    values = [best(rows) if column.title == "reward, best 5" else column.value(rows) for rows in runs]
+    known = [value for value in values if value is not None]
     if not known:
         return "–"
-    each = " ".join(f"{figure:{column.digits}}" for figure in known)
+    each = " ".join(f"{value:{column.digits}}" for value in known)
     return f"**{mean(known):{column.digits}}** ({each})"
 
 
 def best(rows: Sequence[Row], window: int = 5) -> float | None:
-    """The highest mean reward of five steps in a row."""
+    """Return the highest mean reward of `window` consecutive steps, None if there are too few."""
     rewards = [row["rollout/score_mean"] for row in rows if "rollout/score_mean" in row]
     return max((mean(rewards[i : i + window]) for i in range(len(rewards) - window + 1)), default=None)
 
 
 def main() -> None:
-    """Run the chosen studies and print their tables."""
+    """Run the selected studies and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; none: all of them")
-    parser.add_argument("--output", type=Path, default=Path("output/reproduce_gspo"), help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--tables", action="store_true", help="run nothing, print the tables of what is there")
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"one of {', '.join(STUDIES)}; default: all")
+    parser.add_argument("--output", type=Path, default=Path("output/reproduce_gspo"), help="folder of all runs")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
+    parser.add_argument("--tables", action="store_true", help="only print the tables of earlier runs")
     options = parser.parse_args()
     if unknown := set(options.studies) - set(STUDIES):
-        parser.error(f"unknown study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}")
+        parser.error(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
     for name in options.studies or STUDIES:
         settings, columns = STUDIES[name]
         if not options.tables:
