@@ -1,12 +1,11 @@
-"""Processes that form process groups: what several ranks compute, asked from one test.
+"""A pool of processes that run a function as the ranks of a gloo world.
 
-The processes are forked from one that has imported the engines; every job gets a process group of its own.
+The processes are forked from one that has imported the engines. Every job gets a new process group.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -17,16 +16,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed", "roll_gspo.strategies.megatron.engine", "parallel_cases"])
-# Groups that are over leave threads behind, each of which wakes a hundred times a second.
-_JOBS_OF_A_PROCESS = 16
+from forked_command import CONTEXT
+
+# A destroyed gloo group leaves a thread behind that wakes a hundred times per second.
+_JOBS_PER_PROCESS = 16
 
 
 class Ranks:
-    """A pool of processes; `run` makes a gloo world of the first `world_size` of them.
+    """A pool of processes; `run` forms a gloo world of the first `world_size` of them.
 
-    A job that fails or takes too long ends the pool's processes; the next job starts new ones.
+    A job that fails or exceeds its time limit ends the processes of the pool; the next job starts new ones.
     """
 
     def __init__(self) -> None:
@@ -34,22 +33,22 @@ class Ranks:
         self._num_jobs = 0
 
     def run(self, world_size: int, job: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-        """`job(*args)` on every rank of a world; what each returned, by rank.
+        """Run `job(*args)` on every rank of a world and return the results by rank.
 
         Args:
-            world_size: ranks.
-            job: a function of a module that the processes can import; with `torch.distributed` initialised.
-            timeout_s: after which the job is taken for hung.
+            world_size: number of ranks.
+            job: an importable function; `torch.distributed` is initialised when it runs.
+            timeout_s: time limit of the job.
 
         Raises:
-            AssertionError: with the traceback of each rank that failed, or the ranks that are late.
+            AssertionError: with the traceback of each failed rank, or the ranks that exceeded the limit.
         """
-        if self._num_jobs % _JOBS_OF_A_PROCESS == 0:
+        if self._num_jobs % _JOBS_PER_PROCESS == 0:
             self.close()
         self._num_jobs += 1
         while len(self._members) < world_size:
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
@@ -69,7 +68,7 @@ class Ranks:
         return [answer[1] for answer in answers if answer is not None]
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         while self._members:
             process, pipe = self._members.pop()
             pipe.close()
@@ -85,7 +84,7 @@ def _answer(pipe: Connection, timeout_s: float) -> tuple[str, Any] | None:
 
 
 def _serve(pipe: Connection) -> None:
-    """One process: jobs until the pipe closes."""
+    """Run jobs until the pipe closes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     while True:
         try:
@@ -116,4 +115,4 @@ def _in_world(
 
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        gc.collect()  # models hold their groups in cycles
+        gc.collect()  # models refer to their groups in reference cycles

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the run goes on."""
+"""Checkpoints that are written while training continues."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ RUNS = Path("out/example_gspo")
 @pytest.mark.parametrize(
     "engine", [pytest.param("hf", marks=pytest.mark.long), pytest.param("megatron", marks=pytest.mark.megatron)]
 )
-def test_run_that_saves_meanwhile_computes_and_keeps_the_same(
+def test_asynchronous_save_changes_neither_metrics_nor_checkpoints(
     command: Command, small: tuple[str, ...], engine: str
 ) -> None:
     arguments = (*HF, *small, "save_steps=1", "max_steps=3", *([MEGATRON] if engine == "megatron" else []))
-    assert command(*arguments, "run_name=waits").code == 0
-    assert command(*arguments, "run_name=goes_on", ASYNCHRONOUS).code == 0
-    assert computed(RUNS / "goes_on") == computed(RUNS / "waits")
-    assert checkpoints_of(RUNS / "goes_on") == checkpoints_of(RUNS / "waits") == ["step_000002", "step_000003"]
-    shutil.rmtree(RUNS / "goes_on/checkpoints/step_000003")
-    outcome = command(*arguments, "run_name=goes_on", ASYNCHRONOUS, "resume_from_checkpoint=true")
+    assert command(*arguments, "run_name=synchronous").code == 0
+    assert command(*arguments, "run_name=asynchronous", ASYNCHRONOUS).code == 0
+    assert computed(RUNS / "asynchronous") == computed(RUNS / "synchronous")
+    assert (
+        checkpoints_of(RUNS / "asynchronous") == checkpoints_of(RUNS / "synchronous") == ["step_000002", "step_000003"]
+    )
+    shutil.rmtree(RUNS / "asynchronous/checkpoints/step_000003")
+    outcome = command(*arguments, "run_name=asynchronous", ASYNCHRONOUS, "resume_from_checkpoint=true")
     assert outcome.code == 0 and "resumed after step 2" in outcome.out
-    assert computed(RUNS / "goes_on") == computed(RUNS / "waits")
-    assert checkpoints_of(RUNS / "goes_on") == ["step_000002", "step_000003"]
+    assert computed(RUNS / "asynchronous") == computed(RUNS / "synchronous")
+    assert checkpoints_of(RUNS / "asynchronous") == ["step_000002", "step_000003"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["hf", pytest.param("megatron", marks=pytest.mark.megatron)])
-def test_disk_that_is_full_while_the_run_goes_on_leaves_the_last_checkpoint(
+def test_full_disk_during_an_asynchronous_save_keeps_the_last_checkpoint(
     command: Command, small: tuple[str, ...], workplace: Path, engine: str
 ) -> None:
-    """The limit is below an actor's state and above everything else."""
+    """The file size limit is below the actor's state and above all other files."""
     arguments = (*HF, *small, "save_steps=1", "run_name=full", *([MEGATRON] if engine == "megatron" else []))
     small_export = "actor_train.training_args.save_hf_model=false"
     assert command(*arguments, small_export, "max_steps=1", "eval_steps=1").code == 0
@@ -49,7 +51,7 @@ def test_disk_that_is_full_while_the_run_goes_on_leaves_the_last_checkpoint(
     outcome = spawn(*arguments, folder=workplace, limits="-f 400")
     assert outcome.code == 1
     assert "cannot be written" in outcome.err
-    if engine == "megatron":  # torch.save alone says something else
+    if engine == "megatron":  # torch.save raises another message
         assert "rank 0: [Errno 27] File too large" in outcome.err
     assert "Earlier checkpoints are untouched" in outcome.err and "Traceback" not in outcome.out + outcome.err
     assert checkpoints_of(RUNS / "full") == ["step_000001"]

@@ -1,4 +1,4 @@
-"""The shipped example on Megatron and vLLM: what a run leaves behind, and that a killed one is not lost."""
+"""The shipped example on Megatron and vLLM: the files of a run, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from commands import (
     computed,
     metrics_of,
     rollouts_of,
-    spawn,
 )
+from forked_command import train
 
 from roll_gspo.tracking.names import metric_info
 
@@ -42,13 +42,13 @@ def arguments(pretrained: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, arguments: tuple[str, ...]) -> tuple[Outcome, Path]:
-    """Four steps in one go."""
-    outcome = spawn(*arguments, "run_name=whole", folder=folder)
+    """A run of four steps without interruption."""
+    outcome = train(*arguments, "run_name=whole", folder=folder)
     assert outcome.code == 0, outcome.err
     return outcome, folder / "out/example_gspo/whole"
 
 
-def test_run_leaves_everything_that_is_promised(whole: tuple[Outcome, Path]) -> None:
+def test_run_writes_every_documented_file(whole: tuple[Outcome, Path]) -> None:
     outcome, run = whole
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "plan.txt", "metrics.jsonl", "rollouts", "tensorboard", "run.log", "checkpoints"),
@@ -63,7 +63,7 @@ def test_run_leaves_everything_that_is_promised(whole: tuple[Outcome, Path]) -> 
     assert "Traceback" not in outcome.out + outcome.err
 
 
-def test_metrics_are_documented_and_the_stages_add_up_to_the_step(whole: tuple[Outcome, Path]) -> None:
+def test_metrics_are_documented_and_stage_times_add_up(whole: tuple[Outcome, Path]) -> None:
     rows = metrics_of(whole[1])
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     for row in rows[1:]:
@@ -71,31 +71,31 @@ def test_metrics_are_documented_and_the_stages_add_up_to_the_step(whole: tuple[O
         stages = [v for k, v in row.items() if k.startswith("time/") and k != "time/step"]
         assert sum(stages) == pytest.approx(row["time/step"], abs=1e-9)
         assert row["actor/num_updates"] == 4 and row["actor/skipped_updates"] == 0
-        assert 0 < row["actor/clip_fraction"] < 1, "the sequence clip acts"
+        assert 0 < row["actor/clip_fraction"] < 1, "the sequence clip is active"
         assert row["mismatch/log_prob_diff_mean"] < 1e-4, "both engines compute the same policy"
         assert row["actor/entropy"] > 0
         assert row["rollout/weights_version"] == row["step"] - 1
     assert "validation/score_mean" in rows[0] and "validation/score_mean" in rows[4]
 
 
-def test_config_of_a_run_makes_the_same_plan_again(whole: tuple[Outcome, Path], folder: Path) -> None:
+def test_config_of_a_run_gives_the_same_plan(whole: tuple[Outcome, Path], folder: Path) -> None:
     run = whole[1]
-    again = spawn("--config-dir", str(run), "--config-name", "config", "--dry-run", folder=folder)
+    again = train("--config-dir", str(run), "--config-name", "config", "--dry-run", folder=folder)
     assert (again.code, again.out) == (0, (run / "plan.txt").read_text()), again.err
 
 
-def test_killed_run_goes_on_as_if_nothing_had_happened(
+def test_killed_run_resumes_to_the_same_result(
     whole: tuple[Outcome, Path], folder: Path, arguments: tuple[str, ...]
 ) -> None:
-    # 16 samples of validation, twice, and 32 a step: this one is scored in step 4, after the checkpoint of step 2
+    # Two validations of 16 samples and 32 samples per step: this sample is scored in step 4.
     kill = f"rewards.column_addition.worker_args={{at: [{32 + 3 * 32 + 5}], number: {signal.SIGKILL:d}}}"
-    killed = spawn(*arguments, "run_name=killed", kill, folder=folder)
+    killed = train(*arguments, "run_name=killed", kill, folder=folder)
     run = folder / "out/example_gspo/killed"
     assert killed.code == -signal.SIGKILL
     assert [row["step"] for row in metrics_of(run)] == [0, 1, 2, 3]
     assert checkpoints_of(run) == ["step_000002"]
-    (run / "checkpoints/.step_000003.99.tmp").mkdir()  # as a kill in the middle of a save leaves it
-    resumed = spawn(*arguments, "run_name=killed", "resume_from_checkpoint=true", folder=folder)
+    (run / "checkpoints/.step_000003.99.tmp").mkdir()  # left by a kill during a save
+    resumed = train(*arguments, "run_name=killed", "resume_from_checkpoint=true", folder=folder)
     assert resumed.code == 0, resumed.err
     assert "resumed after step 2" in resumed.out
     assert computed(run) == computed(whole[1])
@@ -125,10 +125,10 @@ def test_exported_model_is_the_trained_one(whole: tuple[Outcome, Path], pretrain
         logits = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)(input_ids=ids).logits
     found = logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     torch.testing.assert_close(found[None], trainer.score(batch).log_probs, rtol=0, atol=1e-5)
-    assert (found - before[0]).abs().max() > 1e-3, "training has moved the model"
+    assert (found - before[0]).abs().max() > 1e-3, "training changed the model"
 
 
-def test_mixture_of_experts_trains_and_goes_on_after_ctrl_c(folder: Path) -> None:
+def test_mixture_of_experts_resumes_after_ctrl_c(folder: Path) -> None:
     reward = "rewards.column_addition"
     arguments = (
         *(
@@ -142,18 +142,18 @@ def test_mixture_of_experts_trains_and_goes_on_after_ctrl_c(folder: Path) -> Non
         ),
         *(f"{reward}.worker_cls={REWARD}", "output_dir=out", "run_name=moe"),
     )
-    stopped = spawn(
+    stopped = train(
         *arguments, f"{reward}.worker_args={{at: [5], number: {signal.SIGINT:d}, group: true}}", folder=folder
     )
     assert stopped.code == 130, stopped.err
     assert "stopped after step 1 of 2 and saved" in stopped.out and "weight transfer checked" in stopped.out
-    outcome = spawn(*arguments, "resume_from_checkpoint=true", folder=folder)
+    outcome = train(*arguments, "resume_from_checkpoint=true", folder=folder)
     assert outcome.code == 0, outcome.err
     assert "weight transfer checked" in outcome.out
     run = folder / "out/moe/moe"
     rows = metrics_of(run)
     assert [row["actor/num_updates"] for row in rows] == [4, 4]
-    # the weights of step 1 reached every expert of the engine: step 2 agrees, too
+    # Step 2 agrees as well, so the weights of step 1 reached every expert of the engine.
     assert rows[1]["mismatch/log_prob_diff_mean"] < 1e-4
     assert yaml.safe_load((run / "config.yaml").read_text())["pretrain"] == "builtin:tiny_qwen3_moe"
     assert "Traceback" not in stopped.out + stopped.err + outcome.out + outcome.err

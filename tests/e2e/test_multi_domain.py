@@ -1,4 +1,4 @@
-"""Four domains, each with its reward, on Megatron and vLLM."""
+"""Four domains with different rewards, on Megatron and vLLM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import SIZES, metrics_of, spawn
+from forked_command import train
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from roll_gspo.data.multi_domain import DOMAINS
@@ -15,14 +16,14 @@ from roll_gspo.sandbox import Limits, Sandbox, SandboxError
 pytestmark = [pytest.mark.e2e, pytest.mark.megatron, pytest.mark.vllm, pytest.mark.slow]
 
 
-def test_multi_domain_example_judges_every_domain_and_draws_its_curve(tmp_path: Path) -> None:
+def test_multi_domain_example_scores_and_plots_every_domain(tmp_path: Path) -> None:
     try:
         Sandbox(Limits()).close()
     except SandboxError as error:
         pytest.skip(str(error))
     small = [size for size in SIZES if not size.startswith(("prompt_length", "response_length"))]
     arguments = (*small, "max_steps=2", "warm_start.steps=60", "output_dir=out", "run_name=run")
-    outcome = spawn("--config-name", "example_multi_domain", *arguments, folder=tmp_path)
+    outcome = train("--config-name", "example_multi_domain", *arguments, folder=tmp_path)
     assert outcome.code == 0, outcome.out[-3000:] + outcome.err
     run = tmp_path / "out/example_multi_domain/run"
     rows = metrics_of(run)
@@ -37,9 +38,9 @@ def test_multi_domain_example_judges_every_domain_and_draws_its_curve(tmp_path: 
     assert all(name in page for name in DOMAINS)
 
 
-@pytest.mark.long  # a vLLM server of its own takes a minute to start
-def test_models_judge_beside_rules(tmp_path: Path, pretrained: Path) -> None:
-    """A judge behind a server of our own, and a classifier: not that they judge well, but that they do."""
+@pytest.mark.long  # the vLLM server of the judge takes a minute to start
+def test_judge_and_reward_model_beside_rules(tmp_path: Path, pretrained: Path) -> None:
+    """Score with an LLM judge on a local server and a classifier; the values are those of random models."""
     classifier = tmp_path / "classifier"
     config = Qwen3Config(**{**TINY_MODELS["tiny_qwen3"].hf_config, "num_labels": 1, "pad_token_id": 0})
     save(Qwen3ForSequenceClassification(config), byte_tokenizer(), classifier)

@@ -1,4 +1,4 @@
-"""The whole command with `execution: ray`: the same numbers as in one process, whatever dies meanwhile."""
+"""The command with `execution: ray`: the same numbers as in one process, also after workers died."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import REWARD, REWARD_MODULE, ROOT, SIZES, Outcome, checkpoints_of, computed, rollouts_of, spawn
+from commands import REWARD, REWARD_MODULE, ROOT, SIZES, Outcome, checkpoints_of, computed, rollouts_of
+from forked_command import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -23,7 +24,7 @@ RUNS = Path("out/example_gspo")
 
 
 class Running:
-    """The command in a process of its own, with everything that it starts."""
+    """The command in a new process, with all processes that it starts."""
 
     def __init__(self, workplace: Path, *arguments: str) -> None:
         self.run = workplace / RUNS / next(a.removeprefix("run_name=") for a in arguments if a.startswith("run_name="))
@@ -40,40 +41,40 @@ class Running:
 
     @property
     def log(self) -> str:
-        """Everything that it printed."""
+        """Everything that the command printed."""
         return self._log.read_text()
 
     def after_step(self, step: int, within_s: float = 120) -> None:
-        """Wait until the metrics of a step are there: the next one has begun."""
+        """Wait until the metrics of a step are written, i.e. the next step has begun."""
         metrics, until = self.run / "metrics.jsonl", time.monotonic() + within_s
-        while not (metrics.exists() and metrics.read_text().count("\n") > step):  # with that of step 0
+        while not (metrics.exists() and metrics.read_text().count("\n") > step):  # one more for step 0
             assert self.process.poll() is None and time.monotonic() < until, self.log
             time.sleep(0.005)
 
     def family(self) -> list[psutil.Process]:
-        """Every process that lives because of the command, and itself."""
+        """Return the process of the command and all its descendants."""
         process = psutil.Process(self.process.pid)
         return [process, *process.children(recursive=True)]
 
     def worker(self, name: str) -> psutil.Process:
-        """The process of a worker, e.g. `actor_infer rank 1`."""
+        """Return the process of a worker, e.g. `actor_infer rank 1`."""
         (found,) = (p for p in self.family() if p.environ().get("ROLL_GSPO_WORKER") == name)
         return found
 
     def end(self, within_s: float = 120) -> int:
-        """Its exit status."""
+        """Wait for the command and return its exit status."""
         return self.process.wait(within_s)
 
 
 def gone(processes: list[psutil.Process], within_s: float = 20) -> bool:
-    """Whether all end in time."""
+    """Return whether all processes end in time."""
     _, alive = psutil.wait_procs(processes, timeout=within_s)
     return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(scope="module")
 def whole(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on two replicas that nothing disturbs."""
+    """An undisturbed run on two replicas."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "my_reward.py").write_text(REWARD_MODULE)
     model = (f"pretrain={pretrained}", f"rewards.column_addition.worker_cls={REWARD}", "output_dir=out")
@@ -82,7 +83,7 @@ def whole(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return running.run
 
 
-def test_processes_of_their_own_change_no_number(command: Command, small: tuple[str, ...], whole: Path) -> None:
+def test_ray_gives_the_numbers_of_local_execution(command: Command, small: tuple[str, ...], whole: Path) -> None:
     assert command(*HF, *small, "run_name=local").code == 0
     outcome = command(*HF, *small, "execution=ray", "run_name=ray")
     assert outcome.code == 0, outcome.err
@@ -90,18 +91,18 @@ def test_processes_of_their_own_change_no_number(command: Command, small: tuple[
     assert computed(RUNS / "ray") == computed(RUNS / "local")
     assert rollouts_of(RUNS / "ray") == rollouts_of(RUNS / "local")
     assert checkpoints_of(RUNS / "ray") == checkpoints_of(RUNS / "local")
-    # transformers rounds a batch that is split otherwise, and so two replicas do
+    # transformers rounds differently for another batch split, as with two replicas
     for one, two in zip(computed(RUNS / "local"), computed(whole), strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-5), f"step {one['step']}"
     longer = command(*HF, *small, "run_name=ray", "resume_from_checkpoint=true", "max_steps=5")
-    assert longer.code == 0 and "resumed after step 4" in longer.out, "one executor goes on where another stopped"
+    assert longer.code == 0 and "resumed after step 4" in longer.out, "a run can change its executor"
 
 
 @pytest.mark.vllm
 @pytest.mark.megatron
-def test_two_vllm_replicas_change_no_number(command: Command, workplace: Path, small: tuple[str, ...]) -> None:
+def test_two_vllm_replicas_give_the_numbers_of_one(command: Command, workplace: Path, small: tuple[str, ...]) -> None:
     arguments = ("--config-name", "example_gspo", *small, "max_steps=3")
-    local = spawn(*arguments, "run_name=local", folder=workplace)
+    local = train(*arguments, "run_name=local", folder=workplace)
     assert local.code == 0, local.err
     outcome = command(*arguments, *RAY, "run_name=ray")
     assert outcome.code == 0, outcome.err
@@ -109,7 +110,7 @@ def test_two_vllm_replicas_change_no_number(command: Command, workplace: Path, s
     assert rollouts_of(RUNS / "ray") == rollouts_of(RUNS / "local")
 
 
-def test_lost_replica_is_started_again_and_its_prompts_are_redone(
+def test_lost_replica_is_restarted_and_its_prompts_are_repeated(
     workplace: Path, small: tuple[str, ...], whole: Path
 ) -> None:
     running = Running(workplace, *HF, *small, *RAY, "run_name=ray")
@@ -124,7 +125,7 @@ def test_lost_replica_is_started_again_and_its_prompts_are_redone(
 
 
 @pytest.mark.long
-def test_lost_trainer_ends_the_run_and_says_how_to_resume(workplace: Path, small: tuple[str, ...], whole: Path) -> None:
+def test_lost_trainer_ends_the_run_and_names_the_fix(workplace: Path, small: tuple[str, ...], whole: Path) -> None:
     arguments = (*HF, *small, *RAY, "save_steps=1", "run_name=ray")
     running = Running(workplace, *arguments)
     running.after_step(2)
@@ -140,7 +141,7 @@ def test_lost_trainer_ends_the_run_and_says_how_to_resume(workplace: Path, small
 
 
 @pytest.mark.long
-def test_lost_trainer_is_replaced_where_that_is_allowed(workplace: Path, small: tuple[str, ...], whole: Path) -> None:
+def test_lost_trainer_is_restarted_if_allowed(workplace: Path, small: tuple[str, ...], whole: Path) -> None:
     running = Running(workplace, *HF, *small, *RAY, "save_steps=1", "run_name=ray", "max_restarts=1")
     running.after_step(2)
     running.worker("actor_train rank 0").kill()
@@ -153,7 +154,7 @@ def test_lost_trainer_is_replaced_where_that_is_allowed(workplace: Path, small: 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGKILL, signal.SIGINT))]
 )
-def test_nothing_outlives_the_command(
+def test_no_process_outlives_the_command(
     workplace: Path, small: tuple[str, ...], whole: Path, number: signal.Signals
 ) -> None:
     running = Running(workplace, *HF, *small, *RAY, "save_steps=1", "run_name=ray")
