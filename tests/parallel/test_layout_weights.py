@@ -63,8 +63,18 @@ def order(ranks: Ranks, folders: dict[str, Path]) -> dict[str, list[str]]:
 
 
 # float32 in buckets that hold a layer, bfloat16 in buckets that hold a matrix or less
-@pytest.mark.parametrize(("dtype", "bucket_bytes"), [(torch.float32, 1 << 20), (torch.bfloat16, 10_000)])
-@pytest.mark.parametrize("case", CASES)
+BUCKETS = [(torch.float32, 1 << 20), (torch.bfloat16, 10_000)]
+
+
+# Every layout runs with one of the two; the other runs with `long`.
+@pytest.mark.parametrize(
+    ("case", "dtype", "bucket_bytes"),
+    [
+        pytest.param(case, *bucket, marks=[] if (number + index) % 2 == 0 else pytest.mark.long)
+        for number, case in enumerate(CASES)
+        for index, bucket in enumerate(BUCKETS)
+    ],
+)
 def test_models_come_back_bit_for_bit(
     ranks: Ranks,
     folders: dict[str, Path],
@@ -138,8 +148,8 @@ def test_fused_experts_are_cut_like_others(ranks: Ranks, folders: dict[str, Path
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"model.layers.3.self_attn.o_proj.bias": torch.zeros(64)}, "1 tensors have no place in the model"),
-        ({"model.layers.3.mlp.down_proj.weight": torch.zeros(64, 100)}, "has the shape (64, 100)"),
+        ({"model.layers.3.self_attn.o_proj.bias": torch.zeros(64)}, "layers.3.self_attn.o_proj.bias"),
+        ({"model.layers.3.mlp.down_proj.weight": torch.zeros(64, 100)}, "(64, 100)"),
         ({"model.layers.0.mlp.down_proj.weight": None}, "no tensor 'model.layers.0.mlp.down_proj.weight'"),
     ],
     ids=["unknown", "misshapen", "missing"],

@@ -50,7 +50,16 @@ MOE: dict[str, tuple[int, Layout]] = {
     "dp2": (2, {}),
     "pp2_ep2": (4, {PP: 2, EP: 2}),
 }
-CASES = [("dense", name) for name in DENSE] + [("moe", name) for name in MOE]
+# Layouts whose settings all occur in another case; they run with `long`.
+COVERED = {
+    *(("dense", name) for name in ("tp2_sp", "pp2", "pp2_packed", "cp2", "tp2_dp2", "dp2_distributed_optimizer")),
+    *(("moe", name) for name in ("ep2", "tp2_sp", "pp2")),
+}
+CASES = [
+    pytest.param(kind, name, marks=[pytest.mark.long] if (kind, name) in COVERED else [])
+    for kind, layouts in (("dense", DENSE), ("moe", MOE))
+    for name in layouts
+]
 
 
 @pytest.fixture(scope="module")

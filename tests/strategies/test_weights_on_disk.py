@@ -71,10 +71,8 @@ def test_megatron_refuses_checkpoints_that_do_not_fit_their_config(checkpoint: C
     weights = load_file(checkpoint("qwen3_untied") / "model.safetensors")
     (tmp_path / "config.json").write_text((checkpoint("qwen3_untied") / "config.json").read_text())
     save_file(weights | {"model.layers.0.self_attn.o_proj.bias": torch.zeros(64)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 tensors have no place in the model, e\.g\. .*o_proj\.bias"):
+    with pytest.raises(CheckpointError, match=r"1 tensors .*o_proj\.bias"):
         _engine("megatron", tmp_path)
     save_file(weights | {"lm_head.weight": torch.zeros(60, 64)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"lm_head\.weight has the shape \(60, 64\), config\.json says \(61, 64\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight .*\(60, 64\).*\(61, 64\)"):
         _engine("megatron", tmp_path)
