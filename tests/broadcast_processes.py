@@ -1,4 +1,4 @@
-"""Processes at the ends of a wire, which do what a test tells them."""
+"""Processes that send or receive a weight broadcast on behalf of a test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Packed = list[tuple[str, str, tuple[int, ...], bytes]]
 
 
 def packed(tensors: list[tuple[str, Tensor]]) -> Packed:
-    """Names, dtypes, shapes and bytes."""
+    """Return names, dtypes, shapes and bytes."""
     return [
         (name, str(t.dtype), tuple(t.shape), t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         for name, t in tensors
@@ -28,11 +28,11 @@ def packed(tensors: list[tuple[str, Tensor]]) -> Packed:
 
 
 class ProcessError(Exception):
-    """What a process raised, as text."""
+    """The error of a process, as text."""
 
 
 class Process:
-    """A spawned process with one `Worker`; `start` a method of it, then ask for its `result`."""
+    """A spawned process with one `Worker`: `start` a method, then read its `result`."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -56,7 +56,7 @@ class Process:
         return self.result()
 
     def close(self) -> None:
-        """End it; it must go by itself."""
+        """Close the pipe and check that the process exits."""
         self._pipe.close()
         self.process.join(60)
         alive = self.process.is_alive()
@@ -80,7 +80,7 @@ def _serve(pipe: Connection) -> None:
 
 
 class Worker:
-    """Holds one end of a wire, or a vLLM engine."""
+    """Holds a sender, a receiver or a vLLM engine."""
 
     receiver: WeightBroadcastReceiver
     sender: WeightBroadcastSender
@@ -89,7 +89,7 @@ class Worker:
         self.receiver = WeightBroadcastReceiver(address, rank, name="engine")
 
     def receive(self, version: int) -> Packed:
-        """All tensors are kept to the end, so a bucket that is written to again would be seen."""
+        """Receive and keep all tensors, so that an overwritten bucket is detected."""
         with self.receiver.receive(version) as weights:
             return packed(list(weights))
 
@@ -151,7 +151,7 @@ class Worker:
         return self.engine.generate(prompts, Sampling(num_samples, max_new_tokens), list(range(len(prompts))))
 
     def shutdown_engine(self) -> int:
-        """How many processes are left below this one."""
+        """Return the number of child processes."""
         import psutil
 
         self.engine.shutdown()

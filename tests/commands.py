@@ -1,4 +1,4 @@
-"""The command, in this process or in one of its own, at sizes that train in seconds; and what it left behind."""
+"""Run the command at sizes that train in seconds, and read the files of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-# 4 optimizer steps a rollout, so that the ratio leaves 1 and the clip acts; scores that differ even without training.
+# Four optimizer steps per rollout, so that the ratio leaves 1 and the clip is active.
 SIZES = (
     "max_steps=4",
     "save_steps=2",
@@ -36,7 +36,7 @@ seen = 0
 
 
 def digits(prompt, response, ground_truth, at=(), number=0, group=False):
-    """The share of digits; before the samples counted in `at` are scored, the training is sent a signal."""
+    """Score the share of digits; send the training a signal before the samples numbered in `at`."""
     global seen
     seen += 1
     if seen in at:
@@ -67,17 +67,17 @@ def hangs(prompt, response, ground_truth):
 def not_a_number(prompt, response, ground_truth):
     return float("nan") if len(response) % 2 else digits(prompt, response, ground_truth)
 '''
-# Which figures of two runs of one seed may differ.
+# Prefixes of metrics that may differ between two runs of one seed.
 MEASURED = ("time/", "memory/", "rollout/tokens_per_s", "reward/hidden_share", "reward/seconds")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended.
+    """Result of a command.
 
     Attributes:
-        code: exit status, negative where a signal killed it.
-        out, err: what it printed.
+        code: exit status; negative if a signal killed the command.
+        out, err: standard output and error.
         seconds: wall time.
     """
 
@@ -88,7 +88,7 @@ class Outcome:
 
 
 def spawn(*arguments: str, folder: Path, env: dict[str, str] | None = None, limits: str = "") -> Outcome:
-    """`python -m roll_gspo.run` in a process group of its own, in `folder`; `limits` are options of ulimit."""
+    """Run `python -m roll_gspo.run` in `folder` in a new process group; `limits` are options of ulimit."""
     command = [sys.executable, "-m", "roll_gspo.run", *arguments]
     if limits:
         command = ["bash", "-c", f'ulimit {limits}; exec "$@"', "bash", *command]
@@ -102,20 +102,20 @@ def spawn(*arguments: str, folder: Path, env: dict[str, str] | None = None, limi
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def computed(run: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl without what is measured: the same for the same seed, bit for bit."""
+    """Return the lines of metrics.jsonl without times and memory: equal bit for bit for equal seeds."""
     return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in metrics_of(run)]
 
 
 def rollouts_of(run: Path) -> dict[str, str]:
-    """The files of rollouts/ by name."""
+    """Return the files of rollouts/ by name."""
     return {file.name: file.read_text(encoding="utf-8") for file in sorted((run / "rollouts").iterdir())}
 
 
 def checkpoints_of(run: Path) -> list[str]:
-    """Everything in checkpoints/, hidden files too."""
+    """Return the names in checkpoints/, including hidden files."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())

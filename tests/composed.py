@@ -1,4 +1,4 @@
-"""Compose and validate configurations in this process, as `roll_gspo.run` does it."""
+"""Compose and validate configurations in this process like `roll_gspo.run`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Plugins.instance().register(ShippedConfigs)
 
 
 def load_config(name: str, *overrides: str, config_dir: Path | None = None) -> Loaded:
-    """What `--config-name name key=value ... [--config-dir]` validates to; raises ConfigError."""
+    """Load the configuration of `--config-name name key=value ... [--config-dir]`; raises ConfigError."""
     if config_dir is None:
         context = initialize(config_path=None, version_base="1.3")
     else:

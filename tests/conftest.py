@@ -1,10 +1,10 @@
-"""A model that several tests train, and the command in this process."""
+"""Fixtures that many tests share: a warm-started model and the command in this process."""
 
 from __future__ import annotations
 
 import os
 
-# Before torch is imported: threads that spin while they wait take the cores from the processes that tests start.
+# Set before torch is imported: spinning OpenMP threads take the cores from processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -20,13 +20,13 @@ from ranks import Ranks
 
 import roll_gspo.run
 
-# A shell starts what it puts into the background with Ctrl-C ignored, and so would be every run that tests start.
+# A shell starts background jobs with SIGINT ignored, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`builtin:tiny_qwen3` after a short warm start: it answers in columns, and mostly wrong."""
+    """`builtin:tiny_qwen3` after a short warm start: right format, mostly wrong answers."""
     from roll_gspo.pipelines.pretrain import prepare_checkpoint
     from roll_gspo.tracking.console import Console
 
@@ -38,7 +38,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Processes that form process groups."""
+    """A pool of processes that form gloo worlds."""
     pool = Ranks()
     yield pool
     pool.close()
@@ -46,14 +46,14 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """An empty folder, but for a user's own rewards."""
+    """A folder that holds only a user's reward module."""
     (tmp_path / "my_reward.py").write_text(REWARD_MODULE)
     return tmp_path
 
 
 @pytest.fixture
 def small(pretrained: Path) -> tuple[str, ...]:
-    """Arguments of a training of seconds."""
+    """Arguments of a training that takes seconds."""
     return (*SIZES, f"pretrain={pretrained}", f"rewards.column_addition.worker_cls={REWARD}", "output_dir=out")
 
 
@@ -61,7 +61,7 @@ def small(pretrained: Path) -> tuple[str, ...]:
 def command(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Outcome]:
-    """`roll-gspo ...` in this process, in a folder of its own."""
+    """Run `roll-gspo ...` in this process, in a temporary folder."""
     import time
 
     monkeypatch.chdir(workplace)

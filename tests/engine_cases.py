@@ -1,4 +1,4 @@
-"""Batches, setups and a policy-gradient-like loss that every engine's tests run on."""
+"""Batches, setups and a policy-gradient-like loss for the tests of every engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def optimizer_setup(**changes: object) -> OptimizerSetup:
 
 
 def sequences(seed: int = 1) -> Sequences:
-    """Six samples of unequal lengths, one of them with an empty response."""
+    """Return six samples of different lengths, one with an empty response."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> list[int]:
@@ -52,7 +52,7 @@ def sequences(seed: int = 1) -> Sequences:
 
 
 def train_batch(seed: int = 1) -> TrainBatch:
-    """Six samples whose masked positions hold NaN: whoever reads them is found out."""
+    """Return six samples with NaN at masked positions, which a wrong read would spread."""
     tokens = sequences(seed)
     mask = tokens.response_mask
     generator = torch.Generator().manual_seed(seed)
@@ -64,13 +64,13 @@ def train_batch(seed: int = 1) -> TrainBatch:
 
 
 def value_batch(seed: int = 1) -> TrainBatch:
-    """`train_batch` with returns of about 1 and a critic's earlier values near them; NaN where masked."""
+    """Return `train_batch` with returns near 1 and earlier values near them; NaN where masked."""
     batch = train_batch(seed)
     return replace(batch, returns=1 + batch.advantages, values=1 + batch.advantages + 0.5 * batch.old_log_probs)
 
 
 def policy_loss(scores: TokenScores, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
-    """Advantage-weighted log-probabilities minus an entropy bonus, over a global token count."""
+    """Return advantage-weighted log-probs minus an entropy bonus, divided by a global token count."""
     mask = batch.response_mask
     gain = torch.where(mask, scores.log_probs * batch.advantages, 0.0).sum()
     assert scores.entropy is not None
@@ -79,18 +79,18 @@ def policy_loss(scores: TokenScores, batch: TrainBatch) -> tuple[Tensor, dict[st
 
 
 def value_weights(engine: ValueStrategy) -> dict[str, Tensor]:
-    """The weights of a critic now, under checkpoint names; its head lies where the output layer did."""
+    """Return the current weights of a critic under checkpoint names; its head replaces the output layer."""
     if isinstance(engine, HfValue):
         return dict(HfWeights(engine._model))
     from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
     model = engine._model  # type: ignore[attr-defined]
-    untied = replace(model.architecture, tie_word_embeddings=False)  # the head is the critic's own
+    untied = replace(model.architecture, tie_word_embeddings=False)  # the value head is not tied
     return dict(MegatronWeights(model.chunks, untied))
 
 
 def with_random_head(engine: ValueStrategy) -> ValueStrategy:
-    """The same head on every engine, so that the trunk has a gradient from the first step on."""
+    """Set the same value head on every engine, so that the trunk has a gradient from the first step."""
     head = value_weights(engine)[VALUE_HEAD]
     head.copy_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(5)))
     return engine
@@ -101,7 +101,7 @@ def weights_of(engine: TrainStrategy) -> dict[str, Tensor]:
 
 
 def demonstrations(seed: int = 1) -> TrainBatch:
-    """Six conversations to imitate: some of several turns, so that their masks have gaps."""
+    """Return six conversations; those with several turns have gaps in their masks."""
     tokens = sequences(seed)
     mask = tokens.response_mask.clone()
     mask[0, 2:5] = mask[2, 1:3] = mask[2, 9:12] = False

@@ -1,4 +1,4 @@
-"""The command, in which a process is killed as soon as a stage of a step begins.
+"""Run the command and kill one of its processes at the start of a stage.
 
     python killing_run.py STAGE STEP VICTIM ARGUMENTS...
 
@@ -20,11 +20,11 @@ import psutil
 import roll_gspo.run
 from roll_gspo.tracking.console import Console
 
-DELAY_S = 0.03  # most stages are at work then
+DELAY_S = 0.03  # by then most stages are running
 
 
 def pid_of(victim: str) -> int:
-    """The process to be killed."""
+    """Return the process ID of the victim."""
     if victim == "controller":
         return os.getpid()
     for process in psutil.Process().children(recursive=True):
@@ -36,7 +36,7 @@ def pid_of(victim: str) -> int:
 
 
 def main() -> None:
-    """Run the command that the arguments say."""
+    """Run the command given by the arguments."""
     stage, step, victim = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     sys.argv[1:] = sys.argv[4:]
     entered = {"generate": 0}
@@ -46,7 +46,7 @@ def main() -> None:
     def stage_of(console: Console, name: str) -> Iterator[Any]:
         entered[name] = entered.get(name, 0) + 1
         if name == stage and entered["generate"] == step:
-            # once: validation and sync_weights come before the first step too
+            # only once: validation and sync_weights also run before the first step
             pid = pid_of(victim)
             threading.Timer(DELAY_S, os.kill, (pid, signal.SIGKILL)).start()
             entered["generate"] = -1000

@@ -1,4 +1,4 @@
-"""What every rank of a world computes in the tests of parallel layouts."""
+"""Functions that every rank of a world runs in the tests of parallel layouts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trained(
     dtype: torch.dtype = torch.float32,
     batching: MicroBatching = MicroBatching(2),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """Scores, three updates and scores again of a model in a layout."""
+    """Score, update three times and score again in a layout."""
     from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(model_setup(folder, dtype), OPTIMIZER, MegatronConfig(**layout))
@@ -43,7 +43,7 @@ def trained(
 
 
 def valued(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """Values before and after three updates of a critic in a layout."""
+    """Compute values before and after three updates of a critic in a layout."""
     from roll_gspo.strategies.megatron.engine import MegatronValue
 
     engine = MegatronValue(model_setup(folder), OPTIMIZER, MegatronConfig(**layout))
@@ -58,7 +58,7 @@ def valued(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def imitated(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """Scores and two updates on conversations, whose masks have gaps."""
+    """Score and update twice on conversations, whose masks have gaps."""
     from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(model_setup(folder), OPTIMIZER, MegatronConfig(**layout))
@@ -71,7 +71,7 @@ def imitated(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def squared_error(values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
-    """Of the returns, summed."""
+    """Return the sum of squared errors of the returns."""
     mask = batch.response_mask
     assert batch.returns is not None
     error = torch.where(mask, values - batch.returns, 0.0) ** 2
@@ -79,7 +79,7 @@ def squared_error(values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, 
 
 
 def replayed(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """Recorded experts, and two updates through them."""
+    """Record experts and update twice with them replayed."""
     from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(

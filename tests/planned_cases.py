@@ -1,4 +1,4 @@
-"""Every rank of a layout as megatron builds it, without memory and without other ranks: fake groups, meta device."""
+"""Build every rank of a layout with megatron on fake process groups and the meta device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Built = tuple[int, int, tuple[int, int], int]
 
 
 def build_ranks(model: Architecture, config: MegatronConfig, world_size: int) -> list[Built]:
-    """(parameters outside experts, of experts, ranks that share the optimizer of either, pipeline stage) by rank.
+    """Return (dense parameters, expert parameters, optimizer shards of either, pipeline stage) by rank.
 
     To be called in a process that has not imported megatron.
     """
@@ -59,5 +59,5 @@ def build_ranks(model: Architecture, config: MegatronConfig, world_size: int) ->
 
 
 def build_all(cases: list[tuple[Architecture, MegatronConfig, int]]) -> list[list[Built]]:
-    """`build_ranks` of several layouts, in one process."""
+    """Run `build_ranks` for several layouts in one process."""
     return [build_ranks(*case) for case in cases]

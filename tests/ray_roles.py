@@ -1,4 +1,4 @@
-"""Roles that the processes of worker groups can import: small, but real objects in real processes."""
+"""Small roles that worker processes can import."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, Weight
 
 
 class Rank:
-    """What a rank sees and does."""
+    """A rank whose methods compute, fail, hang or die."""
 
     def __init__(self, text: str = "") -> None:
         self.text = text
@@ -43,7 +43,7 @@ class Rank:
         return os.getpid()
 
     def sum_over_ranks(self, batch: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """The batch, times the sum of rank + 1."""
+        """Return the batch times the sum of (rank + 1) over all ranks."""
         total = batch * (dist.get_rank() + 1)
         dist.all_reduce(total)
         for done in range(5):
@@ -77,7 +77,7 @@ class Rank:
 
 
 class Loner:
-    """A replica; `at` is the call in which its process dies, where `mark` does not exist yet."""
+    """A replica whose process dies in call number `at`, if the file `mark` does not exist yet."""
 
     def __init__(self, mark: str = "", at: int = 0) -> None:
         self.mark, self.at, self.calls = mark, at, 0
@@ -99,7 +99,7 @@ class Loner:
     def close(self) -> None: ...
 
 
-DEADLY_VERSION = 13  # kills the first replica that is to receive it
+DEADLY_VERSION = 13  # the first replica that receives it dies
 
 
 class Sampler:
@@ -126,7 +126,7 @@ class Sampler:
         ]
 
     def _next_number(self) -> int:
-        """Of this call; no two processes get the same."""
+        """Return the number of this call; it is unique across processes."""
         for number in itertools.count():
             with suppress(FileExistsError), (self.folder / str(number)).open("x") as file:
                 file.write(str(os.getpid()))
@@ -148,7 +148,7 @@ class Sampler:
 
 
 class Trainer:
-    """A rank with one weight, its version."""
+    """A rank with a single weight: its version."""
 
     def __init__(self) -> None:
         self.sender: WeightBroadcastSender | None = None
@@ -168,10 +168,10 @@ class Trainer:
 
 
 def replica(folder: str, dies_in: tuple[int, ...]) -> Replica:
-    """A worker of `actor_infer`."""
+    """Build a worker of `actor_infer`."""
     return Replica(Sampler(folder, dies_in))  # pyright: ignore[reportArgumentType]
 
 
 def refuse() -> Rank:
-    """A role that cannot be built."""
+    """Fail to build a role."""
     raise ConfigError("strategy_config.max_num_seqs: 0 is not positive; set 1 or more")

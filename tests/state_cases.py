@@ -1,4 +1,4 @@
-"""What every rank of a world computes in the tests of training state."""
+"""Functions that every rank of a world runs in the tests of training state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def saved(
     critic: bool = False,
     asynchronous: bool = False,
 ) -> dict[str, Any]:
-    """Two steps, a save, and what happens next to a run that goes on; and that a resumed one in this layout does it."""
+    """Take two steps, save, and return the next results; check that a resumed run gives the same."""
     engine = engine_of(model, layout, dtype, critic)
     steps(engine, BEFORE, critic)
     made(state)
@@ -54,7 +54,7 @@ def saved(
     assert engine.finish_save()
     result = _result(engine, undisturbed, critic)
     resumed = engine_of(model, layout, dtype, critic)
-    steps(resumed, range(7, 8), critic)  # a state to be overwritten
+    steps(resumed, range(7, 8), critic)  # a state that `load` overwrites
     resumed.load(state)
     assert torch.equal(torch.rand(3), draw)
     again = _result(resumed, steps(resumed, AFTER, critic), critic)
@@ -67,14 +67,14 @@ def saved(
 def resumed(
     model: Path, layout: Layout, state: Path, dtype: torch.dtype = torch.float32, critic: bool = False
 ) -> dict[str, Any]:
-    """The same two steps as an undisturbed run, from a state of whatever layout."""
+    """Load a state of any layout and take the two steps of an uninterrupted run."""
     engine = engine_of(model, layout, dtype, critic)
     engine.load(state)
     return _result(engine, steps(engine, AFTER, critic), critic)
 
 
 def converted(model: Path, layout: Layout, state: Path, target: Path) -> None:
-    """Read a state and write it again."""
+    """Load a state and save it again."""
     engine = engine_of(model, layout)
     engine.load(state)
     made(target)
@@ -82,7 +82,7 @@ def converted(model: Path, layout: Layout, state: Path, target: Path) -> None:
 
 
 def whole_tensors(state: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a state, by megatron's own reader."""
+    """Read the tensors of a state with megatron's reader."""
     from megatron.core import dist_checkpointing
 
     from roll_gspo.strategies.megatron.engine import MegatronTrain  # noqa: F401 - makes megatron importable
@@ -92,7 +92,7 @@ def whole_tensors(state: Path) -> dict[str, torch.Tensor]:
 
 
 def refused(model: Path, layout: Layout, state: Path) -> str:
-    """What a load says of a state that it does not take."""
+    """Return the error of a load that must fail."""
     try:
         engine_of(model, layout).load(state)
     except CheckpointError as error:
@@ -101,7 +101,7 @@ def refused(model: Path, layout: Layout, state: Path) -> str:
 
 
 def failing_save(model: Path, layout: Layout, folder: Path, asynchronous: bool) -> tuple[str, str, Figures]:
-    """A save on rank 1 of which the disk takes 20 kB, and one after it: its error, theirs, and steps in between."""
+    """Fail a save on rank 1 at 20 kB, then save again; return the errors and the steps in between."""
     engine = engine_of(model, layout)
     steps(engine, BEFORE)
     made(folder / "first")
@@ -129,7 +129,7 @@ def failing_save(model: Path, layout: Layout, folder: Path, asynchronous: bool) 
 
 
 def timed_save(model: Path, layout: Layout, folder: Path) -> list[float]:
-    """Seconds of three saves, the first of a process among them."""
+    """Return the seconds of three saves, including the first one of the process."""
     engine = engine_of(model, layout)
     steps(engine, BEFORE)
     times = []
@@ -142,7 +142,7 @@ def timed_save(model: Path, layout: Layout, folder: Path) -> list[float]:
 
 
 def made(folder: Path) -> None:
-    """The folder, on every rank."""
+    """Broadcast the folder to every rank."""
     if dist.is_initialized() and dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported family, written to a folder as a real one would be."""
+"""Tiny random checkpoints of every supported family in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
 }
 
 
-# layers enough for virtual pipeline stages, key heads enough for four tensor-parallel ranks
+# enough layers for virtual pipeline stages and enough key heads for four tensor-parallel ranks
 DEEPER: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
     "four_layers": (
         Qwen3ForCausalLM,
@@ -75,7 +75,7 @@ DEEPER: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
 
 
 def build_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model whose random weights, norms and biases are large enough that every one of them matters."""
+    """Build a model with random weights, norms and biases large enough to affect the output."""
     model_class, config = (FAMILIES | DEEPER)[family]
     model = model_class(config)
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def build_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def write_model(folder: Path, family: str, seed: int = 0) -> Path:
-    """Write config.json, safetensors and a tokenizer; returns `folder`."""
+    """Write config.json, safetensors and a tokenizer; return `folder`."""
     build_model(family, seed).save_pretrained(folder)
     vocabulary = {"<pad>": 0, "<eos>": EOS, "<unk>": 2} | {chr(62 + i): i for i in range(3, VOCAB)}
     tokenizer = PreTrainedTokenizerFast(

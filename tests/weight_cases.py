@@ -1,4 +1,4 @@
-"""What ranks export, against what the checkpoint holds."""
+"""Functions that ranks run to compare exported weights with their checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from roll_gspo.models.hf_checkpoint import CheckpointReader
 
 
 def exported(folders: list[Path], layout: dict[str, Any], dtype: torch.dtype, bucket_bytes: int) -> list[list[str]]:
-    """Load each checkpoint in a layout and export it again: the names, after all values were found equal."""
+    """Load each checkpoint in a layout and export it; check all values and return the names."""
     from roll_gspo.strategies.megatron.engine.model import build_model
     from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
@@ -27,7 +27,7 @@ def exported(folders: list[Path], layout: dict[str, Any], dtype: torch.dtype, bu
         reader = CheckpointReader(folder)
         source = MegatronWeights(model.chunks, model.architecture, bucket_bytes)
         found: list[str] = []
-        for _ in range(2):  # what travels together is found out once
+        for _ in range(2):  # the export plan is made once
             found = []
             for name, tensor in source:
                 want = reader.read(name).to(dtype)
@@ -39,7 +39,7 @@ def exported(folders: list[Path], layout: dict[str, Any], dtype: torch.dtype, bu
 
 
 def exported_grouped(folder: Path, layout: dict[str, Any]) -> list[str]:
-    """Load and export a mixture of experts whose weights have the names of grouped matrix products; the names.
+    """Load and export a mixture of experts with grouped weight names; return the names.
 
     The kernels of such products need CUDA; here their parameters alone take the place of the experts.
     """
@@ -70,7 +70,7 @@ def exported_grouped(folder: Path, layout: dict[str, Any]) -> list[str]:
 
 
 def changed(folder: Path, layout: dict[str, Any]) -> dict[str, float]:
-    """The sum of each exported tensor, after every parameter was doubled between two exports of one source."""
+    """Double every parameter between two exports of one source; return the sum of each exported tensor."""
     from roll_gspo.strategies.megatron.engine.model import build_model
     from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
@@ -87,7 +87,7 @@ def changed(folder: Path, layout: dict[str, Any]) -> dict[str, float]:
 
 
 def exported_memory(folder: Path, layout: dict[str, Any], bucket_bytes: int, keep: bool) -> tuple[int, int]:
-    """(peak of bytes that torch allocated during an export, the bound: one bucket or parameter, and one tensor).
+    """Return (peak bytes allocated during an export, bound: one bucket or parameter plus one tensor).
 
     Args:
         keep: clone every tensor, as no consumer should; for the figure to be seen to grow.
@@ -119,7 +119,7 @@ def exported_memory(folder: Path, layout: dict[str, Any], bucket_bytes: int, kee
 
 
 def saved(folder: Path, layout: dict[str, Any], target: Path, max_file_bytes: int | None) -> str | None:
-    """`save_hf` of a trainer in a layout; the error, if any. Rank 0 cannot write files beyond `max_file_bytes`."""
+    """Run `save_hf` in a layout and return the error, if any. Rank 0 is limited to `max_file_bytes` per file."""
     from roll_gspo.strategies.megatron.engine import MegatronTrain
 
     engine = MegatronTrain(model_setup(folder), optimizer_setup(), MegatronConfig(**layout))
@@ -132,13 +132,13 @@ def saved(folder: Path, layout: dict[str, Any], target: Path, max_file_bytes: in
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    # every rank waited for the write
+    # every rank waits for the write
     assert CheckpointReader(target).names and (target / "config.json").is_file()
     return None
 
 
 def refused(folder: Path, layout: dict[str, Any]) -> str:
-    """Why a checkpoint cannot be loaded in a layout."""
+    """Return the error of loading a checkpoint in a layout."""
     from roll_gspo.strategies.megatron.engine.model import build_model
 
     try:
