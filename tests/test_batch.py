@@ -26,14 +26,14 @@ def test_predicting_position_is_the_one_before_the_token() -> None:
     assert s.response_ids[s.response_mask].tolist() == [7, 8, 9, 10, 11]
 
 
-def test_padding_token_in_a_response_is_a_token_of_it() -> None:
-    """End-of-sequence and padding may be one id: the mask comes from lengths, never from values."""
+def test_padding_token_in_a_response_is_kept() -> None:
+    """End-of-sequence and padding may share one id, so the mask comes from lengths, not from values."""
     s = Sequences.collate([[1]], [[5, PAD]], PAD)
     assert s.response_mask.tolist() == [[True, True]]
     assert s.response_ids.tolist() == [[5, PAD]]
 
 
-def test_rows_are_trimmed_to_what_they_need() -> None:
+def test_rows_are_trimmed_to_their_maximum_widths() -> None:
     part = sequences().rows(torch.tensor([0, 1]))
     assert part.input_ids.tolist() == [[1, 2, 7, 8], [3, 0, 0, 0]]
     assert part.response_mask.shape == (2, 2)
@@ -43,7 +43,7 @@ def test_rows_are_trimmed_to_what_they_need() -> None:
     ("prompt_lengths", "mask_rows", "message"),
     [([2], 2, "disagree about B"), ([2, 5], 2, "longer than input_ids is wide")],
 )
-def test_inconsistent_sequences_are_refused(prompt_lengths: list[int], mask_rows: int, message: str) -> None:
+def test_inconsistent_sequences_are_rejected(prompt_lengths: list[int], mask_rows: int, message: str) -> None:
     mask = torch.ones(mask_rows, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=message):
         Sequences(torch.zeros(2, 4, dtype=torch.int64), torch.tensor(prompt_lengths), mask)

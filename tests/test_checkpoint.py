@@ -29,7 +29,7 @@ def write(store: CheckpointStore, step: int, text: str = "state") -> Path:
     return store.folder / f"step_{step:06d}"
 
 
-def test_checkpoint_is_there_when_it_is_complete(tmp_path: Path) -> None:
+def test_checkpoint_appears_when_it_is_complete(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", max_to_keep=0)
     with store.writing(3) as folder:
         (folder / "weights").write_text("w")
@@ -38,7 +38,7 @@ def test_checkpoint_is_there_when_it_is_complete(tmp_path: Path) -> None:
     assert (found.step, (found.folder / "weights").read_text()) == (3, "w")
 
 
-def test_error_while_writing_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+def test_error_while_writing_keeps_only_the_earlier_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, max_to_keep=1)
     write(store, 1)
     with pytest.raises(CheckpointError, match=r"step_000002: cannot be written \(disk full\)"), store.writing(2):
@@ -48,7 +48,7 @@ def test_error_while_writing_leaves_the_earlier_one_and_nothing_else(tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
-def test_checkpoint_that_is_filled_in_steps_counts_when_it_is_complete(tmp_path: Path) -> None:
+def test_checkpoint_filled_in_steps_counts_once_complete(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, max_to_keep=1)
     write(store, 1)
     folder = store.begin(2)
@@ -66,9 +66,9 @@ def test_checkpoint_that_is_filled_in_steps_counts_when_it_is_complete(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["step_000002"]
 
 
-def test_background_write_goes_on_beside_and_raises_where_it_is_waited_for() -> None:
+def test_background_write_raises_its_error_in_wait() -> None:
     may_end = threading.Event()
-    write = BackgroundWrite(lambda: None if may_end.wait(10) else pytest.fail("waited for"))
+    write = BackgroundWrite(lambda: None if may_end.wait(10) else pytest.fail("not released"))
     assert not write.done
     may_end.set()
     write.wait()
@@ -78,21 +78,21 @@ def test_background_write_goes_on_beside_and_raises_where_it_is_waited_for() -> 
         failing.wait()
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, max_to_keep=2)
     for step in (5, 10, 15):
         write(store, step)
     assert [c.step for c in complete_checkpoints(tmp_path)] == [10, 15]
 
 
-def test_return_to_an_earlier_step_keeps_what_is_saved_from_there_on(tmp_path: Path) -> None:
+def test_resume_from_an_earlier_step_keeps_the_new_checkpoints(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write(CheckpointStore(tmp_path, max_to_keep=0), step)
     write(CheckpointStore(tmp_path, max_to_keep=2), 15)
     assert [c.step for c in complete_checkpoints(tmp_path)] == [10, 15]
 
 
-def test_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
+def test_step_saved_again_is_replaced(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, max_to_keep=0)
     write(store, 1, "old")
     assert (write(store, 1, "new") / "actor/weights").read_text() == "new"
@@ -138,7 +138,7 @@ def test_newest_of_an_experiment_is_the_last_completed(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nothing", None) is None
 
 
-def test_newest_is_known_in_a_copy_and_after_a_return_to_an_earlier_step(tmp_path: Path) -> None:
+def test_newest_is_found_in_a_copy_and_after_a_resume_from_an_earlier_step(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "run/checkpoints", max_to_keep=0)
     for step in (10, 20, 15):
         write(store, step)
@@ -168,7 +168,7 @@ def steps(folder: Path) -> list[int]:
     return [c.step for c in complete_checkpoints(folder)]
 
 
-def test_best_checkpoint_is_not_deleted_until_there_is_a_better_one(tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_until_a_better_one_exists(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, max_to_keep=1)
     for step, now in ((1, best(1)), (2, best(2)), (3, best(2)), (4, best(2))):
         with store.writing(step, now) as folder:
@@ -180,7 +180,7 @@ def test_best_checkpoint_is_not_deleted_until_there_is_a_better_one(tmp_path: Pa
     assert steps(tmp_path) == [5] and read_best(tmp_path) == best(5)
 
 
-def test_kill_between_a_checkpoint_and_its_mark_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_between_a_checkpoint_and_its_mark_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, max_to_keep=1)
     write(store, 1)
     with store.writing(2, best(2)) as folder:
@@ -190,7 +190,7 @@ def test_kill_between_a_checkpoint_and_its_mark_is_made_good(tmp_path: Path, mon
         (folder / "weights").write_text("w")
     monkeypatch.undo()
     assert steps(tmp_path) == [2, 3] and read_best(tmp_path) == best(2), "the mark is whole, and nothing is deleted"
-    store = CheckpointStore(tmp_path, max_to_keep=1, best=best(3))  # what the checkpoint's own state says
+    store = CheckpointStore(tmp_path, max_to_keep=1, best=best(3))  # read from the state of the checkpoint
     assert read_best(tmp_path) == best(3)
     write(store, 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.json", "step_000003", "step_000004"]

@@ -1,4 +1,4 @@
-"""`python -m roll_gspo.export`: a checkpoint as a Hugging Face folder that computes the same."""
+"""`python -m roll_gspo.export`: convert a checkpoint to Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Export:
-    """The command in this process: (status, out, err)."""
+    """Run the command in this process; return (status, out, err)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
@@ -42,10 +42,10 @@ def export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("megatron", marks=pytest.mark.megatron)])
-def test_exported_folder_is_what_the_run_exports(
+def test_exported_folder_equals_the_export_of_the_run(
     command: Command, small: tuple[str, ...], export: Export, engine: str
 ) -> None:
-    """Of either engine; `actor_train_hf` was written by the training itself."""
+    """Compare with `actor_train_hf`, which the training wrote, for both engines."""
     assert command(*ARGUMENTS, *small, "max_steps=1", *([MEGATRON] if engine == "megatron" else [])).code == 0
     code, out, err = export(RUN, "exported")
     assert (code, err) == (0, "")
@@ -60,7 +60,7 @@ def test_exported_folder_is_what_the_run_exports(
 
 
 @pytest.mark.megatron
-def test_export_reads_what_two_ranks_wrote_and_says_what_is_wrong(
+def test_export_reads_a_checkpoint_of_two_ranks_and_reports_errors(
     command: Command,
     small: tuple[str, ...],
     pretrained: Path,

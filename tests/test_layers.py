@@ -1,9 +1,10 @@
-"""The house rules that a machine can hold: what may import what, sizes, names, docstrings."""
+"""Code rules that a test can check: imports, sizes, names and docstrings."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ LAYERS = {
     "evaluate": 7,
 }
 BOTTOM = ("metrics", "batch", "declarations", "registry", "errors")  # each may import later ones
-ALLOWED = {  # less than their layer
+ALLOWED = {  # stricter than their layer
     "config": ("declarations", "registry", "errors"),
     "algorithms": ("batch", "declarations", "metrics", "errors"),
     "compare": ("report", "errors"),
@@ -36,14 +37,14 @@ ENGINES = {
 MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 400, 60
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    """Path below the repository, and syntax tree, of every file of the package."""
-    for file in FILES:
-        yield str(file.relative_to(ROOT)), ast.parse(file.read_text(encoding="utf-8"))
+@cache
+def trees() -> tuple[tuple[str, ast.Module], ...]:
+    """Return the path relative to the repository and the syntax tree of every file of the package."""
+    return tuple((str(file.relative_to(ROOT)), ast.parse(file.read_text(encoding="utf-8"))) for file in FILES)
 
 
 def imports_of(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import, wherever in the file; relative ones are made absolute."""
+    """Yield (line, module) of every import anywhere in the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -57,26 +58,26 @@ def imports_of(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def is_module(name: str) -> bool:
-    """Whether `name` is a module or package of this package."""
+    """Return whether `name` is a module of this package."""
     file = ROOT.joinpath(*name.split("."))
     return name.startswith("roll_gspo.") and (file.with_suffix(".py").is_file() or file.is_dir())
 
 
 def part(name: str) -> str:
-    """`roll_gspo.roles.actor` or `roll_gspo/roles/actor.py`: roles."""
+    """Return the top-level part of a module: `roles` for `roll_gspo.roles.actor` or `roll_gspo/roles/actor.py`."""
     pieces = name.removesuffix(".py").replace("/", ".").split(".")
     return pieces[1] if len(pieces) > 1 and pieces[1] != "__init__" else ""
 
 
 def own_imports() -> Iterator[tuple[str, int, str]]:
-    """(path, line, imported module) of every import of the package by the package."""
+    """Yield (path, line, imported module) of every import within the package."""
     for path, tree in trees():
         yield from ((path, line, name) for line, name in imports_of(path, tree) if name.split(".")[0] == "roll_gspo")
 
 
 def may_import(importer: str, imported: str) -> bool:
-    """Whether a part may import another."""
-    if not imported or importer == imported:  # the root holds the version alone
+    """Return whether a part may import another."""
+    if not imported or importer == imported:  # the root holds only the version
         return True
     if importer in ALLOWED:
         return imported in ALLOWED[importer]
@@ -195,11 +196,11 @@ def test_public_names_have_docstrings() -> None:
 
 
 def public_definitions(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Public classes, functions, and methods of public classes that are not declared elsewhere."""
+    """Yield public classes, functions, and methods of public classes without a base class."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             yield node
-            if isinstance(node, ast.ClassDef) and not node.bases:  # what a base class declares is documented there
+            if isinstance(node, ast.ClassDef) and not node.bases:  # the base class documents inherited methods
                 yield from (
                     item
                     for item in node.body
@@ -208,7 +209,7 @@ def public_definitions(tree: ast.Module) -> Iterator[ast.ClassDef | ast.Function
 
 
 def test_module_level_imports_need_no_engine() -> None:
-    """Engines, torch and transformers are not reached from run.py by module-level imports."""
+    """run.py reaches neither engines nor torch nor transformers by module-level imports."""
     heavy = {"torch", "transformers", "vllm", "megatron", "ray", "tensorboard", "matplotlib", "plotly"}
     todo, seen, wrong = ["roll_gspo.run", "roll_gspo.pipelines.plan"], set(), []
     while todo:

@@ -18,7 +18,7 @@ def registry() -> Registry:
     return Registry("shape", {"circle": "math:pi", "square": "math:nothing"})
 
 
-def test_name_is_imported_when_it_is_loaded() -> None:
+def test_name_is_imported_on_load() -> None:
     assert registry().load("circle") == pytest.approx(3.14159, abs=1e-5)
 
 
@@ -27,7 +27,7 @@ def test_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
         registry().load("circel")
 
 
-def test_taken_name_is_refused_and_a_new_one_is_found() -> None:
+def test_taken_name_is_rejected_and_a_new_one_is_registered() -> None:
     shapes = registry()
     with pytest.raises(ConfigError, match="'circle' is already math:pi"):
         shapes.register("circle", "math:tau")
@@ -48,7 +48,7 @@ def test_dotted_path_is_loaded_without_registration() -> None:
         ("json.nowhere:thing", ConfigError, "no module 'json.nowhere'"),
     ],
 )
-def test_target_that_is_not_there_is_a_configuration_error(target: str, error: type[Exception], message: str) -> None:
+def test_missing_target_is_a_configuration_error(target: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         import_target(target, "key")
 
@@ -61,7 +61,7 @@ def test_missing_package_of_a_target_is_named(tmp_path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("sequence", "seq"), ("sqe", "seq"), ("xyz", None)])
-def test_nearest_name_is_suggested_where_there_is_one(name: str, nearest: str | None) -> None:
+def test_nearest_name_is_suggested_if_any(name: str, nearest: str | None) -> None:
     assert did_you_mean(name, ["seq", "token"]) == (f"; did you mean '{nearest}'?" if nearest else "")
 
 
@@ -77,7 +77,7 @@ def test_every_shipped_target_can_be_imported(table: Registry, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [n for n in dir(errors) if n.endswith("Error")])
-def test_errors_cross_process_borders(name: str) -> None:
+def test_errors_can_be_pickled(name: str) -> None:
     error = vars(errors)[name]("file.yaml:3: key: text")
     assert str(pickle.loads(pickle.dumps(error))) == "file.yaml:3: key: text"
     assert isinstance(error, errors.RollGspoError)

@@ -1,4 +1,4 @@
-"""examples/reproduce_gspo: every run of every study is a valid configuration, and the tables say what runs logged."""
+"""examples/reproduce_gspo: every run is a valid configuration, and the tables contain the logged values."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def reproduce() -> ModuleType:
     spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["reproduce"] = module  # dataclasses look their module up
+    sys.modules["reproduce"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
-def test_every_setting_is_a_run_without_surprises(reproduce: ModuleType) -> None:
+def test_every_setting_is_a_valid_run(reproduce: ModuleType) -> None:
     for settings, columns in reproduce.STUDIES.values():
         assert {column.metric for column in columns} <= set(METRICS)
         for setting in settings:
@@ -37,7 +37,7 @@ def test_every_setting_is_a_run_without_surprises(reproduce: ModuleType) -> None
             assert config.updates_per_rollout == (16 if "16 mini-batches" in setting.name else 4)
 
 
-def test_settings_of_a_study_differ_in_what_they_compare_only(reproduce: ModuleType) -> None:
+def test_settings_of_a_study_differ_only_in_the_compared_keys(reproduce: ModuleType) -> None:
     settings, _ = reproduce.STUDIES["stability"]
     pairs = zip(settings[::2], settings[1::2], strict=True)
     for gspo, grpo in pairs:

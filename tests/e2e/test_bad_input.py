@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear message, no traceback, the promised exit status, and nothing is lost."""
+"""Invalid input: a clear message, no traceback, the documented exit status, and no lost data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GOOD = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 14) f
     ],
     ids=["data file", "builtin", "folder", "empty folder"],
 )
-def test_what_is_not_there_is_said_before_anything_heavy_is_imported(
+def test_missing_input_is_reported_before_heavy_imports(
     workplace: Path, small: tuple[str, ...], arguments: tuple[str, ...], texts: tuple[str, ...]
 ) -> None:
     (workplace / "empty").mkdir()
@@ -61,7 +61,7 @@ def _paths(*folders: Path) -> str:
 
 
 @pytest.mark.parametrize(("engine", "package"), [("vllm", "vllm"), ("megatron", "megatron.core")])
-def test_missing_engine_says_what_to_install(
+def test_missing_engine_names_its_pip_command(
     workplace: Path, small: tuple[str, ...], engine: str, package: str
 ) -> None:
     shim = f"""
@@ -96,7 +96,7 @@ def test_malformed_row_names_file_and_line_or_is_skipped(command: Command, small
     ],
     ids=["empty", "too long", "no reward"],
 )
-def test_data_that_cannot_be_used(
+def test_unusable_data_is_reported(
     command: Command, small: tuple[str, ...], rows: list[object], arguments: tuple[str, ...], text: str
 ) -> None:
     _rows(Path("rows.jsonl"), *rows)
@@ -110,7 +110,7 @@ def test_data_that_cannot_be_used(
         ("my_reward.no_such_function", "module 'my_reward' has no 'no_such_function'"),
     ],
 )
-def test_reward_that_cannot_be_imported_shows_before_the_model_is_made(
+def test_reward_that_cannot_be_imported_fails_before_the_model_is_built(
     command: Command, small: tuple[str, ...], target: str, text: str
 ) -> None:
     arguments = [a for a in small if not a.startswith(("pretrain=", "warm_start="))]
@@ -127,7 +127,7 @@ def test_reward_that_cannot_be_imported_shows_before_the_model_is_made(
         ("not_a_number", "returned nan, not a finite number", False),
     ],
 )
-def test_reward_that_fails_is_counted_and_the_run_goes_on(
+def test_failing_reward_is_counted_and_the_run_continues(
     command: Command, small: tuple[str, ...], name: str, text: str, all_fail: bool
 ) -> None:
     sizes = (
@@ -150,7 +150,7 @@ def test_output_dir_that_is_a_file(command: Command, small: tuple[str, ...]) -> 
     _refused(command(*HF, *small, "output_dir=taken"), "output_dir: taken/example_gspo", "choose another folder")
 
 
-def test_resume_from_what_is_not_there_or_not_complete(command: Command, small: tuple[str, ...]) -> None:
+def test_resume_from_a_missing_or_incomplete_checkpoint(command: Command, small: tuple[str, ...]) -> None:
     resume = "resume_from_checkpoint"
     _refused(command(*HF, *small, f"{resume}=gone/step_000002"), f"{resume}: gone/step_000002 does not exist")
     torn = Path("torn/step_000002")
@@ -171,7 +171,7 @@ def test_resume_with_another_model_engine_or_data(command: Command, small: tuple
     _refused(other_model, "parameters of another model", code=1)
 
 
-def test_model_on_the_hub_that_cannot_be_had(
+def test_unavailable_model_on_the_hub(
     command: Command, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub.constants

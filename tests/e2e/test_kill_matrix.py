@@ -1,4 +1,4 @@
-"""Whatever process is killed in whatever stage: no number changes, once the run has gone on."""
+"""Kill each process in each stage: the resumed run gives the same numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.vllm, pytest.mark.m
 
 STAGES = ("generate", "score", "old_log_probs", "update", "sync_weights", "save")
 VICTIMS = ("controller", "actor_train rank 1", "actor_infer rank 1", "reward")
-ENDING = ("controller", "actor_train rank 1")  # whose loss ends the run
+ENDING = ("controller", "actor_train rank 1")  # a run ends if it loses one of these
 RUN = Path("out/example_gspo/run")
 
 
@@ -29,7 +29,7 @@ def arguments(pretrained: Path) -> tuple[str, ...]:
 
 
 def run(folder: Path, program: list[str], *arguments: str) -> tuple[int, str]:
-    """Exit status and output; no process may be left."""
+    """Run the program and return (exit status, output); check that no process is left."""
     (folder / "my_reward.py").write_text(REWARD_MODULE)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -47,7 +47,7 @@ def run(folder: Path, program: list[str], *arguments: str) -> tuple[int, str]:
 
 
 def left_over(folder: Path) -> Iterator[psutil.Process]:
-    """Processes that still work in the run's folder after some time to end."""
+    """Yield processes that still run in the folder after a grace period."""
     mine = []
     for process in psutil.process_iter():
         try:
@@ -69,7 +69,7 @@ def whole(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_killed_process_changes_no_number(
+def test_killed_process_does_not_change_the_result(
     tmp_path: Path, arguments: tuple[str, ...], whole: Path, victim: str, stage: str
 ) -> None:
     killing = [str(ROOT / "tests" / "killing_run.py"), stage, "2", victim]

@@ -1,4 +1,4 @@
-"""Grade-school mathematics from a file of {question, answer}, judged by math-verify."""
+"""Grade-school mathematics from a file of {question, answer} rows, scored by math-verify."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN = Path("out/example_gspo/run")
 
 
 def _written(path: Path) -> Path:
-    """Rows as the published files have them: the working, then `#### answer`."""
+    """Write rows in the published format: the working, then `#### answer`."""
     rows = [
         {
             "question": f"Ann has {a} apples and buys {b} bags of 1,000. How many are there?",
@@ -52,8 +52,8 @@ def test_question_and_answer_file_trains(
     assert all(s["prompt"].startswith("<|user|>") and s["prompt"].endswith("<|assistant|>") for s in samples)
 
 
-def test_math_rule_scores_what_the_policy_says(command: Callable[..., Outcome], small: tuple[str, ...]) -> None:
-    """The warm-started policy ends on digits; where every number is asked for, its last one decides."""
+def test_math_rule_scores_the_answers_of_the_policy(command: Callable[..., Outcome], small: tuple[str, ...]) -> None:
+    """The warm-started policy ends its responses with digits, and the last number counts."""
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b), "domain": "gsm8k"} for a in range(10, 30) for b in (11, 12)]
     Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [a for a in small if not a.startswith(("rewards.", "validation."))]
@@ -66,7 +66,7 @@ def test_math_rule_scores_what_the_policy_says(command: Callable[..., Outcome], 
         assert said_it or sample["score"] == 0.0
 
 
-def test_several_domains_have_their_shares_and_a_resumed_run_goes_on_in_their_order(
+def test_domains_keep_their_shares_and_order_after_a_resume(
     command: Callable[..., Outcome], small: tuple[str, ...]
 ) -> None:
     for name, count in (("sums", 7), ("words", 40)):

@@ -1,4 +1,4 @@
-"""What a run writes down of single tokens is what its models say of them."""
+"""Per-token log-probs in the files of a run equal those of its models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lines(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def log_probs(model: Any, row: dict[str, Any], temperature: float) -> list[float]:
-    """Of the response tokens, by transformers alone."""
+    """Compute the log-probs of the response tokens with transformers."""
     ids = torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]])
     with torch.no_grad():
         scores = torch.log_softmax(model(ids).logits[0].float() / temperature, -1)

@@ -13,7 +13,7 @@ class Role:
             raise RuntimeError("engine is gone")
 
 
-def test_roles_live_here_and_close_in_reverse_order_whatever_one_raises() -> None:
+def test_roles_close_in_reverse_order_even_if_one_raises() -> None:
     executor, closed = LocalExecutor(), []
     actor = executor.start("actor_train", lambda: Role("actor_train", closed))
     assert isinstance(actor, Role)

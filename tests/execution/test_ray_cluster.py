@@ -1,4 +1,4 @@
-"""A cluster that `ray start` made: two nodes on this machine, each with two devices."""
+"""A cluster of `ray start`: two nodes on this machine with two devices each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 
 class TwoNodes:
-    """Two raylets; `--block` keeps each of them a child that is ended with its own processes and no others'."""
+    """Two raylets, started with `--block` so that each can be ended together with its processes."""
 
     def __init__(self, folder: str, *resources: str) -> None:
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -45,7 +45,7 @@ class TwoNodes:
         return log
 
     def close(self) -> None:
-        """End both."""
+        """End both nodes."""
         for node in reversed(self._nodes):
             node.terminate()
         for node in self._nodes:
@@ -53,7 +53,7 @@ class TwoNodes:
 
 
 def _read(log: Path, pattern: str, within_s: float = 60) -> str:
-    """What the pattern's group matches, as soon as the log has it."""
+    """Wait for `pattern` in the log and return its first group."""
     until = time.monotonic() + within_s
     while not (found := re.search(pattern, log.read_text())):
         assert time.monotonic() < until, log.read_text()
@@ -63,10 +63,10 @@ def _read(log: Path, pattern: str, within_s: float = 60) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def token() -> Iterator[None]:
-    """Everybody takes the token that a Ray of our own would make: this process can change its mind only once."""
+    """Use one authentication token for all clusters: a process can enable it only once."""
     subprocess.run([str(RAY), "get-auth-token", "--generate"], check=True, capture_output=True, timeout=60)
     before = os.environ.get("RAY_AUTH_MODE")
-    authentication_token_setup._enable_token_auth()  # a later change of the environment alone is not seen
+    authentication_token_setup._enable_token_auth()  # a later change of the environment has no effect
     yield
     if before is None:
         del os.environ["RAY_AUTH_MODE"]
@@ -76,7 +76,7 @@ def token() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[TwoNodes]:
-    folder = tempfile.mkdtemp(prefix="ray")  # not pytest's: the names of sockets must be short
+    folder = tempfile.mkdtemp(prefix="ray")  # the path of pytest's folders is too long for sockets
     nodes = TwoNodes(folder, "--num-cpus=2", "--object-store-memory=100000000")
     yield nodes
     nodes.close()
@@ -93,7 +93,7 @@ def settings(*devices: int, per_node: int) -> ExecutionSettings:
     return ExecutionSettings(devices=devices, devices_per_node=per_node, call_timeout_s=60)
 
 
-def test_workers_land_on_the_nodes_of_their_devices(joined: TwoNodes) -> None:
+def test_workers_run_on_the_nodes_of_their_devices(joined: TwoNodes) -> None:
     executor = RayExecutor(settings(0, 1, 2, 3, per_node=2))
     try:
         assert len([node for node in ray.nodes() if node["Alive"]]) == 2
@@ -109,7 +109,7 @@ def test_workers_land_on_the_nodes_of_their_devices(joined: TwoNodes) -> None:
     assert not ray.is_initialized()
 
 
-def test_what_the_cluster_lacks_is_named(joined: TwoNodes) -> None:
+def test_missing_devices_of_a_cluster_are_named(joined: TwoNodes) -> None:
     with pytest.raises(
         ConfigError, match=r"takes 3 node\(s\) \(num_gpus_per_node 1\), but the Ray cluster has 2 .*start 1"
     ):
@@ -119,7 +119,7 @@ def test_what_the_cluster_lacks_is_named(joined: TwoNodes) -> None:
     assert not ray.is_initialized()
 
 
-def test_cluster_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match="devices of 2 machines, but no Ray cluster is running here; run 'ray start"):
         RayExecutor(settings(0, 1, per_node=1))
@@ -135,8 +135,8 @@ def test_command_runs_on_both_nodes(joined: TwoNodes, workplace: Path, small: tu
     assert len(metrics_of(workplace / "out/example_gspo/two")) == 3
 
 
-def test_gpus_of_a_bundle_are_dealt_out_to_its_workers() -> None:
-    """On a machine without GPUs too: Ray counts what it is told to, and workers see the numbers they were given."""
+def test_gpus_of_a_bundle_are_assigned_to_its_workers() -> None:
+    """Runs without GPUs: Ray counts declared resources, and workers see the assigned numbers."""
     folder = tempfile.mkdtemp(prefix="ray")
     nodes = TwoNodes(folder, "--num-gpus=2", "--num-cpus=2", "--object-store-memory=100000000")
     os.environ["RAY_ADDRESS"] = nodes.address

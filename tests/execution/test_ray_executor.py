@@ -1,4 +1,4 @@
-"""Worker groups of real Ray actors: calls, errors, deaths, hangs, and nothing left behind."""
+"""Worker groups of real Ray actors: calls, errors, deaths, timeouts and clean-up."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def executor() -> Iterator[RayExecutor]:
 
 
 def group_of(executor: RayExecutor, make=Rank, *, one_world: bool = True, **limits: float) -> RayGroup:
-    """A group of two ranks, with limits of its own."""
+    """Build a group of two ranks with the given limits."""
     return RayGroup("actor_train", make, TWO, one_world, executor._cluster, replace(executor._settings, **limits))
 
 
 @pytest.fixture(scope="module")
 def world(executor: RayExecutor) -> Iterator[RayGroup]:
-    """Two ranks for the tests that leave them alive."""
+    """Two ranks, shared by the tests that do not kill them."""
     group = group_of(executor)
     yield group
     group.close()
 
 
 def gone(pids: list[int], within_s: float = 10) -> bool:
-    """Whether every process ends in time."""
+    """Return whether every process ends in time."""
     until = time.monotonic() + within_s
     while time.monotonic() < until:
         alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
@@ -58,7 +58,7 @@ def gone(pids: list[int], within_s: float = 10) -> bool:
     return False
 
 
-def test_ranks_form_a_world_and_all_take_the_whole_batch(world: RayGroup) -> None:
+def test_ranks_form_a_world_and_receive_the_whole_batch(world: RayGroup) -> None:
     batch = torch.arange(6.0).reshape(2, 3)
     seen: list[tuple[int, int]] = []
     result = world.call("sum_over_ranks", batch, lambda done, total: seen.append((done, total)))
@@ -67,7 +67,7 @@ def test_ranks_form_a_world_and_all_take_the_whole_batch(world: RayGroup) -> Non
     assert world.size == 2 and world.alive(0) and world.alive(1)
 
 
-def test_worker_has_its_environment_folder_and_one_thread(world: RayGroup) -> None:
+def test_worker_has_its_environment_its_folder_and_one_thread(world: RayGroup) -> None:
     first, second = (world.call("surroundings", rank=rank) for rank in (0, 1))
     assert (first["RANK"], second["RANK"], first["WORLD_SIZE"]) == ("0", "1", "2")
     assert (first["LOCAL_RANK"], second["LOCAL_RANK"]) == ("0", "1")
@@ -79,14 +79,14 @@ def test_worker_has_its_environment_folder_and_one_thread(world: RayGroup) -> No
     assert world.pid(0) != world.pid(1) == world.call("pid", rank=1)
 
 
-def test_several_calls_run_at_once_and_one_after_the_other_in_a_rank(world: RayGroup) -> None:
+def test_calls_run_concurrently_across_ranks_and_in_order_within_one(world: RayGroup) -> None:
     one = torch.ones(1)
     results = gather([world.submit("sum_over_ranks", one * n) for n in range(3)])
     assert [float(result) for result in results] == [0.0, 3.0, 6.0]
 
 
 @pytest.mark.parametrize("only", [0, 1])
-def test_error_of_this_package_keeps_its_kind(world: RayGroup, only: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_error_of_this_package_keeps_its_type(world: RayGroup, only: int, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(TrainingError, match=rf"were not finite \(actor_train rank {only}\)"):
         world.call("fail", "own", only)
     assert [r.message for r in caplog.records if r.name == "roll_gspo.roles"] == ["about to fail"]
@@ -121,15 +121,15 @@ def test_dead_rank_ends_its_group_at_once(executor: RayExecutor) -> None:
         group.call("pid")
 
 
-def test_call_over_its_time_is_found_and_killed(executor: RayExecutor) -> None:
-    group = group_of(executor, call_timeout_s=8)  # its start is a call, too
+def test_call_that_exceeds_its_timeout_is_killed(executor: RayExecutor) -> None:
+    group = group_of(executor, call_timeout_s=8)  # the start counts as a call
     pids = [group.pid(0), group.pid(1)]
     with pytest.raises(WorkerHungError, match=r"rank 1 \(process \d+ .* 'hang' .worker_timeout_s 8"):
         group.call("hang", 1)
     assert gone(pids)
 
 
-def test_stopped_process_is_found_by_its_silence_and_killed(executor: RayExecutor) -> None:
+def test_process_without_heartbeat_is_killed(executor: RayExecutor) -> None:
     group = group_of(executor, heartbeat_timeout_s=5)
     pids = [group.pid(0), group.pid(1)]
     with pytest.raises(WorkerHungError, match=r"rank 0 .* killed after \d+ s .*'die' .heartbeat_timeout_s 5"):
@@ -137,7 +137,7 @@ def test_stopped_process_is_found_by_its_silence_and_killed(executor: RayExecuto
     assert gone(pids)
 
 
-def test_replicas_stand_alone_and_one_is_started_again(executor: RayExecutor, tmp_path: Path) -> None:
+def test_replicas_are_independent_and_can_be_restarted(executor: RayExecutor, tmp_path: Path) -> None:
     group = group_of(executor, partial(Loner, str(tmp_path / "mark"), 2), one_world=False)
     assert group.call("world") == (False, "")
     (_, first), (_, second) = (group.call("double", [1], rank=rank) for rank in (0, 1))
@@ -152,7 +152,7 @@ def test_replicas_stand_alone_and_one_is_started_again(executor: RayExecutor, tm
     assert gone([first, second, third])
 
 
-def test_executor_closes_roles_here_and_in_groups(executor: RayExecutor, tmp_path: Path) -> None:
+def test_executor_closes_local_roles_and_groups(executor: RayExecutor, tmp_path: Path) -> None:
     role = executor.start("reference", partial(Rank, str(tmp_path / "closed")), Devices((1,), 1, 2))
     here = executor.start("rewards", lambda: Rank(str(tmp_path / "here")))
     assert isinstance(here, Rank)
@@ -164,7 +164,7 @@ def test_executor_closes_roles_here_and_in_groups(executor: RayExecutor, tmp_pat
     assert gone([pid])
 
 
-def test_second_connection_and_missing_machines_are_refused(executor: RayExecutor) -> None:
+def test_second_connection_and_missing_nodes_are_rejected(executor: RayExecutor) -> None:
     with pytest.raises(ConfigError, match="connected to Ray already"):
         RayExecutor(SETTINGS)
     assert ray.is_initialized()

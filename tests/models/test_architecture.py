@@ -72,7 +72,7 @@ def test_configs_that_transformers_writes_are_accepted(family: str) -> None:
         ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused_by_key(changes: dict[str, Any], key: str) -> None:
+def test_unsupported_setting_is_named_by_key(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^here: {key}: "):
         Architecture.from_config(MOE | {"model_type": "qwen3"} | changes, "here")
 

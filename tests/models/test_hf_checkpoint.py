@@ -52,7 +52,7 @@ def test_shards_are_written_indexed_and_read_back(tmp_path: Path) -> None:
     assert all(torch.equal(reloaded[name], tensor) for name, tensor in weights.items())
 
 
-def test_config_says_the_dtype_that_was_written(tmp_path: Path) -> None:
+def test_config_has_the_written_dtype(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "llama")
     target = tmp_path / "target"
     target.mkdir()
@@ -83,7 +83,7 @@ def test_shapes_are_those_that_transformers_writes(tmp_path: Path, family: str) 
     assert checkpoint_shapes(Architecture.from_checkpoint(folder)) == found
 
 
-def test_weights_that_changed_on_the_disk_are_found(tmp_path: Path) -> None:
+def test_changed_weights_on_disk_are_detected(tmp_path: Path) -> None:
     weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
     written = {name: Fingerprint.of(tensor) for name, tensor in weights.items()}
     changes = {
@@ -101,7 +101,7 @@ def test_weights_that_changed_on_the_disk_are_found(tmp_path: Path) -> None:
 
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow further, as a full disk does."""
+    """Limit the size of every file, which fails like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -110,7 +110,7 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "qwen3_untied")
     weights = load_file(source / "model.safetensors")
     (tmp_path / "target").mkdir()

@@ -1,4 +1,4 @@
-"""Which layouts fit a model, its ranks and its machine; the others are refused with numbers and a way out."""
+"""Checks of layouts against model, ranks and machine; errors name the numbers and the fix."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MOE = DENSE | {
 
 
 def problems(model: dict[str, Any], layout: dict[str, Any], ranks: int, on_cuda: bool | None = False) -> list[str]:
-    """Of a layout that `MegatronConfig` accepts."""
+    """Return the problems of a layout that `MegatronConfig` accepts."""
     return layout_problems(Architecture.from_config(model), MegatronConfig(**layout), ranks, on_cuda)
 
 
@@ -51,7 +51,7 @@ def problems(model: dict[str, Any], layout: dict[str, Any], ranks: int, on_cuda:
         (MOE, {TP: 2, SP: True, DISPATCHER: "allgather"}, 2),
     ],
 )
-def test_layouts_that_fit(model: dict[str, Any], layout: dict[str, Any], ranks: int) -> None:
+def test_valid_layouts_are_accepted(model: dict[str, Any], layout: dict[str, Any], ranks: int) -> None:
     assert problems(model, layout, ranks) == []
 
 
@@ -89,7 +89,7 @@ def test_layouts_that_fit(model: dict[str, Any], layout: dict[str, Any], ranks: 
         (MOE, {"moe_grouped_gemm": True}, 1, ("moe_grouped_gemm: needs CUDA and TransformerEngine",)),
     ],
 )
-def test_layouts_that_do_not_fit_are_refused_with_the_nearest_choice(
+def test_invalid_layouts_are_rejected_with_the_nearest_choice(
     model: dict[str, Any], layout: dict[str, Any], ranks: int, texts: tuple[str, ...]
 ) -> None:
     (problem,) = problems(model, layout, ranks)
@@ -107,27 +107,27 @@ def test_suggested_sizes_fit() -> None:
         assert problems(DENSE, {PP: size}, 60) == problems(MOE, {EP: size}, 60) == []
 
 
-def test_what_gloo_cannot_do_is_left_to_gpus() -> None:
+def test_layouts_that_need_nccl_are_rejected_on_a_cpu() -> None:
     layout = {TP: 2, SP: True, EP: 2, "moe_grouped_gemm": True}
     assert len(problems(MOE, layout, 4, on_cuda=False)) == 2
     assert problems(MOE, layout, 4, on_cuda=True) == problems(MOE, layout, 4, on_cuda=None) == []
 
 
-def test_experts_that_take_more_ranks_than_there_are_may_be_left_whole() -> None:
+def test_error_suggests_unsplit_experts() -> None:
     (problem,) = problems(MOE, {TP: 2, SP: True, EP: 2}, 2, on_cuda=None)
     assert problem.startswith(f"{EP} 2 * {ETP} 2 * {PP} 1 = 4 ranks") and f"set {ETP}: 1, or {EP} to 1" in problem
     assert problems(MOE, {TP: 2, SP: True, EP: 2, ETP: 1}, 2, on_cuda=None) == []
 
 
-def test_unknown_model_is_checked_against_its_ranks_alone() -> None:
+def test_unknown_model_is_checked_against_its_ranks_only() -> None:
     assert layout_problems(None, MegatronConfig(tensor_model_parallel_size=5), 10, False) == []
     (problem,) = layout_problems(None, MegatronConfig(tensor_model_parallel_size=5), 8, False)
     assert "8 rank(s)" in problem
 
 
 @pytest.mark.parametrize(("size", "text"), [(1, ""), (2, ""), (12, ""), (5, "to 4"), (8, "to 4 or 12")])
-def test_engines_take_sizes_that_divide_heads(size: int, text: str) -> None:
-    """vLLM repeats key/value heads where there are fewer than devices."""
+def test_engine_sizes_must_divide_heads(size: int, text: str) -> None:
+    """vLLM replicates key/value heads if there are fewer than devices."""
     model = Architecture.from_config(DENSE | {"num_key_value_heads": 4})
     found = engine_problems(model, VllmConfig(tensor_parallel_size=size))
     assert all(text in problem and f"tensor_parallel_size {size} does not fit" in problem for problem in found)
@@ -135,7 +135,7 @@ def test_engines_take_sizes_that_divide_heads(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES | DEEPER))
-def test_parameters_of_the_only_rank_are_those_of_the_model(family: str) -> None:
+def test_single_rank_holds_all_parameters(family: str) -> None:
     model_class, config = (FAMILIES | DEEPER)[family]
     architecture = Architecture.from_config(config.to_dict())
     number = sum(parameter.numel() for parameter in model_class(config).parameters())
@@ -143,21 +143,21 @@ def test_parameters_of_the_only_rank_are_those_of_the_model(family: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(TINY_MODELS))
-def test_parameters_of_builtin_models_are_those_of_their_size(name: str) -> None:
+def test_parameters_of_builtin_models_equal_their_size(name: str) -> None:
     model, size = architecture_of(f"builtin:{name}"), size_of(f"builtin:{name}")
     assert model is not None and size is not None
     alone = parameters_of_rank(model, MegatronConfig(), 0)
     assert (alone.total, alone.experts) == (size.num_parameters, size.num_expert_parameters)
 
 
-def test_a_critic_has_a_value_head_in_place_of_the_vocabulary() -> None:
+def test_critic_has_a_value_head_instead_of_the_vocabulary() -> None:
     model, layout = Architecture.from_config(DENSE), MegatronConfig(pipeline_model_parallel_size=2)
     policy, critic = (parameters_of_rank(model, layout, 1, head) for head in ("vocabulary", "value"))
     assert policy.total - critic.total == 101 * 64 - 64
     assert parameters_of_rank(model, layout, 0) == parameters_of_rank(model, layout, 0, "value")
 
 
-def test_optimizer_states_are_whole_without_the_distributed_optimizer() -> None:
+def test_optimizer_state_is_unsharded_without_the_distributed_optimizer() -> None:
     assert optimizer_shares(MegatronConfig(tensor_model_parallel_size=2), 8) == (1, 1)
     shared = MegatronConfig(tensor_model_parallel_size=2, context_parallel_size=2, use_distributed_optimizer=True)
     assert optimizer_shares(shared, 8) == (4, 4), "context ranks hold the same parameters"

@@ -11,7 +11,7 @@ from roll_gspo.models.warm_start import Demonstration, train
 
 
 @pytest.mark.parametrize("name", tiny.TINY_MODELS)
-def test_tiny_model_is_a_checkpoint_that_transformers_loads(name: str, tmp_path: Path) -> None:
+def test_transformers_loads_a_tiny_model(name: str, tmp_path: Path) -> None:
     model, tokenizer = tiny.build_model(tiny.TINY_MODELS[name], seed=0), tiny.byte_tokenizer()
     tiny.save(model, tokenizer, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -23,14 +23,14 @@ def test_tiny_model_is_a_checkpoint_that_transformers_loads(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("text", ["347+86=", "naïve – 数学 🙂\n\t", "x²"])
-def test_tokenizer_reads_and_writes_any_text_byte_by_byte(text: str) -> None:
+def test_tokenizer_round_trips_any_text(text: str) -> None:
     tokenizer = tiny.byte_tokenizer()
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
 
 
-def test_chat_template_marks_turns_with_tokens_of_their_own() -> None:
+def test_chat_template_marks_turns_with_special_tokens() -> None:
     tokenizer = tiny.byte_tokenizer()
     conversation = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     open_end = tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True, tokenize=False)
@@ -40,7 +40,7 @@ def test_chat_template_marks_turns_with_tokens_of_their_own() -> None:
     assert len(tokenizer.encode(whole)) == 2 + 4 + 1 + 1
 
 
-def test_weights_depend_on_their_seed_alone_and_leave_the_random_state() -> None:
+def test_weights_depend_only_on_the_seed_and_restore_the_random_state() -> None:
     spec = tiny.TINY_MODELS["tiny_qwen3"]
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -52,7 +52,7 @@ def test_weights_depend_on_their_seed_alone_and_leave_the_random_state() -> None
     assert torch.equal(first[name], second[name]) and not torch.equal(first[name], third[name])
 
 
-def test_fingerprint_changes_with_what_made_the_model() -> None:
+def test_fingerprint_changes_with_every_input() -> None:
     assert tiny.fingerprint({"a": 1, "b": 2}) == tiny.fingerprint({"b": 2, "a": 1})
     assert tiny.fingerprint({"a": 1}) != tiny.fingerprint({"a": 2})
 

@@ -52,7 +52,7 @@ def test_unknown_parameter_is_refused() -> None:
 
 
 def _parts(name: str, tensors: list[Tensor], model: Architecture, ranks: int) -> Tensor:
-    """[R, ...] the parameter as each rank holds it."""
+    """Return the shard of each rank, [R, ...]."""
     made_of = recipe(name)
     named = dict(zip(made_of.hf_names, tensors, strict=True))
     shapes = {hf_name: tuple(tensor.shape) for hf_name, tensor in named.items()}
@@ -75,7 +75,7 @@ def _parts(name: str, tensors: list[Tensor], model: Architecture, ranks: int) ->
         ("embedding.word_embeddings.weight", [(13, 24)], (13, 24)),
     ],
 )
-def test_unpack_reverses_part(
+def test_unpack_inverts_shard(
     model: Architecture, name: str, shapes: list[tuple[int, ...]], part: tuple[int, ...], ranks: int
 ) -> None:
     tensors = [torch.randn(shape) for shape in shapes]
@@ -88,14 +88,14 @@ def test_unpack_reverses_part(
     assert all(torch.equal(a, b) for a, b in zip(tensors, unpacked, strict=True))
 
 
-def test_what_one_rank_has_is_unpacked_without_copies(model: Architecture) -> None:
+def test_single_shard_is_unpacked_without_copies(model: Architecture) -> None:
     for name, shape in {LAYER + "mlp.linear_fc1.weight": (40, 24), "decoder.final_layernorm.weight": (24,)}.items():
         parameter = torch.randn(shape)
         for tensor in recipe(name).unpack(parameter[None], model):
             assert tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 
-def test_split_axis_gives_each_rank_a_whole_feed_forward_share(model: Architecture) -> None:
+def test_split_axis_gives_each_rank_a_feed_forward_shard(model: Architecture) -> None:
     gate, up, down, x = (torch.randn(shape, dtype=torch.float64) for shape in ((20, 24), (20, 24), (24, 20), (5, 24)))
     whole = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     parts = zip(
