@@ -20,8 +20,8 @@ from roll_gspo.pipelines.build import Components, load_tokenizer
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.settings import DTYPES
 from roll_gspo.rewards.base import RewardRequest
-from roll_gspo.rewards.blocks import block_spec
-from roll_gspo.rewards.catalog import build_reward
+from roll_gspo.rewards.from_config import spec_from_config
+from roll_gspo.rewards.spec import build_reward
 from roll_gspo.roles.generator import sample_seeds
 from roll_gspo.strategies.megatron.engine.attention import decoder_spec
 from roll_gspo.strategies.megatron.engine.model import transformer_config
@@ -71,7 +71,8 @@ class BareStep:
             [self._ddp],
         )
         self._rewards = {
-            domain: build_reward(block_spec(block, f"rewards.{domain}")) for domain, block in config.rewards.items()
+            domain: build_reward(spec_from_config(block, f"rewards.{domain}"))
+            for domain, block in config.rewards.items()
         }
 
     @property

@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from math_verify import parse, verify
 
 from roll_gspo.rewards import REWARDS, BatchReward, RewardPool, RewardRequest, reward_spec
-from roll_gspo.rewards.catalog import build_reward
+from roll_gspo.rewards.spec import build_reward
 
 GROUP = 8
 TIMEOUT_S = 60.0

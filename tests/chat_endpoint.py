@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the chat-completions protocol and answers as it is told."""
+"""A local server of the chat completions protocol with scripted replies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """One HTTP response; a `text` is wrapped into a chat completion, a `raw` body is sent as it is."""
+    """A scripted HTTP response.
+
+    Attributes:
+        text: text of a chat completion, which is the body unless `raw` is set.
+        status: status code.
+        headers: further headers.
+        raw: body to send unchanged.
+        finish_reason: finish reason of the chat completion.
+        wait: event to wait for, up to 60 s, before the response is sent.
+        hang_up: if True, the connection is closed without a response.
+    """
 
     text: str = ""
     status: int = 200
@@ -24,7 +34,7 @@ class Reply:
     hang_up: bool = False
 
     def body(self) -> bytes:
-        """What goes over the wire."""
+        """Return the body of the response."""
         choice = {"index": 0, "message": {"role": "assistant", "content": self.text}}
         completion = {"object": "chat.completion", "choices": [{**choice, "finish_reason": self.finish_reason}]}
         return (json.dumps(completion) if self.raw is None else self.raw).encode()
@@ -32,7 +42,14 @@ class Reply:
 
 @dataclass
 class Endpoint:
-    """The server as a test sees it."""
+    """URL of a running server, and the requests that it has received.
+
+    Attributes:
+        base_url: URL for OpenAI clients.
+        requests: bodies of the requests.
+        keys: Authorization header of each request.
+        paths: path of each request.
+    """
 
     base_url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -42,7 +59,7 @@ class Endpoint:
 
 @contextmanager
 def serving(replies: Callable[[dict[str, Any]], Reply] | list[Reply]) -> Iterator[Endpoint]:
-    """Answer with the replies in turn (the last one again and again), or with what the function says of a request."""
+    """Run a server that sends the replies in order and repeats the last one, or the reply that a function returns."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -72,7 +89,7 @@ def serving(replies: Callable[[dict[str, Any]], Reply] | list[Reply]) -> Iterato
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # a client that has given up  # pyright: ignore[reportAttributeAccessIssue]
+    server.handle_error = lambda *_: None  # clients may disconnect early  # pyright: ignore[reportAttributeAccessIssue]
     endpoint = Endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Gold answers of GSM8K and MATH-500 in the surface forms of model output, and wrong ones made from them."""
+"""Answers of GSM8K and MATH-500, surface forms of model output, and wrong answers derived from the correct ones."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ FORMULA_FORMS: tuple[str, ...] = (
 
 
 def gsm8k() -> list[str]:
-    """The 1,319 answers of the test split, as written there (with thousands separators)."""
+    """Return the 1,319 answers of the test split, with thousands separators."""
     lines = (DATA / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["answer"].rpartition("####")[2].strip() for line in lines]
 
 
 def math_500() -> list[str]:
-    """The 500 answers of MATH-500, in LaTeX."""
+    """Return the 500 answers of MATH-500 in LaTeX."""
     lines = (DATA / "math_benchmarks" / "math_benchmarks.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["ground_truth"] for row in map(json.loads, lines) if row["source"] == "MATH-500"]
 
 
-def styled(answer: str) -> str:
-    """The answer with what else LaTeX has for it: larger fractions, separated thousands."""
+def restyled(answer: str) -> str:
+    """Return the answer in another LaTeX style: display fractions, thousands separators."""
     if re.fullmatch(r"-?\d{4,}", answer):
         return f"{int(answer):,}"
     return answer.replace("\\frac", "\\dfrac")
@@ -66,7 +66,7 @@ def _wrong_numbers(answer: str) -> Iterator[str]:
         return
     digits = str(abs(value))
     for wrong in (value + 1, -value, 10 * value, Fraction(digits[::-1]), value / 2, value - 1, 2 * value + 3):
-        # A hundredth is what a percent sign makes of a number.
+        # A percent sign divides a number by 100.
         if wrong not in (value, value / 100, 100 * value):
             yield str(wrong) if wrong.denominator == 1 else str(float(wrong))
 
@@ -81,7 +81,7 @@ def _wrong_fractions(answer: str) -> Iterator[str]:
 
 
 def _wrong_factors(answer: str) -> Iterator[str]:
-    """Of one root or pi times a number: another number, another root, the other sign."""
+    """Change the sign, the factor or the radicand of a multiple of a root or of pi."""
     if found := re.fullmatch(r"(-?)(\d*) ?\\(?:sqrt\{?(\d+)\}?|pi)", answer):
         sign, factor, root = found.groups()
         yield f"{'' if sign else '-'}{answer.lstrip('-')}"
@@ -91,7 +91,7 @@ def _wrong_factors(answer: str) -> Iterator[str]:
 
 
 def _wrong_pairs(answer: str) -> Iterator[str]:
-    """Of a point or an interval: another first number, the two exchanged, the other kind of bracket."""
+    """Change a number of a point or an interval, swap its numbers, or change its closing bracket."""
     if found := re.fullmatch(r"([(\[])(-?\d+), ?(-?\d+|\\infty)([)\]])", answer):
         opening, first, second, closing = found.groups()
         yield f"{opening}{int(first) - 1},{second}{closing}"
@@ -103,7 +103,7 @@ def _wrong_pairs(answer: str) -> Iterator[str]:
 
 
 def _wrong_formulas(answer: str) -> Iterator[str]:
-    """Of a polynomial, a complex number or a vector: the last whole number but exponents and indices is raised by 1."""
+    """Add 1 to the last integer of a polynomial, a complex number or a vector, except exponents and indices."""
     numbers = [n for n in re.finditer(r"(?<![\d^_{.])\d+(?![\d.])", answer) if n.group() != "0"]
     if re.search(r"[a-z] [+-]|\di$|pmatrix", answer) and numbers:
         last = numbers[-1]
@@ -121,8 +121,8 @@ MUTATIONS: tuple[Callable[[str], Iterator[str]], ...] = (
 )
 
 
-def planted_wrong(answers: list[str], count: int) -> list[tuple[str, str]]:
-    """(gold, wrong answer) pairs, every kind of mistake in turn until there are `count`; fewer where there are none."""
+def wrong_answers(answers: list[str], count: int) -> list[tuple[str, str]]:
+    """Return up to `count` pairs (correct answer, wrong answer), alternating between the kinds of mistakes."""
     golds = list(dict.fromkeys(answers))
     streams = [_pairs(golds, mutation) for mutation in MUTATIONS]
     pairs: dict[tuple[str, str], None] = {}

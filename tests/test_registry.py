@@ -9,7 +9,7 @@ from roll_gspo.errors import ConfigError, MissingDependencyError
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.pipelines import PIPELINES
 from roll_gspo.registry import Registry, did_you_mean, import_target
-from roll_gspo.rewards.catalog import REWARDS
+from roll_gspo.rewards.spec import REWARDS
 from roll_gspo.strategies import REQUIREMENTS, STRATEGIES, VALUE_STRATEGIES
 from roll_gspo.tracking.base import TRACKERS
 

@@ -1,4 +1,4 @@
-"""What a reward is asked and what it answers."""
+"""Types that pass between the trainer and a reward."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """One response to be scored; it pickles.
+    """One response to score. Instances can be pickled.
 
     Attributes:
-        prompt: text of the templated prompt.
+        prompt: text of the prompt, with the chat template applied.
         response: text of the response, without special tokens.
-        ground_truth: of the data row.
-        row: the data row's other columns (`id`, `domain`, `tag`, the file's own).
+        ground_truth: expected answer of the data row.
+        row: other columns of the data row (`id`, `domain`, `tag` and the columns of the data file).
     """
 
     prompt: str
@@ -25,14 +25,14 @@ class RewardRequest:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a reward may return instead of a number.
+class RewardOutput:
+    """Score of a response with details; a reward may return it instead of a number.
 
     Attributes:
-        score: the number.
-        answer: the final answer as the reward read it, None where it found none. Answers that count as the same are
-            the same text, for majority votes.
-        components: the parts that the score is made of, by name, each a finite number.
+        score: the reward.
+        answer: final answer that the reward extracted, or None if it found none. Equivalent answers must have the same
+            text, because majority votes compare texts.
+        components: named finite numbers that the score is computed from.
     """
 
     score: float
@@ -42,24 +42,28 @@ class Verdict:
 
 @runtime_checkable
 class BatchReward(Protocol):
-    """A reward that wants several responses at once, e.g. a model: a class with this method instead of `__call__`."""
+    """A reward that scores several responses per call, e.g. with a model. It has this method instead of `__call__`."""
 
-    def score_batch(self, requests: Sequence[RewardRequest]) -> Sequence[float | Verdict]:
-        """One number or verdict a request, in their order; at most `infer_batch_size` requests come at once.
+    def score_batch(self, requests: Sequence[RewardRequest]) -> Sequence[float | RewardOutput]:
+        """Return one number or `RewardOutput` per request, in order.
 
-        A batch in which one raises, hangs or dies is taken apart: each of its samples is scored once more, alone.
+        If a batch raises, times out or kills its process, each of its samples is scored again alone.
+
+        Args:
+            requests: at most `infer_batch_size` requests.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What came of one request.
+    """Result of one request: a score, or the reason why there is none.
 
     Attributes:
-        score: finite; 0 where the reward failed, and then to be left out of everything.
-        failed: why there is no score (raised, returned no finite number, hung, died), else None.
-        answer, components: as in `Verdict`.
+        score: finite number; 0 if the reward failed.
+        failed: reason of the failure (exception, invalid number, timeout, dead process), or None. Failed samples are
+            excluded from the loss and from every statistic.
+        answer, components: see `RewardOutput`.
     """
 
     score: float

@@ -1,19 +1,20 @@
-"""Test cases of programs, in the shapes that data sets have them.
+"""Parsing of test cases for programs, in the formats of common datasets.
 
-A row's `test_cases` is a list (or the JSON text of one), or a single case. Which shape it is follows from `case_type`,
-else from the cases:
+The column `test_cases` of a row is a list of cases, the JSON text of one, or a single case. `case_type` names the
+format; if it is absent, the format follows from the cases:
 
-| `case_type` | a case | passes if |
+| `case_type` | format of a case | passes if |
 |---|---|---|
-| `input`, `stdin` | `{stdin or input, expected_stdout or output}` | the program prints that |
-| `functional`, `call` | `{input, output}` and a function | the function returns that |
-| `assert`, `pytest` | `{assert_code}` or the code itself | each test function, or the code, runs through |
-| `check_based` | `{assert_code, entry_point, import_prefix}` | its `check(entry_point)` runs through |
-| `text` | `{assert_code}` with `{response}` in it | the code runs through; no program is looked for |
+| `input`, `stdin` | `{stdin or input, expected_stdout or output}` | the program prints the expected output |
+| `functional`, `call` | `{input, output}` and a function | the function returns the expected value |
+| `assert`, `pytest` | `{assert_code}` or the code itself | each test function, or the code, runs without an error |
+| `check_based` | `{assert_code, entry_point, import_prefix}` | `check(entry_point)` runs without an error |
+| `text` | `{assert_code}` that contains `{response}` | the code runs without an error; no program is extracted |
 
-Also `{inputs: [...], outputs: [...], fn_name}` (APPS, TACO), LiveCodeBench's `testtype` (`stdin` or `functional`) in
-each case, and Codeforces' `{input, output}`. `input` of a function is the list of its arguments, or their JSON texts,
-one a line. The function is `fn_name`, `entry_point`, `test_case_function` or `metadata.func_name` of the row.
+Also supported are `{inputs: [...], outputs: [...], fn_name}` (APPS, TACO), LiveCodeBench's `testtype` (`stdin` or
+`functional`) in each case, and Codeforces' `{input, output}`. The `input` of a function is the list of its arguments,
+or one JSON text per line. The function is the column `fn_name`, `entry_point`, `test_case_function` or
+`metadata.func_name`.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_IO, _CALL, _CODE, _CHECK = ("input", "stdin"), ("functional", "call"), ("assert", "pytest"), "check_based"
-_KINDS = (*_IO, *_CALL, *_CODE, _CHECK, "text")
-_STAND_IN = "response_of_the_model"
+_STDIN_TYPES = ("input", "stdin")
+_CALL_TYPES = ("functional", "call")
+_UNIT_TEST_TYPES = ("assert", "pytest")
+_CHECK_TYPE = "check_based"
+_CASE_TYPES = (*_STDIN_TYPES, *_CALL_TYPES, *_UNIT_TEST_TYPES, _CHECK_TYPE, "text")
+_PLACEHOLDER_NAME = "response_of_the_model"
 _FUNCTION_COLUMNS = ("fn_name", "entry_point", "test_case_function")
 
 
 @dataclass(frozen=True)
-class ScriptCase:
-    """The program, given this, prints that."""
+class StdinCase:
+    """Input and expected output of a program."""
 
     stdin: str
     expected: str
@@ -40,7 +44,7 @@ class ScriptCase:
 
 @dataclass(frozen=True)
 class CallCase:
-    """The function returns one of the expected values."""
+    """A function call, which passes if it returns one of the expected values."""
 
     function: str
     arguments: Sequence[Any]
@@ -48,70 +52,77 @@ class CallCase:
 
 
 @dataclass(frozen=True)
-class CodeCases:
-    """Unit tests as code.
+class UnitTests:
+    """Unit tests as source code.
 
     Attributes:
-        sources: of the tests.
-        entry_point: function for `check`, "" for tests without.
-        prefix: what the program is preceded by.
-        about_text: they are about the response's text, which stands for `{response}`.
+        sources: source code of each test.
+        entry_point: name of the function that is passed to `check`; empty for other tests.
+        prefix: source code to put before the program.
+        tests_text: True if the tests check the text of the response, which replaces `{response}`.
     """
 
     sources: tuple[str, ...]
     entry_point: str = ""
     prefix: str = ""
-    about_text: bool = False
+    tests_text: bool = False
 
 
-class BadCasesError(ValueError):
-    """A row's test cases have no known shape; the message says what was expected."""
+class InvalidCasesError(ValueError):
+    """The test cases of a row are in no known format; the message names the expected one."""
 
 
-def parse_cases(row: Mapping[str, Any]) -> list[ScriptCase | CallCase | CodeCases]:
-    """The test cases of a row, at least one.
+def parse_cases(row: Mapping[str, Any]) -> list[StdinCase | CallCase | UnitTests]:
+    """Parse the test cases of a row.
 
     Args:
-        row: its columns; `test_cases` is needed.
+        row: columns of the row; `test_cases` is required.
+
+    Returns:
+        At least one case.
 
     Raises:
-        BadCasesError: with the number of the case.
+        InvalidCasesError: the cases are missing or malformed; the message contains the index of the case.
     """
     kind = str(row.get("case_type") or "").strip()
-    if kind and kind not in _KINDS:
-        raise BadCasesError(f"case_type is '{kind}'; known: {', '.join(_KINDS)}")
-    values = _listed(row.get("test_cases"), kind)
-    function = _function(row)
+    if kind and kind not in _CASE_TYPES:
+        raise InvalidCasesError(f"case_type '{kind}' is unknown; use one of {', '.join(_CASE_TYPES)}")
+    values = _as_list(row.get("test_cases"), kind)
+    function = _function_name(row)
     if isinstance(values, Mapping):
         function = str(values.get("fn_name") or function)
-        values = _zipped(values)
+        values = _zip_inputs_outputs(values)
     if not values:
-        raise BadCasesError("test_cases is empty; give at least one case")
-    if kind in _CODE or kind in (_CHECK, "text") or (not kind and all(_is_code(value) for value in values)):
-        return _code(values, kind, function)
-    return [_io(value, f"test_cases[{i}]", kind, function) for i, value in enumerate(values)]
+        raise InvalidCasesError("test_cases is empty; add at least one case")
+    if (
+        kind in _UNIT_TEST_TYPES
+        or kind in (_CHECK_TYPE, "text")
+        or (not kind and all(_is_code(value) for value in values))
+    ):
+        return _unit_tests(values, kind, function)
+    return [_single_case(value, f"test_cases[{i}]", kind, function) for i, value in enumerate(values)]
 
 
-def _listed(value: Any, kind: str) -> Any:
+def _as_list(value: Any, kind: str) -> Any:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except ValueError:
-            if kind not in _CODE:
-                raise BadCasesError(
-                    f"test_cases is neither a list nor the JSON text of one ({_shown(value)}); LiveCodeBench's packed "
-                    "private cases must be unpacked first"
+            if kind not in _UNIT_TEST_TYPES:
+                raise InvalidCasesError(
+                    f"test_cases is neither a list nor the JSON text of one ({_abbreviate(value)}); unpack "
+                    "LiveCodeBench's compressed private cases first"
                 ) from None
     if value is None or value == "":
-        raise BadCasesError("the row has no test_cases; add the column")
+        raise InvalidCasesError("test_cases is missing; add the column")
     if isinstance(value, str) or (isinstance(value, Mapping) and "inputs" not in value):
         return [value]
     if not isinstance(value, Mapping | list | tuple):
-        raise BadCasesError(f"test_cases: expected a list of cases, got {_shown(value)}")
+        raise InvalidCasesError(f"test_cases: expected a list of cases, got {_abbreviate(value)}")
     return value
 
 
-def _function(row: Mapping[str, Any]) -> str:
+def _function_name(row: Mapping[str, Any]) -> str:
     metadata = row.get("metadata")
     if isinstance(metadata, str):
         try:
@@ -123,10 +134,10 @@ def _function(row: Mapping[str, Any]) -> str:
     return next((name for name in found if name and name != "None"), "")
 
 
-def _zipped(value: Mapping[str, Any]) -> list[Any]:
+def _zip_inputs_outputs(value: Mapping[str, Any]) -> list[Any]:
     inputs, outputs = value.get("inputs"), value.get("outputs")
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
-        raise BadCasesError("test_cases: expected as many inputs as outputs, each a list")
+        raise InvalidCasesError("test_cases: expected inputs and outputs as lists of equal length")
     return [{"input": i, "output": o, "wrapped": True} for i, o in zip(inputs, outputs, strict=True)]
 
 
@@ -134,54 +145,60 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, Mapping) and "assert_code" in value
 
 
-def _code(values: Sequence[Any], kind: str, function: str) -> list[ScriptCase | CallCase | CodeCases]:
+def _unit_tests(values: Sequence[Any], kind: str, function: str) -> list[StdinCase | CallCase | UnitTests]:
     sources = []
     for index, value in enumerate(values):
         source = value.get("assert_code") if isinstance(value, Mapping) else value
         if not isinstance(source, str) or not source.strip():
-            raise BadCasesError(f"test_cases[{index}]: expected the text of a test or assert_code, got {_shown(value)}")
+            raise InvalidCasesError(
+                f"test_cases[{index}]: expected the source of a test or assert_code, got {_abbreviate(value)}"
+            )
         if kind == "text":
             _check_placeholder(source, f"test_cases[{index}]")
         sources.append(source)
     first = values[0] if isinstance(values[0], Mapping) else {}
-    if kind != _CHECK and (kind or not first.get("entry_point")):
-        return [CodeCases(tuple(sources), about_text=kind == "text")]
+    if kind != _CHECK_TYPE and (kind or not first.get("entry_point")):
+        return [UnitTests(tuple(sources), tests_text=kind == "text")]
     entry_point = str(first.get("entry_point") or function)
     if not entry_point:
-        raise BadCasesError("test_cases[0]: check_based needs the name of the function as entry_point")
-    return [CodeCases(tuple(sources), entry_point, str(first.get("import_prefix") or ""))]
+        raise InvalidCasesError("test_cases[0]: check_based needs the name of a function; set entry_point")
+    return [UnitTests(tuple(sources), entry_point, str(first.get("import_prefix") or ""))]
 
 
 def _check_placeholder(source: str, where: str) -> None:
-    """Within quotes, what the response says could end the text and go on as code of the test."""
+    """Refuse a quoted `{response}`: the response could close the quotes and continue as code of the test."""
     try:
-        tree = ast.parse(source.replace("{response}", _STAND_IN))
+        tree = ast.parse(source.replace("{response}", _PLACEHOLDER_NAME))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return  # the sandbox tells
+        return  # the sandbox reports it
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    if names.count(_STAND_IN) != source.count("{response}"):
-        raise BadCasesError(f"{where}: {{response}} is within quotes; write it bare, a literal takes its place")
+    if names.count(_PLACEHOLDER_NAME) != source.count("{response}"):
+        raise InvalidCasesError(
+            f"{where}: {{response}} is within quotes; remove them, because it is replaced by a string literal"
+        )
 
 
-def _io(value: Any, where: str, kind: str, function: str) -> ScriptCase | CallCase:
+def _single_case(value: Any, where: str, kind: str, function: str) -> StdinCase | CallCase:
     shape = "{stdin or input, expected_stdout or output}"
     if not isinstance(value, Mapping):
-        raise BadCasesError(f"{where}: expected {shape}, got {_shown(value)}")
+        raise InvalidCasesError(f"{where}: expected {shape}, got {_abbreviate(value)}")
     given = next((value[name] for name in ("stdin", "input") if name in value), None)
     expected = next((value[n] for n in ("expected_stdout", "output", "expected_output") if n in value), None)
     if given is None or expected is None:
-        raise BadCasesError(f"{where}: expected {shape}, found {', '.join(map(str, value)) or 'nothing'}")
-    # LiveCodeBench says so in each case; ROLL's `input` with a function's name is a call; lists can only be arguments.
-    calls = kind in _CALL or value.get("testtype") == "functional"
+        raise InvalidCasesError(f"{where}: expected {shape}, found {', '.join(map(str, value)) or 'nothing'}")
+    # LiveCodeBench marks calls in each case. ROLL's `input` with a function name is a call, too.
+    calls = kind in _CALL_TYPES or value.get("testtype") == "functional"
     calls = calls or (bool(function) and kind != "stdin" and value.get("testtype") != "stdin")
     if not calls:
-        return ScriptCase(_text(given, where), _text(expected, where))
+        return StdinCase(_as_text(given, where), _as_text(expected, where))
     if not function:
-        raise BadCasesError(f"{where}: a call needs the function's name in fn_name, entry_point or metadata.func_name")
-    wanted = [_from_json(expected)]
-    if value.get("wrapped") and isinstance(wanted[0], list) and len(wanted[0]) == 1:
-        wanted.append(wanted[0][0])  # APPS wraps some results in a list
-    return CallCase(function, _arguments(given, where), wanted)
+        raise InvalidCasesError(
+            f"{where}: a call needs the name of a function; set fn_name, entry_point or metadata.func_name"
+        )
+    expected_values = [_from_json(expected)]
+    if value.get("wrapped") and isinstance(expected_values[0], list) and len(expected_values[0]) == 1:
+        expected_values.append(expected_values[0][0])  # APPS wraps some return values in a list
+    return CallCase(function, _arguments(given, where), expected_values)
 
 
 def _arguments(given: Any, where: str) -> list[Any]:
@@ -190,7 +207,7 @@ def _arguments(given: Any, where: str) -> list[Any]:
     try:
         return [json.loads(line) for line in str(given).splitlines() if line.strip()]
     except ValueError:
-        raise BadCasesError(f"{where}: expected arguments as JSON, one a line, got {_shown(given)}") from None
+        raise InvalidCasesError(f"{where}: expected one JSON argument per line, got {_abbreviate(given)}") from None
 
 
 def _from_json(value: Any) -> Any:
@@ -202,14 +219,14 @@ def _from_json(value: Any) -> Any:
         return value
 
 
-def _text(value: Any, where: str) -> str:
+def _as_text(value: Any, where: str) -> str:
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if not isinstance(value, str | int | float):
-        raise BadCasesError(f"{where}: expected the text of stdin and stdout, got {_shown(value)}")
+        raise InvalidCasesError(f"{where}: expected stdin and stdout as text, got {_abbreviate(value)}")
     return str(value)
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

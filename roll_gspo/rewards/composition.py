@@ -1,4 +1,4 @@
-"""Several rewards as one: `combine` and `parts` of a reward block."""
+"""Combination of several rewards: `combine` and `parts` of a reward block."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, SupportsFloat
 
 from roll_gspo.errors import RewardError
-from roll_gspo.rewards.base import RewardRequest, Verdict
+from roll_gspo.rewards.base import RewardOutput, RewardRequest
 
 Combine = Literal["weighted_sum", "gate", "min"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the rewards.
+    """One reward of a composition.
 
     Attributes:
-        reward: takes a request, returns a number or a `Verdict`.
-        weight: factor of its score in a sum.
-        threshold: what its score must reach where it is the gate.
+        reward: function that takes a request and returns a number or a `RewardOutput`.
+        weight: factor of the score in a weighted sum.
+        threshold: minimum score that passes if this part is the gate.
     """
 
     reward: Callable[[RewardRequest], Any]
@@ -29,19 +29,20 @@ class Part:
 
 
 class Composition:
-    """Parts evaluated in order, and one `Verdict` of them.
+    """A reward that evaluates several parts in order and combines their scores.
 
-    `weighted_sum` is the sum of weight times score over all parts, `min` the lowest score. With `gate`, the first part
-    only decides: where its score reaches its threshold, the result is the weighted sum of the others, else it is
-    `else_score` and the others are not evaluated, so that a cheap gate saves a costly judge.
+    * `weighted_sum`: sum of weight times score over all parts.
+    * `min`: lowest score.
+    * `gate`: if the score of the first part reaches its threshold, the weighted sum of the other parts. Otherwise
+      `else_score`, and the other parts are not evaluated: a cheap gate saves calls of an expensive judge.
 
-    The verdict's components are the scores by part, before weights (and `part/component` where a part has some of its
-    own); of parts that were not evaluated there are none. Its answer is that of the first part that gives one.
+    The components of the output are the unweighted scores of the evaluated parts by name, and the components of a part
+    as `part/component`. The answer is that of the first part that has one.
 
     Args:
-        combine: see above.
-        parts: by name, in order.
-        else_score: of what does not pass the gate.
+        combine: one of the three rules above.
+        parts: parts by name, in order of evaluation.
+        else_score: score of a response that does not pass the gate.
     """
 
     def __init__(self, combine: Combine, parts: Mapping[str, Part], else_score: float = 0.0) -> None:
@@ -49,36 +50,36 @@ class Composition:
         self._parts = dict(parts)
         self._else_score = else_score
 
-    def __call__(self, request: RewardRequest) -> Verdict:
+    def __call__(self, request: RewardRequest) -> RewardOutput:
         """Score one response.
 
         Raises:
-            RewardError: a part failed; the message begins with its name.
+            RewardError: a part failed; the message starts with its name.
         """
         scores: dict[str, float] = {}
         components: dict[str, float] = {}
         answer = None
         gate = next(iter(self._parts)) if self._combine == "gate" else None
         for name, part in self._parts.items():
-            verdict = _evaluate(name, part.reward, request)
-            scores[name] = components[name] = float(verdict.score)
-            components |= {f"{name}/{inner}": float(value) for inner, value in verdict.components.items()}
-            answer = verdict.answer if answer is None else answer
+            output = _evaluate(name, part.reward, request)
+            scores[name] = components[name] = float(output.score)
+            components |= {f"{name}/{inner}": float(value) for inner, value in output.components.items()}
+            answer = output.answer if answer is None else answer
             if name == gate and scores[name] < part.threshold:
-                return Verdict(self._else_score, answer, components)
+                return RewardOutput(self._else_score, answer, components)
         if self._combine == "min":
-            return Verdict(min(scores.values()), answer, components)
+            return RewardOutput(min(scores.values()), answer, components)
         total = math.fsum(self._parts[name].weight * score for name, score in scores.items() if name != gate)
-        return Verdict(total, answer, components)
+        return RewardOutput(total, answer, components)
 
 
-def _evaluate(name: str, reward: Callable[[RewardRequest], Any], request: RewardRequest) -> Verdict:
+def _evaluate(name: str, reward: Callable[[RewardRequest], Any], request: RewardRequest) -> RewardOutput:
     try:
         value = reward(request)
-    except BaseException as error:  # also sys.exit(), as of a reward that stands alone
+    except BaseException as error:  # including SystemExit, as in `worker.evaluate`
         raise RewardError(f"part '{name}': {type(error).__name__}: {error}") from error
-    verdict = value if isinstance(value, Verdict) else Verdict(value)
-    for number in (verdict.score, *verdict.components.values()):
+    output = value if isinstance(value, RewardOutput) else RewardOutput(value)
+    for number in (output.score, *output.components.values()):
         if not isinstance(number, SupportsFloat) or not math.isfinite(float(number)):
             raise RewardError(f"part '{name}': returned {number!r}, not a finite number")
-    return verdict
+    return output

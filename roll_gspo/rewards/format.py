@@ -1,4 +1,4 @@
-"""`format`: whether a response has the required form, whatever it says."""
+"""`format`: check that a response has a required form; its content does not matter."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import did_you_mean
-from roll_gspo.rewards.base import Verdict
-from roll_gspo.rewards.final_answer import after_thinking, count_boxes, last_box
+from roll_gspo.rewards.base import RewardOutput
+from roll_gspo.rewards.final_answer import count_boxes, last_boxed, strip_thinking
 
 _REGEX_CHARACTERS = re.compile(r"[\\^$.|?*+()\[\]{}<>\s]")
 
 
 def _no_tag(*names: str) -> str:
-    """Any text without the tags; it cannot backtrack into one."""
+    """Return a pattern of any text that contains none of the tags."""
     return rf"(?:(?!</?(?:{'|'.join(names)})>).)*"
 
 
@@ -28,41 +28,45 @@ _THINK_TEXT = re.compile(rf"{_THINK}\s*\S{_no_tag('think')}", re.S)
 
 
 @dataclass(frozen=True)
-class _Named:
-    """A form, and the tags that each must occur once in it."""
+class _Form:
+    """A required form, and the tags that must each occur once in it."""
 
     matches: Callable[[str], bool]
     tags: tuple[str, ...] = ()
 
 
-PATTERNS: dict[str, _Named] = {
-    "think_answer": _Named(
+PATTERNS: dict[str, _Form] = {
+    "think_answer": _Form(
         lambda text: _THINK_ANSWER.fullmatch(text) is not None, ("<think>", "</think>", "<answer>", "</answer>")
     ),
-    "think": _Named(lambda text: _THINK_TEXT.fullmatch(text) is not None, ("<think>", "</think>")),
-    "boxed": _Named(
-        lambda text: count_boxes(text := after_thinking(text)) == 1 and bool((last_box(text) or "").strip())
+    "think": _Form(lambda text: _THINK_TEXT.fullmatch(text) is not None, ("<think>", "</think>")),
+    "boxed": _Form(
+        lambda text: count_boxes(text := strip_thinking(text)) == 1 and bool((last_boxed(text) or "").strip())
     ),
 }
 
 
 class Format:
-    r"""1 where the whole response (without blanks around it) has the form, else `partial_credit` of what is there.
+    r"""Score 1 if the whole stripped response has the form, else up to `partial_credit`.
 
-    Named forms: `think_answer`: `<think>..</think><answer>..</answer>`, each tag once and an answer that is not empty;
-    `think`: `<think>..</think>` and then text; `boxed`: one `\boxed{}` with content after the thinking. A template
-    that ends with `<think>` has opened the thinking: it counts as the response's.
+    Named forms:
 
-    A regular expression that takes for ever on some response costs that sample alone: the pool ends the process after
-    `timeout_s` and marks the sample as failed.
+    * `think_answer`: `<think>..</think><answer>..</answer>`, each tag once, with a nonempty answer.
+    * `think`: `<think>..</think>` followed by text.
+    * `boxed`: exactly one `\boxed{}` after the thinking, with content.
+
+    If the prompt ends with `<think>`, that tag counts as part of the response.
+
+    If a regular expression backtracks without end on a response, only that sample fails: the pool kills the process
+    after `timeout_s`.
 
     Args:
-        format_pattern: one of these names, or a regular expression (`.` matches line ends, too).
-        partial_credit: below 1: what all tags of a named form are worth where the form does not hold, e.g. in the
-            wrong order; each tag that occurs exactly once counts.
+        format_pattern: name of a form, or a regular expression (`.` also matches newlines).
+        partial_credit: score below 1 for all tags of a named form if the form does not match, e.g. because of their
+            order. Each tag that occurs exactly once adds an equal share.
 
     Raises:
-        ConfigError: the pattern is not a regular expression, or has no tags to give credit for.
+        ConfigError: the pattern is no regular expression, or `partial_credit` is set for a form without tags.
     """
 
     def __init__(self, format_pattern: str = "think_answer", partial_credit: float = 0.0) -> None:
@@ -70,24 +74,26 @@ class Format:
             raise ConfigError(f"format: partial_credit is {partial_credit}; expected 0 up to, but not including, 1")
         named = PATTERNS.get(format_pattern)
         if partial_credit and not (named and named.tags):
-            able = " and ".join(name for name, form in PATTERNS.items() if form.tags)
-            raise ConfigError(f"format: partial_credit acts with {able} only, not with '{format_pattern}'; remove it")
+            supported = " and ".join(name for name, form in PATTERNS.items() if form.tags)
+            raise ConfigError(
+                f"format: partial_credit works with {supported} only, not with '{format_pattern}'; remove it"
+            )
         self._form = named or _regular_expression(format_pattern)
         self._partial_credit = partial_credit
 
-    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> Verdict:
-        opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
-        text = (opened + response).strip()
+    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
+        prefix = "<think>" if prompt.rstrip().endswith("<think>") else ""
+        text = (prefix + response).strip()
         if self._form.matches(text):
-            return Verdict(1.0)
+            return RewardOutput(1.0)
         if not self._partial_credit:
-            return Verdict(0.0)
+            return RewardOutput(0.0)
         tags = self._form.tags
-        return Verdict(self._partial_credit * sum(text.count(tag) == 1 for tag in tags) / len(tags))
+        return RewardOutput(self._partial_credit * sum(text.count(tag) == 1 for tag in tags) / len(tags))
 
 
-def _regular_expression(pattern: str) -> _Named:
-    if not _REGEX_CHARACTERS.search(pattern):  # it could match nothing but itself: a misspelt name
+def _regular_expression(pattern: str) -> _Form:
+    if not _REGEX_CHARACTERS.search(pattern):  # it would match only itself, so it is a misspelt name
         hint = did_you_mean(pattern, list(PATTERNS))
         raise ConfigError(
             f"format_pattern: '{pattern}' is neither {', '.join(PATTERNS)} nor a regular expression{hint}"
@@ -95,5 +101,5 @@ def _regular_expression(pattern: str) -> _Named:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError(f"format_pattern: {pattern!r} is no regular expression: {error}") from None
-    return _Named(lambda text: compiled.fullmatch(text) is not None)
+        raise ConfigError(f"format_pattern: {pattern!r} is no regular expression ({error}); correct it") from None
+    return _Form(lambda text: compiled.fullmatch(text) is not None)

@@ -1,4 +1,4 @@
-"""`ifeval`: how many of a row's verifiable instructions a response follows, without a model."""
+"""`ifeval`: verifiable instructions of a row, checked by rules without a model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from roll_gspo.errors import ConfigError
 from roll_gspo.registry import did_you_mean
 from roll_gspo.rewards import ifeval_layout as layout
 from roll_gspo.rewards import ifeval_words as words
-from roll_gspo.rewards.base import Verdict
-from roll_gspo.rewards.final_answer import after_thinking
+from roll_gspo.rewards.base import RewardOutput
+from roll_gspo.rewards.final_answer import strip_thinking
 
 REWARD_TYPES = ("soft", "hard")
 
-FAMILIES: dict[str, Callable[..., bool]] = {
+INSTRUCTIONS: dict[str, Callable[..., bool]] = {
     "keywords:existence": words.keywords_exist,
     "keywords:frequency": words.keyword_frequency,
     "keywords:forbidden_words": words.forbidden_words_absent,
@@ -49,82 +49,90 @@ FAMILIES: dict[str, Callable[..., bool]] = {
 
 
 @dataclass(frozen=True)
-class _Tulu:
-    """What a `func_name` of Tulu's and ROLL's rows stands for: a family, its arguments' other names, fixed ones."""
+class _TuluCheck:
+    """Check that a `func_name` in rows of Tulu and ROLL stands for.
+
+    Attributes:
+        check: function that checks a response.
+        names: argument names of `check` by their names in the row.
+        fixed: arguments of `check` that the row does not have.
+    """
 
     check: Callable[..., bool]
     names: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-TULU: dict[str, _Tulu] = {
-    "verify_keywords": _Tulu(words.keywords_exist, {"keyword_list": "keywords"}),
-    "verify_keyword_frequency": _Tulu(
+TULU_INSTRUCTIONS: dict[str, _TuluCheck] = {
+    "verify_keywords": _TuluCheck(words.keywords_exist, {"keyword_list": "keywords"}),
+    "verify_keyword_frequency": _TuluCheck(
         words.keyword_frequency, {"word": "keyword", "N": "frequency"}, {"relation": "exactly"}
     ),
-    "validate_forbidden_words": _Tulu(words.forbidden_words_absent),
-    "verify_letter_frequency": _Tulu(words.letter_frequency, {"N": "let_frequency"}, {"let_relation": "exactly"}),
-    "validate_response_language": _Tulu(words.response_language),
-    "verify_paragraph_count": _Tulu(words.number_paragraphs, {"N": "num_paragraphs"}),
-    "validate_word_constraint": _Tulu(words.number_words, {"N": "num_words", "quantifier": "relation"}),
-    "verify_sentence_constraint": _Tulu(words.number_sentences, {"N": "num_sentences", "quantifier": "relation"}),
-    "validate_paragraphs": _Tulu(words.nth_paragraph_first_word, {"N": "num_paragraphs", "i": "nth_paragraph"}),
-    "verify_postscript": _Tulu(layout.postscript),
-    "validate_placeholders": _Tulu(layout.number_placeholders, {"N": "num_placeholders"}),
-    "verify_bullet_points": _Tulu(layout.number_bullet_lists, {"N": "num_bullets"}),
-    "validate_title": _Tulu(layout.title),
-    "validate_choice": _Tulu(layout.choice),
-    "validate_highlighted_sections": _Tulu(layout.number_highlighted_sections, {"N": "num_highlights"}),
-    "validate_sections": _Tulu(layout.multiple_sections, {"N": "num_sections", "section_splitter": "section_spliter"}),
-    "validate_json_format": _Tulu(layout.json_format),
-    "validate_repeat_prompt": _Tulu(layout.repeat_prompt, {"original_prompt": "prompt_to_repeat"}),
-    "validate_two_responses": _Tulu(layout.two_responses),
-    "validate_uppercase": _Tulu(words.english_capital),
-    "validate_lowercase": _Tulu(words.english_lowercase),
-    "validate_frequency_capital_words": _Tulu(
+    "validate_forbidden_words": _TuluCheck(words.forbidden_words_absent),
+    "verify_letter_frequency": _TuluCheck(words.letter_frequency, {"N": "let_frequency"}, {"let_relation": "exactly"}),
+    "validate_response_language": _TuluCheck(words.response_language),
+    "verify_paragraph_count": _TuluCheck(words.number_paragraphs, {"N": "num_paragraphs"}),
+    "validate_word_constraint": _TuluCheck(words.number_words, {"N": "num_words", "quantifier": "relation"}),
+    "verify_sentence_constraint": _TuluCheck(words.number_sentences, {"N": "num_sentences", "quantifier": "relation"}),
+    "validate_paragraphs": _TuluCheck(words.nth_paragraph_first_word, {"N": "num_paragraphs", "i": "nth_paragraph"}),
+    "verify_postscript": _TuluCheck(layout.postscript),
+    "validate_placeholders": _TuluCheck(layout.number_placeholders, {"N": "num_placeholders"}),
+    "verify_bullet_points": _TuluCheck(layout.number_bullet_lists, {"N": "num_bullets"}),
+    "validate_title": _TuluCheck(layout.title),
+    "validate_choice": _TuluCheck(layout.choice),
+    "validate_highlighted_sections": _TuluCheck(layout.number_highlighted_sections, {"N": "num_highlights"}),
+    "validate_sections": _TuluCheck(
+        layout.multiple_sections, {"N": "num_sections", "section_splitter": "section_spliter"}
+    ),
+    "validate_json_format": _TuluCheck(layout.json_format),
+    "validate_repeat_prompt": _TuluCheck(layout.repeat_prompt, {"original_prompt": "prompt_to_repeat"}),
+    "validate_two_responses": _TuluCheck(layout.two_responses),
+    "validate_uppercase": _TuluCheck(words.english_capital),
+    "validate_lowercase": _TuluCheck(words.english_lowercase),
+    "validate_frequency_capital_words": _TuluCheck(
         words.capital_word_frequency, {"N": "capital_frequency", "quantifier": "capital_relation"}
     ),
-    "validate_end": _Tulu(layout.end_checker),
-    "validate_quotation": _Tulu(layout.quotation),
-    "validate_no_commas": _Tulu(words.no_comma),
+    "validate_end": _TuluCheck(layout.end_checker),
+    "validate_quotation": _TuluCheck(layout.quotation),
+    "validate_no_commas": _TuluCheck(words.no_comma),
 }
 
 
 class IfEval:
-    """How many of the row's instructions the response follows; what precedes `</think>` does not count.
+    """Score the instructions that the response follows. Text before the last `</think>` is ignored.
 
-    A row has IFEval's columns `instruction_id_list` and `kwargs` (lists, or JSON), or has them in its ground truth, or
-    its ground truth is an object with `func_name` and its arguments, as in Tulu's and ROLL's rows. The verdict's
-    components are the shares of followed instructions by name.
+    A row has IFEval's columns `instruction_id_list` and `kwargs` (lists or their JSON), or its ground truth contains
+    them. Rows of Tulu and ROLL have a ground truth with `func_name` and its arguments instead. The components of the
+    output are the fractions of followed instructions by name.
 
     Args:
-        reward_type: `soft`: the share that is followed; `hard`: 1 where all are, else 0.
-        loose: also try the response without its first line, its last line and its asterisks (the paper's loose
-            accuracy), so that an introductory sentence does not cost the instruction.
+        reward_type: `soft` for the fraction of followed instructions; `hard` for 1 if all are followed, else 0.
+        loose: if True, an instruction is also followed if it holds after the first line, the last line or all asterisks
+            are removed. This is the loose accuracy of the paper, which tolerates an introductory sentence.
 
     Raises:
-        ConfigError: another `reward_type`.
-        ValueError: (at a row) an instruction is unknown, lacks an argument, or has one too many.
+        ConfigError: `reward_type` is unknown.
+        ValueError: an instruction of a row is unknown, or its arguments are missing, unknown or of the wrong type.
     """
 
     def __init__(self, reward_type: str = "hard", loose: bool = False) -> None:
         if reward_type not in REWARD_TYPES:
-            raise ConfigError(f"reward_type: ifeval has {' and '.join(REWARD_TYPES)}, not '{reward_type}'")
+            raise ConfigError(f"ifeval: reward_type '{reward_type}' is unknown; use one of {', '.join(REWARD_TYPES)}")
         self._is_soft = reward_type == "soft"
         self._loose = loose
-        words.language_of("The model is loaded now, not on the clock of a sample.")
+        words.detect_language("Load the model now, so that its load time does not count against the first sample.")
 
-    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> Verdict:
-        answer = after_thinking(response).strip()
+    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
+        answer = strip_thinking(response).strip()
         texts = [text for text in (_loose_texts(answer) if self._loose else [answer]) if text.strip()]
         followed: dict[str, list[bool]] = {}
         for name, check, arguments in _instructions(ground_truth, row):
-            # An empty response follows nothing, not even an interdiction.
+            # An empty response follows no instruction, not even one that forbids something.
             followed.setdefault(name, []).append(any(check(text, **arguments) for text in texts))
         results = [result for of_name in followed.values() for result in of_name]
-        share = sum(results) / len(results)
-        parts = {name: sum(of_name) / len(of_name) for name, of_name in followed.items()}
-        return Verdict(share if self._is_soft else float(all(results)), None, parts)
+        fraction = sum(results) / len(results)
+        components = {name: sum(of_name) / len(of_name) for name, of_name in followed.items()}
+        return RewardOutput(fraction if self._is_soft else float(all(results)), None, components)
 
 
 def _loose_texts(response: str) -> Iterator[str]:
@@ -137,70 +145,72 @@ def _loose_texts(response: str) -> Iterator[str]:
 def _instructions(
     ground_truth: str, row: Mapping[str, Any]
 ) -> Iterator[tuple[str, Callable[..., bool], dict[str, Any]]]:
-    """(name, check, arguments) of every instruction of a row, one at least."""
-    source = row if row.get("instruction_id_list") is not None else _read(ground_truth, "ground_truth")
+    """Yield (name, check, arguments) of each instruction of a row, at least one."""
+    source = row if row.get("instruction_id_list") is not None else _parse(ground_truth, "ground_truth")
     if isinstance(source, list) and len(source) == 1:
         source = source[0]
     if not isinstance(source, Mapping):
         raise ValueError(
-            "ifeval: the row has no instruction_id_list and kwargs, and its ground_truth is no object with them or "
-            f"with func_name, but {ground_truth[:80]!r}"
+            "ifeval: the row has no instruction_id_list and kwargs, and its ground_truth contains neither them nor "
+            f"func_name ({ground_truth[:80]!r}); correct the row"
         )
     if "func_name" in source:
         yield _tulu_instruction(dict(source))
         return
-    names = _read(source.get("instruction_id_list", source.get("instruction_id")), "instruction_id_list")
-    kwargs = _read(source.get("kwargs"), "kwargs")
+    names = _parse(source.get("instruction_id_list", source.get("instruction_id")), "instruction_id_list")
+    kwargs = _parse(source.get("kwargs"), "kwargs")
     if not isinstance(names, Sequence) or isinstance(names, str) or not names:
-        raise ValueError(f"ifeval: instruction_id_list is {names!r}, not a list of names")
+        raise ValueError(f"ifeval: instruction_id_list is {names!r}, not a list of names; correct the row")
     if not isinstance(kwargs, Sequence) or len(kwargs) != len(names):
-        raise ValueError(f"ifeval: kwargs {kwargs!r} are not one object for each of the {len(names)} instructions")
+        raise ValueError(
+            f"ifeval: kwargs {kwargs!r} are not {len(names)} objects, one per instruction; correct the row"
+        )
     for name, arguments in zip(names, kwargs, strict=True):
-        if name not in FAMILIES:
-            raise ValueError(f"ifeval: unknown instruction '{name}'{did_you_mean(name, list(FAMILIES))}")
-        yield name, FAMILIES[name], _checked(name, FAMILIES[name], _read(arguments, f"kwargs of {name}") or {})
+        if name not in INSTRUCTIONS:
+            raise ValueError(f"ifeval: unknown instruction '{name}'{did_you_mean(name, list(INSTRUCTIONS))}")
+        check = INSTRUCTIONS[name]
+        yield name, check, _validate_arguments(name, check, _parse(arguments, f"kwargs of {name}") or {})
 
 
 def _tulu_instruction(source: dict[str, Any]) -> tuple[str, Callable[..., bool], dict[str, Any]]:
     name = source.pop("func_name")
-    if name not in TULU:
-        raise ValueError(f"ifeval: unknown func_name '{name}'{did_you_mean(str(name), list(TULU))}")
-    entry = TULU[name]
+    if name not in TULU_INSTRUCTIONS:
+        raise ValueError(f"ifeval: unknown func_name '{name}'{did_you_mean(str(name), list(TULU_INSTRUCTIONS))}")
+    entry = TULU_INSTRUCTIONS[name]
     arguments = {entry.names.get(key, key): value for key, value in source.items()}
-    return name, entry.check, _checked(name, entry.check, {**arguments, **entry.fixed})
+    return name, entry.check, _validate_arguments(name, entry.check, {**arguments, **entry.fixed})
 
 
-def _checked(name: str, check: Callable[..., bool], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are given; data sets fill those of other instructions with nulls or NaN."""
-    taken = {key: parameter for key, parameter in inspect.signature(check).parameters.items() if key != "response"}
+def _validate_arguments(name: str, check: Callable[..., bool], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are set; datasets fill those of other instructions with null or NaN."""
+    parameters = {key: parameter for key, parameter in inspect.signature(check).parameters.items() if key != "response"}
     given = {key: value for key, value in arguments.items() if value is not None and value == value}
-    if missing := sorted(taken.keys() - given.keys()):
-        raise ValueError(f"ifeval: '{name}' lacks {', '.join(missing)} (its kwargs: {dict(given)}); correct the row")
-    if unknown := sorted(given.keys() - taken.keys()):
-        raise ValueError(
-            f"ifeval: '{name}' has no argument {', '.join(unknown)} (it has: {', '.join(taken) or 'none'})"
-        )
-    return {key: _typed(value, taken[key].annotation, f"{key} of '{name}'") for key, value in given.items()}
+    if missing := sorted(parameters.keys() - given.keys()):
+        raise ValueError(f"ifeval: '{name}' lacks {', '.join(missing)} (kwargs: {dict(given)}); correct the row")
+    if unknown := sorted(given.keys() - parameters.keys()):
+        known = ", ".join(parameters) or "none"
+        raise ValueError(f"ifeval: '{name}' has no argument {', '.join(unknown)} (known: {known}); correct the row")
+    return {key: _convert(value, parameters[key].annotation, f"{key} of '{name}'") for key, value in given.items()}
 
 
-def _typed(value: Any, annotation: str, where: str) -> Any:
-    """A value as a check takes it. A text in the place of a list would be taken apart into its letters."""
+def _convert(value: Any, annotation: str, where: str) -> Any:
+    """Return a value with the annotated type. A string is no list, because a check would iterate over its letters."""
     if annotation != "str":
-        value = _read(value, where)
+        value = _parse(value, where)
     if annotation == "list[str]":
-        fits = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
-        expected = "a list of texts"
+        valid = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+        expected = "a list of strings"
     elif annotation == "int":
-        fits, expected = isinstance(value, int | float) and value == int(value), "a whole number"
+        valid, expected = isinstance(value, int | float) and value == int(value), "an integer"
     else:
-        fits, expected = isinstance(value, str), "a text"
-    if not fits:
+        valid, expected = isinstance(value, str), "a string"
+    if not valid:
         raise ValueError(f"ifeval: {where} is {value!r}, not {expected}; correct the row")
     return value
 
 
-def _read(value: Any, where: str) -> Any:
-    """What a column holds, which may be the JSON of it (or Python's notation of it, as Tulu's newer rows have)."""
+def _parse(value: Any, where: str) -> Any:
+    """Return the value of a column, decoded from JSON or from a Python literal (as in newer rows of Tulu)."""
     if not isinstance(value, str):
         return value
     try:
@@ -210,4 +220,6 @@ def _read(value: Any, where: str) -> Any:
     try:
         return ast.literal_eval(value) if re.match(r"\s*[\[{]", value) else value
     except (ValueError, SyntaxError):
-        raise ValueError(f"ifeval: {where} is neither a list nor its JSON: {value[:80]!r}") from None
+        raise ValueError(
+            f"ifeval: {where} is neither a list nor the JSON of one ({value[:80]!r}); correct it"
+        ) from None

@@ -1,4 +1,4 @@
-r"""`multiple_choice_boxed` and `crossthinkqa`: the option letters in the last `\boxed{}`."""
+r"""`multiple_choice_boxed` and `crossthinkqa`: comparison of the option letters in the last `\boxed{}`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import unicodedata
 from typing import Any
 
 from roll_gspo.errors import ConfigError
-from roll_gspo.rewards.base import Verdict
-from roll_gspo.rewards.final_answer import after_thinking, last_box
+from roll_gspo.rewards.base import RewardOutput
+from roll_gspo.rewards.final_answer import last_boxed, strip_thinking
 
-# (right and boxed, right without a box, wrong in a box, wrong without a box), ROLL's figures
+# Scores of (correct boxed, correct unboxed, wrong boxed, wrong unboxed), from ROLL.
 REWARD_TYPES = {
     "loose": (1.0, 1.0, -1.0, -1.0),
     "soft": (1.0, 0.5, -0.5, -1.0),
@@ -28,7 +28,7 @@ _ALL_LETTERS = re.compile(rf"{_LETTERS}[.。]?")
 _LETTER_AND_TEXT = re.compile(
     r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\s*(?:[.:)\]]|[–—-](?!\s*[A-Z]\.?$)|(?=\()))\s*(\S.*)", re.DOTALL
 )
-# The text of one option does not begin with another's letter, nor offer one.
+# Text of an option that names a second option.
 _HEDGE = re.compile(r"^\(?(?:and|or)\b|^[,;/&、]\s*[(\[]?[A-Z]\b|^[(\[]?[A-Z][)\]]|\bor\s+[(\[]?[A-Z](?:[)\]:]|\.\s)")
 _SMALL_LETTER = re.compile(r"[(\[]?[a-z][)\]]?\.?")
 _PHRASE = re.compile(
@@ -39,13 +39,13 @@ _PHRASE = re.compile(
 
 
 def option_letters(text: str) -> str | None:
-    r"""The options that a text names, in order and separated by commas; None where it names none.
+    r"""Return the options that a text names, sorted and separated by commas, or None if it names none.
 
-    `B`, `(B)`, `b`, `\text{B}`, `\textbf{(B)}`, `B. its text`, `Option B`; several: `A, C`, `A and C`, `(A)(C)`, `AC`.
-    `A or C` and `A-C` name none.
+    One option: `B`, `(B)`, `b`, `\text{B}`, `\textbf{(B)}`, `B. its text`, `Option B`. Several options: `A, C`,
+    `A and C`, `(A)(C)`, `AC`. `A or C` and `A-C` name no option.
     """
-    plain = _LEAD.sub("", _plain(text).strip()).strip()
-    if re.fullmatch(r"[A-Z]{2,}", plain):  # a word is not a list of options, letters in order are
+    plain = _LEAD.sub("", _strip_markup(text).strip()).strip()
+    if re.fullmatch(r"[A-Z]{2,}", plain):  # letters in alphabetical order are options, others are a word
         return ",".join(plain) if list(plain) == sorted(set(plain)) else None
     if _ALL_LETTERS.fullmatch(re.sub(r"([)\]])(?=[(\[])", r"\1,", plain)):
         return ",".join(sorted(set(re.findall(r"[A-Z]", plain))))
@@ -56,70 +56,78 @@ def option_letters(text: str) -> str | None:
     return None
 
 
-def _plain(text: str) -> str:
-    """Without markup, and with one blank or line end where there are several: the patterns try each of them."""
+def _strip_markup(text: str) -> str:
+    """Remove markup and collapse whitespace, on whose runs the patterns would backtrack."""
     text = _DECORATION.sub("", _COMMAND.sub("", unicodedata.normalize("NFKC", text)))
     return re.sub(r"\s+", lambda found: "\n" if "\n" in found[0] else " ", text)
 
 
 class MultipleChoiceBoxed:
-    r"""1 where the last `\boxed{}` names exactly the options of the ground truth, else 0; the verdict has the letters.
+    r"""Score 1 if the last `\boxed{}` names exactly the options of the ground truth, else 0.
 
-    What precedes the last `</think>` does not count. Several options are compared as sets.
+    Text before the last `</think>` is ignored. Several options are compared as sets. The output's answer is the option
+    letters of the response.
 
     Args:
-        answer_phrase: without a box, take the last "answer is (B)" or "Answer: B".
+        answer_phrase: if True, a response without a box is scored by its last "answer is (B)" or "Answer: B".
 
     Raises:
-        ValueError: (at a row) the ground truth is no option letter.
+        ValueError: the ground truth of a row names no option.
     """
 
     def __init__(self, answer_phrase: bool = False) -> None:
         self._answer_phrase = answer_phrase
 
-    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> Verdict:
-        expected = _expected(ground_truth)
-        letters, is_boxed = _chosen(response)
+    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
+        expected = _parse_ground_truth(ground_truth)
+        letters, is_boxed = _parse_response(response)
         letters = letters if is_boxed or self._answer_phrase else None
-        return Verdict(float(letters == expected), letters)
+        return RewardOutput(float(letters == expected), letters)
 
 
 class CrossThinkQa:
-    r"""ROLL's worker for multiple choice that tells right from well-formed: from -1 to 1.
+    r"""Score a multiple-choice answer and its format between -1 and 1, as ROLL's `CrossThinkQARuleRewardWorker` does.
 
-    `loose`: 1 where the answer is right, boxed or by "answer is (B)", else -1. `strict`: 1 only in a box. `soft`: 1 for
-    right in a box, 0.5 right without, -0.5 wrong in a box, -1 wrong without. The rest is as in `MultipleChoiceBoxed`.
+    An answer is boxed, or given by a phrase such as "answer is (B)". Parsing works as in `MultipleChoiceBoxed`.
+
+    | `reward_type` | correct, boxed | correct, phrase | wrong, boxed | wrong, phrase or none |
+    |---|---|---|---|---|
+    | `loose` | 1 | 1 | -1 | -1 |
+    | `soft` | 1 | 0.5 | -0.5 | -1 |
+    | `strict` | 1 | -1 | -1 | -1 |
 
     Args:
-        reward_type: one of the three.
+        reward_type: row of the table.
 
     Raises:
-        ConfigError: another `reward_type`.
+        ConfigError: `reward_type` is unknown.
     """
 
     def __init__(self, reward_type: str = "soft") -> None:
         if reward_type not in REWARD_TYPES:
-            raise ConfigError(f"reward_type: crossthinkqa has {', '.join(REWARD_TYPES)}, not '{reward_type}'")
+            raise ConfigError(
+                f"crossthinkqa: reward_type '{reward_type}' is unknown; use one of {', '.join(REWARD_TYPES)}"
+            )
         self._scores = REWARD_TYPES[reward_type]
 
-    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> Verdict:
-        expected = _expected(ground_truth)
-        letters, is_boxed = _chosen(response)
-        return Verdict(self._scores[2 * (letters != expected) + (not is_boxed)], letters)
+    def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
+        expected = _parse_ground_truth(ground_truth)
+        letters, is_boxed = _parse_response(response)
+        return RewardOutput(self._scores[2 * (letters != expected) + (not is_boxed)], letters)
 
 
-def _expected(ground_truth: str) -> str:
+def _parse_ground_truth(ground_truth: str) -> str:
     letters = option_letters(ground_truth)
     if letters is None:
-        raise ValueError(f"the ground truth {ground_truth!r} names no option (a letter, or several); correct the row")
+        raise ValueError(f"the ground truth {ground_truth!r} names no option letter; correct the row")
     return letters
 
 
-def _chosen(response: str) -> tuple[str | None, bool]:
-    """(letters, whether from a box)"""
-    answer = after_thinking(response)
-    box = last_box(answer)
+def _parse_response(response: str) -> tuple[str | None, bool]:
+    """Return (option letters or None, True if they are boxed)."""
+    answer = strip_thinking(response)
+    box = last_boxed(answer)
     if box is not None:
         return option_letters(box), True
-    phrases = _PHRASE.findall(_plain(answer))
+    phrases = _PHRASE.findall(_strip_markup(answer))
     return (option_letters(phrases[-1]) if phrases else None), False

@@ -1,4 +1,4 @@
-"""Length-prefixed messages between the pool and its worker processes."""
+"""Length-prefixed messages between the reward pool and its worker processes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _HEADER = struct.Struct("!Q")
 
 
 def send(connection: socket.socket, payload: bytes) -> None:
-    """Write one message; the socket's timeout holds."""
+    """Send one message; the timeout of the socket applies."""
     connection.sendall(_HEADER.pack(len(payload)) + payload)
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Read one message.
+    """Receive one message.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the peer closed the connection.
     """
     (length,) = _HEADER.unpack(_read(connection, _HEADER.size))
     return _read(connection, length)

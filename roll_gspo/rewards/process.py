@@ -1,4 +1,4 @@
-"""One worker process as the pool sees it."""
+"""Handle of one worker process, used by the pool."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
 from roll_gspo.rewards import pipe
 from roll_gspo.rewards.base import RewardRequest, RewardResult
-from roll_gspo.rewards.catalog import RewardSpec
+from roll_gspo.rewards.spec import RewardSpec
 
-# A program of its own instead of multiprocessing's spawn: the user's main module is not imported again (it may
-# load torch, or lack a __main__ guard), and nothing of the parent's threads, CUDA or engine state is inherited.
-_BOOT = (
+# A separate program instead of multiprocessing's spawn, which would import the user's main module again (that may load
+# torch or lack a __main__ guard). The worker inherits no threads, CUDA context or engine state of the parent.
+_LAUNCH_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
     "from roll_gspo.rewards.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
@@ -31,92 +31,110 @@ _EXIT_TIMEOUT_S = 10.0
 _KNOWN_ERRORS = {c.__name__: c for c in (ConfigError, MissingDependencyError)}
 
 
-class WorkerDiedError(RewardError):
-    """A process ended before its reward was built, without a word of why."""
+class WorkerStartError(RewardError):
+    """A worker process died before its reward was built and reported no error."""
 
 
 class WorkerProcess:
     """A process that holds one built reward.
 
+    Args:
+        spec: spec of the reward.
+        key: key path of the reward's block, for error messages.
+        start_timeout_s: seconds until the reward must be built.
+        max_memory_mb: MiB that the process may allocate; None for no limit.
+
     Attributes:
-        ready: the reward is built.
-        takes_batches: it is a `BatchReward`.
-        assigned: indices of the requests it has not answered; it is at work on the first, or on all as one batch.
-        busy_since: `time.monotonic()` at which it began with what it is at work on.
-        deadline: `time.monotonic()` at which it has been silent for too long.
+        ready: True if the reward is built.
+        scores_batches: True if the reward is a `BatchReward`.
+        assigned: indices of the unanswered requests. The worker scores the first one, or all of them as a batch.
+        busy_since: start of the current work, in seconds of `time.monotonic()`.
+        deadline: time at which the worker counts as hung, in seconds of `time.monotonic()`.
     """
 
-    def __init__(self, spec: RewardSpec, where: str, start_timeout_s: float, max_memory_mb: int | None = None) -> None:
-        self._where = where
+    def __init__(self, spec: RewardSpec, key: str, start_timeout_s: float, max_memory_mb: int | None = None) -> None:
+        self._key = key
         self._name = spec.name
         self._start_timeout_s = start_timeout_s
         self.ready = False
-        self.takes_batches = False
+        self.scores_batches = False
         self.busy_since = 0.0
         self.assigned: deque[int] = deque()
         self.deadline = time.monotonic() + start_timeout_s
-        self._connection, theirs = socket.socketpair()
+        self._connection, child_end = socket.socketpair()
         self._connection.settimeout(_IO_TIMEOUT_S)
-        with theirs:
+        with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), json.dumps(_search_path())],
-                pass_fds=(theirs.fileno(),),
+                [
+                    sys.executable,
+                    "-c",
+                    _LAUNCH_CODE,
+                    str(child_end.fileno()),
+                    str(os.getpid()),
+                    json.dumps(_sys_path()),
+                ],
+                pass_fds=(child_end.fileno(),),
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a reward prints must not mix with the run's own output
-                start_new_session=True,  # a group that can be killed whole, and out of reach of Ctrl-C
+                stdout=2,  # stderr, so that output of rewards does not mix with the output of the run
+                start_new_session=True,  # a process group that can be killed as a whole and does not receive Ctrl-C
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         try:
             pipe.send(self._connection, pickle.dumps((spec, max_memory_mb)))
         except OSError:
             self.kill()
-            raise WorkerDiedError(self._not_started("it died at once")) from None
+            raise WorkerStartError(self._start_failure("it died at once")) from None
 
     def fileno(self) -> int:
-        """Readable when `receive` has something; for a selector."""
+        """Return the file descriptor that a selector polls for messages."""
         return self._connection.fileno()
 
     @property
     def pid(self) -> int:
-        """Also the id of its process group."""
+        """Process id, which is also the id of the process group."""
         return self._process.pid
 
     @property
     def idle(self) -> bool:
-        """Ready and without work."""
+        """True if the worker is ready and has no requests."""
         return self.ready and not self.assigned
 
     def assign(self, indices: Sequence[int], requests: Sequence[RewardRequest], timeout_s: float) -> None:
-        """Hand over requests; each may take `timeout_s`, a batch as much as its requests together.
+        """Send requests to the worker.
+
+        Args:
+            indices: index of each request in its job.
+            requests: requests to score.
+            timeout_s: seconds per request; a batch of n requests has n times as long.
 
         Raises:
-            OSError: the process is gone, or did not take them within 30 s.
+            OSError: the process died, or did not read the requests within 30 s.
         """
         self.assigned = deque(indices)
         self._start_clock(timeout_s)
         pipe.send(self._connection, pickle.dumps((timeout_s, list(requests))))
 
     def receive_ready(self) -> None:
-        """Read that the reward is built.
+        """Receive the message that the reward is built.
 
         Raises:
-            ConfigError, MissingDependencyError, RewardError: it could not be.
-            WorkerDiedError: the process died.
+            ConfigError, MissingDependencyError, RewardError: the reward cannot be built.
+            WorkerStartError: the process died.
         """
         try:
             answer = self._receive()
         except (EOFError, OSError):
-            raise WorkerDiedError(self._not_started(f"it {self.kill()}")) from None
+            raise WorkerStartError(self._start_failure(f"it {self.kill()}")) from None
         if "error" in answer:
             kind, text = answer["error"]
             if kind in _KNOWN_ERRORS:
-                raise _KNOWN_ERRORS[kind](f"{self._where}: {text}")
-            raise RewardError(self._not_started(f"{kind}: {text}"))
-        self.takes_batches = answer["batch"]
+                raise _KNOWN_ERRORS[kind](f"{self._key}: {text}")
+            raise RewardError(self._start_failure(f"{kind}: {text}"))
+        self.scores_batches = answer["batch"]
         self.ready = True
 
     def receive_result(self, timeout_s: float) -> tuple[int, RewardResult]:
-        """Read the answer to the first assigned request, and start the clock of the next.
+        """Receive the result of the first assigned request, and restart the clock for the next one.
 
         Raises:
             EOFError, OSError: the process died.
@@ -128,35 +146,34 @@ class WorkerProcess:
 
     def _start_clock(self, timeout_s: float) -> None:
         self.busy_since = time.monotonic()
-        self.deadline = self.busy_since + timeout_s * (len(self.assigned) if self.takes_batches else 1)
+        self.deadline = self.busy_since + timeout_s * (len(self.assigned) if self.scores_batches else 1)
 
-    def raise_not_ready(self) -> None:
-        """Say that the start took too long."""
-        raise RewardError(self._not_started(f"not ready after {self._start_timeout_s:g} s"))
+    def raise_start_timeout(self) -> None:
+        """Raise the error for a reward that was not built in time."""
+        raise RewardError(self._start_failure(f"not ready after start_timeout_s {self._start_timeout_s:g}"))
 
     def kill(self) -> str:
-        """End the process and what the reward started; says how it ended (its own way, if it was first)."""
+        """Kill the process group, and return how the process ended, e.g. `died (exit code 1)`."""
         self._connection.close()
         code = self._process.returncode
-        if code is None:  # else the group's id may be another's by now
+        if code is None:  # otherwise the group id may have been reused
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             try:
                 code = self._process.wait(timeout=_EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                return f"did not end within {_EXIT_TIMEOUT_S:g} s of SIGKILL (pid {self.pid})"
+                return f"did not end within {_EXIT_TIMEOUT_S:g} s after SIGKILL (pid {self.pid})"
         if code == -signal.SIGKILL:
-            return "died (signal 9: killed from outside, by the kernel where memory ran out)"
+            return "died (signal 9: killed from outside, e.g. by the kernel when memory ran out)"
         return f"died (signal {-code})" if code < 0 else f"died (exit code {code})"
 
     def _receive(self) -> Any:
         return json.loads(pipe.receive(self._connection))
 
-    def _not_started(self, reason: str) -> str:
-        subject = f"{self._where}: reward {self._name}"
-        return f"{subject}: its worker process did not start: {reason}; see what it printed above"
+    def _start_failure(self, reason: str) -> str:
+        return f"{self._key}: the worker process of reward {self._name} did not start: {reason}; see its output above"
 
 
-def _search_path() -> list[str]:
-    """The parent's, with the working directory first, as `python -m` has it."""
+def _sys_path() -> list[str]:
+    """Return the parent's `sys.path` with the working directory first, as `python -m` has it."""
     return [os.getcwd(), *(path for path in sys.path if path and path != os.getcwd())]

@@ -1,4 +1,4 @@
-"""Which reward scores which row."""
+"""Routing of data rows to reward domains."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from roll_gspo.errors import ConfigError, DataError
 
 
 class Router:
-    """Rows to domains: the row's `domain` decides, else its `tag`.
+    """Maps each row to the domain whose reward scores it: by its `domain`, else by its `tag`.
 
-    A row with neither goes to the only domain where there is just one.
+    If only one domain is configured, it also scores rows that have neither.
 
     Args:
-        tags: `tag_included` of each domain, i.e. of each entry of `rewards:`.
+        tags: `tag_included` by domain, for each block of `rewards`.
 
     Raises:
-        ConfigError: there is no domain, or two of them claim a tag.
+        ConfigError: no domain is configured, or two domains include the same tag.
     """
 
     def __init__(self, tags: Mapping[str, Sequence[str]]) -> None:
         if not tags:
-            raise ConfigError("rewards: none is configured; name at least one domain with its worker_cls")
+            raise ConfigError("rewards: no domain is configured; add at least one with its worker_cls")
         self._domains = tuple(tags)
         self._domain_of_tag: dict[str, str] = {}
         for domain, included in tags.items():
@@ -30,26 +30,26 @@ class Router:
                 owner = self._domain_of_tag.setdefault(tag, domain)
                 if owner != domain:
                     raise ConfigError(
-                        f"rewards.{domain}.tag_included: '{tag}' is already in rewards.{owner}.tag_included; "
-                        "leave it in one of them"
+                        f"rewards.{domain}.tag_included: '{tag}' is also in rewards.{owner}.tag_included; "
+                        "remove it from one of them"
                     )
 
     def domain_of(self, row: Mapping[str, Any]) -> str:
-        """The domain whose reward scores the row.
+        """Return the domain whose reward scores the row.
 
         Raises:
-            DataError: there is none.
+            DataError: no domain matches.
         """
         domain = self._find(row)
         if domain is None:
-            raise DataError(f"rewards: row '{row.get('id', '?')}' {self._unmatched(*_labels(row))}")
+            raise DataError(f"rewards: row '{row.get('id', '?')}': {self._unmatched(*_labels(row))}")
         return domain
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """See that every row of the data has a reward, before training starts.
+        """Check that every row has a reward.
 
         Raises:
-            DataError: one line for each combination of domain and tag that has none.
+            DataError: some rows have none; the message has one line per combination of domain and tag.
         """
         unmatched: dict[tuple[str, str], list[str]] = {}
         for row in rows:
@@ -57,7 +57,7 @@ class Router:
                 unmatched.setdefault(_labels(row), []).append(str(row.get("id", "?")))
         if unmatched:
             lines = (
-                f"rewards: {len(ids)} rows, the first '{ids[0]}', {self._unmatched(*labels)}"
+                f"rewards: {len(ids)} rows (first: '{ids[0]}'): {self._unmatched(*labels)}"
                 for labels, ids in unmatched.items()
             )
             raise DataError("\n".join(lines))
@@ -73,8 +73,8 @@ class Router:
     def _unmatched(self, domain: str, tag: str) -> str:
         tags = ", ".join(sorted(self._domain_of_tag)) or "none"
         return (
-            f"of domain '{domain}' and tag '{tag}' matches no reward (known domains: {', '.join(self._domains)}; "
-            f"known tags: {tags}); add rewards.{domain or '<domain>'}, or put the tag into a tag_included"
+            f"domain '{domain}' and tag '{tag}' match no reward (known domains: {', '.join(self._domains)}; "
+            f"known tags: {tags}); add rewards.{domain or '<domain>'}, or add the tag to a tag_included"
         )
 
 

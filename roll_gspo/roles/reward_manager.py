@@ -8,7 +8,7 @@ from typing import Any
 from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.rewards.base import RewardRequest, RewardResult
-from roll_gspo.rewards.blocks import block_spec
+from roll_gspo.rewards.from_config import spec_from_config
 from roll_gspo.rewards.llm_judge.server import JudgeServers
 from roll_gspo.rewards.pool import RewardPool
 from roll_gspo.rewards.routing import Router
@@ -29,7 +29,7 @@ class RewardManager:
         self._servers = JudgeServers()
         self._pools = {
             domain: RewardPool(
-                self._servers.resolve(block_spec(block, f"rewards.{domain}"), f"rewards.{domain}"),
+                self._servers.resolve(spec_from_config(block, f"rewards.{domain}"), f"rewards.{domain}"),
                 block.num_workers,
                 block.timeout_s,
                 f"rewards.{domain}",

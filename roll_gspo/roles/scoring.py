@@ -10,15 +10,15 @@ from types import TracebackType
 from typing import NamedTuple
 
 from roll_gspo.rewards.base import RewardRequest, RewardResult
+from roll_gspo.rewards.job import JobCancelled, ScoringJob
 from roll_gspo.rewards.pool import RewardPool
-from roll_gspo.rewards.round import Round, RoundCancelled
 
 _NAP_S = 0.1
 _CANCEL_TIMEOUT_S = 60.0
 
 
 class RewardTime(NamedTuple):
-    """Seconds that reward processes were at work, summed over them: before `Scoring.results` was called, and in all."""
+    """Seconds that reward processes were busy, summed over them: before `Scoring.results` was called, and in all."""
 
     hidden_s: float
     total_s: float
@@ -26,10 +26,10 @@ class RewardTime(NamedTuple):
 
 @dataclass
 class _Background:
-    """The round of one domain, and the thread that works it off."""
+    """The scoring job of one domain, and the thread that runs it."""
 
     pool: RewardPool
-    work: Round
+    job: ScoringJob
     thread: threading.Thread
     indices: list[int]
     results: list[RewardResult] | None = None
@@ -38,7 +38,7 @@ class _Background:
     def run(self) -> None:
         """The life of the thread."""
         try:
-            self.results = self.pool.run(self.work)
+            self.results = self.pool.run(self.job)
         except BaseException as error:
             self.error = error
 
@@ -62,7 +62,7 @@ class Scoring:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for domain in self._running.values():
-            domain.work.cancel()  # nothing to give up where `results` came to its end
+            domain.job.cancel()  # nothing to give up where `results` came to its end
         for name, domain in self._running.items():
             domain.thread.join(_CANCEL_TIMEOUT_S)
             if domain.thread.is_alive() and error is None:
@@ -71,7 +71,7 @@ class Scoring:
     @property
     def num_scored(self) -> int:
         """Samples that have a result by now."""
-        return sum(len(domain.work.results) for domain in self._running.values())
+        return sum(len(domain.job.results) for domain in self._running.values())
 
     def submit(self, index: int, domain: str, request: RewardRequest) -> None:
         """Have a sample scored; returns at once, however busy the processes are.
@@ -85,7 +85,7 @@ class Scoring:
         running = self._running.get(domain) or self._start(domain)
         self._raise_failure()
         running.indices.append(index)
-        running.work.submit(request)
+        running.job.submit(request)
 
     def results(self, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
         """One result for each sample that was submitted, by `index`; waits for them, each as long as its timeout lets.
@@ -98,7 +98,7 @@ class Scoring:
         """
         called = time.monotonic()
         for domain in self._running.values():
-            domain.work.finish()
+            domain.job.finish()
         total = sum(len(domain.indices) for domain in self._running.values())
         waited_for = list(self._running.values())
         while waited_for:
@@ -108,7 +108,7 @@ class Scoring:
             self._raise_failure()
             if progress is not None:
                 progress(self.num_scored, total)
-        spans = [span for domain in self._running.values() for span in domain.work.spans]
+        spans = [span for domain in self._running.values() for span in domain.job.busy_spans]
         self.time = RewardTime(
             sum(max(0.0, min(end, called) - begin) for begin, end in spans), sum(end - begin for begin, end in spans)
         )
@@ -121,8 +121,8 @@ class Scoring:
 
     def _start(self, domain: str) -> _Background:
         pool = self._pools[domain]
-        work = pool.new_round()
-        started = _Background(pool, work, threading.Thread(), [])
+        job = pool.new_job()
+        started = _Background(pool, job, threading.Thread(), [])
         # A daemon: an interpreter that ends without this block's end must not wait for it.
         started.thread = threading.Thread(target=started.run, name=f"score {domain}", daemon=True)
         self._running[domain] = started
@@ -131,5 +131,5 @@ class Scoring:
 
     def _raise_failure(self) -> None:
         for domain in self._running.values():
-            if domain.error is not None and not isinstance(domain.error, RoundCancelled):
+            if domain.error is not None and not isinstance(domain.error, JobCancelled):
                 raise domain.error

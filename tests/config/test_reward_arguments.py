@@ -9,7 +9,7 @@ from config_problems import problem_of
 from roll_gspo.config.rewards import REWARD_TYPES, ROLL_REWARD_WORKERS
 from roll_gspo.rewards import ifeval, multiple_choice, reward_spec
 from roll_gspo.rewards.base import RewardRequest
-from roll_gspo.rewards.catalog import ROLL_WORKERS, build_reward
+from roll_gspo.rewards.spec import ROLL_WORKERS, build_reward
 
 BLOCK = "rewards.column_addition."
 

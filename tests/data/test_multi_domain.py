@@ -9,9 +9,9 @@ import pytest
 from composed import load_config
 
 from roll_gspo.data import multi_domain
-from roll_gspo.rewards.base import RewardRequest, Verdict
-from roll_gspo.rewards.blocks import block_spec
-from roll_gspo.rewards.catalog import build_reward
+from roll_gspo.rewards.base import RewardOutput, RewardRequest
+from roll_gspo.rewards.from_config import spec_from_config
+from roll_gspo.rewards.spec import build_reward
 from roll_gspo.sandbox import SandboxError
 
 SPLITS = ("train", "validation")
@@ -28,7 +28,7 @@ def responses(domain: str) -> dict[str, str]:
 def test_right_responses_get_the_full_score_and_others_do_not(domain: str) -> None:
     config = load_config("example_multi_domain").config
     try:
-        reward = build_reward(block_spec(config.rewards[domain], f"rewards.{domain}"))
+        reward = build_reward(spec_from_config(config.rewards[domain], f"rewards.{domain}"))
     except SandboxError as error:
         pytest.skip(str(error))
     assert callable(reward)
@@ -39,7 +39,7 @@ def test_right_responses_get_the_full_score_and_others_do_not(domain: str) -> No
     for row in rows[:: 4 if domain == "code" else 1]:
         columns = {**row.extra, "id": row.id}
         verdict = reward(RewardRequest(row.messages[0]["content"], right[row.id], row.ground_truth, columns))
-        assert isinstance(verdict, Verdict) and verdict.score == pytest.approx(full), (row.id, verdict)
+        assert isinstance(verdict, RewardOutput) and verdict.score == pytest.approx(full), (row.id, verdict)
         wrong = reward(RewardRequest(row.messages[0]["content"], "I, myself, do not know", row.ground_truth, columns))
         assert wrong.score < full, row.id
 

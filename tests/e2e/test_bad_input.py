@@ -92,7 +92,7 @@ def test_malformed_row_names_file_and_line_or_is_skipped(command: Command, small
     [
         ([], (), "rows.jsonl has no usable row"),
         (GOOD, ("prompt_length=4",), "every prompt is longer than prompt_length 4"),
-        ([{**GOOD[0], "domain": "poetry"}], (), "of domain 'poetry' and tag '' matches no reward"),
+        ([{**GOOD[0], "domain": "poetry"}], (), "domain 'poetry' and tag ''"),
     ],
     ids=["empty", "too long", "no reward"],
 )

@@ -23,14 +23,14 @@ from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.tracking.console import Progress
 
 MINE = """
-from roll_gspo.rewards import Verdict
+from roll_gspo.rewards import RewardOutput
 
 def scores(prompt, response, ground_truth, of):
     # `of` holds the score of each sample of the group, None where it fails; the response begins with its number
     score = of[int(response[0])]
     if score is None:
         raise ValueError("no opinion")
-    return Verdict(score, components={"part": score / 2})
+    return RewardOutput(score, components={"part": score / 2})
 """
 GROUPS = {
     "strict": {"equal": [1, 1, 1], "different": [0, 1, 1], "one left": [None, 2, None], "equal left": [1, None, 1]},

@@ -1,4 +1,4 @@
-"""`code_sandbox`: finding the program, reading the rows of data sets, comparing, and not being fooled."""
+"""`code_sandbox`: program extraction, formats of test cases, comparison of outputs, and attempts to cheat."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import json
 import pytest
 
 from roll_gspo.rewards import RewardPool, RewardRequest, reward_spec
-from roll_gspo.rewards.code_cases import BadCasesError, CallCase, CodeCases, ScriptCase, parse_cases
+from roll_gspo.rewards.code_cases import CallCase, InvalidCasesError, StdinCase, UnitTests, parse_cases
 from roll_gspo.rewards.code_sandbox import CodeSandbox, extract_program, same_output, same_value
 from roll_gspo.sandbox import SandboxError
 
 SUMS = [{"input": "1 2\n", "output": "3\n"}, {"input": "-5 5\n", "output": "0\n"}, {"input": "7 8\n", "output": "15"}]
 SUM = "print(sum(map(int, input().split())))"
-PATIENT = {"time_limit_s": 60, "total_s": 60}
+LONG_LIMITS = {"time_limit_s": 60, "total_s": 60}
 
 
-def made(**arguments) -> CodeSandbox:
+def make_reward(**arguments) -> CodeSandbox:
     try:
-        return CodeSandbox(**{**PATIENT, **arguments})
+        return CodeSandbox(**{**LONG_LIMITS, **arguments})
     except SandboxError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def whole() -> CodeSandbox:
-    return made()
+def reward() -> CodeSandbox:
+    return make_reward()
 
 
 @pytest.fixture(scope="module")
 def partial() -> CodeSandbox:
-    return made(partial=True)
+    return make_reward(partial=True)
 
 
 def score(reward: CodeSandbox, source: str, test_cases, **row) -> float:
@@ -48,7 +48,7 @@ def score(reward: CodeSandbox, source: str, test_cases, **row) -> float:
         ("~~~~python3 title\nx = '''```'''\n~~~~", "x = '''```'''\n"),
         ("1. so:\n   ```Python\n   if a:\n       b\n   ```", "if a:\n    b\n"),
         ("~~~\n```\na\n```", "a\n"),
-        ("`" * 100_000 + "\n" + "b\n" * 10_000, None),  # such responses occur, and must not take until `timeout_s`
+        ("`" * 100_000 + "\n" + "b\n" * 10_000, None),  # such responses occur and must not backtrack
         ("```python\nprint(1)", None),
         ("print(1)", None),
         ("", None),
@@ -58,7 +58,7 @@ def test_program_is_the_last_python_block_after_the_thinking(response, program):
     assert extract_program(response) == program
 
 
-def test_bare_program_is_taken_where_that_is_allowed():
+def test_allow_bare_extracts_a_program_without_code_block():
     assert extract_program("<think>x</think>print(1)", allow_bare=True) == "print(1)"
     assert extract_program("``` print(1)", allow_bare=True) is None
 
@@ -71,7 +71,7 @@ def test_bare_program_is_taken_where_that_is_allowed():
         ("yes", "YES", False), ("nan", "nan", True), ("inf", "1e999", False), ("1_0", "10", False), ("", "", True),
     ],
 )  # fmt: skip
-def test_outputs_are_compared_by_words(actual, expected, same):
+def test_outputs_are_compared_word_by_word(actual, expected, same):
     assert same_output(actual, expected, 1e-6) is same
 
 
@@ -83,18 +83,18 @@ def test_outputs_are_compared_by_words(actual, expected, same):
         (10**400, 1.5, False),
     ],
 )  # fmt: skip
-def test_values_are_compared_within_containers(actual, expected, same):
+def test_values_are_compared_recursively(actual, expected, same):
     assert same_value(actual, expected, 1e-6) is same
 
 
 @pytest.mark.parametrize(
     ("row", "case"),
     [
-        ({"case_type": "input", "test_cases": '[{"stdin": "1", "expected_stdout": "2"}]'}, ScriptCase("1", "2")),
-        ({"test_cases": SUMS}, ScriptCase("1 2\n", "3\n")),
-        ({"test_cases": [{"input": "1", "output": "2", "testtype": "stdin"}], "fn_name": "f"}, ScriptCase("1", "2")),
-        ({"test_cases": {"inputs": ["1"], "outputs": ["2"]}}, ScriptCase("1", "2")),
-        ({"test_cases": {"inputs": [["1", "2"]], "outputs": [["3"]]}}, ScriptCase("1\n2", "3")),
+        ({"case_type": "input", "test_cases": '[{"stdin": "1", "expected_stdout": "2"}]'}, StdinCase("1", "2")),
+        ({"test_cases": SUMS}, StdinCase("1 2\n", "3\n")),
+        ({"test_cases": [{"input": "1", "output": "2", "testtype": "stdin"}], "fn_name": "f"}, StdinCase("1", "2")),
+        ({"test_cases": {"inputs": ["1"], "outputs": ["2"]}}, StdinCase("1", "2")),
+        ({"test_cases": {"inputs": [["1", "2"]], "outputs": [["3"]]}}, StdinCase("1\n2", "3")),
         (
             {"test_cases": {"inputs": [[[1], 2]], "outputs": [[3]], "fn_name": "f"}},
             CallCase("f", [[1], 2], [[3], 3]),
@@ -110,68 +110,68 @@ def test_values_are_compared_within_containers(actual, expected, same):
             {"case_type": "input", "test_case_function": "f", "test_cases": [{"stdin": "1", "expected_stdout": "x"}]},
             CallCase("f", [1], ["x"]),
         ),
-        ({"case_type": "pytest", "test_cases": '[{"assert_code": "t"}]'}, CodeCases(("t",))),
-        ({"case_type": "assert", "test_cases": "assert f() == 1"}, CodeCases(("assert f() == 1",))),
+        ({"case_type": "pytest", "test_cases": '[{"assert_code": "t"}]'}, UnitTests(("t",))),
+        ({"case_type": "assert", "test_cases": "assert f() == 1"}, UnitTests(("assert f() == 1",))),
         (
             {"test_cases": [{"assert_code": "c", "entry_point": "f", "import_prefix": "import x"}]},
-            CodeCases(("c",), "f", "import x"),
+            UnitTests(("c",), "f", "import x"),
         ),
-        ({"case_type": "text", "test_cases": [{"assert_code": "t"}]}, CodeCases(("t",), about_text=True)),
+        ({"case_type": "text", "test_cases": [{"assert_code": "t"}]}, UnitTests(("t",), tests_text=True)),
     ],
 )
-def test_rows_of_known_data_sets_are_read(row, case):
+def test_known_formats_of_test_cases_are_parsed(row, case):
     assert parse_cases(row)[0] == case
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "match"),
     [
-        ({}, "no test_cases"),
-        ({"test_cases": []}, "empty"),
-        ({"test_cases": 3}, "expected a list of cases, got 3"),
-        ({"test_cases": "eJxrYJnKAwA="}, "neither a list nor the JSON text"),
-        ({"test_cases": [*SUMS, {"input": "1"}]}, r"test_cases\[3\]: expected .*found input"),
-        ({"test_cases": SUMS, "case_type": "java"}, "case_type is 'java'; known: input, stdin"),
-        ({"test_cases": [{"input": "1", "output": "2", "testtype": "functional"}]}, "needs the function's name"),
-        ({"test_cases": [{"input": "1 2", "output": "2"}], "fn_name": "f"}, "expected arguments as JSON"),
-        ({"test_cases": {"inputs": ["1"], "outputs": []}}, "as many inputs as outputs"),
-        ({"test_cases": [{"assert_code": ""}], "case_type": "pytest"}, r"test_cases\[0\]: expected the text of a test"),
-        ({"test_cases": [{"assert_code": "x = f'{response}'"}], "case_type": "text"}, "within quotes; write it bare"),
-        ({"test_cases": ["check"], "case_type": "check_based"}, "needs the name of the function"),
+        ({}, "^test_cases is missing"),
+        ({"test_cases": []}, "^test_cases is empty"),
+        ({"test_cases": 3}, "^test_cases: .* 3"),
+        ({"test_cases": "eJxrYJnKAwA="}, "^test_cases .*'eJxrYJnKAwA='"),
+        ({"test_cases": [*SUMS, {"input": "1"}]}, r"^test_cases\[3\]: .*expected_stdout or output.* input"),
+        ({"test_cases": SUMS, "case_type": "java"}, "^case_type 'java' .*input, stdin"),
+        ({"test_cases": [{"input": "1", "output": "2", "testtype": "functional"}]}, r"^test_cases\[0\]: .*fn_name"),
+        ({"test_cases": [{"input": "1 2", "output": "2"}], "fn_name": "f"}, r"^test_cases\[0\]: .*JSON.*'1 2'"),
+        ({"test_cases": {"inputs": ["1"], "outputs": []}}, "^test_cases: .*inputs and outputs"),
+        ({"test_cases": [{"assert_code": ""}], "case_type": "pytest"}, r"^test_cases\[0\]: .*assert_code"),
+        ({"test_cases": [{"assert_code": "x = f'{response}'"}], "case_type": "text"}, r"^test_cases\[0\]: {response}"),
+        ({"test_cases": ["check"], "case_type": "check_based"}, r"^test_cases\[0\]: .*entry_point"),
     ],
 )
-def test_malformed_cases_are_told_with_what_was_expected(row, told):
-    with pytest.raises(BadCasesError, match=told):
+def test_invalid_test_cases_raise(row, match):
+    with pytest.raises(InvalidCasesError, match=match):
         parse_cases(row)
 
 
-def test_malformed_row_fails_its_sample_by_name(whole):
-    with pytest.raises(ValueError, match="code_sandbox: row 'r7': test_cases is empty"):
-        score(whole, SUM, [], id="r7")
-    for source, told in (
+def test_invalid_row_raises_with_its_id(reward):
+    with pytest.raises(ValueError, match="code_sandbox: row 'r7': test_cases"):
+        score(reward, SUM, [], id="r7")
+    for source, error in (
         ("assert (", "SyntaxError"),
         ("import pytest\npytest.importorskip('x')\nassert x == 1", "pytest.importorskip"),
     ):
-        with pytest.raises(ValueError, match=f"row 'r8': its test cases: .*{told}"):
-            score(whole, "x = 1", [source], case_type="assert", id="r8")
-    with pytest.raises(ValueError, match="define no function check"):
-        score(whole, "def f(): pass\ndef check(f): pass", [{"assert_code": "x = 1", "entry_point": "f"}])
+        with pytest.raises(ValueError, match=f"row 'r8': test_cases: .*{error}"):
+            score(reward, "x = 1", [source], case_type="assert", id="r8")
+    with pytest.raises(ValueError, match=r"test_cases: .*check"):
+        score(reward, "def f(): pass\ndef check(f): pass", [{"assert_code": "x = 1", "entry_point": "f"}])
 
 
-def test_scripts_score_all_or_nothing_or_their_share(whole, partial):
+def test_programs_score_0_or_1_or_the_fraction_of_passed_cases(reward, partial):
     wrong_once = "a, b = map(int, input().split())\nprint(a + b if a > 0 else 9)"
-    assert (score(whole, SUM, SUMS), score(partial, SUM, SUMS)) == (1, 1)
-    assert (score(whole, wrong_once, SUMS), score(partial, wrong_once, SUMS)) == (0, pytest.approx(2 / 3))
-    verdict = partial("", f"```python\n{wrong_once}\n```", "", test_cases=SUMS)
-    assert verdict.components == {"compiled": 1, "all_passed": 0, "pass_rate": pytest.approx(2 / 3)}
-    assert whole("", "```python\ndef (\n```", "", test_cases=SUMS).components == {"compiled": 0, "all_passed": 0}
-    assert whole("", "no program", "", test_cases=SUMS).score == 0
+    assert (score(reward, SUM, SUMS), score(partial, SUM, SUMS)) == (1, 1)
+    assert (score(reward, wrong_once, SUMS), score(partial, wrong_once, SUMS)) == (0, pytest.approx(2 / 3))
+    output = partial("", f"```python\n{wrong_once}\n```", "", test_cases=SUMS)
+    assert output.components == {"compiled": 1, "all_passed": 0, "pass_rate": pytest.approx(2 / 3)}
+    assert reward("", "```python\ndef (\n```", "", test_cases=SUMS).components == {"compiled": 0, "all_passed": 0}
+    assert reward("", "no program", "", test_cases=SUMS).score == 0
 
 
-def test_calls_are_compared_outside(whole, partial):
+def test_function_calls_are_scored(reward, partial):
     row = {"fn_name": "f", "test_cases": [{"input": "[3, 1]", "output": "[1, 3]"}, {"input": "[]", "output": "[]"}]}
     solution = "class Solution:\n    def f(self, x: List[int]):\n        return sorted(x)"
-    assert score(whole, solution, **row) == 1
+    assert score(reward, solution, **row) == 1
     assert score(partial, "def f(x): return x[:1] and [1, 3]", **row) == 1
     assert score(partial, "def f(x): return [1, 3]", **row) == 0.5
     assert score(partial, "def g(x): return x", **row) == 0
@@ -185,19 +185,19 @@ FACTORIAL = (
 
 
 @pytest.mark.parametrize("row", FACTORIAL)
-def test_names_that_programs_may_take_for_granted_are_not_their_answer(whole, row):
-    assert score(whole, "x = factorial(3)", **row) == 0
-    assert score(whole, "from math import factorial", **row) == 1
-    assert score(whole, "def factorial(n): return 24 * n", **row) == 1
+def test_preimported_names_do_not_count_as_the_solution(reward, row):
+    assert score(reward, "x = factorial(3)", **row) == 0
+    assert score(reward, "from math import factorial", **row) == 1
+    assert score(reward, "def factorial(n): return 24 * n", **row) == 1
 
 
-def test_program_may_name_its_functions_as_python_does(whole):
+def test_program_may_shadow_builtins_and_modules(reward):
     solution = "class Solution:\n    def search(self, nums, target): return nums.index(target)"
-    assert score(whole, solution, [{"input": "[4, 5]\n5", "output": "1"}], fn_name="search") == 1
+    assert score(reward, solution, [{"input": "[4, 5]\n5", "output": "1"}], fn_name="search") == 1
     addition = "result = 0\ndef sum(a, b): return a + b"
-    assert score(whole, addition, ["result = sum(1, 2)\nassert result == 3"], case_type="assert") == 1
+    assert score(reward, addition, ["result = sum(1, 2)\nassert result == 3"], case_type="assert") == 1
     tests = "from solution import sum\ndef test_it(): assert sum(1, 2) == 3"
-    assert score(whole, addition, [tests], case_type="pytest") == 1
+    assert score(reward, addition, [tests], case_type="pytest") == 1
 
 
 ROLL_ROW = {
@@ -215,8 +215,8 @@ ROLL_ROW = {
 PERMUTE = "def permute(nums):\n    return [list(p) for p in permutations(nums)]"
 
 
-def test_unit_tests_score_by_test_function(whole, partial):
-    assert (score(whole, PERMUTE, **ROLL_ROW), score(partial, PERMUTE, **ROLL_ROW)) == (1, 1)
+def test_each_test_function_counts_as_a_case(reward, partial):
+    assert (score(reward, PERMUTE, **ROLL_ROW), score(partial, PERMUTE, **ROLL_ROW)) == (1, 1)
     assert score(partial, "def permute(nums):\n    return [nums]", **ROLL_ROW) == 0.5
     assert score(partial, "1 / 0", **ROLL_ROW) == 0
     assert score(partial, "def other(): pass", **ROLL_ROW) == 0
@@ -235,9 +235,9 @@ def test_classes_and_errors():
     account = Account(5)
     account.owner = "me"
     assert isinstance(account, Account) and account.owner == "me" and account == Account(5) and account != Account(6)
-    with pytest.raises(Broke, match="short of 2") as told:
+    with pytest.raises(Broke, match="short of 2") as caught:
         account.spend(7)
-    assert told.value.missing == 2 and issubclass(Broke, ValueError)
+    assert caught.value.missing == 2 and issubclass(Broke, ValueError)
 
 def test_arithmetic():
     assert abs(Vector(3, 4)) == 5 and (Vector(3, 4) * 2).xs == (6, 8) and Vector(1, 2) @ Vector(3, 4) == 11
@@ -290,23 +290,23 @@ async def later(x): return x
 """
 
 
-def test_unit_tests_use_the_program_as_if_it_were_theirs(whole):
-    assert score(whole, SOLUTION, [UNIT_TESTS], case_type="pytest") == 1
+def test_unit_tests_can_use_objects_of_the_program(reward):
+    assert score(reward, SOLUTION, [UNIT_TESTS], case_type="pytest") == 1
     broken = SOLUTION.replace("xs.sort()", "pass")
-    assert score(whole, broken, [UNIT_TESTS], case_type="pytest") == 0
+    assert score(reward, broken, [UNIT_TESTS], case_type="pytest") == 0
 
 
-def test_check_based_and_text_cases(whole):
+def test_check_based_and_text_cases_are_scored(reward):
     check = {
         "assert_code": "def check(candidate):\n    assert candidate(2) == 4",
         "entry_point": "f",
         "import_prefix": "two = 2",
     }
-    assert score(whole, "def f(x): return x * two", [check], case_type="check_based") == 1
-    assert score(whole, "def f(x): return x", [check], case_type="check_based") == 0
+    assert score(reward, "def f(x): return x * two", [check], case_type="check_based") == 1
+    assert score(reward, "def f(x): return x", [check], case_type="check_based") == 0
     text = [{"assert_code": "answer = {response}\nassert len(answer.split()) == 2"}]
-    assert whole("", "<think>no</think>it's \"two\\'", "", test_cases=text, case_type="text").score == 1
-    assert whole("", "one", "", test_cases=text, case_type="text").score == 0
+    assert reward("", "<think>no</think>it's \"two\\'", "", test_cases=text, case_type="text").score == 1
+    assert reward("", "one", "", test_cases=text, case_type="text").score == 0
 
 
 EQUAL = (
@@ -314,35 +314,35 @@ EQUAL = (
     "    def __ne__(self, o): return False\n"
 )
 FORGED = {
-    "says that it passed": "print('{\"passed\": [true, true], \"reason\": \"\"}')\nprint('All tests passed!')",
-    "leaves": "import sys\nsys.exit(0)",
-    "leaves at once": "import os\nos._exit(0)",
-    "leaves when asked": "import os\ndef permute(x): os._exit(0)",
-    "raises SystemExit when asked": "def permute(x): raise SystemExit(0)",
-    "equals all": EQUAL + "def permute(x): return E()",
-    "equals all within a list": EQUAL + "def permute(x): return [E()] * 2",
-    "equals all as a list": "class E(list):\n    def __eq__(self, o): return True\ndef permute(x): return E()",
-    "patches what compares": "import builtins\nbuiltins.sorted = lambda x: 0\nbuiltins.AssertionError = ValueError\n"
+    "prints a passing result": "print('{\"passed\": [true, true], \"reason\": \"\"}')\nprint('All tests passed!')",
+    "exits": "import sys\nsys.exit(0)",
+    "exits without cleanup": "import os\nos._exit(0)",
+    "exits when called": "import os\ndef permute(x): os._exit(0)",
+    "raises SystemExit when called": "def permute(x): raise SystemExit(0)",
+    "equals everything": EQUAL + "def permute(x): return E()",
+    "equals everything in a list": EQUAL + "def permute(x): return [E()] * 2",
+    "equals everything as a list": "class E(list):\n    def __eq__(self, o): return True\ndef permute(x): return E()",
+    "patches builtins": "import builtins\nbuiltins.sorted = lambda x: 0\nbuiltins.AssertionError = ValueError\n"
     "builtins.all = builtins.any = lambda x: True\ndef permute(x): return []",
     "patches pytest": "import sys, types\nsys.modules['pytest'] = types.ModuleType('pytest')\ndef permute(x): return 0",
     "patches json": "import json\njson.dumps = lambda *a, **k: '{\"passed\": [true, true]}'\ndef permute(x): return 0",
     "writes to every descriptor": "import os\nfor fd in range(200):\n"
     "    try: os.write(fd, b'{\"passed\": [true, true]}')\n    except OSError: pass\ndef permute(x): return 0",
-    "looks at the tests": "import sys\ndef permute(x):\n    f = sys._getframe()\n    while f:\n"
+    "inspects the frames of the tests": "import sys\ndef permute(x):\n    f = sys._getframe()\n    while f:\n"
     "        if 'expected' in f.f_locals: return f.f_locals['expected']\n        f = f.f_back\n    return 0",
-    "does not end": "def permute(x):\n    while True: pass",
+    "loops forever": "def permute(x):\n    while True: pass",
     "closes its connection": "import os\nos.closerange(0, 200)\ndef permute(x): return 0",
-    "kills": "import os\nos.kill(-1, 9)\nos.kill(1, 9)\ndef permute(x): return 0",
-    "renames": "class permute(int):\n    __name__ = 'x'\n    def __new__(cls, x): return True",
+    "kills processes": "import os\nos.kill(-1, 9)\nos.kill(1, 9)\ndef permute(x): return 0",
+    "returns a class": "class permute(int):\n    __name__ = 'x'\n    def __new__(cls, x): return True",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("trick", FORGED)
-def test_verdict_cannot_be_forged(partial, trick):
+def test_result_cannot_be_forged(partial, trick):
     row = {**ROLL_ROW, "test_cases": json.loads(ROLL_ROW["test_cases"])}
-    if trick == "does not end":
-        hasty = made(time_limit_s=0.5, total_s=0.5)
-        assert score(hasty, FORGED[trick], **row) == 0
+    if trick == "loops forever":
+        short = make_reward(time_limit_s=0.5, total_s=0.5)
+        assert score(short, FORGED[trick], **row) == 0
         return
     assert score(partial, FORGED[trick], **row) == 0
     assert score(partial, FORGED[trick], SUMS) == 0
@@ -363,11 +363,11 @@ def test_verdict_cannot_be_forged(partial, trick):
         ("class W:\n    __mul__ = lambda *_: 4\nf = lambda x: W()", "assert f(2) * 2 == 4"),
     ],
 )
-def test_program_has_no_say_in_what_the_tests_take_from_python(whole, source, tests):
-    assert score(whole, source, [tests], case_type="assert") == 0
+def test_program_cannot_replace_builtins_and_modules_of_the_tests(reward, source, tests):
+    assert score(reward, source, [tests], case_type="assert") == 0
 
 
-def test_callbacks_of_the_tests_do_not_open_them_to_the_program(whole):
+def test_callbacks_of_the_tests_expose_no_internals_to_the_program(reward):
     tests = "secret = 42\nclass Thing:\n    hidden = 1\n    def show(self): return 'shown'\n"
     tests += "def test_it():\n    assert spy(lambda: secret, Thing()) == ['shown']\n"
     spy = (
@@ -377,25 +377,25 @@ def test_callbacks_of_the_tests_do_not_open_them_to_the_program(whole):
         "        try: seen.append(look())\n"
         "        except AttributeError: pass\n    return [s for s in seen if isinstance(s, (str, dict))]\n"
     )
-    assert score(whole, spy, [tests], case_type="pytest") == 1
+    assert score(reward, spy, [tests], case_type="pytest") == 1
 
 
-def test_sample_ends_within_its_time_by_itself():
-    hasty = made(partial=True, time_limit_s=0.3, total_s=0.7)
-    assert score(hasty, "while True: pass", [{"input": "", "output": ""}] * 100) == 0
+def test_sample_ends_within_total_s():
+    short = make_reward(partial=True, time_limit_s=0.3, total_s=0.7)
+    assert score(short, "while True: pass", [{"input": "", "output": ""}] * 100) == 0
     with pytest.raises(ValueError, match="total_s is 0"):
         CodeSandbox(total_s=0)
 
 
-def test_max_cases_uses_the_first(whole):
-    first = made(max_cases=1)
-    assert (score(first, "print(3)", SUMS), score(whole, "print(3)", SUMS)) == (1, 0)
+def test_max_cases_uses_the_first_cases(reward):
+    first = make_reward(max_cases=1)
+    assert (score(first, "print(3)", SUMS), score(reward, "print(3)", SUMS)) == (1, 0)
     with pytest.raises(ValueError, match="max_cases is 0"):
         CodeSandbox(max_cases=0)
 
 
-def test_pool_scores_programs_and_leaves_no_process(whole):
-    spec = reward_spec("code_sandbox", {**PATIENT, "partial": True}, "rewards.code")
+def test_pool_scores_programs(reward):
+    spec = reward_spec("code_sandbox", {**LONG_LIMITS, "partial": True}, "rewards.code")
     sources = [SUM, "import os\nos.kill(-1, 9)", "print(3)"]
     requests = [
         RewardRequest("", f"```python\n{s}\n```", "", {"id": str(i), "test_cases": SUMS}) for i, s in enumerate(sources)
@@ -403,4 +403,4 @@ def test_pool_scores_programs_and_leaves_no_process(whole):
     with RewardPool(spec, 1, 60.0, "rewards.code") as pool:
         results = pool.score([*requests, RewardRequest("", "x", "", {"id": "bad"})])
     assert [result.score for result in results] == [1, 0, pytest.approx(1 / 3), 0]
-    assert results[3].failed == "ValueError: code_sandbox: row 'bad': the row has no test_cases; add the column"
+    assert (results[3].failed or "").startswith("ValueError: code_sandbox: row 'bad': test_cases ")

@@ -1,4 +1,4 @@
-"""`format`: named forms, regular expressions, and one that never ends."""
+"""`format`: named forms, regular expressions, and catastrophic backtracking."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ GOOD = "<think>two and\ntwo</think>\n<answer> 4 < 5 </answer>"
         (r"a.b", "a\nb", 1),
     ],
 )
-def test_form_holds_for_the_whole_response(pattern, response, score):
+def test_whole_response_must_have_the_form(pattern, response, score):
     assert Format(pattern)("", response, "ignored", id="1").score == score
 
 
-def test_thinking_that_the_template_opened_counts():
+def test_think_tag_at_the_end_of_the_prompt_counts():
     rule = Format("think")
     assert rule("<|assistant|>\n<think>\n", "a</think> 4", "").score == 1
     assert rule("<|assistant|>\n", "a</think> 4", "").score == 0
@@ -68,21 +68,21 @@ def test_partial_credit_counts_tags_that_occur_once(response, score):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "match"),
     [
-        ({"format_pattern": "think_anser"}, "did you mean 'think_answer'"),
-        ({"format_pattern": "(a"}, "is no regular expression: missing"),
-        ({"format_pattern": "a+", "partial_credit": 0.5}, "acts with think_answer and think only"),
-        ({"format_pattern": "boxed", "partial_credit": 0.5}, "acts with think_answer and think only"),
-        ({"partial_credit": 1}, "expected 0 up to"),
+        ({"format_pattern": "think_anser"}, "^format_pattern: 'think_anser' .*'think_answer'"),
+        ({"format_pattern": "(a"}, r"^format_pattern: '\(a' "),
+        ({"format_pattern": "a+", "partial_credit": 0.5}, r"^format: partial_credit .*think_answer and think .*'a\+'"),
+        ({"format_pattern": "boxed", "partial_credit": 0.5}, "^format: partial_credit .*'boxed'"),
+        ({"partial_credit": 1}, "^format: partial_credit is 1"),
     ],
 )
-def test_wrong_arguments_are_errors(arguments, told):
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_arguments_raise(arguments, match):
+    with pytest.raises(ConfigError, match=match):
         Format(**arguments)
 
 
-def test_pathological_expression_costs_its_sample_alone():
+def test_catastrophic_backtracking_fails_only_its_sample():
     fine, endless = RewardRequest("", "aab", ""), RewardRequest("", "a" * 60 + "c", "")
     spec = reward_spec("format", {"format_pattern": "(a+)+b"}, "rewards.f")
     with RewardPool(spec, 1, 2.0, "rewards.f") as pool:

@@ -1,4 +1,4 @@
-"""`ifeval`: every family followed and not followed, and the forms of rows."""
+"""`ifeval`: a followed and a broken response for every instruction, and the formats of rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 import pytest
 
 from roll_gspo.errors import ConfigError
-from roll_gspo.rewards.ifeval import FAMILIES, TULU, IfEval
-from roll_gspo.rewards.ifeval_words import language_of, sentences
+from roll_gspo.rewards.ifeval import INSTRUCTIONS, TULU_INSTRUCTIONS, IfEval
+from roll_gspo.rewards.ifeval_words import count_sentences, detect_language
 
 GERMAN = "Der Hund läuft durch den Garten und bellt, weil die Katze auf dem Baum sitzt."
 ENGLISH = "The dog runs through the garden and barks because the cat sits in the tree."
 
-# family, kwargs, responses that follow, responses that do not
+# instruction, kwargs, responses that follow it, responses that do not
 CASES: list[tuple[str, dict, list[str], list[str]]] = [
     (
         "keywords:existence",
@@ -221,21 +221,21 @@ def score(rule: IfEval, response: str, names: object, kwargs: object) -> float:
     return rule("", response, "", instruction_id_list=names, kwargs=kwargs, id="1").score
 
 
-def test_the_25_families_have_a_case_each():
-    assert len(FAMILIES) == 25 == len(TULU)
-    assert {family for family, _, follows, breaks in CASES if follows and breaks} == set(FAMILIES)
+def test_all_25_instructions_have_cases():
+    assert len(INSTRUCTIONS) == 25 == len(TULU_INSTRUCTIONS)
+    assert {name for name, _, followed, broken in CASES if followed and broken} == set(INSTRUCTIONS)
 
 
-@pytest.mark.parametrize(("family", "kwargs", "follows", "breaks"), CASES, ids=[case[0] for case in CASES])
-def test_family_tells_followed_from_broken(rule, family, kwargs, follows, breaks):
-    assert [r for r in follows if score(rule, r, [family], [kwargs]) != 1] == []
-    assert [r for r in breaks if score(rule, r, [family], [kwargs]) != 0] == []
+@pytest.mark.parametrize(("name", "kwargs", "followed", "broken"), CASES, ids=[case[0] for case in CASES])
+def test_instruction_scores_1_if_followed_else_0(rule, name, kwargs, followed, broken):
+    assert [r for r in followed if score(rule, r, [name], [kwargs]) != 1] == []
+    assert [r for r in broken if score(rule, r, [name], [kwargs]) != 0] == []
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_empty_response_follows_nothing(rule, family):
-    kwargs = next(kwargs for name, kwargs, _, _ in CASES if name == family)
-    assert score(rule, "", [family], [kwargs]) == score(rule, "<think>a</think> \n", [family], [kwargs]) == 0
+@pytest.mark.parametrize("name", sorted(INSTRUCTIONS))
+def test_empty_response_scores_0(rule, name):
+    kwargs = next(kwargs for other, kwargs, _, _ in CASES if other == name)
+    assert score(rule, "", [name], [kwargs]) == score(rule, "<think>a</think> \n", [name], [kwargs]) == 0
 
 
 TULU_CASES = [
@@ -267,11 +267,11 @@ TULU_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("truth", "follows", "breaks"), TULU_CASES, ids=[case[0]["func_name"] for case in TULU_CASES])
-def test_rows_with_a_function_name_as_rolls(rule, truth, follows, breaks):
+@pytest.mark.parametrize(("truth", "followed", "broken"), TULU_CASES, ids=[case[0]["func_name"] for case in TULU_CASES])
+def test_rows_of_tulu_with_func_name_are_scored(rule, truth, followed, broken):
     truth = json.dumps({"N": None, "quantifier": None, "end_phrase": None, **truth})
-    assert rule("", follows, truth).score == 1 and rule("", breaks, truth).score == 0
-    assert {json.loads(json.dumps(case[0]))["func_name"] for case in TULU_CASES} == set(TULU)
+    assert rule("", followed, truth).score == 1 and rule("", broken, truth).score == 0
+    assert {json.loads(json.dumps(case[0]))["func_name"] for case in TULU_CASES} == set(TULU_INSTRUCTIONS)
 
 
 NAMES, KWARGS = ["punctuation:no_comma", "detectable_format:title"], [{}, {"num_words": None, "frequency": math.nan}]
@@ -288,7 +288,7 @@ NAMES, KWARGS = ["punctuation:no_comma", "detectable_format:title"], [{}, {"num_
         (repr([{"instruction_id": NAMES, "kwargs": [None, {}]}]), {}),
     ],
 )
-def test_instructions_stand_in_columns_or_in_the_ground_truth(ground_truth, row):
+def test_instructions_are_read_from_columns_or_ground_truth(ground_truth, row):
     soft, hard = IfEval("soft"), IfEval("hard")
     half = soft("", "no title here", ground_truth, **row)
     assert half.score == 0.5 and half.components == {NAMES[0]: 1.0, NAMES[1]: 0.0} and half.answer is None
@@ -296,7 +296,7 @@ def test_instructions_stand_in_columns_or_in_the_ground_truth(ground_truth, row)
     assert hard("", "<think>yes, one</think>\n<<Title>>", ground_truth, **row).score == 1
 
 
-def test_loose_tries_without_first_and_last_line_and_asterisks():
+def test_loose_ignores_first_line_last_line_and_asterisks():
     strict, loose = IfEval(), IfEval(loose=True)
     wrapped = "Sure, here it is:\n**My text**\nI hope, it helps!"
     for names, kwargs in ([["punctuation:no_comma"], [{}]], [["startend:end_checker"], [{"end_phrase": "text"}]]):
@@ -304,46 +304,46 @@ def test_loose_tries_without_first_and_last_line_and_asterisks():
     assert score(loose, "a, b\nc, d\ne, f", ["punctuation:no_comma"], [{}]) == 0
 
 
-def test_the_same_instruction_twice_is_counted_twice():
+def test_repeated_instruction_is_counted_each_time():
     kwargs = [{"keywords": ["a"]}, {"keywords": ["b"]}]
-    verdict = IfEval("soft")("", "a", "", instruction_id_list=["keywords:existence"] * 2, kwargs=kwargs)
-    assert verdict.score == 0.5 and verdict.components == {"keywords:existence": 0.5}
+    output = IfEval("soft")("", "a", "", instruction_id_list=["keywords:existence"] * 2, kwargs=kwargs)
+    assert output.score == 0.5 and output.components == {"keywords:existence": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("ground_truth", "row", "told"),
+    ("ground_truth", "row", "match"),
     [
-        ("", {"instruction_id_list": ["keywords:existance"], "kwargs": [{}]}, "did you mean 'keywords:existence'"),
-        ("", {"instruction_id_list": ["keywords:existence"], "kwargs": [{}]}, "lacks keywords"),
-        ("", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]}, "no argument num_words"),
-        ("", {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": "cat"}]}, "'cat', not a list of"),
-        ("", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "one object for each of the 1"),
-        ("", {"instruction_id_list": ["punctuation:no_comma"]}, "kwargs None"),
-        ("", {"instruction_id_list": [], "kwargs": []}, "not a list of names"),
-        ("", {"instruction_id_list": "[broken", "kwargs": []}, "neither a list nor its JSON"),
-        ("forty-two", {}, "no instruction_id_list"),
-        (json.dumps({"func_name": "verify_keyword", "N": 1}), {}, "did you mean 'verify_keywords'"),
-        (json.dumps({"func_name": "verify_keywords", "N": 1}), {}, "lacks keywords"),
         (
-            json.dumps({"func_name": "validate_choice", "options": "yes, no"}),
-            {},
-            "options of 'validate_choice' is 'yes",
+            "",
+            {"instruction_id_list": ["keywords:existance"], "kwargs": [{}]},
+            "'keywords:existance'.*keywords:existence",
         ),
-        (json.dumps({"func_name": "verify_bullet_points", "N": "many"}), {}, "'many', not a whole number"),
+        ("", {"instruction_id_list": ["keywords:existence"], "kwargs": [{}]}, "'keywords:existence' lacks keywords"),
+        ("", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]}, "no_comma' .*num_words"),
+        ("", {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": "cat"}]}, "keywords of .*'cat'"),
+        ("", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, r"kwargs \[\] are not 1"),
+        ("", {"instruction_id_list": ["punctuation:no_comma"]}, "kwargs None"),
+        ("", {"instruction_id_list": [], "kwargs": []}, r"instruction_id_list is \[\]"),
+        ("", {"instruction_id_list": "[broken", "kwargs": []}, r"instruction_id_list .*'\[broken'"),
+        ("forty-two", {}, "instruction_id_list and kwargs.*'forty-two'"),
+        (json.dumps({"func_name": "verify_keyword", "N": 1}), {}, "func_name 'verify_keyword'.*'verify_keywords'"),
+        (json.dumps({"func_name": "verify_keywords", "N": 1}), {}, "'verify_keywords' lacks keywords"),
+        (json.dumps({"func_name": "validate_choice", "options": "yes, no"}), {}, "options of .*'yes, no'"),
+        (json.dumps({"func_name": "verify_bullet_points", "N": "many"}), {}, "num_bullets of .*'many'"),
         (
             json.dumps({"func_name": "validate_word_constraint", "N": 1, "quantifier": "roughly"}),
             {},
-            "unknown relation 'roughly'; expected one of at least",
+            "relation 'roughly'.*at least",
         ),
     ],
 )
-def test_wrong_row_is_an_error_that_says_what_is_wrong(rule, ground_truth, row, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_row_raises(rule, ground_truth, row, match):
+    with pytest.raises(ValueError, match=match):
         rule("", "a response", ground_truth, **row)
 
 
-def test_unknown_reward_type_is_an_error():
-    with pytest.raises(ConfigError, match="reward_type: ifeval has soft and hard, not 'medium'"):
+def test_unknown_reward_type_raises():
+    with pytest.raises(ConfigError, match=r"reward_type 'medium'.*soft, hard"):
         IfEval("medium")
 
 
@@ -351,16 +351,16 @@ def test_unknown_reward_type_is_an_error():
     ("text", "count"),
     [("", 0), ("...", 0), ("One", 1), ("One.Two", 1), ("Really?! Yes.", 2), ("我来了。你呢？好", 3), ("A.\n\nB.", 2)],
 )
-def test_sentences_are_counted(text, count):
-    assert sentences(text) == count
+def test_count_sentences(text, count):
+    assert count_sentences(text) == count
 
 
-def test_endless_initials_are_counted_in_time():
-    begin = time.process_time()
-    assert sentences("A. " * 10_000) == 1
-    assert time.process_time() - begin < 5  # it took 20 s where each was looked for from the start of the line
+def test_many_initials_are_counted_in_linear_time():
+    start = time.process_time()
+    assert count_sentences("A. " * 10_000) == 1
+    assert time.process_time() - start < 5  # 20 s if every abbreviation is searched from the start of the line
 
 
 @pytest.mark.parametrize(("text", "language"), [(ENGLISH, "en"), (GERMAN, "de"), ("12 + 3", None), ("", None)])
-def test_language_is_the_texts_or_none(text, language):
-    assert language_of(text) == language
+def test_detect_language(text, language):
+    assert detect_language(text) == language

@@ -1,4 +1,4 @@
-"""`multiple_choice_boxed` and `crossthinkqa`."""
+"""`multiple_choice_boxed` and `crossthinkqa`: parsing of option letters, and scores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from roll_gspo.rewards.multiple_choice import CrossThinkQa, MultipleChoiceBoxed,
         *((form, None) for form in ("", "42", "A cat", "CAB", "AA", "Yes", "ab", "x = B", "Because", "(", "B2")),
     ],
 )
-def test_options_are_read_from_every_form(text, letters):
+def test_option_letters(text, letters):
     assert option_letters(text) == letters
 
 
@@ -56,9 +56,9 @@ def test_options_are_read_from_every_form(text, letters):
         ("", "B", 0, None),
     ],
 )
-def test_last_box_decides(response, ground_truth, score, answer):
-    verdict = MultipleChoiceBoxed()("", response, ground_truth, choices=["a", "b"])
-    assert (verdict.score, verdict.answer) == (score, answer)
+def test_last_box_is_scored(response, ground_truth, score, answer):
+    output = MultipleChoiceBoxed()("", response, ground_truth, choices=["a", "b"])
+    assert (output.score, output.answer) == (score, answer)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_last_box_decides(response, ground_truth, score, answer):
         ("Answer: B) its text", "B"),
         ("The answer is (A) or (B).", None),
         ("The answer is A, or B.", None),
-        ("The answer is A" + " " * 20_000 + "\n" * 20_000 + "B cat", "A"),  # in no time
+        ("The answer is A" + " " * 20_000 + "\n" * 20_000 + "B cat", "A"),  # must not backtrack
         ("The answer is A cat", None),
         ("The answer is Brown", None),
         (r"The answer is A. \boxed{B}", "B"),
@@ -82,7 +82,7 @@ def test_last_box_decides(response, ground_truth, score, answer):
         ("B", None),
     ],
 )
-def test_phrase_counts_where_it_is_allowed_and_there_is_no_box(response, answer):
+def test_phrase_is_scored_only_if_enabled_and_without_box(response, answer):
     assert MultipleChoiceBoxed(answer_phrase=True)("", response, "B").answer == answer
     assert MultipleChoiceBoxed()("", response, "B").answer == (answer if "boxed" in response else None)
 
@@ -91,7 +91,7 @@ def test_phrase_counts_where_it_is_allowed_and_there_is_no_box(response, answer)
     ("reward_type", "scores"),
     [("loose", (1, 1, -1, -1)), ("soft", (1, 0.5, -0.5, -1)), ("strict", (1, -1, -1, -1))],
 )
-def test_crossthinkqa_tells_right_from_well_formed(reward_type, scores):
+def test_crossthinkqa_scores_of_each_reward_type(reward_type, scores):
     rule = CrossThinkQa(reward_type)
     responses = (r"\boxed{B}", "The answer is B.", r"\boxed{A}", "The answer is A.")
     assert tuple(rule("", response, "B").score for response in responses) == scores
@@ -99,11 +99,11 @@ def test_crossthinkqa_tells_right_from_well_formed(reward_type, scores):
 
 
 @pytest.mark.parametrize("rule", [MultipleChoiceBoxed(), CrossThinkQa()])
-def test_ground_truth_without_an_option_is_an_error_not_a_zero(rule):
-    with pytest.raises(ValueError, match="names no option"):
+def test_ground_truth_without_option_raises(rule):
+    with pytest.raises(ValueError, match="'forty-two'"):
         rule("", r"\boxed{B}", "forty-two")
 
 
-def test_unknown_reward_type_is_an_error():
-    with pytest.raises(ConfigError, match="crossthinkqa has loose, soft, strict, not 'hard'"):
+def test_unknown_reward_type_raises():
+    with pytest.raises(ConfigError, match=r"reward_type 'hard'.*loose, soft, strict"):
         CrossThinkQa("hard")

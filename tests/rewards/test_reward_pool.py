@@ -1,4 +1,4 @@
-"""The worker processes: hostile rewards, order, and that none of them is left behind."""
+"""The pool of worker processes: hostile rewards, order of results, and cleanup of processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
 from roll_gspo.rewards import RewardPool, RewardRequest, RewardResult, reward_spec
-from roll_gspo.rewards.round import RoundCancelled
+from roll_gspo.rewards.job import JobCancelled
 
 HOSTILE = """
 import os, re, subprocess, sys, time
-from roll_gspo.rewards import Verdict
+from roll_gspo.rewards import RewardOutput
 def reward(prompt, response, ground_truth, **row):
     if response == "raise": raise KeyError("no such thing")
     if response == "nan": return float("nan")
@@ -37,9 +37,9 @@ def reward(prompt, response, ground_truth, **row):
         time.sleep(600)
     if response == "torch": return "torch" in sys.modules
     if response == "pid": return os.getpid()
-    if response == "verdict": return Verdict(0.75, "42", {"right": 1, "form": 0.5})
-    if response == "bad part": return Verdict(0.75, "42", {"right": float("nan")})
-    if response == "bad answer": return Verdict(0.75, 42)
+    if response == "output": return RewardOutput(0.75, "42", {"right": 1, "form": 0.5})
+    if response == "bad component": return RewardOutput(0.75, "42", {"right": float("nan")})
+    if response == "bad answer": return RewardOutput(0.75, 42)
     print("a reward that prints")
     return float(response)
 def slow(prompt, response, ground_truth): time.sleep(0.02); return os.getpid()
@@ -59,11 +59,11 @@ class Broken:
     def __init__(self): raise OSError("no licence server")
 class Dies:
     def __init__(self): os._exit(7)
-class DiesWhenTold:
+class DiesOnRequest:
     def __init__(self):
-        told = int(open("deaths").read())
-        open("deaths", "w").write(str(max(0, told - 1)))
-        if told: os.kill(os.getpid(), 9)
+        deaths = int(open("deaths").read())
+        open("deaths", "w").write(str(max(0, deaths - 1)))
+        if deaths: os.kill(os.getpid(), 9)
     def __call__(self, prompt, response, ground_truth): return reward(prompt, response, ground_truth)
 class Sleeps:
     def __init__(self): time.sleep(600)
@@ -74,15 +74,15 @@ TIMEOUT_S = 1.0
 @pytest.fixture(autouse=True)
 def hostile_module(tmp_path, monkeypatch):
     (tmp_path / "hostile.py").write_text(HOSTILE)
-    (tmp_path / "wants_more.py").write_text("import a_package_that_is_not_there\ndef f(p, r, g): return 0")
-    monkeypatch.chdir(tmp_path)  # where `python -m` would find it
+    (tmp_path / "missing_import.py").write_text("import a_package_that_is_not_there\ndef f(p, r, g): return 0")
+    monkeypatch.chdir(tmp_path)  # workers have the working directory in sys.path
 
 
-def pool_of(target: str, num_workers: int = 2, **settings) -> RewardPool:
+def make_pool(target: str, num_workers: int = 2, **settings) -> RewardPool:
     return RewardPool(reward_spec(target, {}, "rewards.x"), num_workers, TIMEOUT_S, "rewards.x", **settings)
 
 
-def ask(*responses: str, truth: str = "") -> list[RewardRequest]:
+def make_requests(*responses: str, truth: str = "") -> list[RewardRequest]:
     return [RewardRequest("p", response, truth, {"id": str(i)}) for i, response in enumerate(responses)]
 
 
@@ -96,252 +96,253 @@ def alive(pid: int) -> bool:
 def wait_until_gone(*pids: int, within_s: float = 30.0) -> None:
     deadline = time.monotonic() + within_s
     while any(map(alive, pids)):
-        assert time.monotonic() < deadline, f"{[p for p in pids if alive(p)]} still run after {within_s} s"
+        assert time.monotonic() < deadline, f"{[p for p in pids if alive(p)]} are still running after {within_s} s"
         time.sleep(0.02)
 
 
-def test_scores_keep_their_order_and_processes_are_reused():
-    with pool_of("hostile.reward") as pool:
+def test_scores_are_in_order_and_processes_are_reused():
+    with make_pool("hostile.reward") as pool:
         for start in (0, 1000):
-            results = pool.score(ask(*(str(n) for n in range(start, start + 300))))
+            results = pool.score(make_requests(*(str(n) for n in range(start, start + 300))))
             assert results == [RewardResult(float(n)) for n in range(start, start + 300)]
         first = set(pool.pids)
-        assert {r.score for r in pool.score(ask(*["pid"] * 64))} <= first
+        assert {r.score for r in pool.score(make_requests(*["pid"] * 64))} <= first
         assert pool.score([]) == []
 
 
-def test_a_verdict_says_more_than_a_number():
-    with pool_of("hostile.reward") as pool:
-        results = pool.score(ask("verdict", "1"))
+def test_reward_output_becomes_result():
+    with make_pool("hostile.reward") as pool:
+        results = pool.score(make_requests("output", "1"))
         assert results == [RewardResult(0.75, None, "42", {"right": 1.0, "form": 0.5}), RewardResult(1.0)]
 
 
-def test_batch_reward_gets_several_samples_at_once_but_not_more_than_allowed():
-    with pool_of("hostile.Batch", num_workers=1, max_batch=4) as pool:
-        assert [r.score for r in pool.score(ask(*["1"] * 10))] == [4] * 8 + [2] * 2
+def test_batch_reward_gets_at_most_max_batch_samples():
+    with make_pool("hostile.Batch", num_workers=1, max_batch=4) as pool:
+        assert [r.score for r in pool.score(make_requests(*["1"] * 10))] == [4] * 8 + [2] * 2
 
 
 @pytest.mark.parametrize(
-    ("hostile", "told", "num_failed"),
+    ("hostile", "reason", "num_failed"),
     [
         ("raise", "KeyError: 'no such thing'", 1),
-        ("nan", "returned nan, not a finite number", 1),
-        ("text", "returned '1', not a number", 1),
-        ("die", "died (exit code 3)", 1),
+        ("nan", "returned nan", 1),
+        ("text", "returned '1'", 1),
+        ("die", "exit code 3", 1),
         ("hang", "timeout after 1 s", 1),
-        ("short", "returned 1 scores for 4 requests", 4),
+        ("short", "1 scores for 4 requests", 4),
         ("not a list", "TypeError", 1),
     ],
 )
-def test_hostile_batch_is_taken_apart_so_that_the_guilty_sample_fails(hostile, told, num_failed):
-    with pool_of("hostile.Batch", num_workers=1, max_batch=4) as pool:
-        results = pool.score(ask("1", "2", hostile, "3", "4", "5"))
+def test_failed_batch_is_retried_one_by_one(hostile, reason, num_failed):
+    with make_pool("hostile.Batch", num_workers=1, max_batch=4) as pool:
+        results = pool.score(make_requests("1", "2", hostile, "3", "4", "5"))
     failed = [index for index, result in enumerate(results) if result.failed]
     assert failed == ([2] if num_failed == 1 else [0, 1, 2, 3])
-    assert told in (results[2].failed or "")
+    assert reason in (results[2].failed or "")
 
 
-def test_memory_limit_fails_the_sample_that_needs_more():
-    with pool_of("hostile.allocate", num_workers=1, max_memory_mb=400) as pool:
-        few, much, again = pool.score(ask("50", "4000", "60"))
-        assert (few.score, again.score) == (50, 60) and len(pool.pids) == 1
-    assert much.failed == "MemoryError: out of memory"
+def test_memory_limit_fails_only_the_sample_that_exceeds_it():
+    with make_pool("hostile.allocate", num_workers=1, max_memory_mb=400) as pool:
+        before, large, after = pool.score(make_requests("50", "4000", "60"))
+        assert (before.score, after.score) == (50, 60) and len(pool.pids) == 1
+    assert (large.failed or "").startswith("MemoryError")
 
 
-def test_kernel_takes_a_worker_when_memory_runs_out_and_the_sample_fails():
-    with pool_of("hostile.oom_killed", num_workers=1) as pool:
-        before, killed, after = pool.score(ask("a", "large", "b"))
-    assert (before.score, after.score) == (1000, 1000), "the first in line for the kernel"
-    assert "died (signal 9: killed from outside, by the kernel where memory ran out)" in (killed.failed or "")
+def test_oom_killed_worker_fails_its_sample():
+    with make_pool("hostile.oom_killed", num_workers=1) as pool:
+        before, killed, after = pool.score(make_requests("a", "large", "b"))
+    assert (before.score, after.score) == (1000, 1000), "oom_score_adj of the workers"
+    assert "signal 9" in (killed.failed or "")
 
 
-def test_samples_may_come_while_others_are_scored():
-    with pool_of("hostile.reward", num_workers=1) as pool:
-        work, results = pool.new_round(), []
-        thread = threading.Thread(target=lambda: results.extend(pool.run(work)))
+def test_samples_can_be_submitted_while_others_are_scored():
+    with make_pool("hostile.reward", num_workers=1) as pool:
+        job, results = pool.new_job(), []
+        thread = threading.Thread(target=lambda: results.extend(pool.run(job)))
         thread.start()
-        for number, request in enumerate(ask(*(str(n) for n in range(20)))):
-            work.submit(request)
-            while number == 9 and len(work.results) < 10:  # until the pool has nothing more to do
+        for number, request in enumerate(make_requests(*(str(n) for n in range(20)))):
+            job.submit(request)
+            while number == 9 and len(job.results) < 10:  # until the pool is idle
                 assert thread.is_alive()
                 time.sleep(0.01)
-        work.finish()
+        job.finish()
         thread.join(60)
         assert results == [RewardResult(float(n)) for n in range(20)]
-        assert len(work.spans) == 20 and all(begin <= end for begin, end in work.spans)
+        assert len(job.busy_spans) == 20 and all(start <= end for start, end in job.busy_spans)
 
 
-def test_cancelled_round_ends_at_once_and_the_pool_serves_on():
-    with pool_of("hostile.reward", num_workers=1) as pool:
-        work = pool.new_round()
-        work.submit(ask("1")[0])
-        work.cancel()
-        with pytest.raises(RoundCancelled):
-            pool.run(work)
-        assert pool.score(ask("5")) == [RewardResult(5.0)]
+def test_cancelled_job_raises_and_the_pool_stays_usable():
+    with make_pool("hostile.reward", num_workers=1) as pool:
+        job = pool.new_job()
+        job.submit(make_requests("1")[0])
+        job.cancel()
+        with pytest.raises(JobCancelled):
+            pool.run(job)
+        assert pool.score(make_requests("5")) == [RewardResult(5.0)]
 
 
-def test_all_workers_share_the_work():
-    with pool_of("hostile.slow", num_workers=2) as pool:
+def test_requests_are_spread_over_all_workers():
+    with make_pool("hostile.slow", num_workers=2) as pool:
         pool.check()
-        assert len({r.score for r in pool.score(ask(*["x"] * 40))}) == 2
+        assert len({r.score for r in pool.score(make_requests(*["x"] * 40))}) == 2
 
 
 def test_workers_do_not_import_torch():
     assert "torch" in sys.modules or __import__("torch")
-    with pool_of("hostile.reward") as pool:
-        assert pool.score(ask("torch"))[0] == RewardResult(0.0)
+    with make_pool("hostile.reward") as pool:
+        assert pool.score(make_requests("torch"))[0] == RewardResult(0.0)
 
 
 @pytest.mark.parametrize(
-    ("hostile", "told"),
+    ("hostile", "reason"),
     [
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "returned nan"),
         ("inf", "returned inf"),
-        ("large", "returned 1e+39, more than training's float32 holds"),
-        ("text", "returned '1.0', not a number"),
-        ("none", "returned None, not a number"),
-        ("bad part", "returned nan"),
-        ("bad answer", "returned the answer 42, not a text"),
+        ("large", "returned 1e+39"),
+        ("text", "returned '1.0'"),
+        ("none", "returned None"),
+        ("bad component", "returned nan"),
+        ("bad answer", "answer 42"),
         ("sys.exit", "SystemExit: 3"),
         ("not a float", "ValueError"),
-        ("die", "died (exit code 3)"),
-        ("segfault", "died (signal 11)"),
+        ("die", "exit code 3"),
+        ("segfault", "signal 11"),
         ("hang", "timeout after 1 s"),
         ("hang in C", "timeout after 1 s"),
     ],
 )
-def test_hostile_reward_fails_its_own_sample_only(hostile, told):
-    with pool_of("hostile.reward") as pool:
-        results = pool.score(ask("1", "2", hostile, "3", "4", "5"))
+def test_hostile_reward_fails_only_its_sample(hostile, reason):
+    with make_pool("hostile.reward") as pool:
+        results = pool.score(make_requests("1", "2", hostile, "3", "4", "5"))
         assert [r.score for r in results] == [1, 2, 0, 3, 4, 5]
         assert [r.failed is None for r in results] == [True, True, False, True, True, True]
-        assert told in (results[2].failed or "")
-        assert pool.score(ask("6")) == [RewardResult(6.0)]
+        assert reason in (results[2].failed or "")
+        assert pool.score(make_requests("6")) == [RewardResult(6.0)]
 
 
-def test_many_hostile_rewards_in_one_round_are_told_apart(caplog):
+def test_each_hostile_sample_of_a_job_fails_alone(caplog):
     bad = {7: "die", 8: "die", 20: "hang", 21: "raise", 63: "segfault"}
-    with pool_of("hostile.reward") as pool:
-        results = pool.score(ask(*(bad.get(n, str(n)) for n in range(64))))
+    with make_pool("hostile.reward") as pool:
+        results = pool.score(make_requests(*(bad.get(n, str(n)) for n in range(64))))
     assert [i for i, r in enumerate(results) if r.failed] == list(bad)
     assert all(r.score == i for i, r in enumerate(results) if i not in bad)
-    assert "rewards.x: 5 of 64 samples failed, first (row 7)" in caplog.text
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("rewards.x: 5 of 64 ") and "(row 7)" in warning
 
 
-def test_worker_killed_while_idle_costs_no_sample():
-    with pool_of("hostile.reward") as pool:
+def test_worker_killed_while_idle_fails_no_sample():
+    with make_pool("hostile.reward") as pool:
         pool.check()
         for pid in pool.pids:
             os.kill(pid, signal.SIGKILL)
         wait_until_gone(*pool.pids)
-        assert pool.score(ask("1", "2", "3")) == [RewardResult(1.0), RewardResult(2.0), RewardResult(3.0)]
+        assert pool.score(make_requests("1", "2", "3")) == [RewardResult(1.0), RewardResult(2.0), RewardResult(3.0)]
 
 
-def test_worker_that_dies_while_it_starts_again_does_not_end_the_run(caplog):
-    def ask_after(deaths):
+def test_worker_that_dies_during_a_restart_is_replaced(caplog):
+    def scores_after(deaths):
         Path("deaths").write_text(str(deaths))
-        return [result.score for result in pool.score(ask("die", "7", "8"))]
+        return [result.score for result in pool.score(make_requests("die", "7", "8"))]
 
-    with pool_of("hostile.DiesWhenTold", num_workers=1) as pool:
-        assert ask_after(0) == [0, 7, 8]
-        assert ask_after(2) == [0, 7, 8]
-        assert "did not start: it died (signal 9: killed from outside" in caplog.text
-        with pytest.raises(RewardError, match="did not start: it died"):
-            ask_after(100)
+    with make_pool("hostile.DiesOnRequest", num_workers=1) as pool:
+        assert scores_after(0) == [0, 7, 8]
+        assert scores_after(2) == [0, 7, 8]
+        assert "rewards.x" in caplog.text and "signal 9" in caplog.text
+        with pytest.raises(RewardError, match=r"rewards\.x.*signal 9"):
+            scores_after(100)
 
 
-def test_progress_counts_up_to_all():
+def test_progress_counts_up_to_the_number_of_samples():
     seen = []
-    with pool_of("hostile.reward") as pool:
-        pool.score(ask(*["1"] * 50), lambda done, total: seen.append((done, total)))
+    with make_pool("hostile.reward") as pool:
+        pool.score(make_requests(*["1"] * 50), lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1] == (50, 50)
 
 
 @pytest.mark.parametrize(
-    ("target", "error", "told"),
+    ("target", "error", "match"),
     [
-        ("hostile.absent", ConfigError, "rewards.x: .*has no 'absent'"),
-        ("wants_more.f", MissingDependencyError, "pip install a_package_that_is_not_there"),
-        ("hostile.Broken", RewardError, "rewards.x: .*did not start: OSError: no licence server"),
-        ("hostile.Dies", RewardError, r"rewards.x: .*died \(exit code 7\)"),
-        ("hostile.Sleeps", RewardError, "rewards.x: .*not ready after 2 s"),
+        ("hostile.absent", ConfigError, r"^rewards\.x: .*'absent'"),
+        ("missing_import.f", MissingDependencyError, "pip install a_package_that_is_not_there"),
+        ("hostile.Broken", RewardError, r"^rewards\.x: .*OSError: no licence server"),
+        ("hostile.Dies", RewardError, r"^rewards\.x: .*exit code 7"),
+        ("hostile.Sleeps", RewardError, r"^rewards\.x: .*start_timeout_s 2"),
     ],
 )
-def test_reward_that_cannot_be_built_is_an_error_of_check_and_of_score(target, error, told):
-    with pool_of(target, start_timeout_s=2.0) as pool:
-        with pytest.raises(error, match=told):
+def test_reward_that_cannot_be_built_fails_check_and_score(target, error, match):
+    with make_pool(target, start_timeout_s=2.0) as pool:
+        with pytest.raises(error, match=match):
             pool.check()
         assert pool.pids == []
-        with pytest.raises(error, match=told):
-            pool.score(ask("1"))
+        with pytest.raises(error, match=match):
+            pool.score(make_requests("1"))
 
 
-def test_reward_is_found_where_the_parent_finds_it(tmp_path, monkeypatch):
+def test_worker_has_the_sys_path_of_the_parent(tmp_path, monkeypatch):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "only_here.py").write_text("def f(prompt, response, ground_truth): return 4")
     monkeypatch.syspath_prepend(folder)
-    with pool_of("only_here.f") as pool:
-        assert pool.score(ask("x"))[0].score == 4
+    with make_pool("only_here.f") as pool:
+        assert pool.score(make_requests("x"))[0].score == 4
 
 
-def test_threads_may_score_at_the_same_time_and_end_before_the_workers():
+def test_threads_can_score_concurrently_and_end_before_the_workers():
     scores = {}
-    with pool_of("hostile.reward") as pool:
+    with make_pool("hostile.reward") as pool:
 
-        def work(number):
-            scores[number] = [r.score for r in pool.score(ask(*[str(number)] * 40))]
+        def score(number):
+            scores[number] = [r.score for r in pool.score(make_requests(*[str(number)] * 40))]
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        threads = [threading.Thread(target=score, args=(n,)) for n in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
         assert scores == {n: [n] * 40 for n in range(4)}
         before = set(pool.pids)
-        time.sleep(0.7)  # longer than the workers take to see that a parent is gone
-        assert {r.score for r in pool.score(ask(*["pid"] * 8))} <= before
+        time.sleep(0.7)  # longer than the interval at which workers check their parent
+        assert {r.score for r in pool.score(make_requests(*["pid"] * 8))} <= before
 
 
-def test_interrupted_score_leaves_no_stale_answers():
+def test_interrupted_score_leaves_no_stale_results():
     def interrupt(done, total):
         raise KeyboardInterrupt
 
-    with pool_of("hostile.reward") as pool:
+    with make_pool("hostile.reward") as pool:
         with pytest.raises(KeyboardInterrupt):
-            pool.score(ask(*["1"] * 200), interrupt)
-        assert pool.score(ask("5", "6")) == [RewardResult(5.0), RewardResult(6.0)]
+            pool.score(make_requests(*["1"] * 200), interrupt)
+        assert pool.score(make_requests("5", "6")) == [RewardResult(5.0), RewardResult(6.0)]
 
 
 def test_ctrl_c_does_not_reach_the_workers():
-    with pool_of("hostile.reward") as pool:
+    with make_pool("hostile.reward") as pool:
         pool.check()
         assert all(os.getpgid(pid) == pid != os.getpgid(0) for pid in pool.pids)
         for pid in pool.pids:
             os.kill(pid, signal.SIGINT)
         before = set(pool.pids)
-        assert {r.score for r in pool.score(ask("pid", "pid"))} <= before
+        assert {r.score for r in pool.score(make_requests("pid", "pid"))} <= before
 
 
-def test_close_ends_workers_and_the_pool():
-    pool = pool_of("hostile.reward")
+def test_close_kills_workers_and_closed_pool_raises():
+    pool = make_pool("hostile.reward")
     pool.check()
     pids = pool.pids
     assert len(pids) == 2 and all(map(alive, pids))
     pool.close()
     pool.close()
     wait_until_gone(*pids)
-    with pytest.raises(RewardError, match="closed"):
-        pool.score(ask("1"))
+    with pytest.raises(RewardError, match=r"^rewards\.x: .*closed"):
+        pool.score(make_requests("1"))
 
 
-def test_timeout_also_ends_what_the_reward_started(tmp_path):
-    noted = tmp_path / "child.pid"
-    with pool_of("hostile.reward") as pool:
-        assert pool.score(ask("spawn and hang", truth=str(noted)))[0].failed
-    wait_until_gone(int(noted.read_text()))
+def test_timeout_also_kills_child_processes_of_the_reward(tmp_path):
+    pid_file = tmp_path / "child.pid"
+    with make_pool("hostile.reward") as pool:
+        assert pool.score(make_requests("spawn and hang", truth=str(pid_file)))[0].failed
+    wait_until_gone(int(pid_file.read_text()))
 
 
 PARENT = """
@@ -349,9 +350,9 @@ import os, signal, sys, threading, time
 from roll_gspo.rewards import RewardPool, RewardRequest, reward_spec
 pool = RewardPool(reward_spec("hostile.reward", {}, "rewards.x"), 2, 2.0, "rewards.x")
 pool.check()
-if sys.argv[1] == "fork":  # something that inherited our descriptors outlives us
+if sys.argv[1] == "fork":  # a process that inherited the descriptors outlives this one
     if os.fork() == 0:
-        os.write(1, b"fork\\n")  # in one piece: two processes write
+        os.write(1, b"fork\\n")  # one atomic write, because two processes write
         time.sleep(30)
         os._exit(0)
 os.write(1, f"ready {' '.join(map(str, pool.pids))}\\n".encode())
@@ -375,7 +376,7 @@ def start_parent(*arguments: str) -> tuple[subprocess.Popen, list[int]]:
     line = ""
     while not line.startswith("ready"):
         line = parent.stdout.readline()
-        assert line, "the parent ended before its pool was ready"
+        assert line, "the parent exited before its pool was ready"
     return parent, [int(word) for word in line.split()[1:]]
 
 
@@ -390,28 +391,27 @@ def test_workers_end_when_the_parent_exits_without_closing():
 )
 def test_workers_end_when_the_parent_is_killed(mode, response):
     parent, pids = start_parent(mode, response, "")
-    time.sleep(0.2)  # the busy worker is at its sample
+    time.sleep(0.2)  # until the busy worker has started its sample
     parent.kill()
     parent.wait(30)
     wait_until_gone(*pids)
 
 
-def test_what_a_reward_started_ends_when_the_parent_is_killed(tmp_path):
-    noted = tmp_path / "child.pid"
-    parent, pids = start_parent("stay", "spawn and hang", str(noted))
+def test_child_processes_of_the_reward_end_when_the_parent_is_killed(tmp_path):
+    pid_file = tmp_path / "child.pid"
+    parent, pids = start_parent("stay", "spawn and hang", str(pid_file))
     deadline = time.monotonic() + 30
-    while not (noted.exists() and noted.read_text()):
+    while not (pid_file.exists() and pid_file.read_text()):
         assert time.monotonic() < deadline, "the reward did not start its child within 30 s"
         time.sleep(0.02)
     parent.kill()
     parent.wait(30)
-    wait_until_gone(*pids, int(noted.read_text()))
+    wait_until_gone(*pids, int(pid_file.read_text()))
 
 
-def test_worker_that_someone_kills_costs_no_sample():
-    """The sample that it was at is scored by the next one."""
+def test_current_sample_of_a_killed_worker_is_retried():
     killed: list[int] = []
-    with pool_of("hostile.slow") as pool:
+    with make_pool("hostile.slow") as pool:
         pool.check()
 
         def kill_once(done: int, _: int) -> None:
@@ -419,6 +419,6 @@ def test_worker_that_someone_kills_costs_no_sample():
                 killed.extend(pool.pids)
                 os.kill(killed[0], signal.SIGKILL)
 
-        results = pool.score(ask(*["x"] * 100), kill_once)
+        results = pool.score(make_requests(*["x"] * 100), kill_once)
         assert killed and not [result for result in results if result.failed]
         assert killed[0] not in pool.pids

@@ -62,7 +62,7 @@ def test_each_sample_is_scored_by_the_reward_of_its_domain_or_tag(judge: RewardM
 
 
 def test_row_without_a_reward_is_found_before_training(judge: RewardManager) -> None:
-    with pytest.raises(DataError, match="of domain 'poetry' and tag '' matches no reward"):
+    with pytest.raises(DataError, match="domain 'poetry' and tag ''"):
         judge.check([{"id": "1", "domain": "poetry", "tag": ""}])
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import Ranks
-from vocabulary_cut import HIDDEN, VOCAB, Head, fused, plain, shares
+from vocabulary_parallel import HIDDEN, VOCAB, Head, fused, reference, solve_sharded
 
 from roll_gspo.strategies import fused_scores
 from roll_gspo.strategies.fused_scores import scores_from_hidden
@@ -24,7 +24,7 @@ def test_scores_from_hidden_and_their_gradients_equal_float64_autograd(
 ) -> None:
     monkeypatch.setattr(fused_scores, "_BLOCK_LOGITS", block_logits)
     head = Head.make(10, dtype=dtype)
-    got, want = fused(head, temperature), plain(head, temperature)
+    got, want = fused(head, temperature), reference(head, temperature)
     assert {tensor.dtype for tensor in got} == {dtype}
     _assert_equal(got, want, 1e-5 if dtype == torch.float32 else 1e-12)
 
@@ -44,7 +44,7 @@ def test_scores_from_hidden_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_scores_from_hidden_in_bfloat16_take_its_logits_and_sum_in_float32() -> None:
     head = Head.make(40, dtype=torch.bfloat16)
-    got, want = fused(head, 1.0), plain(head, 1.0)
+    got, want = fused(head, 1.0), reference(head, 1.0)
     assert [tensor.dtype for tensor in got] == [torch.float32] * 2 + [torch.bfloat16] * 2
     log_p = (head.hidden @ head.weight.t()).double().log_softmax(-1)
     of_its_logits = log_p.gather(-1, head.tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
@@ -59,7 +59,7 @@ def test_scores_from_hidden_take_rows_and_columns_that_are_not_contiguous() -> N
     states[::2, 1::2], rows[:] = head.hidden, head.weight.t()
     apart = head._replace(hidden=states[::2, 1::2], weight=rows.t())
     assert not apart.hidden.is_contiguous() and not apart.weight.is_contiguous()
-    _assert_equal(fused(apart, 1.0), plain(head, 1.0), 1e-12)
+    _assert_equal(fused(apart, 1.0), reference(head, 1.0), 1e-12)
 
 
 @pytest.mark.parametrize("block_logits", [ALL_AT_ONCE, 10 * 20])
@@ -69,14 +69,14 @@ def test_scores_from_hidden_give_rows_that_pad_the_head_nothing(
     monkeypatch.setattr(fused_scores, "_BLOCK_LOGITS", block_logits)
     head = Head.make(10, padded=64)
     got = fused(head, 1.0)
-    _assert_equal(got, plain(head, 1.0), 1e-12)
+    _assert_equal(got, reference(head, 1.0), 1e-12)
     assert torch.count_nonzero(got.d_weight[VOCAB:]) == 0
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_scores_from_hidden_differentiate_one_of_both_and_one_input_alone(wanted: int) -> None:
     head = Head.make(10)
-    exact = plain(head._replace(upstream=head.upstream * torch.eye(2)[:, wanted, None]), 0.6)
+    exact = reference(head._replace(upstream=head.upstream * torch.eye(2)[:, wanted, None]), 0.6)
     for trained in ("hidden", "weight"):
         inputs = head._asdict()
         inputs[trained].requires_grad_()
@@ -97,7 +97,7 @@ def test_scores_from_hidden_without_entropy_have_the_same_log_probs_and_gradient
         hidden, head.weight, head.tokens, temperature=1.0, entropy=False, vocab_size=VOCAB
     )
     (gradient,) = torch.autograd.grad(log_probs, hidden, head.upstream[0])
-    want = plain(head._replace(upstream=head.upstream * torch.tensor([[1.0], [0.0]])), 1.0)
+    want = reference(head._replace(upstream=head.upstream * torch.tensor([[1.0], [0.0]])), 1.0)
     assert entropies is None
     _assert_equal((log_probs.detach(), gradient), (want.log_probs, want.d_hidden), 1e-12)
 
@@ -105,7 +105,7 @@ def test_scores_from_hidden_without_entropy_have_the_same_log_probs_and_gradient
 def test_scores_from_hidden_stay_exact_where_logits_are_far_from_zero() -> None:
     head = Head.make(10, dtype=torch.float32)
     head.weight[:, 0] = 300.0  # one offset for all logits of a token, which its distribution does not depend on
-    got, want = fused(head, 1.0), plain(head, 1.0)
+    got, want = fused(head, 1.0), reference(head, 1.0)
     spacing = 2.0**-15  # of float32 logits above 256
     _assert_equal(got[:2], want[:2], 20 * spacing)
     head.hidden.mul_(1e4)
@@ -159,7 +159,7 @@ def test_scores_from_hidden_of_a_head_cut_over_ranks_equal_those_of_the_whole(
         for padded in paddings
         for num_tokens, temperature, block_logits in ((10, 0.6, 10 * 8), (10, 1.0, ALL_AT_ONCE), (0, 1.0, 8))
     ]
-    by_rank = ranks.run(world_size, shares, cases)
+    by_rank = ranks.run(world_size, solve_sharded, cases)
     for number, (num_tokens, padded, temperature, _) in enumerate(cases):
         found = [solutions[number] for solutions in by_rank]
         want = fused(Head.make(num_tokens, padded), temperature)

@@ -1,1 +1,1 @@
-"""`llm_judge`: a language model behind an OpenAI-compatible endpoint grades the response."""
+"""`llm_judge`: score of a language model behind an OpenAI-compatible endpoint."""

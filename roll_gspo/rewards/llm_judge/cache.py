@@ -1,4 +1,4 @@
-"""Answers of judges that were paid for already, in one SQLite file that several processes share."""
+"""Cache of judge answers in one SQLite file, shared by several processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT
 
 
 class AnswerCache:
-    """Answers by a digest of the request (model, messages, parameters).
+    """Maps requests (model, messages, parameters) to answers.
 
-    SQLite's own locks make it safe for processes of one machine. A cache that fails (disk full, lock not had within
-    30 s) costs requests, not samples: it says so once on stderr and is not asked again.
+    SQLite locks the file, so that processes of one machine can share it. If a statement fails (disk full, or locked for
+    30 s), the cache prints a warning once and is disabled; samples do not fail.
 
     Args:
-        folder: made where it is missing; the file in it is `llm_judge.sqlite`.
+        folder: folder of the file `llm_judge.sqlite`; created if it does not exist.
 
     Raises:
         ConfigError: the file cannot be opened.
@@ -40,12 +40,12 @@ class AnswerCache:
             self._connection.execute(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
-                f"llm_judge: cache_dir: cannot open {self._file}: {error}; name another folder"
+                f"llm_judge: cache_dir: cannot open {self._file} ({error}); choose another folder"
             ) from error
-        self._usable = True
+        self._enabled = True
 
     def get(self, request: Mapping[str, Any]) -> str | None:
-        """The answer to the same request, if there was one; counts the hit."""
+        """Return the cached answer and count the hit, or return None."""
         key = _digest(request)
         rows = self._run("SELECT answer FROM answers WHERE key = ?", (key,))
         if not rows:
@@ -54,22 +54,22 @@ class AnswerCache:
         return str(rows[0][0])
 
     def put(self, request: Mapping[str, Any], answer: str) -> None:
-        """Keep an answer; the first one stays."""
+        """Store an answer unless the request already has one."""
         self._run("INSERT OR IGNORE INTO answers VALUES (?, ?, 0)", (_digest(request), answer))
 
     def counts(self) -> tuple[int, int]:
-        """(answers kept, hits so far), of all processes."""
+        """Return (number of answers, number of hits) over all processes."""
         rows = self._run("SELECT COUNT(*), COALESCE(SUM(hits), 0) FROM answers", ())
         return (int(rows[0][0]), int(rows[0][1])) if rows else (0, 0)
 
     def _run(self, statement: str, values: tuple[str, ...]) -> list[tuple[Any, ...]]:
-        if not self._usable:
+        if not self._enabled:
             return []
         try:
             return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            self._usable = False
-            print(f"llm_judge: the cache {self._file} is no longer used: {error}", file=sys.stderr, flush=True)
+            self._enabled = False
+            print(f"llm_judge: the cache {self._file} is disabled: {error}", file=sys.stderr, flush=True)
             return []
 
 

@@ -1,4 +1,4 @@
-"""Chat completions over HTTP, with patience: retries, backoff, deadline. The key never appears in an error."""
+"""Client for chat completions over HTTP with retries, backoff and a deadline. Errors never contain the API key."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import httpx2
 
 from roll_gspo.errors import ConfigError, RewardError
 
-_RETRIED = (408, 429)  # beside 5xx
-_LONGEST_BACKOFF_S = 30.0
+_RETRIED_STATUS = (408, 429)  # besides 5xx
+_MAX_BACKOFF_S = 30.0
 _MAX_BODY_CHARS = 200
 _COMPLETIONS = "/chat/completions"
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a judge is waited for.
+class RetryPolicy:
+    """Timeouts and retries of the requests for one sample.
 
     Attributes:
-        request_timeout_s: of one HTTP request, for connecting and between bytes.
-        max_retries: further requests after one that failed for a reason that may pass.
-        backoff_s: wait before the first retry; it doubles each time, up to 30 s, less up to half at random, so that
-            workers do not come back all at once. A server's Retry-After has precedence.
-        deadline_s: for all of it.
+        request_timeout_s: timeout of one HTTP request, for connecting and between bytes.
+        max_retries: number of retries after a transient failure.
+        backoff_s: wait before the first retry. It doubles with each retry, up to 30 s. Up to half of it is subtracted
+            at random, so that workers do not retry at the same time. A Retry-After header takes precedence.
+        deadline_s: time limit for all requests of a sample.
     """
 
     request_timeout_s: float = 60.0
@@ -41,19 +41,19 @@ class Patience:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote.
+    """Text of a chat completion.
 
     Attributes:
-        text: of the first choice.
-        cut: it was ended by the limit of tokens.
+        text: text of the first choice.
+        truncated: True if the token limit ended it.
     """
 
     text: str
-    cut: bool
+    truncated: bool
 
 
-class _Passing(Exception):
-    """A failure that may pass; `wait_s` is what the server asked for."""
+class _TransientError(Exception):
+    """A failure that a retry may fix; `wait_s` is the wait that the server requested, or None."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -61,113 +61,114 @@ class _Passing(Exception):
 
 
 class ChatClient:
-    """One endpoint.
+    """Client of one endpoint.
 
     Args:
-        base_url: as OpenAI clients take it, e.g. `https://host/v1` (ROLL's, with `/chat/completions`, do as well).
-        api_key: sent as a bearer token; null sends none.
-        patience: see there.
-        socket: path of a Unix socket to connect to instead of the URL's host.
+        base_url: base URL as OpenAI clients use it, e.g. `https://host/v1`. ROLL's form, which ends with
+            `/chat/completions`, is also accepted.
+        api_key: bearer token; None to send none.
+        retry: timeouts and retries.
+        socket: path of a Unix socket to connect to instead of the host of the URL.
 
     Raises:
-        ConfigError: the URL cannot be used.
+        ConfigError: the URL is invalid.
     """
 
-    def __init__(self, base_url: str, api_key: str | None, patience: Patience, socket: str | None = None) -> None:
-        self._url = _checked_url(base_url)
+    def __init__(self, base_url: str, api_key: str | None, retry: RetryPolicy, socket: str | None = None) -> None:
+        self._url = _completions_url(base_url)
         self._api_key = api_key
-        self._patience = patience
-        # No trust in proxies of the environment for a server that is reached by a file.
+        self._retry = retry
+        # A server behind a Unix socket must not be reached through a proxy from the environment.
         transport = httpx2.HTTPTransport(uds=socket) if socket is not None else None
         headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
         self._http = httpx2.Client(
-            headers=headers, timeout=patience.request_timeout_s, transport=transport, trust_env=socket is None
+            headers=headers, timeout=retry.request_timeout_s, transport=transport, trust_env=socket is None
         )
 
     def complete(self, request: Mapping[str, Any], deadline: float | None = None) -> Answer:
-        """Ask once, and again where that may help.
+        """Send a request, with retries after transient failures.
 
         Args:
             request: body of the request.
-            deadline: `time.monotonic()` by which to give up; default: `deadline_s` from now.
+            deadline: time at which to stop, in seconds of `time.monotonic()`; default: `deadline_s` from now.
 
         Raises:
-            RewardError: refused for good, or all tries failed; with the last reason.
+            RewardError: the server refused the request, or all attempts failed. The message has the last reason.
         """
         deadline = self.new_deadline() if deadline is None else deadline
-        tries = 0
+        attempts = 0
         while True:
             try:
-                return self._once(request, deadline)
-            except _Passing as failure:
+                return self._post(request, deadline)
+            except _TransientError as failure:
                 reason, wait_s = str(failure), failure.wait_s
-            tries += 1
-            if tries > self._patience.max_retries:
-                raise RewardError(f"llm_judge: no answer after {tries} tries, the last: {reason}")
-            wait_s = self._backoff(tries) if wait_s is None else wait_s
+            attempts += 1
+            if attempts > self._retry.max_retries:
+                raise RewardError(f"llm_judge: no answer after {attempts} attempts; last failure: {reason}")
+            wait_s = self._backoff(attempts) if wait_s is None else wait_s
             if time.monotonic() + wait_s >= deadline:
                 raise RewardError(
-                    f"llm_judge: no answer after {tries} tries, the last: {reason}; the next would be in {wait_s:.1f} "
-                    f"s, after the deadline_s of {self._patience.deadline_s:g}"
+                    f"llm_judge: no answer after {attempts} attempts; last failure: {reason}; the next attempt, in "
+                    f"{wait_s:.1f} s, would exceed deadline_s {self._retry.deadline_s:g}"
                 )
             time.sleep(wait_s)
 
     def new_deadline(self) -> float:
-        """`time.monotonic()` when a sample that starts now is given up."""
-        return time.monotonic() + self._patience.deadline_s
+        """Return the deadline of a sample that starts now, in seconds of `time.monotonic()`."""
+        return time.monotonic() + self._retry.deadline_s
 
-    def _once(self, request: Mapping[str, Any], deadline: float) -> Answer:
-        timeout_s = max(0.001, min(self._patience.request_timeout_s, deadline - time.monotonic()))
+    def _post(self, request: Mapping[str, Any], deadline: float) -> Answer:
+        timeout_s = max(0.001, min(self._retry.request_timeout_s, deadline - time.monotonic()))
         try:
             response = self._http.post(self._url, json=dict(request), timeout=timeout_s)
         except httpx2.TimeoutException as error:
-            raise _Passing(f"timeout after {timeout_s:.3g} s ({type(error).__name__})") from None
+            raise _TransientError(f"timeout after {timeout_s:.3g} s ({type(error).__name__})") from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _Passing(self._shown(f"{type(error).__name__}: {error}")) from None
+            raise _TransientError(self._redact(f"{type(error).__name__}: {error}")) from None
         if response.is_success:
-            return self._answer(response)
-        said = f"HTTP {response.status_code}: {self._shown(response.text)}"
-        if response.status_code in _RETRIED or response.status_code >= 500:
-            raise _Passing(said, _retry_after(response.headers.get("Retry-After")))
-        raise RewardError(f"llm_judge: {self._url} refused the request: {said}")
+            return self._parse_answer(response)
+        reason = f"HTTP {response.status_code}: {self._redact(response.text)}"
+        if response.status_code in _RETRIED_STATUS or response.status_code >= 500:
+            raise _TransientError(reason, _retry_after(response.headers.get("Retry-After")))
+        raise RewardError(f"llm_judge: {self._url} refused the request: {reason}")
 
-    def _answer(self, response: httpx2.Response) -> Answer:
+    def _parse_answer(self, response: httpx2.Response) -> Answer:
         try:
             (choice, *_) = response.json()["choices"]
             text = choice["message"]["content"]
-            cut = choice.get("finish_reason") == "length"
+            truncated = choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError):
-            text, cut = None, False
+            text, truncated = None, False
         if not isinstance(text, str):
-            raise _Passing(f"no chat completion with a text came back: {self._shown(response.text)}")
-        return Answer(text, cut)
+            raise _TransientError(f"the response has no chat completion with text: {self._redact(response.text)}")
+        return Answer(text, truncated)
 
-    def _backoff(self, tries: int) -> float:
-        full = min(_LONGEST_BACKOFF_S, self._patience.backoff_s * 2.0 ** (tries - 1))
+    def _backoff(self, attempts: int) -> float:
+        full = min(_MAX_BACKOFF_S, self._retry.backoff_s * 2.0 ** (attempts - 1))
         return full * random.uniform(0.5, 1.0)
 
-    def _shown(self, text: str) -> str:
-        """One short line. Servers like to repeat the key that they refuse: it goes out before anything is cut."""
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # the usual form of an error
+    def _redact(self, text: str) -> str:
+        """Return one short line without the API key, which some servers repeat when they refuse it."""
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # usual form of an error body
             text = str(json.loads(text)["error"]["message"])
         text = " ".join((text.replace(self._api_key, "***") if self._api_key else text).split())
         return text if len(text) <= _MAX_BODY_CHARS else text[:_MAX_BODY_CHARS] + "..."
 
 
-def _checked_url(base_url: str) -> str:
+def _completions_url(base_url: str) -> str:
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL as error:
-        raise ConfigError(f"llm_judge: base_url: {error}") from None
+        raise ConfigError(f"llm_judge: base_url is no URL ({error}); use the form https://host/v1") from None
     if url.userinfo:
-        raise ConfigError("llm_judge: base_url holds a user or password; name a variable in api_key_env instead")
+        raise ConfigError("llm_judge: base_url contains a user or password; use api_key_env instead")
     if url.scheme not in ("http", "https") or not url.host or url.query:
-        raise ConfigError(f"llm_judge: base_url '{base_url}' is no address such as https://host/v1")
+        raise ConfigError(f"llm_judge: base_url '{base_url}' is invalid; use the form https://host/v1")
     return base_url.rstrip("/").removesuffix(_COMPLETIONS) + _COMPLETIONS
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds that the header asks for, which may be a number or a date."""
+    """Return the seconds of a Retry-After header, which has a number or a date, or None if there are none."""
     if value is None:
         return None
     try:

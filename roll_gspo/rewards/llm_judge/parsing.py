@@ -1,4 +1,4 @@
-"""The verdict in a judge's answer. Only what the judge wrote is read here, never what it was shown."""
+"""Parsers of the verdict in a judge's answer. They read only the answer, never the prompt of the judge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from roll_gspo.errors import ConfigError
 
 Parser = Callable[[str], float | None]
-"""The judge's answer to a score, None where it holds none."""
+"""Function that maps a judge's answer to a score, or to None if it has no verdict."""
 
 _THINKING = re.compile(r"^.*</think>", re.DOTALL)
 _SCORE = re.compile(
@@ -30,16 +30,18 @@ _TEN = 10.0
 
 
 def make_parser(name: str) -> Parser:
-    """A parser by its name, or of a regular expression with one group (a number; the last match wins).
+    """Return the parser with the given name, or a parser for a regular expression.
 
-    `yes_no`: the last line that says yes or no alone ("Verdict: yes"), else the answer's first word, else its last;
-    1 or 0. `score_0_10`: the last "score: 7" (or "7/10"), divided by 10. `json:KEY`: the number or boolean under KEY
-    in the last JSON object that has it, as it is.
+    * `yes_no`: 1 for yes and 0 for no, from the last line that contains only a verdict ("Verdict: yes"), else from the
+      first word of the answer, else from its last word.
+    * `score_0_10`: number in the last "score: 7" (or "7/10"), divided by 10.
+    * `json:KEY`: number or boolean under KEY in the last JSON object that has it.
+    * A regular expression with one group: number in the group of the last match.
 
-    What precedes the last `</think>` is not read.
+    Text before the last `</think>` is ignored.
 
     Raises:
-        ConfigError: neither a name nor such an expression.
+        ConfigError: `name` is neither a parser nor a regular expression with one group.
     """
     named: dict[str, Parser] = {"yes_no": _yes_no, "score_0_10": _score_0_10}
     parse = named.get(name) or (_json_parser(name.removeprefix(_JSON)) if name.startswith(_JSON) else None)
@@ -50,7 +52,7 @@ def make_parser(name: str) -> Parser:
 
 def _without_thinking(answer: str) -> str:
     visible = _THINKING.sub("", answer)
-    return "" if "<think>" in visible else visible  # it never came to an end
+    return "" if "<think>" in visible else visible  # the thinking was not closed
 
 
 def _finite(score: float | None) -> float | None:
@@ -77,19 +79,19 @@ def _json_parser(key: str) -> Parser:
     decoder = json.JSONDecoder()
 
     def parse(answer: str) -> float | None:
-        found, start = None, answer.find("{")
+        score, start = None, answer.find("{")
         while start >= 0:
             try:
                 value, end = decoder.raw_decode(answer, start)
             except (ValueError, RecursionError):
                 value, end = None, start + 1
             if isinstance(value, dict) and isinstance(value.get(key), int | float):
-                found = float(value[key])
+                score = float(value[key])
             start = answer.find("{", end)
-        return found
+        return score
 
     if not key:
-        raise ConfigError("llm_judge: parser 'json:' names no key; write json:score or another")
+        raise ConfigError("llm_judge: parser 'json:' has no key; use e.g. json:score")
     return parse
 
 
@@ -97,10 +99,10 @@ def _regex_parser(pattern: str) -> Parser:
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"llm_judge: parser '{pattern}' is no regular expression: {error}") from error
+        raise ConfigError(f"llm_judge: parser '{pattern}' is no regular expression ({error}); correct it") from error
     if regex.groups != 1:
         raise ConfigError(
-            f"llm_judge: parser '{pattern}' has {regex.groups} groups; give yes_no, score_0_10, json:KEY or a regular "
+            f"llm_judge: parser '{pattern}' has {regex.groups} groups; use yes_no, score_0_10, json:KEY or a regular "
             "expression with one group"
         )
 

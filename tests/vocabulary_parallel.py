@@ -1,4 +1,4 @@
-"""A head, hidden states and tokens, and what each rank of a world makes of its share of the head."""
+"""Test inputs of `scores_from_hidden`, and its results with a vocabulary-parallel head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ VOCAB, HIDDEN = 61, 12
 
 
 class Head(NamedTuple):
-    """hidden [N, H], weight [V, H] and tokens [N], the first and last row among them; upstream gradients [2, N]."""
+    """Inputs of the scores of N tokens.
+
+    Attributes:
+        hidden: [N, H] hidden states.
+        weight: [V, H] weight of the head.
+        tokens: [N] token ids, including the first and the last row of the head.
+        upstream: [2, N] upstream gradients of log-probs and entropies.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -24,7 +31,7 @@ class Head(NamedTuple):
 
     @staticmethod
     def make(num_tokens: int, padded: int = VOCAB, dtype: torch.dtype = torch.float64) -> Head:
-        """Random, logits within about ±10; rows that pad are so large that they show wherever they leak in."""
+        """Return random inputs with logits of about ±10. Padding rows of the head are large, so that a leak shows."""
         generator = torch.Generator().manual_seed(num_tokens)
 
         def normal(*shape: int) -> Tensor:
@@ -38,7 +45,7 @@ class Head(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Log-probabilities and entropies [N], gradients of the hidden states [N, H] and of the head [V, H]."""
+    """Log-probs and entropies [N], and gradients of the hidden states [N, H] and of the head [V, H]."""
 
     log_probs: Tensor
     entropies: Tensor
@@ -47,13 +54,13 @@ class Solution(NamedTuple):
 
 
 def solution(log_probs: Tensor, entropies: Tensor, hidden: Tensor, weight: Tensor, upstream: Tensor) -> Solution:
-    """With the gradients for random upstream gradients of both."""
+    """Return log-probs and entropies with the gradients for the upstream gradients [2, N] of both."""
     d_hidden, d_weight = torch.autograd.grad((log_probs, entropies), (hidden, weight), tuple(upstream.to(log_probs)))
     return Solution(log_probs.detach(), entropies.detach(), d_hidden, d_weight)
 
 
-def plain(head: Head, temperature: float) -> Solution:
-    """By autograd in float64, without the rows that pad."""
+def reference(head: Head, temperature: float) -> Solution:
+    """Compute the solution with autograd in float64, without the padding rows."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (head.hidden, head.weight))
     log_p = (hidden @ weight[:VOCAB].t() / temperature).log_softmax(-1)
     chosen = log_p.gather(-1, head.tokens[:, None])[:, 0]
@@ -61,7 +68,14 @@ def plain(head: Head, temperature: float) -> Solution:
 
 
 def fused(head: Head, temperature: float, group: dist.ProcessGroup | None = None, first_row: int = 0) -> Solution:
-    """By `scores_from_hidden`."""
+    """Compute the solution with `scores_from_hidden`.
+
+    Args:
+        head: inputs; `weight` is the rank's shard of the head.
+        temperature: sampling temperature.
+        group: ranks that share the head.
+        first_row: vocabulary row of the first row of `weight`.
+    """
     hidden, weight = (tensor.detach().requires_grad_() for tensor in (head.hidden, head.weight))
     log_probs, entropies = scores_from_hidden(
         hidden,
@@ -77,16 +91,20 @@ def fused(head: Head, temperature: float, group: dist.ProcessGroup | None = None
     return solution(log_probs, entropies, hidden, weight, head.upstream)
 
 
-def shares(cases: list[tuple[int, int, float, int]]) -> list[Solution]:
-    """This rank's solution of each case (tokens, rows of the padded head, temperature, logits of a block)."""
+def solve_sharded(cases: list[tuple[int, int, float, int]]) -> list[Solution]:
+    """Return this rank's solution of each case.
+
+    Args:
+        cases: (number of tokens, rows of the padded head, temperature, number of logits per block).
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
-    found, usual = [], fused_scores._BLOCK_LOGITS
+    solutions, default = [], fused_scores._BLOCK_LOGITS
     try:
         for num_tokens, padded, temperature, fused_scores._BLOCK_LOGITS in cases:
             head = Head.make(num_tokens, padded)
             rows = padded // size
-            share = head._replace(weight=head.weight[rank * rows : (rank + 1) * rows])
-            found.append(fused(share, temperature, dist.group.WORLD, rank * rows))
+            shard = head._replace(weight=head.weight[rank * rows : (rank + 1) * rows])
+            solutions.append(fused(shard, temperature, dist.group.WORLD, rank * rows))
     finally:
-        fused_scores._BLOCK_LOGITS = usual
-    return found
+        fused_scores._BLOCK_LOGITS = default
+    return solutions

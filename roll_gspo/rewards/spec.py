@@ -1,4 +1,4 @@
-"""Names of rewards, and how one is built in the process that computes it."""
+"""Specs of rewards: resolving a name to a spec, and building a reward from a spec in a worker process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REWARDS = Registry(
     },
 )
 
-# So that YAML files written for ROLL run as they are.
+# Names in YAML files that were written for ROLL.
 _ROLL = "roll.pipeline.rlvr.rewards."
 ROLL_WORKERS = {
     f"{_ROLL}code_sandbox_reward_worker.CodeSandboxRewardWorker": "code_sandbox",
@@ -39,18 +39,18 @@ ROLL_WORKERS = {
     f"{_ROLL}multiple_choice_boxed_rule_reward_worker.MultipleChoiceBoxedRuleRewardWorker": "multiple_choice_boxed",
 }
 
-_BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_NUM_TEXTS = 3  # prompt, response, ground_truth
+_KEYWORD_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_NUM_POSITIONAL = 3  # prompt, response, ground_truth
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward that is not built yet; it pickles.
+    """Description of a reward that is not built yet. Instances can be pickled.
 
     Attributes:
-        name: as the user knows it.
-        target: `package.module:attribute` of a function or a class whose instances are called.
-        arguments: of the class, or further keyword arguments of the function.
+        name: name of the reward in the configuration.
+        target: `package.module:attribute` of a function, or of a class whose instances are called.
+        arguments: arguments of the class, or further keyword arguments of the function.
     """
 
     name: str
@@ -60,7 +60,7 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """One part of a composition that is not built yet; the fields are those of `composition.Part`."""
+    """Description of one part of a composition; for the fields see `composition.Part`."""
 
     reward: RewardSpec
     weight: float
@@ -69,11 +69,12 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class CompositionSpec(RewardSpec):
-    """A reward made of others, which are built in the same process.
+    """Description of a reward that combines others, which are built in the same process.
 
     Attributes:
-        combine, else_score: as in the YAML.
-        parts: by name, in order.
+        combine: how the scores of the parts are combined; see `Composition`.
+        parts: parts by name, in order of evaluation.
+        else_score: score of a response that does not pass the gate.
     """
 
     combine: Combine = "weighted_sum"
@@ -81,18 +82,18 @@ class CompositionSpec(RewardSpec):
     else_score: float = 0.0
 
 
-def reward_spec(worker_cls: str, arguments: Mapping[str, Any], where: str) -> RewardSpec:
-    """Resolve a shipped name, a worker class of ROLL that has a counterpart, or the dotted path of a user's own.
+def reward_spec(worker_cls: str, arguments: Mapping[str, Any], key: str) -> RewardSpec:
+    """Resolve the name of a reward: a shipped name, a worker class of ROLL, or the dotted path of a user's reward.
 
-    Nothing of the user's is imported here, but in the worker processes: see `RewardPool.check`.
+    A user's reward is imported in the worker processes only (see `RewardPool.check`).
 
     Args:
-        worker_cls: as in the YAML.
-        arguments: `worker_args`.
-        where: key path of the reward's block, for errors.
+        worker_cls: name of the reward.
+        arguments: arguments of the reward (`worker_args`).
+        key: key path of the reward's block, for error messages.
 
     Raises:
-        ConfigError: the name is unknown, or ROLL's worker has no counterpart yet.
+        ConfigError: the name is unknown, or no shipped reward replaces the ROLL worker.
     """
     name = ROLL_WORKERS.get(worker_cls, worker_cls)
     if name in REWARDS:
@@ -100,29 +101,31 @@ def reward_spec(worker_cls: str, arguments: Mapping[str, Any], where: str) -> Re
     known = ", ".join(sorted(REWARDS))
     if name.startswith("roll."):
         raise ConfigError(
-            f"{where}.worker_cls: ROLL's '{name}' is not supported yet (its counterparts: {', '.join(ROLL_WORKERS)}); "
-            f"use {known} or the dotted path of your own function"
+            f"{key}.worker_cls: ROLL's '{name}' is not supported (supported: {', '.join(ROLL_WORKERS)}); "
+            f"use {known} or the dotted path of your own reward"
         )
     if "." not in name and ":" not in name:
         raise ConfigError(
-            f"{where}.worker_cls: unknown reward '{name}'{did_you_mean(name, list(REWARDS))} (known: {known}); "
-            "or give the dotted path of your own function"
+            f"{key}.worker_cls: unknown reward '{name}'{did_you_mean(name, list(REWARDS))} (known: {known}); "
+            "use one of these or the dotted path of your own reward"
         )
     return RewardSpec(name, name, dict(arguments))
 
 
 def build_reward(spec: RewardSpec) -> Callable[[RewardRequest], Any] | BatchReward:
-    """Import and build a reward; the result takes a request, or several of them, and returns what the reward returns.
+    """Import and build a reward.
 
-    A reward without `**row` is given only the columns that it names.
+    Returns:
+        A function of one request, or a `BatchReward`. A reward without `**row` receives only the columns that its
+        parameters name.
 
     Raises:
-        ConfigError: the target does not exist, cannot be called, or does not take the arguments.
-        MissingDependencyError: a package that it imports is not installed.
+        ConfigError: the target does not exist, is not callable, or does not accept the arguments.
+        MissingDependencyError: a package that the target imports is not installed.
     """
     if isinstance(spec, CompositionSpec):
         parts = {
-            name: Part(_one_by_one(build_reward(p.reward)), p.weight, p.threshold) for name, p in spec.parts.items()
+            name: Part(_unbatched(build_reward(p.reward)), p.weight, p.threshold) for name, p in spec.parts.items()
         }
         return Composition(spec.combine, parts, spec.else_score)
     target = import_target(spec.target, f"reward {spec.name}")
@@ -132,31 +135,31 @@ def build_reward(spec: RewardSpec) -> Callable[[RewardRequest], Any] | BatchRewa
         try:
             signature.bind(**arguments)
         except TypeError as error:
-            raise ConfigError(f"reward {spec.name}: {error}; its arguments are {signature}") from error
+            raise ConfigError(f"reward {spec.name}: {error}; its signature is {signature}") from error
         target, arguments = target(**arguments), {}
     if isinstance(target, BatchReward):
         return target
     if not callable(target):
         kind = type(target).__name__
-        raise ConfigError(f"reward {spec.name}: {spec.target} is a {kind}; name a function or a class")
+        raise ConfigError(f"reward {spec.name}: {spec.target} is of type {kind}; name a function or a class")
     parameters = list(inspect.signature(target).parameters.values())
-    columns = {p.name for p in parameters[_NUM_TEXTS:] if p.kind in _BY_KEYWORD}
-    # Not even a reward with `**row`: a misspelt argument would vanish among the columns.
+    columns = {p.name for p in parameters[_NUM_POSITIONAL:] if p.kind in _KEYWORD_KINDS}
+    # Also checked for a reward with `**row`, where a misspelt argument would look like a column.
     if unknown := sorted(arguments.keys() - columns):
-        taken = ", ".join(sorted(columns)) or "none"
-        raise ConfigError(f"reward {spec.name}: it has no argument {', '.join(unknown)}; its arguments: {taken}")
+        known = ", ".join(sorted(columns)) or "none"
+        raise ConfigError(f"reward {spec.name}: unknown argument {', '.join(unknown)} (known: {known}); correct it")
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    taken_already = {*arguments, *(p.name for p in parameters[:_NUM_TEXTS])}
+    reserved = {*arguments, *(p.name for p in parameters[:_NUM_POSITIONAL])}
 
     def reward(request: RewardRequest) -> Any:
-        row = {k: v for k, v in request.row.items() if (takes_all or k in columns) and k not in taken_already}
+        row = {k: v for k, v in request.row.items() if (takes_all or k in columns) and k not in reserved}
         return target(request.prompt, request.response, request.ground_truth, **row, **arguments)
 
     return reward
 
 
-def _one_by_one(reward: Callable[[RewardRequest], Any] | BatchReward) -> Callable[[RewardRequest], Any]:
-    """A part of a composition is asked about one sample at a time."""
+def _unbatched(reward: Callable[[RewardRequest], Any] | BatchReward) -> Callable[[RewardRequest], Any]:
+    """Return a function that scores one request, as parts of a composition do."""
     if isinstance(reward, BatchReward):
         return lambda request: reward.score_batch([request])[0]
     return reward
