@@ -142,7 +142,11 @@ def test_tag_with_a_template_that_no_row_has_is_an_error(tmp_path: Path) -> None
             "validation.data_args.domain_interleave_probs",
             ("training",),
         ),
-        ("+actor_train.data_args.file_domains={x: column_addition}", "actor_train.data_args.file_domains", ("x",)),
+        (
+            "actor_train.data_args={file_name: y, file_domains: {x: column_addition}}",
+            "actor_train.data_args.file_domains",
+            ("x", "file_name"),
+        ),
         ("actor_train.data_args={file_name: x, prompt: a, messages: b}", "actor_train.data_args.messages", ("a", "b")),
         ("+validation.data_args.split=test", "validation.data_args.split", ("test", "builtin:column_addition")),
         ("actor_train.data_args.domain=sums", "actor_train.data_args.domain", ("sums", "builtin:column_addition")),
