@@ -87,9 +87,10 @@ def config_of(example: str) -> AnyConfig:
     return load_config(example).config
 
 
-# That algorithm=NAME on any of the small examples is the example of that name is shown in test_presets.py.
+# The other examples are example_gspo with another option of the group `algorithm`: see test_presets.py.
+VARIED = ("example_gspo", "example_ppo", "example_multi_domain", SFT, "qwen2.5_7b_gspo", "qwen3_30b_a3b_gspo")
 CASES = [
-    (example, group)
+    pytest.param(example, group, marks=[] if example in VARIED else pytest.mark.long)
     for example in EXAMPLE_NAMES
     for group in (GROUPS_OF_SFT if example == SFT else sorted(OPTIONS))
     if group != "algorithm" or not example.startswith("example_")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from commands import SIZES, spawn
 from composed import load_config
+from forked_command import train
 
 from roll_gspo.data.__main__ import main as check_data
 
@@ -65,15 +64,8 @@ def test_documented_command_is_a_valid_run(command: str, folder: Path) -> None:
     arguments = words[3:] if words[0] == "python" else words[1:]
     if not STOPS_BY_ITSELF & set(arguments):
         arguments = [*arguments, "--dry-run"]
-    result = subprocess.run(
-        [sys.executable, "-m", "roll_gspo.run", *arguments],
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+    result = train(*arguments, folder=folder)
+    assert result.code == 0, result.err
 
 
 def test_file_names_are_unique() -> None:
