@@ -1,4 +1,4 @@
-"""The rules every block of the configuration follows."""
+"""Base class and common types of the configuration blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-MAX_DEVICES = 2**16  # a slip such as range(0, 80000000000) must not fill the memory
+MAX_DEVICES = 2**16  # protects the memory from a typo such as range(0, 80000000000)
 
 
 class Problem(NamedTuple):
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 
 class BrokenRules(ValueError):
-    """The broken rules of one block; pydantic hands it on inside its `ValidationError`."""
+    """The broken rules of one block; pydantic wraps it in a `ValidationError`."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(f"{problem.key}: {problem.message}" for problem in problems))
@@ -65,10 +65,10 @@ class Schema(BaseModel):
 
 
 def parse_device_mapping(value: Any) -> tuple[int, ...] | None:
-    """Read ROLL's ways to name devices; nothing is evaluated.
+    """Parse ROLL's notations of devices without evaluating code.
 
-    `list(range(0, 8))`, `range(0, 8)`, `[0, 1, 2]` (list or string), `"0-7"`, `"0,2,4"`, or null for one
-    worker on whatever the machine has.
+    Accepts `list(range(0, 8))`, `range(0, 8)`, `[0, 1, 2]` (list or string), `"0-7"`, `"0,2,4"`, or null for one worker
+    on the default device.
     """
     if value is None or isinstance(value, tuple):
         return value
@@ -110,7 +110,7 @@ DeviceMapping = Annotated[tuple[int, ...] | None, BeforeValidator(parse_device_m
 
 
 def parse_names(value: Any) -> tuple[str, ...]:
-    """One string or a list of strings, as a tuple."""
+    """Convert a string or a list of strings to a tuple."""
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"expected a string or a list of strings, got {value!r}")

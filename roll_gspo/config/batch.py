@@ -1,4 +1,4 @@
-"""Keys of batches and lengths, flat at the top level of the YAML."""
+"""Top-level keys of batch sizes and lengths."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from roll_gspo.config.base import Problem, Schema
 
 
 class BatchConfig(Schema):
-    """How much is generated a step, how long it may be, and how many steps there are."""
+    """Batch sizes, lengths and number of steps."""
 
     rollout_batch_size: PositiveInt
-    """Prompts a step."""
+    """Prompts per step."""
     num_return_sequences_in_group: PositiveInt = 1
-    """Samples a prompt: the group."""
+    """Samples per prompt (group size)."""
     prompt_length: PositiveInt = 1024
-    """Longest prompt in tokens; longer ones are dropped and counted, never cut."""
+    """Longest prompt in tokens; longer ones are dropped and counted, never truncated."""
     response_length: PositiveInt | None = None
     """Longest response in tokens."""
     sequence_length: PositiveInt | None = None
-    """prompt_length + response_length; give this or `response_length`."""
+    """`prompt_length` + `response_length`; set this or `response_length`."""
     max_steps: PositiveInt = 500
     """Rollouts of the whole run."""
     trace_groups: NonNegativeInt = 1
-    """Groups a step that are scored again after the update, so that the report shows each token's ratio; 0: none."""
+    """Groups per step to score again after the update, for the ratio of each token in the report."""
     val_prompt_length: PositiveInt | None = None
     """Longest prompt in validation, in tokens; null: `prompt_length`."""
     val_sequence_length: PositiveInt | None = None
-    """Longest prompt plus longest response in validation; null: as much room for the response as in training, or
-    `validation.generating_args.max_new_tokens`."""
+    """Longest prompt plus response in validation, in tokens; null: the response may have as many tokens as in training,
+    or `validation.generating_args.max_new_tokens`."""
 
     @property
     def max_response_length(self) -> int:
-        """Longest response in tokens, whichever key gave it."""
+        """Longest response in tokens, from `response_length` or `sequence_length`."""
         if self.response_length is not None:
             return self.response_length
-        assert self.sequence_length is not None  # held by the rule below
+        assert self.sequence_length is not None  # guaranteed by the rule below
         return self.sequence_length - self.prompt_length
 
     @property
@@ -56,7 +56,7 @@ class BatchConfig(Schema):
         return self.rollout_batch_size * self.num_return_sequences_in_group
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Exactly one length decides, and leaves room."""
+        """Yield missing, contradictory and too small lengths."""
         yield from super().broken_rules()
         total, response = self.sequence_length, self.response_length
         if total is None and response is None:

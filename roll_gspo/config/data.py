@@ -1,4 +1,4 @@
-"""Where prompts come from and how they are put to the model: `data_args`."""
+"""The block `data_args`: data files, columns and chat templates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from roll_gspo.config.base import Names, Problem, Schema
 from roll_gspo.registry import did_you_mean
 
 CHAT_TEMPLATES = ("native", "plain", "chatml", "qwen2_5", "qwen3", "llama3")
-OF_FILES = (
+FILE_KEYS = (
     "dataset_config",
     "split",
     "messages",
@@ -23,11 +23,11 @@ OF_FILES = (
     "file_domains",
     "on_bad_row",
 )
-SHARES_TOLERANCE = 0.005  # 0.333 three times, or percentages without decimals, are rounding; 0.98 is a slip
+SHARES_TOLERANCE = 0.005  # accepts rounding such as three times 0.333, but not 0.98
 
 
 def _template(name: str) -> str:
-    """A name of the table, or the path of a jinja file."""
+    """Accept a known template or the path of a jinja file."""
     if name not in CHAT_TEMPLATES and not name.endswith((".jinja", ".jinja2", ".j2")):
         known, hint = ", ".join(CHAT_TEMPLATES), did_you_mean(name, list(CHAT_TEMPLATES))
         raise ValueError(f"unknown chat template '{name}'{hint} (known: {known}; or the path of a .jinja file)")
@@ -38,39 +38,40 @@ Template = Annotated[str, AfterValidator(_template)]
 
 
 class SourceArgs(Schema):
-    """Where rows come from, and how their conversations are put to the model."""
+    """Data files, their columns and chat templates."""
 
     file_name: Annotated[Names, Field(min_length=1)]
-    """JSONL, JSON or parquet files; folders or hub names for the `datasets` library (`openai/gsm8k@main:train` is
-    name, configuration and split); `builtin:column_addition` (generated on the spot), or
-    `builtin:multi_domain` (short tasks of four domains)."""
+    """JSONL, JSON or parquet files. Folders and hub names are read by the `datasets` library; `openai/gsm8k@main:train`
+    is name, configuration and split. `builtin:column_addition` is generated; `builtin:multi_domain` has short tasks of
+    four domains."""
     dataset_config: str | None = None
-    """Configuration of the `datasets` names that give none after an `@`."""
+    """Configuration of `datasets` names without one after `@`."""
     split: str | None = None
-    """Split of the `datasets` names that give none after a `:`; null: the only one."""
+    """Split of `datasets` names without one after `:`; null: the only split."""
     num_rows: PositiveInt | None = None
-    """Use (or generate) at most this many rows: the first, in the order of the files."""
+    """Maximum number of rows to use or generate, in file order; null: all."""
     messages: str | None = None
-    """Column of the conversation; null: `messages`, where a row has it."""
+    """Column of the conversation; null: `messages`, if the row has it."""
     prompt: str | None = None
-    """Column of a prompt that is plain text or a conversation; null: `prompt` or `question`. The chat template is
-    applied to it (ROLL applies none; `template: plain` does as ROLL)."""
+    """Column of the prompt, plain text or a conversation; null: `prompt` or `question`. The chat template is applied.
+    ROLL applies none: `template: plain` does the same."""
     tag: str = "tag"
     """Column of the tag."""
     template: Template | None = None
-    """Chat template: `native` (the tokenizer's own), `plain`, `chatml`, `qwen2_5`, `qwen3` (not thinking), `llama3`, or
-    the path of a `.jinja` file. Null: `native`; in validation, that of `actor_train`. `global_template` wins."""
+    """Chat template: `native` (of the tokenizer), `plain`, `chatml`, `qwen2_5`, `qwen3` (without thinking), `llama3`
+    or the path of a `.jinja` file. Null: `native`; in validation, the template of `actor_train`. `global_template` has
+    precedence."""
     system_prompt: str | None = None
-    """Put before every conversation that has no system message."""
+    """System message of every conversation without one."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What a malformed row does: stop the run with file and line, or be counted and left out."""
+    """`error` stops at a malformed row with file and line; `skip` counts and drops it."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """One column of prompts; none where the rows are of this package."""
+        """Yield file keys beside a builtin task, and two columns of prompts."""
         yield from super().broken_rules()
         if self.file_name[0].startswith("builtin:"):
-            fields = type(self).model_fields  # of which conversations have fewer
-            for key in (key for key in OF_FILES if key in fields):
+            fields = type(self).model_fields  # conversations have fewer keys
+            for key in (key for key in FILE_KEYS if key in fields):
                 if (value := self.__dict__[key]) != fields[key].get_default(call_default_factory=True):
                     message = f"'{value}' describes a file, and {self.file_name[0]} is generated; remove it"
                     yield Problem(key, message, ("file_name",))
@@ -82,22 +83,22 @@ class SourceArgs(Schema):
 
 
 class DataArgs(SourceArgs):
-    """Where prompts come from."""
+    """Data files of prompts."""
 
     ground_truth: str | None = None
-    """Column of what the reward compares with; null: `ground_truth`, or `answer`, of which the part after `####`."""
+    """Column of the expected answer; null: `ground_truth`, or the part of `answer` after `####`."""
     file_domains: dict[str, str] = Field(default_factory=dict)
-    """Domain of the rows of a file that have neither domain nor tag: an entry of `file_name` to a domain."""
+    """Maps an entry of `file_name` to the domain of its rows without domain and tag."""
     domain: str | None = None
-    """Domain of all other rows that name neither a domain nor a tag."""
+    """Domain of all other rows without domain and tag."""
     domain_interleave_probs: dict[str, NonNegativeFloat] | None = None
-    """Share of each domain (a block of `rewards`) in every batch; they sum to 1, and 0 leaves a domain out. Null: all
-    rows are shuffled together."""
+    """Share of each domain (a block of `rewards`) in every batch. Shares sum to 1; 0 drops a domain. Null: all rows are
+    shuffled together."""
     domain_system_prompts: dict[str, str] = Field(default_factory=dict)
-    """System prompts of single domains (blocks of `rewards`), instead of `system_prompt`."""
+    """System prompts by domain (block of `rewards`), which replace `system_prompt`."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Shares of a whole, and only files that are there."""
+        """Yield unknown files, and shares that do not sum to 1."""
         yield from super().broken_rules()
         if strange := [name for name in self.file_domains if name not in self.file_name]:
             message = f"{', '.join(strange)} is not in file_name; write it as there, or remove it"

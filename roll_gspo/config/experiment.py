@@ -23,16 +23,16 @@ GROUP_COMPARISONS = ("grpo", "dr_grpo", "rloo", "opo", "raft_plus_plus", "reinfo
 
 
 class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
-    """Everything one YAML file may say."""
+    """All keys of `pipeline: rlvr`."""
 
     actor_train: ActorTrainConfig
     """The policy that is trained."""
     actor_infer: ActorInferConfig
     """The policy that generates."""
     reference: ReferenceConfig | None = None
-    """The frozen policy; needed where a KL term is switched on."""
+    """The frozen policy; needed by a KL term."""
     critic: CriticConfig | None = None
-    """The model of values; needed by `adv_estimator: gae`."""
+    """The value model; needed by `adv_estimator: gae`."""
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Reward domains by name."""
     validation: ValidationConfig | None = None
@@ -40,7 +40,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
 
     @property
     def query_filters(self) -> dict[str, QueryFilterConfig]:
-        """What dynamic sampling drops, by reward domain; without those where it drops nothing."""
+        """Filters of dynamic sampling by reward domain, without domains that drop nothing."""
         found = {
             domain: block.query_filter_config or self.query_filter_config for domain, block in self.rewards.items()
         }
@@ -48,12 +48,12 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
 
     @property
     def filters_groups(self) -> bool:
-        """Whether dynamic sampling is on, for any domain."""
+        """True if dynamic sampling is on for any domain."""
         return bool(self.query_filters)
 
     @property
     def validation_response_length(self) -> int:
-        """Longest response in validation, in tokens, whichever key gave it."""
+        """Longest response in validation, in tokens."""
         if self.validation is not None and self.validation.generating_args.max_new_tokens is not None:
             return self.validation.generating_args.max_new_tokens
         if self.val_sequence_length is not None:
@@ -62,24 +62,24 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
 
     @property
     def engine_sequence_length(self) -> int:
-        """Longest prompt plus response that the generation engine has to hold, in training or validation."""
+        """Longest prompt plus response of training and validation, in tokens."""
         if self.validation is None:
             return self.max_sequence_length
         return max(self.max_sequence_length, self.validation_prompt_length + self.validation_response_length)
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the trained model."""
+        """Number of copies of the trained model."""
         return num_ranks(self.actor_train) // model_parallel_size(self.actor_train)
 
     @property
     def mini_batch_size(self) -> int:
-        """Samples of one optimizer step over all ranks."""
+        """Samples per optimizer step over all ranks."""
         return self.actor_train.training_args.mini_batch_size_per_rank * self.data_parallel_size
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps a rollout."""
+        """Optimizer steps per rollout."""
         return self.samples_per_rollout * self.ppo_epochs // self.mini_batch_size
 
     @property
@@ -89,23 +89,23 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
 
     @property
     def critic_data_parallel_size(self) -> int:
-        """Copies of the critic."""
-        assert self.critic is not None  # held by the rules below where the critic is needed
+        """Number of copies of the critic."""
+        assert self.critic is not None  # guaranteed by the rules below
         return num_ranks(self.critic) // model_parallel_size(self.critic)
 
     @property
     def critic_mini_batch_size(self) -> int:
-        """Samples of one optimizer step of the critic over all ranks."""
+        """Samples per optimizer step of the critic over all ranks."""
         assert self.critic is not None
         return self.critic.training_args.mini_batch_size_per_rank * self.critic_data_parallel_size
 
     @property
     def critic_updates_per_rollout(self) -> int:
-        """Optimizer steps of the critic a rollout."""
+        """Optimizer steps of the critic per rollout."""
         return self.samples_per_rollout * self.ppo_epochs // self.critic_mini_batch_size
 
     def broken_rules(self) -> Iterator[Problem]:
-        """The rules that span blocks."""
+        """Yield broken rules between blocks."""
         yield from super().broken_rules()
         yield from self._broken_batch_rules()
         yield from self._broken_group_rules()
@@ -127,7 +127,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             yield Problem(key, "true needs the reference block; add it", ("reference",))
 
     def _broken_data_rules(self, role: str, args: DataArgs) -> Iterator[Problem]:
-        """Domains of the data are blocks of `rewards`."""
+        """Yield domains of the data that are not blocks of `rewards`."""
         named = {
             "domain_interleave_probs": args.domain_interleave_probs or (),
             "domain_system_prompts": args.domain_system_prompts,

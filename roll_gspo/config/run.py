@@ -1,4 +1,4 @@
-"""Keys of the run itself, which every pipeline has, flat at the top level of the YAML."""
+"""Top-level keys of the run, common to all pipelines."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ class RunConfig(Schema):
     """The run itself: name, length, output, tracking, state."""
 
     exp_name: str = "roll_gspo"
-    """Name of the experiment: its runs lie in `output_dir/exp_name`."""
+    """Name of the experiment; its runs are in `output_dir/exp_name`."""
     run_name: str | None = None
     """Folder of this run below `output_dir/exp_name`; null: date and time."""
     seed: NonNegativeInt = 42
-    """Of data order, sampling and initialisation."""
+    """Seed of data order, sampling and initialisation."""
     pipeline: Literal["rlvr", "sft"] = "rlvr"
-    """Which training loop: reinforcement learning, or supervised fine-tuning (which has keys of its own, below)."""
+    """Training loop: `rlvr` (reinforcement learning) or `sft` (supervised fine-tuning, with different keys)."""
     execution: Literal["local", "ray"] = "local"
-    """Where roles live: in this process, or as Ray actors."""
+    """`local` runs all roles in this process, `ray` in worker processes."""
     worker_timeout_s: PositiveFloat = 1800.0
-    """Seconds that one call of a Ray worker may take (a whole update, a share of the generation) before it is hung."""
+    """Time limit in seconds of one call of a Ray worker, e.g. a whole update; a worker that exceeds it is killed."""
     max_worker_restarts: NonNegativeInt = 3
-    """Generation workers that may be lost and started again in one run."""
+    """Maximum restarts of generation workers in one run."""
     max_restarts: NonNegativeInt = 0
-    """Times that a run whose trainer or other worker was lost goes on from its last checkpoint by itself."""
+    """Maximum automatic restarts of a run from its last checkpoint after it lost a trainer or another worker."""
     pretrain: str
-    """Hugging Face name or folder of the model to start from, or `builtin:NAME` (made on the spot)."""
+    """Hugging Face name or folder of the model to start from, or `builtin:NAME` (generated)."""
     global_template: Template | None = None
-    """Chat template of all data, instead of `data_args.template`."""
+    """Chat template of all data; has precedence over `data_args.template`."""
     tag_to_template: dict[str, Template] = Field(default_factory=dict)
-    """Chat templates of the rows with a tag, instead of every other."""
+    """Chat templates by tag of the row; have precedence over all others."""
     warm_start: WarmStart | None = None
     """Supervised start of a `builtin:` model."""
     save_steps: PositiveInt = 50
@@ -44,13 +44,13 @@ class RunConfig(Schema):
     eval_steps: PositiveInt = 10
     """Steps between validations."""
     logging_steps: PositiveInt = 1
-    """Steps between lines on a console that is not a terminal."""
+    """Steps between lines if the console is not a terminal."""
     output_dir: str = "./output"
     """Folder of all experiments."""
     logging_dir: str | None = None
     """Folder of `run.log`; null: the run's folder."""
     resume_from_checkpoint: bool | str = False
-    """`true`: go on from the newest complete checkpoint of `exp_name`; or the path of one."""
+    """`true` resumes from the newest complete checkpoint of `exp_name`; a path resumes from that checkpoint."""
     checkpoint_config: CheckpointConfig = CheckpointConfig()
     """How checkpoints are kept."""
     track_with: Literal["tensorboard", "stdout", "none"] = "tensorboard"
@@ -58,16 +58,16 @@ class RunConfig(Schema):
     tracker_kwargs: TrackerKwargs = TrackerKwargs()
     """Options of the tracker."""
     system_envs: dict[str, str] = Field(default_factory=dict)
-    """Environment variables, set before any engine is imported."""
+    """Environment variables, set before engines are imported."""
     num_gpus_per_node: NonNegativeInt = 8
-    """Devices of one machine; device numbers beyond it are on the next machine."""
+    """Devices per machine; device `d` is on machine `d // num_gpus_per_node`."""
     num_nodes: PositiveInt | None = None
-    """Machines; null: as many as the device mappings reach."""
+    """Number of machines; null: as many as the device mappings need."""
     weight_transfer: WeightTransferConfig = WeightTransferConfig()
-    """How new weights travel from the trainer to the engines."""
+    """Transfer of new weights from the trainer to the engines."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Only builtin models are made ready."""
+        """Yield a warm start of a model that is not builtin."""
         yield from super().broken_rules()
         if self.warm_start and not self.pretrain.startswith("builtin:"):
             message = f"is for builtin: models, and pretrain is '{self.pretrain}'; set warm_start: null"

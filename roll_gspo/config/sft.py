@@ -1,4 +1,4 @@
-"""The root of the configuration with `pipeline: sft`: what it shares with `rlvr`, and keys of its own."""
+"""The root of the configuration with `pipeline: sft`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, model_
 from roll_gspo.config.roles import PolicyConfig, RouterReplayConfig
 from roll_gspo.config.run import RunConfig
 
-# Keys that the two pipelines share by their class, and that only generation engines read.
-OF_GENERATION = ("max_worker_restarts", "weight_transfer")
-# Metrics of the validation by which the best checkpoint can be chosen; lower is better.
+# Keys of `RunConfig` that only generation engines read.
+GENERATION_KEYS = ("max_worker_restarts", "weight_transfer")
+# Validation metrics that can select the best checkpoint; lower is better.
 METRICS = ("validation/loss", "validation/perplexity")
 
 
 class SftDataArgs(SourceArgs):
-    """Where conversations come from."""
+    """Data files of conversations."""
 
     multi_turn: Literal["joint", "separate"] = "joint"
-    """A conversation with several assistant's turns is one sequence in which all of them are imitated (`joint`), or one
-    for each turn with all that comes before it (`separate`): for chat templates that render earlier turns otherwise
-    than the last, such as those that leave out its thinking."""
+    """`joint` makes one sequence of a conversation and imitates all assistant turns. `separate` makes one sequence per
+    assistant turn, with all earlier turns as its prompt. Use it for chat templates that render earlier turns
+    differently from the last, e.g. without thinking."""
 
 
 class SftTrainConfig(PolicyConfig):
@@ -36,7 +36,7 @@ class SftTrainConfig(PolicyConfig):
     """Training conversations."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """What only rollouts have."""
+        """Yield router replay, which needs rollouts."""
         yield from super().broken_rules()
         if self.router_replay != RouterReplayConfig():
             message = "replays the experts of a rollout, and pipeline: sft has no rollouts; remove it"
@@ -44,25 +44,25 @@ class SftTrainConfig(PolicyConfig):
 
 
 class SftValidationConfig(Schema):
-    """Held-out conversations, scored before the first step, every `eval_steps`, and after the last."""
+    """Held-out conversations, scored before the first step, every `eval_steps` and after the last step."""
 
     data_args: SftDataArgs
     """Validation conversations."""
 
 
 class SftConfig(RunConfig):
-    """Everything one YAML file may say with `pipeline: sft`."""
+    """All keys of `pipeline: sft`."""
 
     max_steps: PositiveInt | None = None
-    """Optimizer steps of the whole run; null: as many as `num_epochs` takes. With both, whichever is over first."""
+    """Optimizer steps of the whole run; null: given by `num_epochs`. If both are set, the smaller limit applies."""
     num_epochs: PositiveInt | None = None
-    """Passes over the training data; the last mini-batch is filled up from the next pass."""
+    """Passes over the training data; the last mini-batch is filled from the next pass."""
     sequence_length: PositiveInt = 2048
-    """Longest conversation in tokens; longer ones are dropped and counted, never cut."""
+    """Longest conversation in tokens; longer ones are dropped and counted, never truncated."""
     max_grad_norm: PositiveFloat = 1.0
     """Clip the gradient to this norm."""
     max_consecutive_skipped_steps: PositiveInt = 3
-    """Stop after this many optimizer steps in a row that were skipped as not finite."""
+    """Stop after this many consecutive optimizer steps that were skipped as not finite."""
     actor_train: SftTrainConfig
     """The model that is trained."""
     validation: SftValidationConfig | None = None
@@ -70,29 +70,29 @@ class SftConfig(RunConfig):
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the trained model."""
+        """Number of copies of the trained model."""
         return num_ranks(self.actor_train) // model_parallel_size(self.actor_train)
 
     @property
     def mini_batch_size(self) -> int:
-        """Samples of one optimizer step over all ranks."""
+        """Samples per optimizer step over all ranks."""
         return self.actor_train.training_args.mini_batch_size_per_rank * self.data_parallel_size
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps of the whole run on a training set of `num_samples`."""
+        """Return the optimizer steps of the whole run on `num_samples` training samples."""
         limits = [self.max_steps] if self.max_steps is not None else []
         if self.num_epochs is not None:
             limits.append(-(-num_samples * self.num_epochs // self.mini_batch_size))
         return min(limits)
 
     def broken_rules(self) -> Iterator[Problem]:
-        """The rules that span blocks."""
+        """Yield broken rules between blocks."""
         yield from super().broken_rules()
         yield from broken_rank_rules("actor_train", self.actor_train)
         yield from broken_dtype_rules("actor_train", self.actor_train)
         if self.max_steps is None and self.num_epochs is None:
             yield Problem("num_epochs", "missing; add it, or max_steps", ("max_steps",))
-        for key in OF_GENERATION:
+        for key in GENERATION_KEYS:
             if self.__dict__[key] != RunConfig.model_fields[key].default:
                 message = "is used only by generation engines, and pipeline: sft has none; remove it"
                 yield Problem(key, message)
@@ -100,7 +100,7 @@ class SftConfig(RunConfig):
         yield from self._broken_best_rules()
 
     def _broken_template_rules(self) -> Iterator[Problem]:
-        """Where a turn has no mark, its tokens cannot be told from those before it, and the model learns no end."""
+        """Yield templates that do not mark turns, so that the assistant's tokens cannot be found."""
         named = {"actor_train.data_args.template": self.actor_train.data_args.template}
         if self.validation is not None:
             named["validation.data_args.template"] = self.validation.data_args.template
@@ -134,6 +134,6 @@ CONFIGS: dict[str, type[ExperimentConfig] | type[SftConfig]] = {"rlvr": Experime
 
 
 def config_class(values: dict[str, Any]) -> type[ExperimentConfig] | type[SftConfig]:
-    """The schema of composed YAML, by its `pipeline`; an unknown one is left to the schema of the default."""
+    """Return the schema of composed YAML by its `pipeline`; an unknown name is reported by the default schema."""
     name = values.get("pipeline", "rlvr")
     return CONFIGS[name] if isinstance(name, str) and name in CONFIGS else ExperimentConfig

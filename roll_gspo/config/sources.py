@@ -1,4 +1,4 @@
-"""Where a key of the composed configuration was written: file and line, or the command line."""
+"""Locations of the keys of a composed configuration: file and line, or the command line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from roll_gspo.config.base import Problem
 
 @dataclass(frozen=True)
 class Sources:
-    """The files a configuration was composed of, the one that wins first, and its command-line overrides.
+    """The files and command-line overrides of a composed configuration.
 
-    `option_files` are those of `files` that are options of groups.
+    `files` are in order of precedence, highest first; `option_files` are those that are options of groups.
     """
 
     files: tuple[Path, ...] = ()
@@ -25,16 +25,16 @@ class Sources:
     option_files: tuple[Path, ...] = ()
 
     def locate(self, path: tuple[str, ...]) -> str:
-        """`file:line: ` or `command line: ` of the nearest enclosing key that is written anywhere, or ''."""
+        """Return `file:line: ` or `command line: ` of the nearest enclosing key that is set, or ''."""
         return self._on_command_line(path) or self.in_files(path)
 
     def locate_any(self, paths: list[tuple[str, ...]]) -> str:
-        """Where the first of several keys is written, one that stands on the command line going before."""
+        """Return the location of the first key that is set; keys on the command line have precedence."""
         found = (self._on_command_line(path) for path in paths)
         return next(filter(None, found), "") or next(filter(None, map(self.in_files, paths)), "")
 
     def set_by_option(self, path: tuple[str, ...]) -> bool:
-        """Whether options of groups alone say something of this key: no command line and no file of the user's."""
+        """Return whether only group options set this key, not the command line or a file of the user."""
         files = (file for file in self.files if _line_of(file, path) is not None)
         choices = {f"{file.parent.name}={file.stem}" for file in self.option_files}  # `validation` is a key, too
         keys = [override for override in self.overrides if override.lstrip("+") not in choices]
@@ -57,7 +57,7 @@ class Sources:
         return f"command line ({override.lstrip('+')}): " if override else ""
 
     def in_files(self, path: tuple[str, ...]) -> str:
-        """`file:line: ` of the nearest enclosing key, or ''."""
+        """Return `file:line: ` of the nearest enclosing key in a file, or ''."""
         for depth in range(len(path), 0, -1):
             for file in self.files:
                 line = _line_of(file, path[:depth])
@@ -94,7 +94,7 @@ def collect(
 
 
 def _override_of(path: tuple[str, ...], overrides: Sequence[str]) -> str:
-    """The last override that says something of a key, or ''."""
+    """Return the last override that sets a key, or ''."""
     dotted = ".".join(path)
     for override in reversed(overrides):
         key = override.lstrip("+~").partition("=")[0]

@@ -1,4 +1,4 @@
-"""The block `validation`: held-out prompts, and the figures that are taken of them."""
+"""The block `validation`: held-out prompts and their metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from roll_gspo.config.roles import GeneratingArgs
 
 
 def _distinct(value: Any) -> Any:
-    """A list of whole numbers, none of them twice, as a tuple; pydantic words what is wrong with anything else."""
+    """Convert a list without duplicates to a tuple; pydantic reports other values."""
     if not isinstance(value, list | tuple):
         return value
     if len(set(map(repr, value))) < len(value):
@@ -22,39 +22,39 @@ def _distinct(value: Any) -> Any:
 
 
 class ValidationConfig(Schema):
-    """Held-out prompts, scored before the first step, every `eval_steps`, and after the last."""
+    """Held-out prompts, scored before the first step, every `eval_steps` and after the last step."""
 
     data_args: DataArgs
     """Validation prompts."""
     generating_args: GeneratingArgs = GeneratingArgs()
-    """Sampling of validation responses; `num_return_sequences` samples a prompt."""
+    """Sampling of validation responses, with `num_return_sequences` samples per prompt."""
     group_by: Literal["source", "domain", "tag"] = "source"
-    """Column whose values get figures of their own, beside those over all prompts; a row without a source goes by
-    the name of its file (by its domain, if it has that from `data_args`), a generated one by its tag."""
+    """Column by which metrics are grouped, in addition to those over all prompts. The source of a row defaults to its
+    file name (to its domain, if `data_args` sets one), and to the tag of a generated row."""
     sources: Names = ()
-    """Take only the rows with these values of `group_by`; empty: all."""
+    """Use only rows with these values of `group_by`; empty: all."""
     metrics_k: Annotated[tuple[PositiveInt, ...], BeforeValidator(_distinct)] | None = None
-    """Attempts k of `pass@k` and `maj@k`, each up to `num_return_sequences`; null: `num_return_sequences` where it is
-    above 1, else none."""
+    """Values of k for `pass@k` and `maj@k`, up to `num_return_sequences`; null: `num_return_sequences` if above 1,
+    else none."""
     correct_score: float = 1.0
-    """Score from which a sample counts as correct for `pass@k`."""
+    """Minimum score of a correct sample for `pass@k`."""
     batch_size: PositiveInt | None = None
-    """Prompts that are generated and scored at once; null: all. It changes no sample."""
+    """Prompts per generation call; null: all. It does not change the samples."""
 
     @property
     def num_samples(self) -> int:
-        """Samples a prompt."""
+        """Samples per prompt."""
         return self.generating_args.num_return_sequences or 1
 
     @property
     def attempts(self) -> tuple[int, ...]:
-        """The k of `pass@k` and `maj@k`, smallest first."""
+        """Values of k for `pass@k` and `maj@k`, ascending."""
         if self.metrics_k is None:
             return (self.num_samples,) if self.num_samples > 1 else ()
         return tuple(sorted(self.metrics_k))
 
     def broken_rules(self) -> Iterator[Problem]:
-        """There are as many samples as the figures ask for, and they differ."""
+        """Yield training-only keys, too few samples for `metrics_k`, and several greedy samples."""
         yield from super().broken_rules()
         if self.data_args.domain_interleave_probs is not None:
             message = "is used only in training: validation takes every row; remove it"
