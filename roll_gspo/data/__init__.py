@@ -1,1 +1,1 @@
-"""Prompts: reading rows, generated tasks, chat templates, and the order in which they are sampled."""
+"""Data: reading rows, builtin tasks, chat templates, and samplers of prompts and conversations."""

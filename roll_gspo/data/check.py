@@ -1,4 +1,4 @@
-"""What is wrong with data files, by line; the rows as they are, and what they have in common with others."""
+"""Validation of data files: problems by line, statistics, and duplicates within and between files."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from roll_gspo.data.files import Item, parse_json, shown
-from roll_gspo.data.rows import Columns, DataRow, Problem, Reading, items_of, parse_row, source_names
+from roll_gspo.data.files import RawRow, abbreviate, parse_json
+from roll_gspo.data.rows import Columns, DataRow, Problem, ReadOptions, parse_row, raw_rows, source_names
 from roll_gspo.errors import DataError
 
 ERROR, WARNING = "error", "warning"
-MAX_PLACES = 5  # shown of each kind of finding; all are counted
-WHERE = "FILE"
+MAX_PLACES = 5  # places kept per finding; all are counted
+KEY = "FILE"
 PROMPT_COLUMNS = ("messages", "prompt", "question")
 ANSWER_COLUMNS = ("ground_truth", "answer")
 
 
 @dataclass
 class Finding:
-    """One kind of mistake in one file.
+    """One kind of problem in one file.
 
     Attributes:
-        level: `error` (a run would stop, or judge wrongly) or `warning` (it may be meant so).
-        kind: what is wrong.
-        fix: what to do.
-        count: rows that have it.
-        places: (place, detail) of the first of them.
+        level: `error` if a run would stop or score incorrectly, `warning` if the data may be intended.
+        kind: kind of the problem.
+        fix: how to fix it.
+        count: number of rows with the problem.
+        places: (place, detail) of the first rows with the problem.
     """
 
     level: str
@@ -41,14 +41,14 @@ class Finding:
 
 @dataclass
 class FileReport:
-    """What was found in one file.
+    """Findings and statistics of one file.
 
     Attributes:
-        name: of the file.
-        num_rows, num_usable: all rows, and those that can be read.
-        findings: errors first.
-        columns: rows that have a column, by kind of value.
-        domains, tags, sources: rows of each; the empty name is of those that have none.
+        name: name of the file.
+        num_rows, num_usable: number of rows, and of rows without errors.
+        findings: findings, errors first.
+        columns: number of rows by column and type of its value.
+        domains, tags, sources: number of rows by label; rows without one have the empty label.
         characters, tokens: length of each usable prompt; tokens only with a tokenizer.
     """
 
@@ -64,7 +64,7 @@ class FileReport:
     tokens: list[int] = field(default_factory=list)
 
     def add(self, level: str, problem: Problem, place: str) -> None:
-        """Count a finding, and keep its place if it is among the first."""
+        """Count a problem, and keep the first `MAX_PLACES` places of its kind."""
         for finding in self.findings:
             if (finding.level, finding.kind) == (level, problem.kind):
                 break
@@ -76,11 +76,11 @@ class FileReport:
             finding.places.append((place, problem.detail))
 
     def num_findings(self, level: str) -> int:
-        """Rows with findings of a level."""
+        """Return the number of findings of a level, counted per row."""
         return sum(finding.count for finding in self.findings if finding.level == level)
 
     def as_json(self) -> dict[str, Any]:
-        """The report in plain values."""
+        """Return the report as a JSON object."""
         return {
             "file": self.name,
             "rows": self.num_rows,
@@ -99,13 +99,13 @@ class FileReport:
             "rows_per_domain": dict(self.domains),
             "rows_per_tag": dict(self.tags),
             "rows_per_source": dict(self.sources),
-            "prompt_characters": spread(self.characters),
-            "prompt_tokens": spread(self.tokens),
+            "prompt_characters": summarize_lengths(self.characters),
+            "prompt_tokens": summarize_lengths(self.tokens),
         }
 
 
-def spread(lengths: Sequence[int]) -> dict[str, int] | None:
-    """Smallest, median, 95th percentile and largest; None of nothing."""
+def summarize_lengths(lengths: Sequence[int]) -> dict[str, int] | None:
+    """Return minimum, median, 95th percentile and maximum, or None if there are no lengths."""
     if not lengths:
         return None
     ordered = sorted(lengths)
@@ -114,28 +114,28 @@ def spread(lengths: Sequence[int]) -> dict[str, int] | None:
 
 
 class Checker:
-    """Checks files that belong together, e.g. all training files: ids and prompts must not repeat among them.
+    """Checks files that are used together, e.g. all training files: ids and prompts must be unique among them.
 
     Args:
-        reading: columns and splits.
-        num_tokens: of a conversation, or None. It may raise what the chat template raises.
-        against: places by prompt of other files, that must share no prompt with these.
+        options: columns and splits.
+        num_tokens: function that returns the number of tokens of a prompt, or None. It may raise any exception.
+        against: places by prompt of other files, which must not share a prompt with these.
     """
 
     def __init__(
         self,
-        reading: Reading,
+        options: ReadOptions,
         num_tokens: Callable[[DataRow], int] | None = None,
         against: dict[str, str] | None = None,
     ) -> None:
-        self._reading = reading
+        self._options = options
         self._num_tokens = num_tokens
         self._against = against or {}
         self._ids: dict[str, str] = {}
         self._prompts: dict[str, str] = {}
 
     def check(self, file_names: Sequence[str]) -> list[FileReport]:
-        """One report a file; a file that cannot be read at all has that as its only error."""
+        """Return one report per file; a file that cannot be read has one error."""
         sources = source_names(file_names)
         return [self._check(name, source) for name, source in zip(file_names, sources, strict=True)]
 
@@ -143,24 +143,24 @@ class Checker:
         report = FileReport(name)
         formats: dict[tuple[str, str], str] = {}
         try:
-            for item in items_of(name, WHERE, self._reading):
+            for item in raw_rows(name, KEY, self._options):
                 report.num_rows += 1
                 self._check_item(item, source, report, formats)
         except DataError as error:
-            text = str(error).removeprefix(f"{WHERE}: ")
-            report.add(ERROR, Problem("the file cannot be read", text, "see there"), name)
+            text = str(error).removeprefix(f"{KEY}: ")
+            report.add(ERROR, Problem("the file cannot be read", text, "see the detail"), name)
         else:
             if not report.num_rows:
-                report.add(ERROR, Problem("no row", "the file has no row", "write one JSON object a line"), name)
-        for kind, place in list(formats.items()) if len(formats) > 1 else ():
-            detail = f"the first row of {' + '.join(kind)}"
-            fix = "keep one format a file, so that no column is taken for another"
+                report.add(ERROR, Problem("no rows", "the file has no rows", "write one JSON object per line"), name)
+        for columns, place in list(formats.items()) if len(formats) > 1 else ():
+            detail = f"first row with {' + '.join(columns)}"
+            fix = "use one format per file, so that no column is mistaken for another"
             report.add(WARNING, Problem("rows of several formats", detail, fix), place)
         report.findings.sort(key=lambda finding: finding.level != ERROR)
         return report
 
-    def _check_item(self, item: Item, source: str, report: FileReport, formats: dict[tuple[str, str], str]) -> None:
-        row, problems = parse_row(item, self._reading.columns, source)
+    def _check_item(self, item: RawRow, source: str, report: FileReport, formats: dict[tuple[str, str], str]) -> None:
+        row, problems = parse_row(item, self._options.columns, source)
         if isinstance(item.value, dict):
             _count_columns(item.value, report)
         for problem in problems:
@@ -170,51 +170,51 @@ class Checker:
         report.num_usable += 1
         report.domains[row.domain] += 1
         report.tags[row.tag] += 1
-        report.sources[_name(row.extra["source"])] += 1
+        report.sources[_label(row.extra["source"])] += 1
         report.characters.append(sum(len(m["content"]) for m in row.messages))
-        formats.setdefault(_format(item.value, self._reading.columns), item.place)
-        for level, problem in (*_value_problems(row), *self._repeated(row, item), *self._length(row, report)):
+        formats.setdefault(_format(item.value, self._options.columns), item.place)
+        for level, problem in (*_value_problems(row), *self._duplicates(row, item), *self._count_tokens(row, report)):
             report.add(level, problem, item.place)
 
-    def _repeated(self, row: DataRow, item: Item) -> Iterator[tuple[str, Problem]]:
+    def _duplicates(self, row: DataRow, item: RawRow) -> Iterator[tuple[str, Problem]]:
         if row.id != item.place and (first := self._ids.setdefault(row.id, item.place)) != item.place:
-            fix = "give each row an id of its own"
-            yield WARNING, Problem("the id is there already", f"id {shown(row.id)} is that of {first}", fix)
+            fix = "give each row a unique id"
+            yield WARNING, Problem("duplicate id", f"id {abbreviate(row.id)} is also the id of {first}", fix)
         prompt = prompt_key(row)
         if (first := self._prompts.setdefault(prompt, item.place)) != item.place:
-            fix = "leave one of them, unless it is meant to be drawn more often"
-            yield WARNING, Problem("the prompt is there already", f"the same prompt as {first}", fix)
+            fix = "remove one of them, unless it should be sampled more often"
+            yield WARNING, Problem("duplicate prompt", f"same prompt as {first}", fix)
         if (other := self._against.get(prompt)) is not None:
-            fix = "take it out of one of the two: what is trained on says nothing in validation"
-            yield ERROR, Problem("the prompt is in the other files too", f"the same prompt as {other}", fix)
+            fix = "remove it from one of the two, because training on validation prompts invalidates the validation"
+            yield ERROR, Problem("prompt shared with --against", f"same prompt as {other}", fix)
 
-    def _length(self, row: DataRow, report: FileReport) -> Iterator[tuple[str, Problem]]:
+    def _count_tokens(self, row: DataRow, report: FileReport) -> Iterator[tuple[str, Problem]]:
         if self._num_tokens is None:
             return
         try:
             report.tokens.append(self._num_tokens(row))
-        except Exception as error:  # what a template raises is up to its author
+        except Exception as error:  # templates raise arbitrary exceptions
             roles = ", ".join(m["role"] for m in row.messages)
-            fix = "choose another template, or leave the role out"
-            yield ERROR, Problem("the chat template refuses the row", f"roles {roles}: {error}", fix)
+            fix = "use another template, or remove the message"
+            yield ERROR, Problem("rejected by the chat template", f"roles {roles}: {error}", fix)
 
 
 def prompt_key(row: DataRow) -> str:
-    """What two rows have in common that ask the same: all that the user says, whatever its white space."""
-    said = [m["content"] for m in row.messages if m["role"] == "user"]
-    return " ".join(" ".join(said or [row.messages[-1]["content"]]).split())
+    """Return the text that identifies a prompt: all user messages with normalized whitespace."""
+    contents = [m["content"] for m in row.messages if m["role"] == "user"]
+    return " ".join(" ".join(contents or [row.messages[-1]["content"]]).split())
 
 
-def prompts_of(file_names: Sequence[str], reading: Reading) -> dict[str, str]:
-    """Place of every prompt of files whose rows need not all be good.
+def prompt_places(file_names: Sequence[str], options: ReadOptions) -> dict[str, str]:
+    """Return the first place of each prompt in the files; malformed rows are skipped.
 
     Raises:
         DataError: a file cannot be read.
     """
     places: dict[str, str] = {}
     for name in file_names:
-        for item in items_of(name, "--against", reading):
-            row, _ = parse_row(item, reading.columns)
+        for item in raw_rows(name, "--against", options):
+            row, _ = parse_row(item, options.columns)
             if row is not None:
                 places.setdefault(prompt_key(row), item.place)
     return places
@@ -222,40 +222,40 @@ def prompts_of(file_names: Sequence[str], reading: Reading) -> dict[str, str]:
 
 def _value_problems(row: DataRow) -> Iterator[tuple[str, Problem]]:
     if not row.ground_truth.strip():
-        fix = "add it, unless this row's reward needs none (a judge, a reward model)"
-        yield WARNING, Problem("the ground truth is empty", "ground_truth is an empty text", fix)
+        fix = "add it, unless the reward of the row needs none (LLM judge, reward model)"
+        yield WARNING, Problem("empty ground truth", "ground_truth is empty", fix)
     roles = [m["role"] for m in row.messages]
     if "system" in roles[1:]:
-        fix = "put it first; most chat templates refuse it elsewhere"
-        yield WARNING, Problem("a system message is not the first", f"roles {', '.join(roles)}", fix)
+        fix = "put it first; most chat templates reject it elsewhere"
+        yield WARNING, Problem("system message is not first", f"roles {', '.join(roles)}", fix)
     if roles[-1] == "assistant":
-        fix = "end with what the user says; the model writes the next message"
-        yield WARNING, Problem("the conversation ends with the assistant", f"roles {', '.join(roles)}", fix)
+        fix = "end with a user message; the model writes the next message"
+        yield WARNING, Problem("conversation ends with the assistant", f"roles {', '.join(roles)}", fix)
     if any(not m["content"].strip() for m in row.messages):
-        yield WARNING, Problem("a message is empty", f"roles {', '.join(roles)}", "write something, or leave it out")
+        yield WARNING, Problem("empty message", f"roles {', '.join(roles)}", "add its content, or remove it")
     yield from _test_case_problems(row.extra.get("test_cases"))
 
 
 def _test_case_problems(cases: Any) -> Iterator[tuple[str, Problem]]:
-    if cases is None or cases == "":  # ROLL's rows of other domains have an empty text
+    if cases is None or cases == "":  # in ROLL, rows of other domains have an empty string
         return
-    fix = "write a list or an object, or either as a JSON text"
+    fix = "write a list or an object, or the JSON text of one"
     if isinstance(cases, str):
         parsed = parse_json(cases)
         if isinstance(parsed, ValueError):
-            yield ERROR, Problem("test_cases are not JSON", f"test_cases {shown(cases)}: {parsed}", fix)
+            yield ERROR, Problem("test_cases is not JSON", f"test_cases {abbreviate(cases)}: {parsed}", fix)
             return
         cases = parsed
     if not isinstance(cases, list | dict):
-        yield ERROR, Problem("test_cases are not JSON", f"test_cases are {shown(cases)}", fix)
+        yield ERROR, Problem("test_cases is not JSON", f"test_cases is {abbreviate(cases)}", fix)
     elif not cases:
-        yield WARNING, Problem("test_cases are empty", f"test_cases are {shown(cases)}", "add some")
+        yield WARNING, Problem("test_cases is empty", f"test_cases is {abbreviate(cases)}", "add at least one case")
 
 
 def _format(value: dict[str, Any], columns: Columns) -> tuple[str, str]:
-    """Which columns prompt and answer come from."""
-    named = columns.messages or columns.prompt
-    prompts = (named,) if named else PROMPT_COLUMNS
+    """Return the columns of the prompt and of the answer."""
+    configured = columns.messages or columns.prompt
+    prompts = (configured,) if configured else PROMPT_COLUMNS
     answers = (columns.ground_truth,) if columns.ground_truth else ANSWER_COLUMNS
     prompt, answer = (next(c for c in known if value.get(c) is not None) for known in (prompts, answers))
     return prompt, answer
@@ -263,14 +263,14 @@ def _format(value: dict[str, Any], columns: Columns) -> tuple[str, str]:
 
 def _count_columns(value: dict[str, Any], report: FileReport) -> None:
     for name, content in value.items():
-        report.columns.setdefault(name, Counter())[_KINDS.get(type(content), "other")] += 1
+        report.columns.setdefault(name, Counter())[_TYPE_NAMES.get(type(content), "other")] += 1
 
 
-_KINDS = {
+_TYPE_NAMES = {
     **{str: "text", bool: "true/false", int: "number", float: "number"},
     **{list: "list", dict: "object", type(None): "null"},
 }
 
 
-def _name(value: Any) -> str:
+def _label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,7 +1,7 @@
-"""`builtin:column_addition`: sums worked out column by column, generated on the spot.
+"""`builtin:column_addition`: generated sums, to be solved column by column.
 
-Prompt `347+86=`, answer `7+6+0=13,4+8+1=13,3+0+1=4:433`: the columns from the right with their carries, then
-after the colon the sum. A rule can judge it, and a model of half a million parameters can learn it.
+The answer to `347+86=` is `7+6+0=13,4+8+1=13,3+0+1=4:433`: the columns from the right with their carries, and the sum
+after the colon. A rule can score it, and a model with 0.5 M parameters can learn it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from roll_gspo.errors import DataError
 NAME = "column_addition"
 FILE_NAME = f"builtin:{NAME}"
 SMALLEST, LARGEST = 10, 999
-VALIDATION_SHARE = 16  # one pair of operands in so many is held out
-MAX_ROWS = 20_000  # different sums are drawn until there are enough; a split holds over twice as many
+VALIDATION_INTERVAL = 16  # one of this many pairs of operands is held out
+MAX_ROWS = 20_000  # each split has more than twice as many distinct sums, so that drawing new ones stays fast
 SLIPS = (-2, -1, 1, 2)
 LARGEST_COLUMN_SUM = 19
 
 
 def rows(num_rows: int, seed: int, split: str) -> list[DataRow]:
-    """`num_rows` different sums; no pair of operands is both in `train` and in `validation`, in either order.
+    """Return `num_rows` distinct sums. No pair of operands, in either order, is in both `train` and `validation`.
 
     Raises:
-        DataError: `num_rows` is not in 1 to MAX_ROWS.
+        DataError: `num_rows` is not within 1 to `MAX_ROWS`.
     """
     if not 1 <= num_rows <= MAX_ROWS:
-        raise DataError(f"{FILE_NAME}: num_rows is {num_rows}; choose 1 to {MAX_ROWS}")
+        raise DataError(f"{FILE_NAME}: num_rows is {num_rows}; use 1 to {MAX_ROWS}")
     pairs: dict[tuple[int, int], None] = {}
     for a, b in _pairs(random.Random(f"{seed}/{split}")):
         if _is_held_out(a, b) == (split == "validation"):
@@ -49,21 +49,27 @@ def rows(num_rows: int, seed: int, split: str) -> list[DataRow]:
 
 
 def demonstrations(num: int, seed: int, slip_probability: float) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs of a demonstrator who errs in a column now and then; none of the held-out sums."""
-    chance = random.Random(seed)
-    shown = ((a, b) for a, b in _pairs(chance) if not _is_held_out(a, b))
-    return [(f"{a}+{b}=", work_out(a, b, chance, slip_probability)) for a, b in (next(shown) for _ in range(num))]
+    """Return `num` pairs (prompt, answer) of training sums.
+
+    Args:
+        num: number of pairs.
+        seed: seed of the sums and of the mistakes.
+        slip_probability: probability of a mistake in each column.
+    """
+    rng = random.Random(seed)
+    training = ((a, b) for a, b in _pairs(rng) if not _is_held_out(a, b))
+    return [(f"{a}+{b}=", worked_answer(a, b, rng, slip_probability)) for a, b in (next(training) for _ in range(num))]
 
 
-def work_out(a: int, b: int, chance: random.Random, slip_probability: float = 0.0) -> str:
-    """The answer to `a+b=`; a slip changes a column's sum, and what follows is right for the slipped sum."""
+def worked_answer(a: int, b: int, rng: random.Random, slip_probability: float = 0.0) -> str:
+    """Return the answer to `a+b=`. A slip changes the sum of a column; the rest of the answer is consistent with it."""
     steps, digits, carry = [], [], 0
     width = max(len(str(a)), len(str(b)))
     for place in range(width):
         x, y = a // 10**place % 10, b // 10**place % 10
         total = x + y + carry
-        if chance.random() < slip_probability:
-            total = chance.choice([total + s for s in SLIPS if 0 <= total + s <= LARGEST_COLUMN_SUM])
+        if rng.random() < slip_probability:
+            total = rng.choice([total + s for s in SLIPS if 0 <= total + s <= LARGEST_COLUMN_SUM])
         steps.append(f"{x}+{y}+{carry}={total}")
         carry, digit = divmod(total, 10)
         digits.append(str(digit))
@@ -72,12 +78,12 @@ def work_out(a: int, b: int, chance: random.Random, slip_probability: float = 0.
     return ",".join(steps) + ":" + "".join(reversed(digits))
 
 
-def _pairs(chance: random.Random) -> Iterator[tuple[int, int]]:
+def _pairs(rng: random.Random) -> Iterator[tuple[int, int]]:
     while True:
-        digits = chance.choice((2, 3)), chance.choice((2, 3))
-        a, b = (chance.randrange(10 ** (n - 1), 10**n) for n in digits)
+        digits = rng.choice((2, 3)), rng.choice((2, 3))
+        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in digits)
         yield a, b
 
 
 def _is_held_out(a: int, b: int) -> bool:
-    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % VALIDATION_SHARE == 0
+    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % VALIDATION_INTERVAL == 0

@@ -1,7 +1,8 @@
-"""`builtin:multi_domain`: short tasks of four domains that come with this package, written for it.
+"""`builtin:multi_domain`: short tasks of four domains, shipped with the package.
 
-`math` (sums and word problems), `multiple_choice` (a letter in a box), `code` (one-line Python functions and programs)
-and `instructions` (a sentence in a given form). Each row also has a `response` that is right, for a supervised start.
+The domains are `math` (sums and word problems), `multiple_choice` (a letter in a box), `code` (one-line Python
+functions and programs) and `instructions` (a sentence in a given form). Each row also has a correct `response`, for
+supervised pretraining.
 """
 
 from __future__ import annotations
@@ -19,28 +20,34 @@ _FOLDER = Path(__file__).with_name("shipped")
 
 
 def files(split: str) -> list[str]:
-    """The files of `train` or `validation`, one a domain."""
+    """Return the files of `train` or `validation`, one per domain."""
     return [str(_file(domain, split)) for domain in DOMAINS]
 
 
 def rows(split: str) -> list[DataRow]:
-    """All rows of `train` or `validation`, the domains by turns, so that the first rows are of all of them."""
+    """Return all rows of `train` or `validation`, alternating between the domains."""
     turns = zip_longest(*(read_rows([file], FILE_NAME) for file in files(split)))
     return [row for turn in turns for row in turn if row is not None]
 
 
 def demonstrations(num: int, seed: int, slip_probability: float) -> list[tuple[str, str]]:
-    """(prompt, response) pairs of the training rows, all domains alike often; a slip gives another row's response."""
-    chance = random.Random(seed)
+    """Return `num` pairs (prompt, response) of training rows, equally many per domain.
+
+    Args:
+        num: number of pairs.
+        seed: seed of the selection.
+        slip_probability: probability that a response is replaced by that of another row.
+    """
+    rng = random.Random(seed)
     pairs = {domain: _pairs(domain) for domain in DOMAINS}
-    shown = []
+    demonstrated = []
     for number in range(num):
         domain = pairs[DOMAINS[number % len(DOMAINS)]]
-        prompt, response = chance.choice(domain)
-        if chance.random() < slip_probability:
-            response = chance.choice([other for _, other in domain if other != response])
-        shown.append((prompt, response))
-    return shown
+        prompt, response = rng.choice(domain)
+        if rng.random() < slip_probability:
+            response = rng.choice([other for _, other in domain if other != response])
+        demonstrated.append((prompt, response))
+    return demonstrated
 
 
 def _file(domain: str, split: str) -> Path:

@@ -1,4 +1,4 @@
-"""Rows to prompts: chat template, system prompt, and a length filter that drops and counts but never cuts."""
+"""Conversion of rows to prompts: chat template, system prompt, and a filter that drops long prompts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How the conversation of a row is put to the model.
+    """Chat templates and system prompts.
 
     Attributes:
-        template: a name of `TEMPLATES`, or a jinja file.
-        tag_templates: of the rows with a tag, instead.
-        system_prompt: for conversations without a system message.
-        domain_system_prompts: of single domains, instead.
+        template: name of a template, or path of a Jinja file.
+        tag_templates: templates by tag, which override `template` for rows with that tag.
+        system_prompt: system message for conversations without one; None for none.
+        domain_system_prompts: system messages by domain, which override `system_prompt`.
     """
 
     template: str = NATIVE
@@ -33,15 +33,15 @@ class ChatFormat:
     domain_system_prompts: Mapping[str, str] = field(default_factory=dict)
 
     def templates(self) -> dict[str, ChatTemplate]:
-        """Every template in use by its name.
+        """Return all templates in use by name.
 
         Raises:
-            DataError: one does not exist.
+            DataError: a template does not exist.
         """
         return {name: chat_template(name) for name in (self.template, *self.tag_templates.values())}
 
     def with_system(self, messages: Sequence[Mapping[str, str]], domain: str) -> Sequence[Mapping[str, str]]:
-        """The conversation with its system message."""
+        """Return the messages, with the system prompt of the domain if they have no system message."""
         content = self.domain_system_prompts.get(domain, self.system_prompt)
         if content is None or messages[0]["role"] == "system":
             return messages
@@ -51,7 +51,7 @@ class ChatFormat:
 def encode_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], template: ChatTemplate = TEMPLATES[NATIVE]
 ) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins."""
+    """Return the token ids of a conversation, including the generation prompt."""
     conversation = [dict(m) for m in messages]
     if template.as_text:
         text = tokenizer.apply_chat_template(conversation, chat_template=template.source, tokenize=False)
@@ -64,7 +64,7 @@ def encode_chat(
 
 
 def end_of_turn_ids(tokenizer: Any, chat: ChatFormat) -> set[int]:
-    """The tokens that end an answer by the named templates in use, beside those that the model says itself."""
+    """Return the end-of-turn tokens of the named templates in use; the model configuration may have others."""
     ends = {t.end_of_turn for t in chat.templates().values() if t.end_of_turn is not None}
     return {tokenizer.convert_tokens_to_ids(end) for end in ends}
 
@@ -73,33 +73,36 @@ def make_prompts(
     rows: Iterable[DataRow],
     tokenizer: Any,
     prompt_length: int,
-    where: str,
+    key: str,
     chat: ChatFormat | None = None,
     domains: Sequence[str] | None = None,
 ) -> tuple[Prompt, ...]:
-    """Apply the chat template and drop prompts of more than `prompt_length` tokens, with a warning that counts them.
+    """Apply the chat template, and drop prompts that are longer than `prompt_length` tokens with a warning.
 
     Args:
-        where: what the rows are called in errors and warnings.
-        chat: template and system prompts; None: the tokenizer's template, and none.
-        domains: whose reward judges each row; None: the `domain` column.
+        rows: rows to convert.
+        tokenizer: tokenizer of the model.
+        prompt_length: maximum number of tokens.
+        key: YAML key of the rows, for errors and warnings.
+        chat: templates and system prompts; None for the template of the tokenizer and no system prompt.
+        domains: reward domain of each row; None for the column `domain`.
 
     Raises:
-        DataError: a template does not exist, does not fit the tokenizer or refuses a row; or no prompt is short enough.
+        DataError: a template does not exist, does not fit the tokenizer or rejects a row, or no prompt is short enough.
     """
     chat = chat or ChatFormat()
     rows = list(rows)
     domains = [row.domain for row in rows] if domains is None else domains
-    templates = checked_templates(chat, tokenizer, where)
+    templates = load_templates(chat, tokenizer, key)
     kept: list[Prompt] = []
     dropped: list[int] = []
-    lost: Counter[str] = Counter()
+    dropped_by_domain: Counter[str] = Counter()
     for row, domain in zip(rows, domains, strict=True):
         template = templates[chat.tag_templates.get(row.tag, chat.template)]
-        token_ids = _encoded(row, chat.with_system(row.messages, domain), tokenizer, template, where)
+        token_ids = _encode_row(row, chat.with_system(row.messages, domain), tokenizer, template, key)
         if len(token_ids) > prompt_length:
             dropped.append(len(token_ids))
-            lost[domain] += 1
+            dropped_by_domain[domain] += 1
             continue
         columns = {
             **row.extra,
@@ -111,50 +114,58 @@ def make_prompts(
         kept.append(Prompt(tuple(token_ids), tokenizer.decode(token_ids), columns))
     if not kept:
         raise DataError(
-            f"{where}: every prompt is longer than prompt_length {prompt_length} (shortest {min(dropped)}, longest "
+            f"{key}: every prompt is longer than prompt_length {prompt_length} (shortest {min(dropped)}, longest "
             f"{max(dropped)} tokens); raise prompt_length"
             if dropped
-            else f"{where}: there is no row left; give at least one"
+            else f"{key}: there are no rows; add at least one"
         )
     if dropped:
         logger.warning(
-            "%s: %d of %d prompts are longer than prompt_length %d (longest %d tokens) and are left out%s",
-            where,
+            "%s: dropped %d of %d prompts that are longer than prompt_length %d (longest %d tokens)%s",
+            key,
             len(dropped),
             len(rows),
             prompt_length,
             max(dropped),
-            _by_domain(lost, Counter(domains)),
+            _domain_counts(dropped_by_domain, Counter(domains)),
         )
     return tuple(kept)
 
 
-def checked_templates(chat: ChatFormat, tokenizer: Any, where: str) -> dict[str, ChatTemplate]:
-    """Every template in use by its name.
+def load_templates(chat: ChatFormat, tokenizer: Any, key: str) -> dict[str, ChatTemplate]:
+    """Return all templates in use by name, after checking them.
+
+    Args:
+        chat: templates and system prompts.
+        tokenizer: tokenizer of the model.
+        key: YAML key of the rows, for error messages.
 
     Raises:
-        DataError: one does not exist, or does not fit the tokenizer.
+        DataError: a template does not exist, or does not fit the tokenizer.
     """
     try:
         templates = chat.templates()
         for template in templates.values():
             check_tokenizer(template, tokenizer)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{key}: {error}") from error
     return templates
 
 
-def _encoded(
-    row: DataRow, messages: Sequence[Mapping[str, str]], tokenizer: Any, template: ChatTemplate, where: str
+def _encode_row(
+    row: DataRow, messages: Sequence[Mapping[str, str]], tokenizer: Any, template: ChatTemplate, key: str
 ) -> list[int]:
     try:
         return encode_chat(tokenizer, messages, template)
-    except Exception as error:  # what a template raises is up to its author, e.g. for a role it does not take
+    except Exception as error:  # templates raise arbitrary exceptions, e.g. for unknown roles
         roles = ", ".join(m["role"] for m in messages)
-        raise DataError(f"{where}: row '{row.id}': the chat template refuses {roles} ({error})") from error
+        raise DataError(
+            f"{key}: row '{row.id}': the chat template rejects the roles {roles} ({error}); correct the row or use "
+            "another template"
+        ) from error
 
 
-def _by_domain(lost: Counter[str], all_rows: Counter[str]) -> str:
+def _domain_counts(dropped: Counter[str], all_rows: Counter[str]) -> str:
     if len(all_rows) < 2:
         return ""
-    return ": " + ", ".join(f"{count} of {all_rows[name]} of {name or 'no domain'}" for name, count in lost.items())
+    return ": " + ", ".join(f"{name or 'no domain'} {count} of {all_rows[name]}" for name, count in dropped.items())

@@ -1,4 +1,4 @@
-"""Chat templates by name, for models whose tokenizer has none or another than they are to be trained with."""
+"""Named chat templates, for tokenizers without a template or to train with another one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _KNOWN_ROLES = (
 
 
 def _chatml(before_content: str = "''") -> str:
-    """ChatML; `before_content` is a jinja expression of what stands between the header and the content."""
+    """Return a ChatML template.
+
+    Args:
+        before_content: Jinja expression of the text between the header and the content of a message.
+    """
     return (
         _KNOWN_ROLES + "{% for m in messages %}"
         f"{{{{ '<|im_start|>' + m['role'] + '\n' + {before_content} + m['content'] + '<|im_end|>\n' }}}}"
@@ -29,7 +33,7 @@ def _chatml(before_content: str = "''") -> str:
 
 
 _CHATML = _chatml()
-# Generation goes on from an empty thought, so a finished conversation has one in its last answer.
+# The generation prompt ends with an empty thought, so the last answer of a finished conversation starts with one.
 _EMPTY_THOUGHT = (
     "('<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' and not add_generation_prompt else '')"
 )
@@ -37,14 +41,14 @@ _EMPTY_THOUGHT = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation becomes text.
+    """A template that renders a conversation as text.
 
     Attributes:
-        name: as configured.
-        source: jinja; None is the tokenizer's own.
-        tokens: each has to be one token of the vocabulary.
-        end_of_turn: the token with which the assistant ends its answer; None where the tokenizer knows.
-        as_text: no markup, so that the tokenizer adds what it adds to any text (e.g. a begin-of-text token).
+        name: name in the configuration.
+        source: Jinja source; None for the template of the tokenizer.
+        tokens: markup that must be single tokens of the vocabulary.
+        end_of_turn: token that ends an answer of the assistant; None if the tokenizer or model configuration has it.
+        as_text: True if the text has no markup, so that the tokenizer adds its special tokens, e.g. a BOS token.
     """
 
     name: str
@@ -59,10 +63,10 @@ TEMPLATES: dict[str, ChatTemplate] = {
     template.name: template
     for template in (
         ChatTemplate(NATIVE),
-        # The contents alone, a blank line between messages: for base models.
+        # For base models: the contents of the messages, separated by blank lines.
         ChatTemplate("plain", "{{ messages | map(attribute='content') | join('\n\n') }}", as_text=True),
         ChatTemplate("chatml", _CHATML, _IM, _IM[1]),
-        # ChatML with Qwen's system message where the conversation has none.
+        # ChatML with Qwen's system message if the conversation has none.
         ChatTemplate(
             "qwen2_5",
             "{% if messages[0]['role'] != 'system' %}"
@@ -70,7 +74,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
             _IM,
             _IM[1],
         ),
-        # ChatML whose answer begins after an empty thought: Qwen3 without thinking.
+        # Qwen3 without thinking: ChatML with an empty thought before the answer.
         ChatTemplate(
             "qwen3",
             _chatml(_EMPTY_THOUGHT) + "{% if add_generation_prompt %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
@@ -91,23 +95,23 @@ TEMPLATES: dict[str, ChatTemplate] = {
 
 
 def chat_template(name: str) -> ChatTemplate:
-    """The template of a name, or of a jinja file.
+    """Return the template with the given name or from the given Jinja file.
 
     Raises:
-        DataError: there is no such name or file, or the file is not jinja.
+        DataError: the name is unknown, or the file cannot be read or is no Jinja template.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)
     if not path.suffix.startswith(".j"):
         known, hint = ", ".join(TEMPLATES), did_you_mean(name, list(TEMPLATES))
-        raise DataError(f"template: unknown '{name}'{hint} (known: {known}; or the path of a .jinja file)")
+        raise DataError(f"template: unknown template '{name}'{hint} (known: {known}, or the path of a .jinja file)")
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise DataError(
-            f"template: {path} cannot be read ({reason}); name a file, or one of {', '.join(TEMPLATES)}"
+            f"template: {path} cannot be read ({reason}); correct the path, or use one of {', '.join(TEMPLATES)}"
         ) from error
     _check_jinja(source, path)
     return ChatTemplate(name, source)
@@ -117,30 +121,32 @@ def _check_jinja(source: str, path: Path) -> None:
     import jinja2
     from jinja2.ext import loopcontrols
 
-    text = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")  # an extension of transformers
+    text = source.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )  # tags that transformers adds to Jinja
     try:
         jinja2.Environment(extensions=[loopcontrols]).parse(text)
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"template: {path}:{error.lineno}: not a jinja template ({error.message}); mend it") from error
+        raise DataError(f"template: {path}:{error.lineno}: invalid Jinja ({error.message}); correct it") from error
 
 
 def check_tokenizer(template: ChatTemplate, tokenizer: Any) -> None:
-    """See that the tokenizer knows what the template writes.
+    """Check that the tokenizer has the template, or the tokens of the template.
 
     Raises:
-        DataError: it has no template of its own, or lacks tokens of this one.
+        DataError: the tokenizer has no chat template, or lacks tokens of `template`.
     """
     if template.source is None:
         if tokenizer.chat_template is None:
-            named = ", ".join(name for name in TEMPLATES if name != NATIVE)
+            known = ", ".join(name for name in TEMPLATES if name != NATIVE)
             raise DataError(
                 "the tokenizer has no chat template; set data_args.template to one "
-                f"({named}, or a .jinja file), or add chat_template to its tokenizer_config.json"
+                f"({known}, or a .jinja file), or add chat_template to its tokenizer_config.json"
             )
         return
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in template.tokens if token not in vocabulary]:
         raise DataError(
-            f"the chat template {template.name} writes {', '.join(missing)}, no token of this tokenizer; choose the "
-            "template of this family of models, or native"
+            f"the chat template {template.name} needs the tokens {', '.join(missing)}, which the tokenizer lacks; use "
+            "the template of this model family, or native"
         )

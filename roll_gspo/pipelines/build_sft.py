@@ -23,7 +23,7 @@ from roll_gspo.data.conversations import (
     make_samples,
     read_conversations,
 )
-from roll_gspo.data.rows import Columns, Reading
+from roll_gspo.data.rows import Columns, ReadOptions
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.execution.base import Executor
@@ -94,7 +94,7 @@ def build_sft_components(config: SftConfig, folder: RunFolder, console: Console)
         executor: Executor = EXECUTORS.load(config.execution)(execution_settings(config))
     try:
         actor = start_sft_actor(config, checkpoint, executor, console, num_steps)
-        tokens = (ids for sample in samples.samples for ids in (sample.prompt_ids, sample.rest_ids, sample.mask))
+        tokens = (ids for sample in samples.samples for ids in (sample.prompt_ids, sample.response_ids, sample.mask))
         state = RunState(0, PromptSampler(samples.samples, config.seed, fingerprint(tokens)))
         resume(config, folder, console, {ACTOR: actor}, state)
     except BaseException:
@@ -116,7 +116,7 @@ def sequences_of(samples: Sequence[ChatSample], pad_token_id: int) -> tuple[Sequ
     """One batch of all samples, and the row [B] of each."""
     sequences = Sequences.collate(
         [sample.prompt_ids for sample in samples],
-        [sample.rest_ids for sample in samples],
+        [sample.response_ids for sample in samples],
         pad_token_id,
         [sample.mask for sample in samples],
     )
@@ -129,7 +129,7 @@ def _conversations(args: SftDataArgs, where: str, split: str) -> list[Conversati
         return generate_conversations(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
     if task == multi_domain.FILE_NAME:
         return read_conversations(multi_domain.files(split), where)[: args.num_rows]
-    reading = Reading(Columns(args.messages, args.prompt, tag=args.tag), args.dataset_config, args.split)
+    reading = ReadOptions(Columns(args.messages, args.prompt, tag=args.tag), args.dataset_config, args.split)
     return read_conversations(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]
 
 

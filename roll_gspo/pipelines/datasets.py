@@ -18,7 +18,7 @@ from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition, multi_domain
 from roll_gspo.data.prompts import ChatFormat, make_prompts
-from roll_gspo.data.rows import Columns, DataRow, Reading, read_rows
+from roll_gspo.data.rows import Columns, DataRow, ReadOptions, read_rows
 from roll_gspo.data.sampler import InterleavedSampler, PromptSampler, Sampler
 from roll_gspo.data.templates import NATIVE
 from roll_gspo.errors import DataError
@@ -224,5 +224,5 @@ def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:
         return column_addition.rows(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
     columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
     domains = dict.fromkeys(args.file_name, args.domain or "") | args.file_domains
-    reading = Reading(columns, args.dataset_config, args.split, domains)
+    reading = ReadOptions(columns, args.dataset_config, args.split, domains)
     return read_rows(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]

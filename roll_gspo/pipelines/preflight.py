@@ -8,7 +8,7 @@ from pathlib import Path
 
 from roll_gspo.config.data import CHAT_TEMPLATES, SourceArgs
 from roll_gspo.config.sft import AnyConfig
-from roll_gspo.data.named import dataset_name
+from roll_gspo.data.hf_datasets import parse_dataset_name
 from roll_gspo.errors import DataError, MissingDependencyError
 from roll_gspo.models.tiny import BUILTIN
 from roll_gspo.pipelines.devices import model_of, roles_of
@@ -92,7 +92,7 @@ def check_files(config: AnyConfig, blocks: Mapping[str, SourceArgs]) -> None:
         f"{key}: {name} cannot be read (no such file); set {key} to a JSONL file"
         for key, block in blocks.items()
         for name in block.file_name
-        if not name.startswith(BUILTIN) and not Path(name).exists() and dataset_name(name) is None
+        if not name.startswith(BUILTIN) and not Path(name).exists() and parse_dataset_name(name) is None
     ]
     templates = {key.replace("file_name", "template"): [block.template] for key, block in blocks.items()}
     templates |= {"global_template": [config.global_template], "tag_to_template": [*config.tag_to_template.values()]}
@@ -104,7 +104,7 @@ def check_files(config: AnyConfig, blocks: Mapping[str, SourceArgs]) -> None:
     ]
     if missing:
         raise DataError("\n".join(missing))
-    named = [name for block in blocks.values() for name in block.file_name if dataset_name(name) is not None]
+    named = [name for block in blocks.values() for name in block.file_name if parse_dataset_name(name) is not None]
     if named and not _is_installed("datasets"):
         raise MissingDependencyError(
             f"{named[0]} needs the package 'datasets': pip install 'roll-gspo[data]'; or name JSONL files"

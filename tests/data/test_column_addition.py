@@ -1,4 +1,4 @@
-"""The generated task: right answers, slips that carry on, splits that do not touch."""
+"""`builtin:column_addition`: correct answers, slips, and disjoint splits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roll_gspo.data.column_addition import MAX_ROWS, demonstrations, rows, work_out
+from roll_gspo.data.column_addition import MAX_ROWS, demonstrations, rows, worked_answer
 from roll_gspo.errors import DataError
 
 operands = st.integers(10, 999)
 
 
 def replay(a: int, b: int, answer: str) -> tuple[int, int]:
-    """(number of columns with a wrong sum, result), checking that the digits and carries are consistent."""
+    """Check digits and carries of an answer, and return (number of columns with a wrong sum, result)."""
     working, _, result = answer.partition(":")
     slips, carry, value = 0, 0, 0
     for place, column in enumerate(working.split(",")):
@@ -28,23 +28,23 @@ def replay(a: int, b: int, answer: str) -> tuple[int, int]:
     return slips, int(result)
 
 
-def test_answer_reads_as_documented():
-    assert work_out(347, 86, random.Random(0)) == "7+6+0=13,4+8+1=13,3+0+1=4:433"
+def test_answer_has_the_documented_format():
+    assert worked_answer(347, 86, random.Random(0)) == "7+6+0=13,4+8+1=13,3+0+1=4:433"
 
 
 @given(operands, operands)
-def test_clean_answer_is_the_sum(a, b):
-    assert replay(a, b, work_out(a, b, random.Random(0))) == (0, a + b)
+def test_answer_without_slips_is_the_sum(a, b):
+    assert replay(a, b, worked_answer(a, b, random.Random(0))) == (0, a + b)
 
 
 @given(operands, operands, st.integers(0, 10**6))
-def test_certain_slips_change_every_column_and_are_carried_on(a, b, seed):
-    answer = work_out(a, b, random.Random(seed), slip_probability=1.0)
+def test_slip_probability_1_changes_every_column_consistently(a, b, seed):
+    answer = worked_answer(a, b, random.Random(seed), slip_probability=1.0)
     slips, _ = replay(a, b, answer)
     assert slips == max(len(str(a)), len(str(b)))
 
 
-def test_slips_come_as_often_as_asked():
+def test_slip_rate_equals_slip_probability():
     columns = wrong = 0
     for prompt, answer in demonstrations(4000, seed=1, slip_probability=0.25):
         a, b = map(int, prompt.rstrip("=").split("+"))
@@ -53,30 +53,30 @@ def test_slips_come_as_often_as_asked():
     assert wrong / columns == pytest.approx(0.25, abs=0.015)
 
 
-def test_splits_share_no_pair_in_either_order_whatever_the_seed():
+def test_splits_share_no_operands_in_either_order_for_any_seed():
     def pairs(split, seed):
         return {frozenset(r.id.split("/")[-1].split("+")) for r in rows(8000, seed, split)}
 
     train, validation = pairs("train", 0) | pairs("train", 1), pairs("validation", 0) | pairs("validation", 1)
-    shown = {frozenset(p.rstrip("=").split("+")) for p, _ in demonstrations(8000, 2, 0.25)}
-    assert not (train | shown) & validation
+    demonstrated = {frozenset(p.rstrip("=").split("+")) for p, _ in demonstrations(8000, 2, 0.25)}
+    assert not (train | demonstrated) & validation
 
 
-def test_rows_are_distinct_right_and_the_same_for_the_same_seed():
-    made = rows(500, 3, "train")
-    assert made == rows(500, 3, "train") != rows(500, 4, "train")
-    assert len({r.id for r in made}) == 500
-    for row in made:
+def test_rows_are_distinct_correct_and_reproducible():
+    generated = rows(500, 3, "train")
+    assert generated == rows(500, 3, "train") != rows(500, 4, "train")
+    assert len({r.id for r in generated}) == 500
+    for row in generated:
         a, b = map(int, row.messages[0]["content"].rstrip("=").split("+"))
         assert row.ground_truth == str(a + b) and {len(str(a)), len(str(b))} <= {2, 3}
     assert demonstrations(50, 3, 0.25) == demonstrations(50, 3, 0.25) != demonstrations(50, 4, 0.25)
 
 
 @pytest.mark.parametrize("num_rows", [0, MAX_ROWS + 1])
-def test_impossible_number_of_rows_is_refused(num_rows):
+def test_num_rows_out_of_range_raises(num_rows):
     with pytest.raises(DataError, match=f"num_rows is {num_rows}"):
         rows(num_rows, 0, "validation")
 
 
-def test_the_smaller_split_holds_the_largest_number_of_rows():
+def test_smaller_split_has_max_rows():
     assert len(rows(MAX_ROWS, 0, "validation")) == MAX_ROWS

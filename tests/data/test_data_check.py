@@ -1,4 +1,4 @@
-"""`python -m roll_gspo.data check`: every problem by line, and nothing where all is well."""
+"""`python -m roll_gspo.data check`: problems by line, statistics, and exit status."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def write(folder: Path, *rows: object, name: str = "rows.jsonl") -> str:
 
 
 def findings_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str]]:
-    """Kind of each finding, with the places in the order of the report."""
+    """Return the places of each kind of finding, in the order of the report."""
     main(["check", "--json", *arguments])
     files = json.loads(capsys.readouterr().out)["files"]
     return {f["kind"]: [p["place"].rpartition("/")[2] for p in f["first"]] for file in files for f in file["findings"]}
 
 
-def test_good_file_is_described_and_passes(tmp_path, capsys):
+def test_valid_file_passes_with_statistics(tmp_path, capsys):
     second = {**GOOD, "id": "2", "prompt": "What is 2+2?", "tag": "", "test_cases": "", "source": "mine"}
     assert main(["check", write(tmp_path, GOOD, second)]) == 0
     out = capsys.readouterr().out
     assert "rows.jsonl: 2 rows, 0 errors, 0 warnings\n  columns  id (text), prompt (text)" in out
     assert "test_cases (text, 1 rows)" in out and "  domains  math 2\n" in out and "sums 1, (none) 1" in out
     assert "  sources  rows 1, mine 1\n" in out and "characters: min 4, median 4, p95 12, max 12" in out
-    assert out.endswith("2 rows can be used\n")
+    assert out.endswith("2 usable rows\n")
 
 
-def test_every_problem_is_listed_with_its_line_and_the_way_out(tmp_path, capsys):
+def test_every_problem_is_listed_with_line_and_fix(tmp_path, capsys):
     rows = (
         *(GOOD, '{"prompt": "x"', {"prompt": "a"}, {"tag": "t"}, [1]),
         {"messages": [{"role": "bot", "content": "x"}, {"role": "user", "content": 3}], "ground_truth": "1"},
@@ -56,72 +56,72 @@ def test_every_problem_is_listed_with_its_line_and_the_way_out(tmp_path, capsys)
         "no prompt": ["rows.jsonl:4"],
         "not a JSON object": ["rows.jsonl:5"],
         "messages: unknown role 'bot'": ["rows.jsonl:6"],
-        "messages: content is not a text": ["rows.jsonl:6"],
-        "test_cases are not JSON": ["rows.jsonl:10", "rows.jsonl:11"],
-        "the ground truth is empty": ["rows.jsonl:7"],
-        "the id is there already": ["rows.jsonl:8"],
-        "the prompt is there already": ["rows.jsonl:9"],
-        "test_cases are empty": ["rows.jsonl:12"],
-        "the conversation ends with the assistant": ["rows.jsonl:13"],
-        "a message is empty": ["rows.jsonl:13"],
+        "messages: content is not a string": ["rows.jsonl:6"],
+        "test_cases is not JSON": ["rows.jsonl:10", "rows.jsonl:11"],
+        "empty ground truth": ["rows.jsonl:7"],
+        "duplicate id": ["rows.jsonl:8"],
+        "duplicate prompt": ["rows.jsonl:9"],
+        "test_cases is empty": ["rows.jsonl:12"],
+        "conversation ends with the assistant": ["rows.jsonl:13"],
+        "empty message": ["rows.jsonl:13"],
         "rows of several formats": ["rows.jsonl:1", "rows.jsonl:7", "rows.jsonl:13"],
     }
     assert main(["check", path]) == 1
     out = capsys.readouterr().out
     assert "rows.jsonl: 13 rows (8 usable), 9 errors, 9 warnings\n" in out
     assert "  error: no answer (2 rows); add ground_truth" in out
-    assert "    line 9: the same prompt as" in out and "9 errors: mend these rows" in out
+    assert f"    line 9: same prompt as {path}:1\n" in out and "\n9 errors: " in out
 
 
-def test_many_of_a_kind_are_counted_and_a_few_shown(tmp_path, capsys):
+def test_only_the_first_places_of_a_finding_are_printed(tmp_path, capsys):
     assert main(["check", write(tmp_path, *["{"] * 400)]) == 1
     out = capsys.readouterr().out
     assert "error: not valid JSON (400 rows)" in out and out.count("    line ") == 5 and "... and 395 more" in out
 
 
-def test_warnings_fail_only_where_asked(tmp_path, capsys):
+def test_strict_fails_on_warnings(tmp_path, capsys):
     path = write(tmp_path, {**GOOD, "ground_truth": ""})
     assert main(["check", path]) == 0
     assert main(["check", "--strict", path]) == 1
-    assert "1 rows can be used; see 1 warnings" in capsys.readouterr().out
+    assert "1 usable rows, 1 warnings" in capsys.readouterr().out
 
 
-def test_prompts_of_training_that_are_in_validation_are_errors(tmp_path, capsys):
+def test_prompt_shared_with_other_files_is_an_error(tmp_path, capsys):
     system = {"role": "system", "content": "Think."}
     train = write(tmp_path, GOOD, {**GOOD, "id": "2", "prompt": "2+2?"}, name="train.jsonl")
     test = write(
         tmp_path, {"messages": [system, {"role": "user", "content": "1+1?\n"}], "answer": "2"}, "{", name="test.jsonl"
     )
-    assert findings_of(capsys, train, "--against", test) == {"the prompt is in the other files too": ["train.jsonl:1"]}
+    assert findings_of(capsys, train, "--against", test) == {"prompt shared with --against": ["train.jsonl:1"]}
     assert main(["check", train, "--against", test]) == 1
-    assert f"line 1: the same prompt as {test}:1" in capsys.readouterr().out
+    assert f"line 1: same prompt as {test}:1" in capsys.readouterr().out
 
 
-def test_conversations_that_end_alike_are_not_the_same(tmp_path, capsys):
+def test_conversations_with_equal_last_messages_are_not_duplicates(tmp_path, capsys):
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     rows = [{"messages": [*turns, {"role": "user", "content": "Sure?"}], "answer": "2"}]
     rows.append({"messages": [{**turns[0], "content": "2+2?"}, *rows[0]["messages"][1:]], "answer": "4"})
     train, test = write(tmp_path, rows[0], name="train.jsonl"), write(tmp_path, rows[1], name="test.jsonl")
     assert findings_of(capsys, train, "--against", test) == {}
-    assert "the prompt is there already" not in findings_of(capsys, train, test)
+    assert "duplicate prompt" not in findings_of(capsys, train, test)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "text"),
     [
-        (b"", "the file has no row"),
-        (b"\xff\xfe{\x00", "the file is UTF-16; save it as UTF-8"),
-        (b'{"prompt": "\xff"}', "not UTF-8: byte 0xff at position 13"),
+        (b"", "error: no rows"),
+        (b"\xff\xfe{\x00", "UTF-16"),
+        (b'{"prompt": "\xff"}', "byte 0xff at position 13"),
         (None, "no such file"),
     ],
 )
-def test_file_that_cannot_be_read_is_an_error_beside_the_others(tmp_path, capsys, content, told):
+def test_unreadable_file_is_an_error_and_other_files_are_checked(tmp_path, capsys, content, text):
     bad = tmp_path / "bad.jsonl"
     if content is not None:
         bad.write_bytes(content)
     assert main(["check", str(bad), write(tmp_path, GOOD)]) == 1
     out = capsys.readouterr().out
-    assert told in out and "rows.jsonl: 1 rows, 0 errors" in out
+    assert text in out and "rows.jsonl: 1 rows, 0 errors" in out
 
 
 def test_tokens_are_counted_with_the_chat_template(tmp_path, capsys):
@@ -137,23 +137,23 @@ def test_tokens_are_counted_with_the_chat_template(tmp_path, capsys):
     assert "prompt tokens: min 4, " in capsys.readouterr().out
     assert main(["check", path, "--tokenizer", model, "--template", "chatml"]) == 2
     assert main(["check", path, "--tokenizer", str(tmp_path)]) == 2
-    assert "has no tokenizer.json; give the folder of a model" in capsys.readouterr().err
+    assert f"--tokenizer: {tmp_path} " in capsys.readouterr().err
 
 
-def test_columns_of_other_names(tmp_path, capsys):
+def test_column_names_are_options(tmp_path, capsys):
     path = write(tmp_path, {"problem": "1+1?", "solution": "2", "kind": "sums"})
     assert main(["check", path]) == 1
     assert main(["check", path, "--prompt", "problem", "--ground_truth", "solution", "--tag", "kind"]) == 0
     assert "tags     sums 1" in capsys.readouterr().out
 
 
-def test_half_a_character_in_a_name_is_printed(tmp_path):
+def test_lone_surrogate_in_a_label_is_printed(tmp_path):
     command = [sys.executable, "-m", "roll_gspo.data", "check", write(tmp_path, {**GOOD, "domain": "\ud83d"})]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert found.returncode == 0 and r"domains  \ud83d 1" in found.stdout, found.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and r"domains  \ud83d 1" in result.stdout, result.stderr
 
 
-def test_command_needs_no_torch(tmp_path):
+def test_command_does_not_import_torch(tmp_path):
     path = write(tmp_path, GOOD)
     program = f"import sys; from roll_gspo.data.__main__ import main; main(['check', {path!r}]); print(*sys.modules)"
     out = subprocess.run(
@@ -162,7 +162,7 @@ def test_command_needs_no_torch(tmp_path):
     assert not {"torch", "transformers", "numpy", "jinja2"} & set(out.split())
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="the GSM8K files are not beside the checkout")
-def test_published_files_pass_and_share_no_prompt(capsys):
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs the GSM8K files in ../shared/data")
+def test_gsm8k_files_pass_and_share_no_prompt(capsys):
     assert main(["check", str(GSM8K / "train.jsonl"), "--against", str(GSM8K / "test.jsonl")]) == 0
     assert "7473 rows, 0 errors, 0 warnings" in capsys.readouterr().out

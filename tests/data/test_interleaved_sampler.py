@@ -1,4 +1,4 @@
-"""Batches of several domains: exact shares, whole epochs of each domain, the same again after a resume."""
+"""`InterleavedSampler`: exact shares, epochs per domain, and resuming."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def items(*counts: int) -> dict[str, list[tuple[str, int]]]:
     return {name: [(name, i) for i in range(count)] for name, count in zip("abcdefg", counts, strict=False)}
 
 
-def sampler(seed: int = 0, mark: str = "", **shares: float) -> InterleavedSampler[tuple[str, int]]:
+def sampler(seed: int = 0, fingerprint: str = "", **shares: float) -> InterleavedSampler[tuple[str, int]]:
     shares = shares or SHARES
     data = {name: [(name, i) for i in range(7 + 3 * k)] for k, name in enumerate(shares)}
-    return InterleavedSampler(data, shares, seed, mark)
+    return InterleavedSampler(data, shares, seed, fingerprint)
 
 
 @settings(max_examples=50, deadline=None)
 @given(weights, sizes)
-def test_every_domain_is_within_one_of_its_share_after_every_batch(weights, sizes):
+def test_every_domain_is_within_one_item_of_its_share_after_every_batch(weights, sizes):
     shares = {name: weight / sum(weights) for name, weight in zip("abcdefg", weights, strict=False)}
     drawn = InterleavedSampler(items(*[5] * len(weights)), shares, seed=1)
     counts: Counter[str] = Counter()
@@ -38,7 +38,7 @@ def test_every_domain_is_within_one_of_its_share_after_every_batch(weights, size
             assert abs(counts[name] - weight * counts.total() / sum(weights)) < 1
 
 
-def test_empirical_shares_are_the_configured_ones():
+def test_sampled_shares_equal_configured_shares():
     drawn = sampler()
     counts = Counter(name for _ in range(250) for name, _ in drawn.next_batch(8))
     assert counts == {"math": 1000, "code": 600, "choice": 300, "format": 100}
@@ -46,7 +46,7 @@ def test_empirical_shares_are_the_configured_ones():
 
 @settings(max_examples=25, deadline=None)
 @given(sizes)
-def test_every_domain_goes_through_whole_epochs_of_its_own(sizes):
+def test_every_domain_completes_its_epochs(sizes):
     drawn = sampler(a=0.6, b=0.4)
     lists: dict[str, list[int]] = {"a": [], "b": []}
     for size in [*sizes, 40]:
@@ -62,7 +62,7 @@ def test_every_domain_goes_through_whole_epochs_of_its_own(sizes):
 
 @settings(max_examples=25, deadline=None)
 @given(sizes, sizes)
-def test_resumed_sampler_goes_on_with_the_very_same_order(before, after):
+def test_resumed_sampler_continues_in_the_same_order(before, after):
     drawn = sampler(seed=3)
     for size in before:
         drawn.next_batch(size)
@@ -73,46 +73,40 @@ def test_resumed_sampler_goes_on_with_the_very_same_order(before, after):
     assert resumed.state_dict() == drawn.state_dict()
 
 
-def test_order_depends_on_seed_and_epoch_and_is_mixed_within_a_batch():
+def test_order_depends_on_seed_and_epoch_and_batches_are_shuffled():
     one, again, other = sampler(seed=1), sampler(seed=1), sampler(seed=2)
     batches = [one.next_batch(20) for _ in range(3)]
     assert batches == [again.next_batch(20) for _ in range(3)] != [other.next_batch(20) for _ in range(3)]
     orders = [[name for name, _ in batch] for batch in batches]
-    assert orders[0] != orders[1], "the domains of every batch are shuffled anew"
+    assert orders[0] != orders[1], "each batch is shuffled"
     math = [i for batch in batches for name, i in batch if name == "math"]
     epochs = [math[:7], math[7:14]]
     assert len({tuple(e) for e in epochs}) == 2
 
 
-def test_share_of_nothing_leaves_a_domain_out():
+def test_domain_with_share_0_is_not_sampled():
     drawn = InterleavedSampler(items(3, 3), {"a": 1.0, "b": 0.0}, seed=0)
     assert {name for name, _ in drawn.next_batch(9)} == {"a"} and drawn.epochs() == {"": 2.0, "a": 2.0}
 
 
-def test_other_shares_data_or_seed_are_refused_with_the_reason():
-    state = sampler(mark="m", a=0.5, b=0.5).state_dict()
-    for other, reason in (
-        (
-            sampler(mark="m", a=0.6, b=0.4),
-            "domain_interleave_probs are a: 0.6, b: 0.4 now, the checkpoint's were a: 0.5",
-        ),
-        (sampler(mark="m", a=0.5, c=0.5), "domain_interleave_probs are a: 0.5, c: 0.5 now"),
-        (InterleavedSampler(items(7, 9), {"a": 0.5, "b": 0.5}, 0, "m"), "9 prompts of 'b', the checkpoint's had 10"),
-        (sampler(seed=1, mark="m", a=0.5, b=0.5), "seed is 1 now, the checkpoint's was 0"),
-        (sampler(mark="n", a=0.5, b=0.5), "as many prompts as the checkpoint's, but other ones"),
-        (
-            PromptSampler(range(17), 0, "m"),
-            "the checkpoint's domain_interleave_probs were a: 0.5, b: 0.5, now there are",
-        ),
+def test_state_of_other_shares_data_or_seed_raises():
+    state = sampler(fingerprint="m", a=0.5, b=0.5).state_dict()
+    for other, match in (
+        (sampler(fingerprint="m", a=0.6, b=0.4), "domain_interleave_probs are a: 0.6, b: 0.4, .*a: 0.5, b: 0.5"),
+        (sampler(fingerprint="m", a=0.5, c=0.5), "domain_interleave_probs are a: 0.5, c: 0.5"),
+        (InterleavedSampler(items(7, 9), {"a": 0.5, "b": 0.5}, 0, "m"), "9 prompts of 'b', .*10"),
+        (sampler(seed=1, fingerprint="m", a=0.5, b=0.5), "seed is 1, .*0"),
+        (sampler(fingerprint="n", a=0.5, b=0.5), "prompts differ"),
+        (PromptSampler(range(17), 0, "m"), "domain_interleave_probs .*a: 0.5, b: 0.5"),
     ):
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(ValueError, match=match):
             other.load_state_dict(state)
-    with pytest.raises(ValueError, match="the checkpoint's were none"):
+    with pytest.raises(ValueError, match=r"domain_interleave_probs are math: 0.5, .*none"):
         sampler().load_state_dict(PromptSampler(range(5), 0).state_dict())
-    with pytest.raises(ValueError, match="but other ones"):
+    with pytest.raises(ValueError, match="prompts differ"):
         PromptSampler(range(5), 0, "n").load_state_dict(PromptSampler(range(5), 0, "m").state_dict())
 
 
-def test_domain_without_items_is_refused():
-    with pytest.raises(ValueError, match="at least one item"):
+def test_domain_without_items_raises():
+    with pytest.raises(ValueError, match="items"):
         InterleavedSampler({"a": [1], "b": []}, {"a": 0.5, "b": 0.5}, 0)

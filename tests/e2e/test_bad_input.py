@@ -84,7 +84,7 @@ def test_malformed_row_names_file_and_line_or_is_skipped(command: Command, small
     arguments = (*HF, *small, f"{FILE}=rows.jsonl", "run_name=run")
     _refused(command(*arguments), "1 problem in the data", "rows.jsonl:2: not valid JSON", "on_bad_row: skip")
     outcome = command(*arguments, "max_steps=1", "actor_train.data_args.on_bad_row=skip")
-    assert outcome.code == 0 and "1 malformed rows skipped, the first: rows.jsonl:2" in outcome.out
+    assert outcome.code == 0 and "skipped 1 malformed rows, first: rows.jsonl:2" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_resume_with_another_model_engine_or_data(command: Command, small: tuple
     _refused(command(*resume), "is incomplete")
     Path("hf_train.pt").rename(engine)
     other_data = command(*resume, "actor_train.data_args.num_rows=10")
-    _refused(other_data, "the data has 10 prompts, the checkpoint's had 4096", code=1)
+    _refused(other_data, "the data has 10 prompts, but the checkpoint's had 4096", code=1)
     other_model = command(*resume, "model=tiny_qwen3_moe", "pretrain=builtin:tiny_qwen3_moe")
     _refused(other_model, "parameters of another model", code=1)
 

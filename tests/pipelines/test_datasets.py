@@ -109,7 +109,7 @@ def test_resume_with_other_prompts_of_the_same_number_is_refused(tmp_path: Path)
     state = _sampler(_config(tmp_path, "{code: 0.5, math: 0.5}")).state_dict()
     _sampler(_config(tmp_path, "{code: 0.5, math: 0.5}")).load_state_dict(state)
     changed = _config(tmp_path, "{code: 0.5, math: 0.5}", "actor_train.data_args.system_prompt=brief")
-    with pytest.raises(ValueError, match="as many prompts as the checkpoint's, but other ones"):
+    with pytest.raises(ValueError, match="prompts differ"):
         _sampler(changed).load_state_dict(state)
 
 

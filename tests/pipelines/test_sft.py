@@ -117,7 +117,7 @@ def test_own_conversations_of_several_turns(command: Command, workplace: Path) -
 
     (workplace / "chat.jsonl").write_text('{"prompt": "x"}\n')
     outcome = command(*small, *data, "run_name=bad")
-    assert outcome.code == 2 and "chat.jsonl:1: nothing to imitate" in outcome.err
+    assert outcome.code == 2 and "chat.jsonl:1: no response" in outcome.err
     missing = command(*HF, "actor_train.data_args.file_name=none.jsonl", "run_name=missing")
     assert missing.code == 2 and "none.jsonl cannot be read" in missing.err
 

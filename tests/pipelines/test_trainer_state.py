@@ -35,7 +35,7 @@ def test_state_goes_on_where_it_was_saved(tmp_path: Path) -> None:
 
 def test_other_data_or_a_torn_file_is_an_error(tmp_path: Path) -> None:
     state().save(tmp_path)
-    with pytest.raises(CheckpointError, match="the data has 9 prompts, the checkpoint's had 10"):
+    with pytest.raises(CheckpointError, match=r"9 prompts, .*10"):
         state(9).load(tmp_path)
     (tmp_path / FILE).write_text('{"step": 1')
     with pytest.raises(CheckpointError, match="cannot be read"):
