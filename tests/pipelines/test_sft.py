@@ -109,7 +109,7 @@ def test_own_conversations_of_several_turns(command: Command, workplace: Path) -
     small = [argument for argument in HF if not argument.startswith("validation")]
     outcome = command(*small, *data, *sizes, "actor_train.training_args.gradient_accumulation_steps=1", "run_name=own")
     assert outcome.code == 0, outcome.out + outcome.err
-    assert "1 of 3 sequences are longer than sequence_length 20 (longest 47 tokens)" in outcome.out
+    assert "chat.jsonl: dropped 1 of 3 " in outcome.out and "sequence_length 20 (longest 47 tokens)" in outcome.out
     rows = metrics_of(RUNS / "own")
     assert [row["step"] for row in rows] == [1, 2], "no validation, no step 0"
     assert [row["sft/num_tokens"] for row in rows] == [8, 8], "bb, d and yy, each with its end"
