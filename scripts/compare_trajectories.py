@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "two_ranks": ("--config-name", "example_gspo", *RL_SIZES, "layout=two_ranks"),
 }
 # Metrics that depend on the machine.
-EXCLUDED = ("time/", "memory/", "rollout/tokens_per_s", "reward/hidden_share", "reward/seconds")
+EXCLUDED = ("time/", "memory/", "rollout/tokens_per_s", "sft/tokens_per_s", "reward/hidden_share", "reward/seconds")
 SAMPLE_COLUMNS = ("prompt", "response", "score", "rollout_log_probs", "old_log_probs", "advantages")
 TIMEOUT_S = 900
 
