@@ -31,7 +31,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from math_verify import parse, verify
 
-from roll_gspo.rewards import REWARDS, BatchReward, RewardPool, RewardRequest, reward_spec
+from roll_gspo.config.reward_table import SHIPPED_REWARDS
+from roll_gspo.rewards import BatchReward, RewardPool, RewardRequest, reward_spec
 from roll_gspo.rewards.spec import build_reward
 
 GROUP = 8
@@ -99,8 +100,8 @@ def seconds(call: Callable[[], object]) -> float:
 
 def compare(case: Case, num_workers: int, rounds: int) -> None:
     """Measure a reward and print its row."""
-    if case.name not in REWARDS:
-        print(f"{case.name:14} not installed (this version has {', '.join(sorted(REWARDS))})")
+    if case.name not in SHIPPED_REWARDS:
+        print(f"{case.name:14} not installed (this version has {', '.join(sorted(SHIPPED_REWARDS))})")
         return
     spec = reward_spec(case.name, case.arguments, "rewards.benchmark")
     reward = build_reward(spec)

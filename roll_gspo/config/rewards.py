@@ -9,50 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt, model_validator
 
 from roll_gspo.config.base import Names, Problem, Schema, used_only_with
+from roll_gspo.config.reward_table import SHIPPED_REWARDS, resolve_reward, shipped_name
 from roll_gspo.config.selection import QueryFilterConfig
-from roll_gspo.registry import did_you_mean
 
-REWARD_WORKERS = (
-    "code_sandbox",
-    "crossthinkqa",
-    "exact_match",
-    "format",
-    "ifeval",
-    "length",
-    "llm_judge",
-    "math_rule",
-    "multiple_choice_boxed",
-    "reward_model",
-)
-_ROLL = "roll.pipeline.rlvr.rewards."
-ROLL_REWARD_WORKERS = {
-    f"{_ROLL}code_sandbox_reward_worker.CodeSandboxRewardWorker": "code_sandbox",
-    f"{_ROLL}crossthinkqa_rule_reward_worker.CrossThinkQARuleRewardWorker": "crossthinkqa",
-    f"{_ROLL}ifeval_rule_reward_worker.GeneralRuleRewardWorker": "ifeval",
-    f"{_ROLL}llm_judge_reward_worker.LLMJudgeRewardWorker": "llm_judge",
-    f"{_ROLL}math_rule_reward_worker.MathRuleRewardWorker": "math_rule",
-    f"{_ROLL}multiple_choice_boxed_rule_reward_worker.MultipleChoiceBoxedRuleRewardWorker": "multiple_choice_boxed",
-}
-# Which shipped workers take a key of the reward block as an argument; a user's own takes what its signature says.
-REWARD_TYPES = {"ifeval": ("soft", "hard"), "crossthinkqa": ("loose", "soft", "strict")}
-_TAKES = {"reward_type": tuple(REWARD_TYPES), "format_pattern": ("format",)}
-LONG_TIMEOUT_S = {"llm_judge": 330.0, "reward_model": 120.0}
-"""`timeout_s` where the block says nothing: a judge answers, or gives up, within its own `deadline_s` of 300."""
-
-
-def _reward_worker(name: str) -> str:
-    """A shipped name (ROLL's class of the same rule stands for it), or the dotted path of a user's own."""
-    name = ROLL_REWARD_WORKERS.get(name, name)
-    known = ", ".join(REWARD_WORKERS)
-    if name.startswith("roll."):
-        raise ValueError(f"not supported yet: ROLL's {name.rpartition('.')[2]} (this package has {known})")
-    if name not in REWARD_WORKERS and not {".", ":"} & set(name):
-        hint = did_you_mean(name, list(REWARD_WORKERS))
-        raise ValueError(f"expected {known} or the dotted path of a worker of yours, got '{name}'{hint}")
-    return name
-
-
-RewardWorker = Annotated[str, AfterValidator(_reward_worker)]
+RewardWorker = Annotated[str, AfterValidator(resolve_reward)]
 
 
 class RewardPart(Schema):
@@ -72,9 +32,8 @@ class RewardConfig(Schema):
     """One reward domain: rows of this `domain`, or with one of these tags, are judged by this worker."""
 
     worker_cls: RewardWorker | None = None
-    """A shipped worker (`code_sandbox`, `crossthinkqa`, `exact_match`, `format`, `ifeval`, `length`, `llm_judge`,
-    `math_rule`, `multiple_choice_boxed`, `reward_model`), or the dotted path of your own
-    `(prompt, response, ground_truth, **row)`. Either this or `parts`."""
+    """A shipped reward such as `math_rule` (the page Rewards lists all), or the dotted path of your own
+    `(prompt, response, ground_truth, **row)`. Set either this or `parts`."""
     worker_args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the worker."""
     reward_type: Literal["soft", "hard", "loose", "strict"] | None = None
@@ -144,14 +103,14 @@ class RewardConfig(Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _wait_for_models(cls, values: Any) -> Any:
+    def _default_timeout(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or "timeout_s" in values:
             return values
         parts = values.get("parts")
         blocks = [values, *(parts.values() if isinstance(parts, Mapping) else ())]
-        names = [str(block.get("worker_cls")) for block in blocks if isinstance(block, Mapping)]
-        timeouts = [LONG_TIMEOUT_S.get(ROLL_REWARD_WORKERS.get(name, name), 0.0) for name in names]
-        return {**values, "timeout_s": max(timeouts)} if max(timeouts, default=0.0) > 0 else values
+        names = {shipped_name(str(block.get("worker_cls"))) for block in blocks if isinstance(block, Mapping)}
+        timeouts = [r.timeout_s for name, r in SHIPPED_REWARDS.items() if name in names and r.timeout_s is not None]
+        return {**values, "timeout_s": max(timeouts)} if timeouts else values
 
     def broken_rules(self) -> Iterator[Problem]:
         """One worker or parts, and no key without effect."""
@@ -233,24 +192,24 @@ class RewardConfig(Schema):
 
     def _rules_of_named_arguments(self) -> Iterator[Problem]:
         worker = self.worker_cls
+        block_arguments = SHIPPED_REWARDS[worker].block_arguments if worker in SHIPPED_REWARDS else {}
         for key, value in self._named_arguments.items():
             if value is None:
                 continue
+            allowed = block_arguments.get(key, ())
             if worker is None:
                 message = f"'{value}' belongs to worker_cls, which is not set; write it in parts.NAME.worker_args"
                 yield Problem(key, message)
-            elif worker in REWARD_WORKERS and worker not in _TAKES[key]:
-                takers = " or ".join(_TAKES[key])
+            elif worker in SHIPPED_REWARDS and key not in block_arguments:
+                takers = " or ".join(name for name, r in SHIPPED_REWARDS.items() if key in r.block_arguments)
                 message = f"'{value}' is used only with worker_cls: {takers}, and this is {worker}; remove it"
                 yield Problem(key, message, ("worker_cls",))
             elif key in self.worker_args:
                 message = f"'{value}' and worker_args.{key} are both set; remove one of them"
                 yield Problem(key, message, (f"worker_args.{key}",))
-        types = REWARD_TYPES.get(worker or "", ())
-        if self.reward_type and types and self.reward_type not in types:
-            known = ", ".join(types)
-            message = f"'{self.reward_type}' is unknown to {worker}; choose one of {known}"
-            yield Problem("reward_type", message, ("worker_cls",))
+            if allowed and value not in allowed:
+                message = f"'{value}' is unknown to {worker}; choose one of {', '.join(allowed)}"
+                yield Problem(key, message, ("worker_cls",))
 
     @property
     def _named_arguments(self) -> dict[str, str | None]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from roll_gspo.rewards.base import BatchReward, RewardOutput, RewardRequest, RewardResult
 from roll_gspo.rewards.pool import RewardPool
 from roll_gspo.rewards.routing import Router
-from roll_gspo.rewards.spec import REWARDS, RewardSpec, reward_spec
+from roll_gspo.rewards.spec import RewardSpec, reward_spec
 
 __all__ = [
-    "REWARDS",
     "BatchReward",
     "RewardOutput",
     "RewardPool",

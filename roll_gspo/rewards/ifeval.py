@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from roll_gspo.config.reward_table import SHIPPED_REWARDS
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import did_you_mean
 from roll_gspo.rewards import ifeval_layout as layout
@@ -17,7 +18,7 @@ from roll_gspo.rewards import ifeval_words as words
 from roll_gspo.rewards.base import RewardOutput
 from roll_gspo.rewards.final_answer import strip_thinking
 
-REWARD_TYPES = ("soft", "hard")
+REWARD_TYPES = SHIPPED_REWARDS["ifeval"].block_arguments["reward_type"]
 
 INSTRUCTIONS: dict[str, Callable[..., bool]] = {
     "keywords:existence": words.keywords_exist,

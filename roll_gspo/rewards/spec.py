@@ -7,37 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from roll_gspo.config.reward_table import SHIPPED_REWARDS, resolve_reward
 from roll_gspo.errors import ConfigError
-from roll_gspo.registry import Registry, did_you_mean, import_target
+from roll_gspo.registry import import_target
 from roll_gspo.rewards.base import BatchReward, RewardRequest
 from roll_gspo.rewards.composition import Combine, Composition, Part
-
-REWARDS = Registry(
-    "worker_cls",
-    {
-        "code_sandbox": "roll_gspo.rewards.code_sandbox:CodeSandbox",
-        "crossthinkqa": "roll_gspo.rewards.multiple_choice:CrossThinkQa",
-        "exact_match": "roll_gspo.rewards.exact_match:ExactMatch",
-        "format": "roll_gspo.rewards.format:Format",
-        "ifeval": "roll_gspo.rewards.ifeval:IfEval",
-        "length": "roll_gspo.rewards.length:Length",
-        "llm_judge": "roll_gspo.rewards.llm_judge.judge:LlmJudge",
-        "math_rule": "roll_gspo.rewards.math_rule:MathRule",
-        "multiple_choice_boxed": "roll_gspo.rewards.multiple_choice:MultipleChoiceBoxed",
-        "reward_model": "roll_gspo.rewards.reward_model:RewardModel",
-    },
-)
-
-# Names in YAML files that were written for ROLL.
-_ROLL = "roll.pipeline.rlvr.rewards."
-ROLL_WORKERS = {
-    f"{_ROLL}code_sandbox_reward_worker.CodeSandboxRewardWorker": "code_sandbox",
-    f"{_ROLL}crossthinkqa_rule_reward_worker.CrossThinkQARuleRewardWorker": "crossthinkqa",
-    f"{_ROLL}ifeval_rule_reward_worker.GeneralRuleRewardWorker": "ifeval",
-    f"{_ROLL}llm_judge_reward_worker.LLMJudgeRewardWorker": "llm_judge",
-    f"{_ROLL}math_rule_reward_worker.MathRuleRewardWorker": "math_rule",
-    f"{_ROLL}multiple_choice_boxed_rule_reward_worker.MultipleChoiceBoxedRuleRewardWorker": "multiple_choice_boxed",
-}
 
 _KEYWORD_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _NUM_POSITIONAL = 3  # prompt, response, ground_truth
@@ -95,21 +69,12 @@ def reward_spec(worker_cls: str, arguments: Mapping[str, Any], key: str) -> Rewa
     Raises:
         ConfigError: the name is unknown, or no shipped reward replaces the ROLL worker.
     """
-    name = ROLL_WORKERS.get(worker_cls, worker_cls)
-    if name in REWARDS:
-        return RewardSpec(name, REWARDS[name], dict(arguments))
-    known = ", ".join(sorted(REWARDS))
-    if name.startswith("roll."):
-        raise ConfigError(
-            f"{key}.worker_cls: ROLL's '{name}' is not supported (supported: {', '.join(ROLL_WORKERS)}); "
-            f"use {known} or the dotted path of your own reward"
-        )
-    if "." not in name and ":" not in name:
-        raise ConfigError(
-            f"{key}.worker_cls: unknown reward '{name}'{did_you_mean(name, list(REWARDS))} (known: {known}); "
-            "use one of these or the dotted path of your own reward"
-        )
-    return RewardSpec(name, name, dict(arguments))
+    try:
+        name = resolve_reward(worker_cls)
+    except ValueError as error:
+        raise ConfigError(f"{key}.worker_cls: {error}") from None
+    target = SHIPPED_REWARDS[name].target if name in SHIPPED_REWARDS else name
+    return RewardSpec(name, target, dict(arguments))
 
 
 def build_reward(spec: RewardSpec) -> Callable[[RewardRequest], Any] | BatchReward:

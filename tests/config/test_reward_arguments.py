@@ -6,10 +6,11 @@ import pytest
 from composed import load_config
 from config_problems import problem_of
 
-from roll_gspo.config.rewards import REWARD_TYPES, ROLL_REWARD_WORKERS
-from roll_gspo.rewards import ifeval, multiple_choice, reward_spec
+from roll_gspo.config.reward_table import SHIPPED_REWARDS
+from roll_gspo.config.rewards import RewardConfig
+from roll_gspo.rewards import multiple_choice, reward_spec
 from roll_gspo.rewards.base import RewardRequest
-from roll_gspo.rewards.spec import ROLL_WORKERS, build_reward
+from roll_gspo.rewards.spec import build_reward
 
 BLOCK = "rewards.column_addition."
 
@@ -18,9 +19,11 @@ def block(*settings: str):
     return load_config("example_gspo", *(BLOCK + setting for setting in settings)).config.rewards["column_addition"]
 
 
-def test_types_of_the_schema_are_those_of_the_workers() -> None:
-    assert {"ifeval": ifeval.REWARD_TYPES, "crossthinkqa": tuple(multiple_choice.REWARD_TYPES)} == REWARD_TYPES
-    assert ROLL_REWARD_WORKERS == ROLL_WORKERS
+def test_table_schema_and_rewards_have_the_same_keys_and_values() -> None:
+    keys = {key for reward in SHIPPED_REWARDS.values() for key in reward.block_arguments}
+    assert keys <= set(RewardConfig.model_fields)
+    values = SHIPPED_REWARDS["crossthinkqa"].block_arguments["reward_type"]
+    assert values == tuple(multiple_choice.REWARD_TYPES)
 
 
 @pytest.mark.parametrize(

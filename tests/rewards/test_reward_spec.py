@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from roll_gspo.config.reward_table import SHIPPED_REWARDS
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import import_target
-from roll_gspo.rewards import REWARDS, RewardRequest, reward_spec
+from roll_gspo.rewards import RewardRequest, reward_spec
 from roll_gspo.rewards.spec import build_reward
 
 ROLL = "roll.pipeline.rlvr.rewards."
@@ -39,8 +40,8 @@ def build(worker_cls, **arguments):
 
 
 def test_every_shipped_reward_can_be_imported():
-    for name in REWARDS:
-        assert callable(import_target(REWARDS[name], name))
+    for name, reward in SHIPPED_REWARDS.items():
+        assert callable(import_target(reward.target, name))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_roll_worker_resolves_to_shipped_reward(worker, name):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        (ROLL + "general_val_rule_reward_worker.GeneralValRuleRewardWorker", "GeneralValRule.*MathRuleRewardWorker"),
+        (ROLL + "general_val_rule_reward_worker.GeneralValRuleRewardWorker", "GeneralValRuleRewardWorker.*math_rule"),
         ("math_rul", "'math_rul'.*'math_rule'.*code_sandbox, .*exact_match, .*math_rule"),
     ],
 )
