@@ -13,7 +13,6 @@ from torch import Tensor
 
 from roll_gspo.batch import Prompt
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.strategy import MegatronTrainArgs
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.pipelines.build import Components, load_tokenizer
@@ -23,6 +22,7 @@ from roll_gspo.rewards.base import RewardRequest
 from roll_gspo.rewards.from_config import spec_from_config
 from roll_gspo.rewards.spec import build_reward
 from roll_gspo.roles.generator import sample_seeds
+from roll_gspo.strategies.megatron.args import MegatronTrainArgs
 from roll_gspo.strategies.megatron.engine.attention import decoder_spec
 from roll_gspo.strategies.megatron.engine.model import transformer_config
 from roll_gspo.strategies.megatron.engine.state import load_state

@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.metrics import Metric
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, TokenScores, UpdateResult
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine import MegatronTrain
 from roll_gspo.strategies.micro_batches import MicroBatching
 

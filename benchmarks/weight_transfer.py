@@ -80,8 +80,8 @@ def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | 
                 for _ in weights:
                     pass
     else:
-        from roll_gspo.config.strategy import VllmConfig
         from roll_gspo.strategies.base import ModelSetup
+        from roll_gspo.strategies.vllm.config import VllmConfig
         from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
         setup = ModelSetup(checkpoint, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)

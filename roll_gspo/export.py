@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import ValidationError
@@ -26,20 +26,11 @@ from roll_gspo.errors import CheckpointError, ConfigError, RollGspoError
 if TYPE_CHECKING:
     import torch
 
-    from roll_gspo.batch import Sequences
-    from roll_gspo.strategies.base import ModelSetup, TokenScores
+    from roll_gspo.strategies.base import ModelSetup, TrainedModel
 
 NUM_SEQUENCES, PROMPT_LENGTH, RESPONSE_LENGTH = 4, 8, 24
 # largest difference of a log-probability in nats: rounding of sums, and of bfloat16 weights and activations
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
-
-
-class Trained(Protocol):
-    """An engine with the weights of a checkpoint."""
-
-    def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores: ...
-
-    def save_hf(self, folder: Path) -> None: ...
 
 
 def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
@@ -111,25 +102,16 @@ def _setup(config: AnyConfig, source: Path) -> ModelSetup:
     return dataclasses.replace(setup, temperature=1.0)
 
 
-def _trained(config: AnyConfig, source: Path, folder: Path) -> Trained:
-    from roll_gspo.config.strategy import HfTrainArgs
+def _trained(config: AnyConfig, source: Path, folder: Path) -> TrainedModel:
     from roll_gspo.pipelines.settings import optimizer_setup
 
-    role, setup = config.actor_train, _setup(config, source)
-    if isinstance(role.strategy_args, HfTrainArgs):
-        from roll_gspo.strategies.hf.train import HfTrain
-
-        total_steps = 1 if isinstance(config, SftConfig) else config.num_updates  # no step is taken
-        optimizer = optimizer_setup(config, role.training_args, total_steps)
-        engine = HfTrain(setup, optimizer, role.strategy_args.strategy_config)
-        engine.load(folder)
-        return engine
-    from roll_gspo.strategies.megatron.engine import MegatronTrained
-
-    return MegatronTrained(setup, folder)
+    role = config.actor_train
+    total_steps = 1 if isinstance(config, SftConfig) else config.num_updates  # no step is made
+    optimizer = optimizer_setup(config, role.training_args, total_steps)
+    return role.strategy_args.load_trained(_setup(config, source), optimizer, folder)
 
 
-def _difference(trained: Trained, exported: Path, dtype: torch.dtype) -> float:
+def _difference(trained: TrainedModel, exported: Path, dtype: torch.dtype) -> float:
     """Between what the engine and transformers say of the same tokens."""
     import torch
     from transformers import AutoModelForCausalLM

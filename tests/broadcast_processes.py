@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from roll_gspo.batch import Completion
-from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.strategies.base import ModelSetup, Sampling
+from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 
 Packed = list[tuple[str, str, tuple[int, ...], bytes]]

@@ -11,10 +11,10 @@ from engine_cases import demonstrations, model_setup, optimizer_setup, policy_lo
 from torch import Tensor
 
 from roll_gspo.batch import TrainBatch
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.metrics import Metric, mean_of, to_floats
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.strategies.base import UpdateResult
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 Figures = list[tuple[float, float, float]]
@@ -82,9 +82,8 @@ def replayed(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Record experts and update twice with them replayed."""
     from roll_gspo.strategies.megatron.engine import MegatronTrain
 
-    engine = MegatronTrain(
-        model_setup(folder), OPTIMIZER, MegatronConfig(**layout), router_replay="R2", record_routing=True
-    )
+    setup = replace(model_setup(folder), replay_routing=True)
+    engine = MegatronTrain(setup, OPTIMIZER, MegatronConfig(**layout))
     experts = engine.score(sequences()).routed_experts
     assert experts is not None
     results = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.models.architecture import Architecture
+from roll_gspo.strategies.megatron.config import MegatronConfig
 
 Built = tuple[int, int, tuple[int, int], int]
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from engine_cases import model_setup, policy_loss, sequences, train_batch, value_batch
 from parallel_cases import OPTIMIZER, squared_error
 
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.errors import CheckpointError
+from roll_gspo.strategies.megatron.config import MegatronConfig
 
 Layout = dict[str, Any]
 Figures = list[tuple[float, float, float]]

@@ -26,21 +26,12 @@ from roll_gspo.config.roles import RouterReplayConfig
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
 from roll_gspo.config.sft import CONFIGS, AnyConfig, SftConfig
-from roll_gspo.config.strategy import (
-    STRATEGY_NAMES,
-    HfInferArgs,
-    HfTrainArgs,
-    MegatronInferArgs,
-    MegatronTrainArgs,
-    VllmArgs,
-)
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, RATIOS
 from roll_gspo.errors import ConfigError
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.pipelines import PIPELINES
 from roll_gspo.pipelines.plan import make_plan
 from roll_gspo.run import shipped_folders
-from roll_gspo.strategies import REQUIREMENTS, STRATEGIES
 from roll_gspo.tracking.base import TRACKERS
 
 EXAMPLES, GROUPS = shipped_folders()
@@ -68,8 +59,8 @@ def is_refused(config: AnyConfig, group: str, option: str) -> str | None:
     if loss in ("gmpo", "topr") and level != "token":
         return "policy_loss"
     args = config.actor_train.strategy_args
-    if group == "router_replay" and option != "none" and isinstance(args, MegatronTrainArgs):
-        return "actor_train" if args.strategy_config.tensor_model_parallel_size > 1 else None
+    if group == "router_replay" and option != "none" and args.can_replay_routing:
+        return "actor_train" if args.replay_conflicts else None
     return None
 
 
@@ -157,9 +148,6 @@ def test_base_yaml_chooses_the_defaults_of_the_schema() -> None:
 
 
 def test_schema_and_registries_have_the_same_names() -> None:
-    blocks = (MegatronTrainArgs, HfTrainArgs, MegatronInferArgs, HfInferArgs, VllmArgs)
-    names = {get_args(block.model_fields["strategy_name"].annotation)[0] for block in blocks}
-    assert set(STRATEGIES) == names == set(STRATEGY_NAMES) == set(REQUIREMENTS)
     assert set(PIPELINES) == set(CONFIGS) == set(get_args(RunConfig.model_fields["pipeline"].annotation))
     assert set(TRACKERS) == set(get_args(RunConfig.model_fields["track_with"].annotation))
     assert set(EXECUTORS) <= set(get_args(RunConfig.model_fields["execution"].annotation))

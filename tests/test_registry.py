@@ -5,11 +5,11 @@ import pickle
 import pytest
 
 from roll_gspo import errors
+from roll_gspo.config.strategy import STRATEGIES
 from roll_gspo.errors import ConfigError, MissingDependencyError
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.pipelines import PIPELINES
 from roll_gspo.registry import Registry, did_you_mean, import_target
-from roll_gspo.strategies import REQUIREMENTS, STRATEGIES, VALUE_STRATEGIES
 from roll_gspo.tracking.base import TRACKERS
 
 
@@ -66,12 +66,10 @@ def test_nearest_name_is_suggested_if_any(name: str, nearest: str | None) -> Non
 
 @pytest.mark.parametrize(
     ("table", "name"),
-    [(t, n) for t in (EXECUTORS, PIPELINES, TRACKERS, STRATEGIES, VALUE_STRATEGIES) for n in t],
+    [(t, n) for t in (EXECUTORS, PIPELINES, TRACKERS, STRATEGIES) for n in t],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
 def test_every_shipped_target_can_be_imported(table: Registry, name: str) -> None:
-    if table in (STRATEGIES, VALUE_STRATEGIES):
-        pytest.importorskip(REQUIREMENTS[name][0].partition(".")[0])
     assert callable(table.load(name))
 
 

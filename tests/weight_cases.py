@@ -11,9 +11,9 @@ import torch.distributed as dist
 from engine_cases import model_setup, optimizer_setup
 from torch import Tensor
 
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.errors import CheckpointError
 from roll_gspo.models.hf_checkpoint import CheckpointReader
+from roll_gspo.strategies.megatron.config import MegatronConfig
 
 
 def exported(folders: list[Path], layout: dict[str, Any], dtype: torch.dtype, bucket_bytes: int) -> list[list[str]]:

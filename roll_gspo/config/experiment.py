@@ -10,12 +10,12 @@ from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.base import Problem
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.data import DataArgs
-from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, model_parallel_size, num_ranks
+from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.config.roles import ActorInferConfig, ActorTrainConfig, CriticConfig, ReferenceConfig
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.selection import QueryFilterConfig
-from roll_gspo.config.strategy import VllmArgs
+from roll_gspo.config.strategy import GenerateStrategyArgs, shipped_engines
 from roll_gspo.config.validation import ValidationConfig
 
 # Values of adv_estimator and reward_norm that compare the samples of a group.
@@ -70,7 +70,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     @property
     def data_parallel_size(self) -> int:
         """Number of copies of the trained model."""
-        return num_ranks(self.actor_train) // model_parallel_size(self.actor_train)
+        return data_parallel_size(self.actor_train)
 
     @property
     def mini_batch_size(self) -> int:
@@ -91,7 +91,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     def critic_data_parallel_size(self) -> int:
         """Number of copies of the critic."""
         assert self.critic is not None  # guaranteed by the rules below
-        return num_ranks(self.critic) // model_parallel_size(self.critic)
+        return data_parallel_size(self.critic)
 
     @property
     def critic_mini_batch_size(self) -> int:
@@ -196,10 +196,9 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             )
 
     def _broken_mini_batch_rules(self, role: str, block: ActorTrainConfig | CriticConfig) -> Iterator[Problem]:
-        ranks, copy = num_ranks(block), model_parallel_size(block)
-        args = block.training_args
-        mini_batch = args.mini_batch_size_per_rank * (ranks // copy)
-        if ranks % copy:
+        args, copies = block.training_args, data_parallel_size(block)
+        mini_batch = args.mini_batch_size_per_rank * copies
+        if num_ranks(block) % block.strategy_args.model_parallel_size:
             yield from broken_rank_rules(role, block)
         elif self.samples_per_rollout % mini_batch:
             micro = f"{role}.training_args.per_device_train_batch_size"
@@ -209,21 +208,23 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
                 f"{self.rollout_batch_size} * num_return_sequences_in_group {self.num_return_sequences_in_group} = "
                 f"{self.samples_per_rollout} samples are not a multiple of the mini-batch of {mini_batch} ("
                 f"{micro} {args.per_device_train_batch_size} * {accumulated} {args.gradient_accumulation_steps} * "
-                f"data-parallel size {ranks // copy}); change one",
+                f"data-parallel size {copies}); change one",
                 ("num_return_sequences_in_group", micro, accumulated),
             )
 
     def _broken_replay_rules(self) -> Iterator[Problem]:
         replay, block = self.actor_train.router_replay, "actor_train.router_replay"
         mode = f"{block}.mode"
-        if replay.reads_rollout and not isinstance(self.actor_infer.strategy_args, VllmArgs):
+        engine = self.actor_infer.strategy_args
+        if replay.reads_rollout and not engine.returns_routed_experts:
             key, value = (mode, "R3") if replay.mode == "R3" else (f"{block}.record", "true")
-            engine = "actor_infer.strategy_args.strategy_name"
+            name = "actor_infer.strategy_args.strategy_name"
+            able = shipped_engines(GenerateStrategyArgs, lambda engine: engine.returns_routed_experts)
             yield Problem(
                 key,
-                f"{value} needs the experts that vllm chose while sampling, and {engine} is "
-                f"{self.actor_infer.strategy_args.strategy_name}; set strategy=megatron, or router_replay=none",
-                (engine,),
+                f"{value} needs the experts of each sampled token, and {name} {engine.strategy_name} does not return "
+                f"them; set it to {' or '.join(able)}, or router_replay=none",
+                (name,),
             )
         if replay.mode == "R2" and not self.enable_old_logprobs_recompute:
             yield Problem(

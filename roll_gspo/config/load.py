@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,7 +18,7 @@ from roll_gspo.config.legacy import LATER_VALUES, sift
 from roll_gspo.config.other_pipeline import without_other_pipelines
 from roll_gspo.config.sft import AnyConfig, config_class
 from roll_gspo.config.sources import Sources
-from roll_gspo.config.strategy import STRATEGY_NAMES
+from roll_gspo.config.strategy import StrategyArgs, args_class
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import did_you_mean
 
@@ -51,7 +51,7 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     try:
         config = root.model_validate(own)
     except ValidationError as error:
-        problems += _problems_of(error, root, sources)
+        problems += _problems_of(error, own, root, sources)
     if config is None or problems:
         raise ConfigError("\n".join(sorted(set(problems), key=_by_line)))
     return Loaded(config, tuple(_ignored(sifted.warnings, sources)))
@@ -110,22 +110,24 @@ def _overridden_choices(
     return problems
 
 
-def _problems_of(error: ValidationError, root: type[BaseModel], sources: Sources) -> list[str]:
+def _problems_of(
+    error: ValidationError, values: Mapping[str, Any], root: type[BaseModel], sources: Sources
+) -> list[str]:
     problems = []
     details = error.errors(include_url=False)
     for detail in details:
-        path = _yaml_path(detail["loc"])
+        path = tuple(map(str, detail["loc"]))
         dotted = ".".join(path)
         if detail["type"] == "extra_forbidden":
-            problems.append(f"{sources.locate(path)}{dotted}: {_unknown_key(detail['loc'], root)}")
+            known = known_keys(path[:-1], values, root)
+            problems.append(f"{sources.locate(path)}{dotted}: {_unknown_key(path[-1], known)}")
         elif detail["type"] == "missing":
             if not any(_is_near(d, detail) for d in details if d["type"] == "extra_forbidden"):
                 problems.append(f"{sources.locate(path)}{dotted}: missing; add it")
         elif detail["type"] == "value_error":
             problems += _rule_problems(path, detail["ctx"]["error"], sources)
         else:
-            key, text = _wrong_value(path, dict(detail))
-            problems.append(f"{sources.locate(key)}{'.'.join(key)}: {text}")
+            problems.append(f"{sources.locate(path)}{dotted}: {_wrong_value(path, dict(detail))}")
     return problems
 
 
@@ -135,44 +137,27 @@ def _is_near(extra: Any, missing: Any) -> bool:
     return same_block and bool(did_you_mean(str(extra["loc"][-1]), [str(missing["loc"][-1])]))
 
 
-def _yaml_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """A pydantic location without the tags of discriminated unions, which are not YAML keys."""
-    pairs = zip(("", *location), location, strict=False)
-    return tuple(str(part) for previous, part in pairs if not _is_tag(previous, part))
-
-
-def _is_tag(previous: int | str, part: int | str) -> bool:
-    return previous == "strategy_args" and part in STRATEGY_NAMES
-
-
-def _unknown_key(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    known = known_keys(location[:-1], root)
-    hint = did_you_mean(str(location[-1]), known)
+def _unknown_key(key: str, known: list[str]) -> str:
+    hint = did_you_mean(key, known)
     listed = "" if hint else f" (known here: {', '.join(known)})" if 0 < len(known) <= 30 else ""
     return f"unknown key{hint}{listed}"
 
 
-def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> tuple[tuple[str, ...], str]:
-    """The key to look at, and what is wrong with its value."""
+def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> str:
+    """Return what is wrong with the value of a key."""
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if isinstance(value, str) and value in LATER_VALUES.get(".".join(path), {}):
-        return path, f"not supported yet: {LATER_VALUES['.'.join(path)][value]} ('{value}')"
+        return f"not supported yet: {LATER_VALUES['.'.join(path)][value]} ('{value}')"
     if kind == "literal_error":
         options = [o.strip("' ") for o in re.split(r", | or ", context["expected"])]
-        return path, f"expected one of {', '.join(options)}, got {value!r}{did_you_mean(str(value), options)}"
-    if kind == "union_tag_invalid":
-        options = [o.strip("' ") for o in context["expected_tags"].split(",")]
-        hint = did_you_mean(str(context["tag"]), options)
-        return (*path, "strategy_name"), f"expected one of {', '.join(options)}, got {context['tag']!r}{hint}"
-    if kind == "union_tag_not_found":
-        return (*path, "strategy_name"), "missing; add it"
+        return f"expected one of {', '.join(options)}, got {value!r}{did_you_mean(str(value), options)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return path, f"expected a block of keys, got {value!r}"
+        return f"expected a block of keys, got {value!r}"
     if kind == "too_short":
-        return path, f"expected at least one, got {value!r}"
+        return f"expected at least one, got {value!r}"
     quote = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
     message = detail["msg"].removeprefix("Input ")
-    return path, f"{message[0].lower()}{message[1:]}, got {value!r} ({type(value).__name__}){quote}"
+    return f"{message[0].lower()}{message[1:]}, got {value!r} ({type(value).__name__}){quote}"
 
 
 def _rule_problems(path: tuple[str, ...], error: ValueError, sources: Sources) -> Iterator[str]:
@@ -185,14 +170,25 @@ def _rule_problems(path: tuple[str, ...], error: ValueError, sources: Sources) -
         yield f"{sources.locate_any(keys)}{'.'.join(keys[0])}: {problem.message}"
 
 
-def known_keys(location: tuple[int | str, ...], root: type[BaseModel] = ExperimentConfig) -> list[str]:
-    """The keys of the block at a pydantic location, where union tags tell which class of block it is."""
+def known_keys(path: Sequence[int | str], values: Any = None, root: type[BaseModel] = ExperimentConfig) -> list[str]:
+    """Return the keys of the block at a path.
+
+    Args:
+        path: keys from the root; one that the user chose (a reward domain) stays in the block of its parent.
+        values: the composed configuration, whose `strategy_name` selects the class of a `strategy_args` block.
+        root: schema of the whole configuration.
+    """
     models: list[type[BaseModel]] = [root]
-    for previous, part in zip(("", *location), location, strict=False):
-        if _is_tag(previous, part):
-            models = [m for m in models if get_args(m.model_fields["strategy_name"].annotation) == (part,)]
-            continue
-        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
-        if fields:  # otherwise a name the user chose, such as a reward domain
-            models = [model for field in fields for model in models_in(field.annotation)]
+    for part in map(str, path):
+        values = values.get(part) if isinstance(values, Mapping) else None
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        if fields:
+            models = [_selected(model, values) for field in fields for model in models_in(field.annotation)]
     return sorted({key for model in models for key in model.model_fields})
+
+
+def _selected(model: type[BaseModel], values: Any) -> type[BaseModel]:
+    """Return the class of an engine if `model` is the base class of engines, else `model`."""
+    if issubclass(model, StrategyArgs) and isinstance(values, Mapping):
+        return args_class(values.get("strategy_name"), model)
+    return model

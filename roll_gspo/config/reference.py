@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -30,6 +30,7 @@ from roll_gspo.config.blocks import models_in
 from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_SUPPORTED_YET, reader_text
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import CONFIGS
+from roll_gspo.config.strategy import StrategyArgs, shipped_engines
 from roll_gspo.errors import RollGspoError
 from roll_gspo.registry import did_you_mean
 
@@ -108,19 +109,14 @@ def _blocks_below(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ty
     """Yield (key path, class) of every block below `model`; the options of an engine have its name as path."""
     for key, info in model.model_fields.items():
         for block in models_in(info.annotation):
-            if engine := _engine(block):
-                (options,) = models_in(block.model_fields["strategy_config"].annotation)
-                yield engine, options
+            if issubclass(block, StrategyArgs):
+                for name, engine in shipped_engines(block).items():
+                    (options,) = models_in(engine.model_fields["strategy_config"].annotation)
+                    yield name, options
             else:
                 path = f"{prefix}{key}{NAMED_BY_USER.get(key, '')}"
                 yield path, block
                 yield from _blocks_below(block, f"{path}.")
-
-
-def _engine(block: type[BaseModel]) -> str | None:
-    """Return the `strategy_name` that selects a `strategy_args` block, None for other blocks."""
-    name = block.model_fields.get("strategy_name")
-    return get_args(name.annotation)[0] if name else None
 
 
 def _table(name: str, keys: str | None, page: str) -> str:
@@ -165,8 +161,12 @@ def _type(key: str, model: type[BaseModel], schema: dict[str, Any]) -> str:
     if key in READ_FROM_TEXT:
         return READ_FROM_TEXT[key]
     if blocks := models_in(model.model_fields[key].annotation):
-        engines = ", ".join(f"`{engine}`" for block in blocks if (engine := _engine(block)))
-        kind = f"block; `strategy_name` {engines}" if engines else "block"
+        engines = [name for block in blocks if issubclass(block, StrategyArgs) for name in shipped_engines(block)]
+        kind = (
+            f"block; `strategy_name` {', '.join(f'`{name}`' for name in engines)} or a dotted path"
+            if engines
+            else "block"
+        )
         kind = "blocks by name" if schema.get("type") == "object" else kind
         return kind + (" or null" if {"type": "null"} in options else "")
     return " or ".join(_alternative(option) for option in options)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
 from roll_gspo.config.base import DeviceMapping, Problem, Schema, used_only_with
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.strategy import (
     GenerateStrategyArgs,
-    HfInferArgs,
-    MegatronConfig,
-    MegatronTrainArgs,
     ScoreStrategyArgs,
+    StrategyArgs,
     TrainStrategyArgs,
-    generating_keys,
+    shipped_engines,
 )
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
@@ -116,7 +114,7 @@ class PolicyConfig(Schema):
 
     training_args: TrainingArgs
     """Optimizer and mini-batches."""
-    strategy_args: TrainStrategyArgs
+    strategy_args: SerializeAsAny[TrainStrategyArgs]
     """Engine."""
     model_args: ModelArgs = ModelArgs()
     """Model."""
@@ -125,12 +123,13 @@ class PolicyConfig(Schema):
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass of the old log-probs."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples; megatron only."""
+    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine
+    supports it."""
     max_tokens_per_microbatch_in_train: PositiveInt | None = None
     """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
     `per_device_train_batch_size` samples. Optimizer steps and results stay the same; a longer sample goes alone."""
     router_replay: RouterReplayConfig = RouterReplayConfig()
-    """Replay of recorded experts; `megatron_train` and mixtures of experts only."""
+    """Replay of recorded experts; for mixtures of experts, if the engine supports it."""
 
     def broken_rules(self) -> Iterator[Problem]:
         """What only one engine, or only some layouts, do."""
@@ -140,36 +139,17 @@ class PolicyConfig(Schema):
         if replay.mode == "disable" and not replay.record:
             return
         key, value = ("mode", replay.mode) if replay.mode != "disable" else ("record", "true")
-        if not isinstance(args, MegatronTrainArgs):
+        if not args.can_replay_routing:
+            able = shipped_engines(TrainStrategyArgs, lambda engine: engine.can_replay_routing)
+            yield _not_supported(f"router_replay.{key}", value, args, able, "set router_replay=none")
+        elif conflicts := args.replay_conflicts:
+            listed = ", ".join(f"{name.rpartition('.')[2]}: {text}" for name, text in conflicts.items())
             yield Problem(
                 f"router_replay.{key}",
-                f"{value} is used only with strategy_args.strategy_name: megatron_train, and this is "
-                f"{args.strategy_name}; set strategy=megatron, or router_replay=none",
-                ("strategy_args.strategy_name",),
+                f"{value} does not work with {listed}: recorded experts are not split by token or layer; remove these, "
+                "or set router_replay=none",
+                tuple(f"strategy_args.{name}" for name in conflicts),
             )
-        elif splits := _splits_of_tokens(args.strategy_config):
-            listed = ", ".join(f"{name}: {text}" for name, text in splits.items())
-            yield Problem(
-                f"router_replay.{key}",
-                f"{value} does not work with {listed}: recorded experts are not split by token or layer; remove these "
-                "(data and expert parallelism work), or set router_replay=none",
-                tuple(f"strategy_args.strategy_config.{name}" for name in splits),
-            )
-
-
-def _splits_of_tokens(config: MegatronConfig) -> dict[str, str]:
-    """Return the keys, with their values, by which a rank holds only some tokens or layers, or in another order."""
-    sizes = {
-        "tensor_model_parallel_size": config.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
-        "context_parallel_size": config.context_parallel_size,
-    }
-    switches = {
-        "sequence_parallel": config.sequence_parallel,
-        "use_sequence_packing": config.use_sequence_packing,
-    }
-    splits = {key: str(size) for key, size in sizes.items() if size > 1}
-    return splits | {key: "true" for key, is_on in switches.items() if is_on}
 
 
 class ActorTrainConfig(PolicyConfig):
@@ -184,7 +164,7 @@ class CriticConfig(Schema):
 
     training_args: TrainingArgs
     """Optimizer and mini-batches."""
-    strategy_args: TrainStrategyArgs
+    strategy_args: SerializeAsAny[TrainStrategyArgs]
     """Engine."""
     model_args: ModelArgs = ModelArgs()
     """Model whose last layer becomes a value head."""
@@ -193,7 +173,8 @@ class CriticConfig(Schema):
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass of the values."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples; megatron only."""
+    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine
+    supports it."""
     max_tokens_per_microbatch_in_train: PositiveInt | None = None
     """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
     `per_device_train_batch_size` samples. Optimizer steps and results stay the same; a longer sample goes alone."""
@@ -202,12 +183,18 @@ class CriticConfig(Schema):
         """What only one engine does."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
+        if not self.strategy_args.has_value_head:
+            able = shipped_engines(TrainStrategyArgs, lambda engine: engine.has_value_head)
+            yield Problem(
+                "strategy_args.strategy_name",
+                f"'{self.strategy_args.strategy_name}' has no value head; choose {' or '.join(able)}",
+            )
 
 
 class ActorInferConfig(Schema):
     """The policy that generates."""
 
-    strategy_args: GenerateStrategyArgs
+    strategy_args: SerializeAsAny[GenerateStrategyArgs]
     """Engine."""
     generating_args: GeneratingArgs = GeneratingArgs()
     """Sampling of training responses."""
@@ -220,7 +207,7 @@ class ActorInferConfig(Schema):
 class ReferenceConfig(Schema):
     """The frozen policy that KL terms are taken against; built only where one is switched on."""
 
-    strategy_args: ScoreStrategyArgs
+    strategy_args: SerializeAsAny[ScoreStrategyArgs]
     """Engine."""
     model_args: ModelArgs = ModelArgs()
     """Model."""
@@ -229,25 +216,30 @@ class ReferenceConfig(Schema):
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples; megatron only."""
+    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine
+    supports it."""
 
     def broken_rules(self) -> Iterator[Problem]:
         """What only a generating engine does."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
-        if isinstance(self.strategy_args, HfInferArgs):
-            yield from generating_keys(self.strategy_args.strategy_config, "strategy_args.strategy_config")
+        for problem in self.strategy_args.scoring_problems():
+            yield problem._replace(key=f"strategy_args.{problem.key}")
 
 
 def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[Problem]:
     """Yield a token budget of forward passes with an engine that splits by samples only."""
-    engine = block.strategy_args.strategy_name
-    if block.max_tokens_per_microbatch_in_infer is not None and not engine.startswith("megatron"):
-        yield Problem(
-            "max_tokens_per_microbatch_in_infer",
-            f"is used only with megatron engines, and this is {engine}; remove it (infer_batch_size decides)",
-            ("strategy_args.strategy_name",),
-        )
+    budget, args = block.max_tokens_per_microbatch_in_infer, block.strategy_args
+    if budget is not None and not args.supports_token_budget:
+        able = shipped_engines(StrategyArgs, lambda engine: engine.supports_token_budget)
+        key = "max_tokens_per_microbatch_in_infer"
+        yield _not_supported(key, str(budget), args, able, "remove it (infer_batch_size decides)")
+
+
+def _not_supported(key: str, value: str, args: StrategyArgs, able: Iterable[str], fix: str) -> Problem:
+    """Return the problem of a key that this engine does not support, with the shipped engines that do."""
+    message = f"{value} is not supported by {args.strategy_name} (it is by {', '.join(able)}); {fix}"
+    return Problem(key, message, ("strategy_args.strategy_name",))
 
 
 class WarmStart(Schema):

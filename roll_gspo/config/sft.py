@@ -10,7 +10,7 @@ from pydantic import PositiveFloat, PositiveInt
 from roll_gspo.config.base import Problem, Schema
 from roll_gspo.config.data import SourceArgs
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, model_parallel_size, num_ranks
+from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size
 from roll_gspo.config.roles import PolicyConfig, RouterReplayConfig
 from roll_gspo.config.run import RunConfig
 
@@ -71,7 +71,7 @@ class SftConfig(RunConfig):
     @property
     def data_parallel_size(self) -> int:
         """Number of copies of the trained model."""
-        return num_ranks(self.actor_train) // model_parallel_size(self.actor_train)
+        return data_parallel_size(self.actor_train)
 
     @property
     def mini_batch_size(self) -> int:

@@ -1,224 +1,233 @@
-"""Engines: one class per `strategy_name`, each with the `strategy_config` keys that it honours."""
+"""Engines: the registry of `strategy_name`, and the base classes by which an engine states what it can do.
+
+An engine is one class of `strategy_args` per `strategy_name`. The class subclasses `TrainStrategyArgs`,
+`ScoreStrategyArgs` or `GenerateStrategyArgs`, declares its options as fields, and builds the strategies of
+`roll_gspo.strategies.base`. The rest of the package uses only what these base classes declare. The plan reads the
+class, so its module must not import torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
-from pydantic import Field, PositiveInt
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
-from roll_gspo.config.base import Problem, Schema, used_only_with
+from roll_gspo.config.base import Problem, Schema
+from roll_gspo.errors import ConfigError
+from roll_gspo.registry import Registry
+
+STRATEGIES = Registry(
+    "strategy_name",
+    {
+        "megatron_train": "roll_gspo.strategies.megatron.args:MegatronTrainArgs",
+        "megatron_infer": "roll_gspo.strategies.megatron.args:MegatronInferArgs",
+        "hf_train": "roll_gspo.strategies.hf.args:HfTrainArgs",
+        "hf_infer": "roll_gspo.strategies.hf.args:HfInferArgs",
+        "vllm": "roll_gspo.strategies.vllm.args:VllmArgs",
+    },
+)
 
 
-class MegatronConfig(Schema):
-    """`strategy_config` of `megatron_train` and `megatron_infer`; names are megatron-core's."""
+class Requirement(NamedTuple):
+    """A package that an engine needs: the module that must be importable, and the command that installs it."""
 
-    tensor_model_parallel_size: PositiveInt = 1
-    """Ranks that share each weight matrix."""
-    pipeline_model_parallel_size: PositiveInt = 1
-    """Ranks that share the stack of layers."""
-    virtual_pipeline_model_parallel_size: PositiveInt | None = None
-    """Interleaved pipeline chunks a rank."""
-    context_parallel_size: PositiveInt = 1
-    """Ranks that share each sequence."""
-    expert_model_parallel_size: PositiveInt = 1
-    """Ranks that share the experts of a mixture-of-experts layer."""
-    expert_tensor_parallel_size: PositiveInt | None = None
-    """Ranks that share each expert's matrices; null: as `tensor_model_parallel_size`. Mixtures of experts only."""
-    sequence_parallel: bool = False
-    """Cut norms and dropouts over the tensor-parallel ranks too."""
-    use_sequence_packing: bool = False
-    """Lay the samples of a micro-batch one after the other, without padding."""
-    use_distributed_optimizer: bool = False
-    """Shard optimizer state over the data-parallel ranks."""
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in the backward pass instead of keeping them."""
-    recompute_method: Literal["uniform", "block"] | None = None
-    """How layers are chosen for `recompute_granularity: full`."""
-    recompute_num_layers: PositiveInt | None = None
-    """How many layers a recomputed unit has."""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens travel to their experts; mixtures of experts only."""
-    moe_grouped_gemm: bool = False
-    """Run the experts of a layer as one grouped matrix product; needs TransformerEngine."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    module: str
+    install: str
+
+
+class DeviceParameters(NamedTuple):
+    """What one device holds: the number of parameters, and of those whose optimizer state it holds."""
+
+    weights: float
+    optimizer: float
+
+
+class StrategyArgs(Schema):
+    """What every engine states. The defaults are those of an engine that computes on one device.
+
+    Keys in problems and in `model_parallel_sizes` are relative to the `strategy_args` block.
+    """
+
+    strategy_name: str
+    """Engine: a shipped name, or the dotted path of a class of yours."""
+
+    requirement: ClassVar[Requirement | None] = None
+    """The package that must be installed; None if there is none."""
+    is_distributed: ClassVar[bool] = False
+    """A role that trains or scores may have several ranks, one per device. They form one process group."""
+    supports_token_budget: ClassVar[bool] = False
+    """`max_tokens_per_microbatch_in_infer` limits a forward pass by tokens, in place of `infer_batch_size`."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _select_engine(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Validate the keys of a block by the class that its `strategy_name` selects."""
+        if not isinstance(values, Mapping) or not inspect.isabstract(cls):
+            return handler(values)
+        if "strategy_name" not in values:
+            raise _name_error(cls, InitErrorDetails(type="missing", loc=("strategy_name",), input=values))
+        return args_class(values["strategy_name"], cls).model_validate(values)
+
+    @property
+    def model_parallel_sizes(self) -> dict[str, int]:
+        """The keys that split one copy of the model over devices, with their values; the product is its devices."""
+        return {}
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model together."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        """Devices that hold one copy of the model together."""
+        return math.prod(self.model_parallel_sizes.values())
 
     @property
-    def expert_tensor_size(self) -> int:
-        """Ranks that share each expert's matrices, whichever key says so."""
-        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+    def devices_per_worker(self) -> int:
+        """Devices of one worker process: 1 if each device has a rank, `model_parallel_size` if it splits the model."""
+        return 1
+
+    def layout_text(self, num_devices: int) -> str:
+        """Return the parallel sizes of a role for the plan, '' if there are none."""
+        return ""
+
+    def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
+        """Yield why a model cannot run on this many devices.
+
+        Args:
+            model: Hugging Face name or folder, or a `builtin:` name.
+            num_devices: devices of the role.
+            on_cuda: True if they are GPUs, None if not known yet.
+
+        Raises:
+            ConfigError: if the engine does not support the model.
+        """
+        yield from ()
+
+    def parameters_per_device(
+        self, model: str, num_devices: int, *, value_head: bool
+    ) -> Sequence[DeviceParameters] | None:
+        """Return what each device of a role holds, or None for even parts of the model (or if its size is unknown)."""
+        return None
+
+
+class TrainStrategyArgs(StrategyArgs):
+    """An engine of `actor_train` and `critic`."""
+
+    has_value_head: ClassVar[bool] = False
+    """`build_value` exists, so that the engine can hold the critic."""
+    can_replay_routing: ClassVar[bool] = False
+    """The engine records the experts of a mixture of experts and replays them (`router_replay`)."""
 
     @property
-    def expert_copy_size(self) -> int:
-        """Ranks that hold all experts of the model together."""
-        return self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+    def packs_samples(self) -> bool:
+        """True if the samples of a micro-batch lie one after the other, without padding."""
+        return False
 
-    def broken_rules(self) -> Iterator[Problem]:
-        """What no model and no number of ranks makes possible."""
-        yield from super().broken_rules()
-        yield from self._broken_parallel_rules()
-        yield from self._broken_recompute_rules()
+    @property
+    def replay_conflicts(self) -> dict[str, str]:
+        """The keys, with their values, with which routing replay does not work."""
+        return {}
 
-    def _broken_parallel_rules(self) -> Iterator[Problem]:
-        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        virtual, expert_tensor = self.virtual_pipeline_model_parallel_size, self.expert_tensor_parallel_size
-        if virtual is not None and pipeline == 1:
-            yield Problem(
-                "virtual_pipeline_model_parallel_size",
-                f"{virtual} splits pipeline stages, and there is one; set it to null, or pipeline_model_parallel_size "
-                "to 2 or more",
-                ("pipeline_model_parallel_size",),
-            )
-        elif virtual == 1:
-            message = "1 splits no stage; set it to null, or to 2 or more"
-            yield Problem("virtual_pipeline_model_parallel_size", message)
-        if self.sequence_parallel and tensor == 1:
-            yield Problem(
-                "sequence_parallel",
-                "true splits positions over tensor-parallel ranks, and there is one; set it to false, or "
-                "tensor_model_parallel_size to 2 or more",
-                ("tensor_model_parallel_size",),
-            )
-        if self.expert_model_parallel_size == 1 and expert_tensor not in (None, tensor):
-            yield Problem(
-                "expert_tensor_parallel_size",
-                f"{expert_tensor} with tensor_model_parallel_size {tensor} and expert_model_parallel_size 1: megatron "
-                "would not sum the experts' gradients over all ranks that hold them; set it to null, or "
-                "expert_model_parallel_size to 2 or more",
-                ("tensor_model_parallel_size", "expert_model_parallel_size"),
-            )
-        if self.moe_token_dispatcher_type == "allgather" and pipeline > 1:
-            yield Problem(
-                "moe_token_dispatcher_type",
-                f"allgather with pipeline_model_parallel_size {pipeline} cannot process micro-batches of different "
-                "lengths; set alltoall",
-                ("pipeline_model_parallel_size",),
-            )
+    @abstractmethod
+    def build_train(self, model: Any, optimizer: Any) -> Any:
+        """Build the `TrainStrategy` of this rank.
 
-    def _broken_recompute_rules(self) -> Iterator[Problem]:
-        if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
-            yield Problem(
-                "recompute_granularity",
-                "full needs recompute_method and recompute_num_layers; add 'recompute_method: uniform' and "
-                "'recompute_num_layers: 1'",
-                ("recompute_method", "recompute_num_layers"),
-            )
-        for key, value in (
-            ("recompute_method", self.recompute_method),
-            ("recompute_num_layers", self.recompute_num_layers),
-        ):
-            if value and self.recompute_granularity != "full":
-                yield used_only_with(key, "recompute_granularity", "full")
+        Args:
+            model: a `ModelSetup`.
+            optimizer: an `OptimizerSetup`.
+        """
+
+    def build_value(self, model: Any, optimizer: Any) -> Any:
+        """Build the `ValueStrategy` of this rank; called only if `has_value_head`."""
+        raise NotImplementedError(f"{self.strategy_name}: has_value_head needs build_value")
+
+    def load_trained(self, model: Any, optimizer: Any, folder: Path) -> Any:
+        """Return a `TrainedModel` with the weights of a training state, in one process, for the export.
+
+        Args:
+            model: a `ModelSetup`.
+            optimizer: an `OptimizerSetup`; no step is made.
+            folder: where `TrainStrategy.save` of any layout wrote.
+        """
+        strategy = self.build_train(model, optimizer)
+        strategy.load(folder)
+        return strategy
 
 
-class HfConfig(Schema):
-    """`strategy_config` of `hf_train` and `hf_infer`: plain transformers and torch."""
+class ScoreStrategyArgs(StrategyArgs):
+    """An engine of `reference`."""
 
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention kernel of the transformers model."""
-    generate_batch_size: PositiveInt = 256
-    """Samples that are decoded together when this engine generates."""
+    def scoring_problems(self) -> Iterator[Problem]:
+        """Yield keys that are set although an engine that only scores does not use them."""
+        yield from ()
 
-
-def generating_keys(config: HfConfig, block: str) -> Iterator[Problem]:
-    """Yield keys of generation that are set for an engine that never generates."""
-    if config.generate_batch_size != HfConfig.model_fields["generate_batch_size"].default:
-        message = "is used only if the engine generates (actor_infer); remove it"
-        yield Problem(f"{block}.generate_batch_size", message)
+    @abstractmethod
+    def build_scorer(self, model: Any) -> Any:
+        """Build the `ScoringStrategy` of this rank from a `ModelSetup`."""
 
 
-class VllmConfig(Schema):
-    """`strategy_config` of `vllm`; names are vLLM's."""
+class GenerateStrategyArgs(StrategyArgs):
+    """An engine of `actor_infer`."""
 
-    tensor_parallel_size: PositiveInt = 1
-    """Devices that share one engine."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """Share of GPU memory for weights and KV cache; means nothing on a CPU."""
-    kv_cache_memory_mb: PositiveInt | None = None
-    """Fixed size of the KV cache; null: on a CPU what `max_num_seqs` full sequences need (up to 4 GiB or a quarter of
-    the free memory), else vLLM's own."""
-    max_num_seqs: PositiveInt = 256
-    """Sequences decoded together."""
-    max_num_batched_tokens: PositiveInt | None = None
-    """Tokens in one engine step; null: vLLM's default. On a CPU at least a whole sequence: none is cut there."""
-    enforce_eager: bool | None = None
-    """Skip graph capture and compilation; null: true on a CPU, false on a GPU."""
-    enable_prefix_caching: bool = True
-    """Reuse the KV cache of shared prompt prefixes within one weights version."""
-    load_format: Literal["dummy", "auto"] = "dummy"
-    """`dummy` starts with random weights, so that a tensor the first transfer misses cannot go unnoticed."""
+    returns_routed_experts: ClassVar[bool] = False
+    """Completions hold the experts that a mixture of experts chose (`router_replay: R3`, `record`)."""
+
+    @abstractmethod
+    def build_generator(self, model: Any, generation: Any) -> Any:
+        """Build the `GenerateStrategy` of one worker.
+
+        Args:
+            model: a `ModelSetup`.
+            generation: a `GenerationSetup`.
+        """
 
 
-class MegatronTrainArgs(Schema):
-    """Train with megatron-core."""
-
-    strategy_name: Literal["megatron_train"]
-    """Engine."""
-    strategy_config: MegatronConfig = MegatronConfig()
-    """Layout and memory of the engine."""
+KindT = TypeVar("KindT", bound=StrategyArgs)
 
 
-class MegatronInferArgs(Schema):
-    """Score tokens with megatron-core."""
+def args_class(name: Any, kind: type[KindT]) -> type[KindT]:
+    """Return the class that a `strategy_name` selects for a role.
 
-    strategy_name: Literal["megatron_infer"]
-    """Engine."""
-    strategy_config: MegatronConfig = MegatronConfig()
-    """Layout of the engine."""
+    Args:
+        name: a shipped name or a user's dotted path.
+        kind: base class that the role needs.
 
-    def broken_rules(self) -> Iterator[Problem]:
-        """What only training does."""
-        yield from super().broken_rules()
-        c = self.strategy_config
-        for key, value in (
-            ("use_distributed_optimizer", c.use_distributed_optimizer),
-            ("overlap_grad_reduce", c.overlap_grad_reduce),
-            ("recompute_granularity", c.recompute_granularity),
-        ):
-            if value:
-                message = "is used only with megatron_train (megatron_infer has no gradients); remove it"
-                yield Problem(f"strategy_config.{key}", message, ("strategy_name",))
-
-
-class HfTrainArgs(Schema):
-    """Train with plain transformers: the readable reference implementation."""
-
-    strategy_name: Literal["hf_train"]
-    """Engine."""
-    strategy_config: HfConfig = HfConfig()
-    """Options of the engine."""
-
-    def broken_rules(self) -> Iterator[Problem]:
-        """What only a generating engine does."""
-        yield from super().broken_rules()
-        yield from generating_keys(self.strategy_config, "strategy_config")
+    Raises:
+        ValidationError: if there is no such class, or if it is not of this kind.
+    """
+    known = shipped_engines(kind)
+    if name in known:
+        return known[name]
+    if not isinstance(name, str) or "." not in name:
+        context = {"expected": " or ".join(map(repr, known))}
+        raise _name_error(kind, InitErrorDetails(type="literal_error", loc=("strategy_name",), input=name, ctx=context))
+    try:
+        found = STRATEGIES.load(name)
+    except ConfigError as error:
+        raise _unusable(kind, name, str(error).removeprefix(f"{STRATEGIES.kind}: {name}: ")) from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise _unusable(kind, name, f"is not a subclass of {kind.__module__}.{kind.__name__}, which this role needs")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise _unusable(kind, name, f"does not define {missing}; define it as {kind.__name__} documents")
+    return found
 
 
-class HfInferArgs(Schema):
-    """Score or generate with plain transformers."""
-
-    strategy_name: Literal["hf_infer"]
-    """Engine."""
-    strategy_config: HfConfig = HfConfig()
-    """Options of the engine."""
-
-
-class VllmArgs(Schema):
-    """Generate with vLLM."""
-
-    strategy_name: Literal["vllm"]
-    """Engine."""
-    strategy_config: VllmConfig = VllmConfig()
-    """Size and behaviour of the engine."""
+def shipped_engines(
+    kind: type[KindT], able: Callable[[type[KindT]], bool] = lambda engine: True
+) -> dict[str, type[KindT]]:
+    """Return the classes of the shipped engines of a kind, by name; only those that are `able`, if given."""
+    classes = {name: STRATEGIES.load(name) for name in STRATEGIES}
+    return {name: found for name, found in classes.items() if issubclass(found, kind) and able(found)}
 
 
-TrainStrategyArgs = Annotated[MegatronTrainArgs | HfTrainArgs, Field(discriminator="strategy_name")]
-ScoreStrategyArgs = Annotated[MegatronInferArgs | HfInferArgs, Field(discriminator="strategy_name")]
-GenerateStrategyArgs = Annotated[VllmArgs | HfInferArgs, Field(discriminator="strategy_name")]
-STRATEGY_NAMES = ("megatron_train", "hf_train", "megatron_infer", "hf_infer", "vllm")
+def _unusable(kind: type[StrategyArgs], name: str, message: str) -> ValidationError:
+    context = {"error": ValueError(f"'{name}': {message}")}
+    return _name_error(kind, InitErrorDetails(type="value_error", loc=("strategy_name",), input=name, ctx=context))
+
+
+def _name_error(kind: type[StrategyArgs], details: InitErrorDetails) -> ValidationError:
+    return ValidationError.from_exception_data(kind.__name__, [details])

@@ -9,7 +9,6 @@ from pathlib import Path
 import roll_gspo
 from roll_gspo.checkpoint import HF_EXPORT, open_checkpoint
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.strategy import VllmArgs
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import CheckpointError, ConfigError, MissingDependencyError
 from roll_gspo.pipelines.plan import Plan, context_problems
@@ -91,8 +90,8 @@ def evaluation_plan(config: ExperimentConfig, evaluated: Evaluated) -> Plan:
     if block is None:
         raise ConfigError("validation: there is no such block, so nothing to evaluate on; add validation=OPTION")
     args, sampling = config.actor_infer.strategy_args, block.generating_args
-    size = args.strategy_config.tensor_parallel_size if isinstance(args, VllmArgs) else 1
-    engine = f"{args.strategy_name} on {size} device(s), {config.actor_infer.model_args.dtype}; no trainer"
+    size, dtype = args.devices_per_worker, config.actor_infer.model_args.dtype
+    engine = f"{args.strategy_name} on {size} device(s), {dtype}; no trainer"
     sources = f", only {', '.join(block.sources)}" if block.sources else ""
     rows = (
         ("model", evaluated.model + (f" (step {evaluated.step})" if evaluated.step else "")),
@@ -123,7 +122,7 @@ def check_evaluation(config: ExperimentConfig, plan: Plan) -> None:
     """
     if plan.not_runnable:
         raise ConfigError("\n".join(plan.not_runnable))
-    if missing := missing_engine("actor_infer", config.actor_infer.strategy_args.strategy_name):
+    if missing := missing_engine("actor_infer", config.actor_infer.strategy_args):
         raise MissingDependencyError(missing)
     if config.validation is not None:
         check_files(config, {"validation.data_args.file_name": config.validation.data_args})

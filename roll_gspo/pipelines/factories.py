@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
-from roll_gspo.config.strategy import MegatronTrainArgs, VllmArgs
 from roll_gspo.pipelines.settings import (
     micro_batching,
     model_setup,
@@ -21,8 +21,7 @@ from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.replicas import Replica
 from roll_gspo.roles.sft_actor import SftActor
-from roll_gspo.strategies import STRATEGIES, VALUE_STRATEGIES
-from roll_gspo.strategies.base import TrainStrategy
+from roll_gspo.strategies.base import GenerationSetup, TrainStrategy
 
 
 def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
@@ -54,15 +53,9 @@ def _train_strategy(config: AnyConfig, checkpoint: Path, num_updates: int) -> Tr
     role = config.actor_train
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
-    optimizer = optimizer_setup(config, role.training_args, num_updates)
-    args = role.strategy_args
-    strategy_class = STRATEGIES.load(args.strategy_name)
-    if isinstance(args, MegatronTrainArgs):
-        replay = role.router_replay
-        return strategy_class(
-            setup, optimizer, args.strategy_config, router_replay=replay.mode, record_routing=replay.record
-        )
-    return strategy_class(setup, optimizer, args.strategy_config)
+    replay = role.router_replay
+    setup = replace(setup, replay_routing=replay.mode != "disable", record_routing=replay.record)
+    return role.strategy_args.build_train(setup, optimizer_setup(config, role.training_args, num_updates))
 
 
 def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
@@ -72,9 +65,8 @@ def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     optimizer = optimizer_setup(config, role.training_args, config.critic_updates_per_rollout * config.max_steps)
-    args = role.strategy_args
     return Critic(
-        VALUE_STRATEGIES.load(args.strategy_name)(setup, optimizer, args.strategy_config),
+        role.strategy_args.build_value(setup, optimizer),
         value_loss_settings(config),
         mini_batch_size=config.critic_mini_batch_size,
         micro_batching=micro_batching(role),
@@ -90,48 +82,34 @@ def make_reference(config: ExperimentConfig, checkpoint: Path) -> Reference:
     assert role is not None  # the schema demands the block where a KL term is on
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
-    strategy = STRATEGIES.load(role.strategy_args.strategy_name)(setup, role.strategy_args.strategy_config)
-    return Reference(strategy)
+    return Reference(role.strategy_args.build_scorer(setup))
 
 
 def make_generator(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
-    """`actor_infer` with its engine in this process."""
+    """Build `actor_infer` with its engine in this process."""
     return Generator(_engine(config, checkpoint, receives_broadcast=False), pad_token_id, config.seed)
 
 
 def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
-    """`actor_infer` with the weights of `checkpoint`, which no trainer will replace."""
-    role, args = config.actor_infer, config.actor_infer.strategy_args
+    """Build `actor_infer` with the weights of `checkpoint`, which no trainer replaces."""
+    role = config.actor_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
-    engine_class = STRATEGIES.load(args.strategy_name)
-    if isinstance(args, VllmArgs):
-        engine = args.strategy_config.model_copy(update={"load_format": "auto"})
-        length = config.validation_prompt_length + config.validation_response_length
-        # several devices need processes of their own, which only an engine over a wire has
-        strategy = engine_class(setup, engine, length, receives_broadcast=engine.tensor_parallel_size > 1)
-    else:
-        strategy = engine_class(setup, args.strategy_config)
-    return Generator(strategy, pad_token_id, config.seed)
+    length = config.validation_prompt_length + config.validation_response_length
+    engine = role.strategy_args.build_generator(setup, GenerationSetup(length, loads_checkpoint=True))
+    return Generator(engine, pad_token_id, config.seed)
 
 
 def make_replica(config: ExperimentConfig, checkpoint: Path) -> Replica:
-    """One engine of `actor_infer` in a process of its own."""
+    """Build one engine of `actor_infer` in a separate process."""
     return Replica(_engine(config, checkpoint, receives_broadcast=True))
 
 
 def _engine(config: ExperimentConfig, checkpoint: Path, *, receives_broadcast: bool) -> Any:
     role = config.actor_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
-    args = role.strategy_args
-    engine_class = STRATEGIES.load(args.strategy_name)
-    if isinstance(args, VllmArgs):
-        replay = config.actor_train.router_replay
-        record = replay.mode == "R3" or replay.record
-        return engine_class(
-            setup,
-            args.strategy_config,
-            config.engine_sequence_length,
-            record_routed_experts=record,
-            receives_broadcast=receives_broadcast,
-        )
-    return engine_class(setup, args.strategy_config)
+    generation = GenerationSetup(
+        config.engine_sequence_length,
+        receives_broadcast=receives_broadcast,
+        record_routed_experts=config.actor_train.router_replay.reads_rollout,
+    )
+    return role.strategy_args.build_generator(setup, generation)

@@ -1,4 +1,4 @@
-"""What the weights, gradients and optimizer states of every role take on every device: an estimate for the plan."""
+"""Estimate of the memory of weights, gradients and optimizer states on every device, for the plan."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from dataclasses import dataclass
 
 from roll_gspo.config.roles import CriticConfig, PolicyConfig
 from roll_gspo.config.sft import AnyConfig
-from roll_gspo.config.strategy import MegatronConfig, MegatronInferArgs, MegatronTrainArgs
-from roll_gspo.errors import ConfigError
-from roll_gspo.models.layout import RankParameters, optimizer_shares, parameters_of_rank
-from roll_gspo.models.size import architecture_of, size_of
-from roll_gspo.pipelines.devices import Role, devices_of, devices_per_node, engine_size, model_of, ranges, roles_of
+from roll_gspo.config.strategy import DeviceParameters
+from roll_gspo.models.size import size_of
+from roll_gspo.pipelines.devices import Role, devices_of, devices_per_node, model_of, ranges, roles_of
 
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2}
-GRADIENT, MOMENTS, MAIN_COPY = 4, 8, 4  # bytes a parameter, all float32
+GRADIENT, MOMENTS, MAIN_COPY = 4, 8, 4  # bytes per parameter, all float32
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a run: {role: bytes of each of its devices, in the order of its mapping}, and {device: bytes}."""
+    """Bytes of a run.
+
+    Attributes:
+        of_roles: bytes on each device of a role, in the order of its `device_mapping`.
+        of_devices: bytes of all roles by device.
+    """
 
     of_roles: dict[str, tuple[float, ...]]
     of_devices: dict[int, float]
 
     def of_node(self, per_node: int) -> float:
-        """Bytes on the fullest machine."""
+        """Return the bytes on the fullest machine."""
         nodes: dict[int, float] = defaultdict(float)
         for device, amount in self.of_devices.items():
             nodes[device // per_node] += amount
@@ -35,10 +38,7 @@ class Memory:
 
 
 def memory_of(config: AnyConfig) -> Memory | None:
-    """Estimate the memory of a run; None where the size of a model is not known yet.
-
-    Activations, KV caches and what CUDA itself takes come on top.
-    """
+    """Estimate the memory of a run, without activations, KV caches and CUDA's own; None if a size is not known yet."""
     of_roles, of_devices = {}, defaultdict[int, float](float)
     for name, role in roles_of(config).items():
         amounts = _of_role(config, role)
@@ -53,7 +53,7 @@ def memory_of(config: AnyConfig) -> Memory | None:
 
 
 def memory_texts(config: AnyConfig) -> list[str]:
-    """The rows of the plan."""
+    """Return the rows of the plan."""
     memory = memory_of(config)
     if memory is None:
         return ["unknown: the model is not here yet"]
@@ -68,17 +68,20 @@ def memory_texts(config: AnyConfig) -> list[str]:
 
 
 def memory_warnings(config: AnyConfig, on_cuda: bool | None) -> list[str]:
-    """That a run on worker slots of this machine takes more than the machine has."""
+    """Warn if a run on worker slots of this machine needs more memory than the machine has."""
     memory = memory_of(config)
     if on_cuda is not False or memory is None:
         return []
-    needed, there = memory.of_node(devices_per_node(config)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed < there:
+    needed, installed = (
+        memory.of_node(devices_per_node(config)),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if needed < installed:
         return []
     devices = ranges(tuple(sorted(memory.of_devices)))
     return [
         f"device_mapping: there is no GPU here, so that device(s) {devices} are worker slots in main memory: about "
-        f"{needed / GIB:.3g} GiB on one machine, this one has {there / GIB:.3g}; run it on machines with GPUs"
+        f"{needed / GIB:.3g} GiB on one machine, this one has {installed / GIB:.3g}; run it on machines with GPUs"
     ]
 
 
@@ -88,47 +91,23 @@ def _span(amounts: tuple[float, ...]) -> str:
 
 
 def _of_role(config: AnyConfig, role: Role) -> tuple[float, ...] | None:
-    """Bytes on each device of a role."""
-    args, world_size, name = role.strategy_args, len(devices_of(role)), model_of(config, role)
-    itemsize = BYTES_PER_PARAMETER[role.model_args.dtype]
-    is_trained = isinstance(role, PolicyConfig | CriticConfig)
-    if not isinstance(args, MegatronTrainArgs | MegatronInferArgs):
-        size = size_of(name)
+    """Return the bytes on each device of a role."""
+    args, num_devices, model = role.strategy_args, len(devices_of(role)), model_of(config, role)
+    held = args.parameters_per_device(model, num_devices, value_head=isinstance(role, CriticConfig))
+    if held is None:
+        size = size_of(model)
         if size is None:
             return None
-        whole = RankParameters(size.num_parameters, 0)
-        return (_bytes(whole, itemsize, is_trained, (1, 1)) / engine_size(role),) * world_size
-    layout = args.strategy_config
-    shares = optimizer_shares(layout, world_size)
-    stages = _of_stages(name, layout, isinstance(role, CriticConfig))
-    if stages is None:
-        return None
-    # ranks of a stage follow one another
-    per_stage = max(world_size // len(stages), 1)
-    amounts = [_bytes(stage, itemsize, is_trained, shares) for stage in stages for _ in range(per_stage)]
-    return tuple((amounts + [max(amounts)] * world_size)[:world_size])
+        share = size.num_parameters / args.model_parallel_size
+        held = [DeviceParameters(share, share)] * num_devices
+    itemsize = BYTES_PER_PARAMETER[role.model_args.dtype]
+    is_trained = isinstance(role, PolicyConfig | CriticConfig)
+    return tuple(_bytes(parameters, itemsize, is_trained) for parameters in held)
 
 
-def _bytes(held: RankParameters, itemsize: int, is_trained: bool, shares: tuple[int, int]) -> float:
-    """Of one rank; low-precision parameters have a float32 copy in the optimizer."""
+def _bytes(held: DeviceParameters, itemsize: int, is_trained: bool) -> float:
+    """Return the bytes on one device; low-precision parameters have a float32 copy in the optimizer."""
     if not is_trained:
-        return held.total * itemsize
+        return held.weights * itemsize
     state = MOMENTS + (MAIN_COPY if itemsize < 4 else 0)
-    return held.total * (itemsize + GRADIENT) + (held.shared / shares[0] + held.experts / shares[1]) * state
-
-
-def _of_stages(name: str, layout: MegatronConfig, is_critic: bool) -> list[RankParameters] | None:
-    """Parameters of a rank of each pipeline stage: counted where the architecture is known, else from the name."""
-    pipeline = layout.pipeline_model_parallel_size
-    try:
-        model = architecture_of(name)
-    except ConfigError:
-        model = None
-    if model is not None:
-        head = "value" if is_critic else "vocabulary"
-        return [parameters_of_rank(model, layout, stage, head) for stage in range(pipeline)]
-    size = size_of(name)
-    if size is None:
-        return None
-    shared = (size.num_parameters - size.num_expert_parameters) // (layout.tensor_model_parallel_size * pipeline)
-    return [RankParameters(shared, size.num_expert_parameters // layout.expert_copy_size)] * pipeline
+    return held.weights * (itemsize + GRADIENT) + held.optimizer * state

@@ -21,7 +21,7 @@ from roll_gspo.execution.base import (
     RoleT,
     WorkerGroup,
 )
-from roll_gspo.pipelines.devices import Role, colocated, devices_of, devices_per_node, engine_size, roles_of
+from roll_gspo.pipelines.devices import Role, colocated, devices_of, devices_per_node, roles_of
 from roll_gspo.pipelines.factories import (
     make_actor,
     make_critic,
@@ -105,7 +105,7 @@ def execution_settings(config: AnyConfig) -> ExecutionSettings:
 
 def worker_devices(config: AnyConfig, role: Role) -> Devices:
     """Of a role's workers."""
-    return Devices(devices_of(role), engine_size(role), devices_per_node(config))
+    return Devices(devices_of(role), role.strategy_args.devices_per_worker, devices_per_node(config))
 
 
 def _own_checkpoint(

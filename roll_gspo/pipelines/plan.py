@@ -192,7 +192,8 @@ def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
         chooser = "recomputed the old log-probs" if replay.mode == "R2" else "sampled"
         yield f"routing replay {replay.mode}: updates use the experts chosen by the pass that {chooser}"
     elif replay.record:
-        yield "routing: the experts that vllm chose are compared with the trainer's, none is replayed"
+        engine = config.actor_infer.strategy_args.strategy_name
+        yield f"routing: the experts that {engine} chose are compared with the trainer's, none is replayed"
 
 
 def _rewards_text(config: ExperimentConfig) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from roll_gspo.config.data import CHAT_TEMPLATES, SourceArgs
 from roll_gspo.config.sft import AnyConfig
+from roll_gspo.config.strategy import StrategyArgs
 from roll_gspo.data.hf_datasets import parse_dataset_name
 from roll_gspo.errors import DataError, MissingDependencyError
 from roll_gspo.models.tiny import BUILTIN
 from roll_gspo.pipelines.devices import model_of, roles_of
 from roll_gspo.pipelines.pretrain import check_model_name
-from roll_gspo.strategies import REQUIREMENTS
 
 
 def preflight(config: AnyConfig) -> None:
@@ -36,23 +36,20 @@ def check_engines(config: AnyConfig) -> None:
     missing = []
     if config.execution == "ray" and not _is_installed("ray"):
         missing.append("execution: ray needs the package 'ray': pip install 'roll-gspo[ray]'; or execution=local")
-    missing += (
-        text
-        for role, block in roles_of(config).items()
-        if (text := missing_engine(role, block.strategy_args.strategy_name))
-    )
+    roles = roles_of(config).items()
+    missing += (text for role, block in roles if (text := missing_engine(role, block.strategy_args)))
     if missing:
         raise MissingDependencyError("\n".join(missing))
 
 
-def missing_engine(role: str, strategy_name: str) -> str | None:
-    """The package of a role's engine that is not installed, with its `pip install` line; None if it is."""
-    package, install = REQUIREMENTS[strategy_name]
-    if _is_installed(package):
+def missing_engine(role: str, args: StrategyArgs) -> str | None:
+    """Return the package of a role's engine that is not installed, with its `pip install` line; None if it is."""
+    needs = args.requirement
+    if needs is None or _is_installed(needs.module):
         return None
     return (
-        f"{role}.strategy_args.strategy_name: {strategy_name} needs the package '{package}': {install}; or "
-        "strategy=hf for plain transformers"
+        f"{role}.strategy_args.strategy_name: {args.strategy_name} needs the package '{needs.module}': "
+        f"{needs.install}; or strategy=hf for plain transformers"
     )
 
 

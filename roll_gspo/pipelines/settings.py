@@ -19,7 +19,6 @@ from roll_gspo.config.base import Schema
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.roles import CriticConfig, GeneratingArgs, PolicyConfig, TrainingArgs
 from roll_gspo.config.sft import AnyConfig, SftConfig
-from roll_gspo.config.strategy import MegatronTrainArgs
 from roll_gspo.pipelines.experience import ExperienceSettings
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
 from roll_gspo.strategies.micro_batches import MicroBatching
@@ -51,10 +50,8 @@ def model_setup(
 
 def micro_batching(role: PolicyConfig | CriticConfig) -> MicroBatching:
     """Return how a trained role splits mini-batches into micro-batches."""
-    args = role.strategy_args
-    packed = isinstance(args, MegatronTrainArgs) and args.strategy_config.use_sequence_packing
     size = role.training_args.per_device_train_batch_size
-    return MicroBatching(size, role.max_tokens_per_microbatch_in_train, packed)
+    return MicroBatching(size, role.max_tokens_per_microbatch_in_train, role.strategy_args.packs_samples)
 
 
 def optimizer_setup(config: AnyConfig, args: TrainingArgs, total_steps: int) -> OptimizerSetup:

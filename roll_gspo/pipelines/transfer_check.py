@@ -37,7 +37,7 @@ def check_transfer(rollouts: Rollouts, trainer_log_probs: Tensor, sampling: Samp
         raise WeightTransferError(
             "after the first weight transfer the trainer's log-probs differ from the generation engine's by "
             f"{mean:.3g} nats on average ({largest:.3g} at most), where rounding explains {tolerance:g}: the "
-            "engine does not compute with the trainer's weights; please report this with the versions of vllm and "
-            "megatron-core"
+            "engine does not compute with the trainer's weights; please report this with the versions of both "
+            "engines"
         )
     logger.info("weight transfer checked: log-probs differ by %.2g on average, %.2g at most", mean, largest)

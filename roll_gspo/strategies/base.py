@@ -29,6 +29,9 @@ class ModelSetup:
         temperature: log-probabilities are those of `softmax(logits / temperature)`.
         seed: of every random choice the engine makes itself.
         max_tokens: tokens per forward pass, in place of `micro_batch_size`; None: that many samples.
+        replay_routing: in every update, the routers of a mixture of experts choose `TrainBatch.routed_experts`.
+        record_routing: scores hold the experts that the routers choose, and updates report `routing/update_shift`: how
+            far the routers are from `TrainBatch.routed_experts`. `replay_routing` includes this.
     """
 
     checkpoint: Path
@@ -37,6 +40,25 @@ class ModelSetup:
     temperature: float
     seed: int
     max_tokens: int | None = None
+    replay_routing: bool = False
+    record_routing: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationSetup:
+    """What a generation engine needs besides the model.
+
+    Attributes:
+        max_sequence_length: longest prompt plus response, in tokens.
+        loads_checkpoint: the engine generates with the weights of the checkpoint; no trainer replaces them.
+        receives_broadcast: the trainer is in another process, so that the engine is a `WeightReceiver`.
+        record_routed_experts: completions hold the experts that a mixture of experts chose.
+    """
+
+    max_sequence_length: int
+    loads_checkpoint: bool = False
+    receives_broadcast: bool = False
+    record_routed_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +173,15 @@ class ValueStrategy(Checkpointable, Protocol):
         ...
 
 
-class TrainStrategy(ScoringStrategy, Checkpointable, Protocol):
+class TrainedModel(ScoringStrategy, Protocol):
+    """A model with trained weights, which can be exported."""
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the model in Hugging Face layout (config, safetensors, tokenizer)."""
+        ...
+
+
+class TrainStrategy(TrainedModel, Checkpointable, Protocol):
     """A model with an optimizer."""
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
@@ -159,11 +189,7 @@ class TrainStrategy(ScoringStrategy, Checkpointable, Protocol):
         ...
 
     def weights(self) -> WeightSource:
-        """The live weights, for the generation engine."""
-        ...
-
-    def save_hf(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout (config, safetensors, tokenizer)."""
+        """Return the live weights, for the generation engine."""
         ...
 
 

@@ -32,7 +32,7 @@ ONE_MICRO_BATCH = "actor_train.training_args.gradient_accumulation_steps=1"
         (
             ("adv_estimator=gae", "critic.strategy_args.strategy_config.tensor_model_parallel_size=2"),
             "critic.device_mapping",
-            ("1", "2", "critic.strategy_args.strategy_config"),
+            ("1", "2", "tensor_model_parallel_size"),
         ),
         (("adv_estimator=gae", "critic.model_args.dtype=fp16"), "critic.model_args.dtype", ("fp16", "bf16", "fp32")),
         (("policy_loss=gmpo",), "policy_loss", ("gmpo", "importance_sampling", "seq")),
@@ -101,7 +101,7 @@ ONE_MICRO_BATCH = "actor_train.training_args.gradient_accumulation_steps=1"
         (
             ("router_replay=R2", "strategy=hf"),
             "actor_train.router_replay.mode",
-            ("R2", "strategy_args.strategy_name", "megatron_train"),
+            ("R2", "hf_train", "megatron_train"),
         ),
         (
             ("router_replay=R3", "actor_infer.strategy_args.strategy_name=hf_infer"),

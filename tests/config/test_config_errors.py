@@ -45,8 +45,9 @@ def test_unknown_key_without_a_near_one_lists_the_known_ones() -> None:
 def test_unknown_engine_key_names_only_keys_of_that_engine() -> None:
     problem = problem_of("actor_train.strategy_args.strategy_config.attn_implementation=eager")
     assert problem.names("recompute_granularity") and not problem.names("generate_batch_size")
-    location = ("actor_train", "strategy_args", "hf_train", "strategy_config")
-    assert known_keys(location) == ["attn_implementation", "generate_batch_size"]
+    values = {"actor_train": {"strategy_args": {"strategy_name": "hf_train"}}}
+    path = ("actor_train", "strategy_args", "strategy_config")
+    assert known_keys(path, values) == ["attn_implementation", "generate_batch_size"]
 
 
 def test_reward_domain_may_be_named_like_an_engine() -> None:
@@ -267,7 +268,7 @@ def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
         (
             ("actor_train.strategy_args.strategy_config.tensor_model_parallel_size=3",),
             "actor_train.device_mapping",
-            ("1", "3", "actor_train.strategy_args.strategy_config"),
+            ("1", "3", "tensor_model_parallel_size"),
         ),
         (
             ("actor_train.training_args.gradient_accumulation_steps=3",),

@@ -43,7 +43,7 @@ SWITCH = "use_dynamic_batching_in"
             "actor_train.strategy_args.strategy_config.moe_token_dispatcher_type",
             ("allgather", "pipeline_model_parallel_size", "2", "alltoall"),
         ),
-        ((TP,), "actor_train.device_mapping", ("1", "2", "actor_train.strategy_args.strategy_config")),
+        ((TP,), "actor_train.device_mapping", ("1", "2", "tensor_model_parallel_size")),
         (
             ("actor_train.device_mapping='0-4'", TP),
             "actor_train.device_mapping",

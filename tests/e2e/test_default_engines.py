@@ -107,8 +107,8 @@ def test_exported_model_is_the_trained_one(whole: tuple[Outcome, Path], pretrain
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from roll_gspo.batch import Sequences
-    from roll_gspo.config.strategy import MegatronConfig
     from roll_gspo.strategies.base import ModelSetup, OptimizerSetup
+    from roll_gspo.strategies.megatron.config import MegatronConfig
     from roll_gspo.strategies.megatron.engine.train import MegatronTrain
 
     saved = whole[1] / "checkpoints/step_000004"

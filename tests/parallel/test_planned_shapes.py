@@ -10,9 +10,10 @@ import pytest
 from composed import load_config
 from planned_cases import Built, build_all
 
-from roll_gspo.config.strategy import MegatronConfig, MegatronInferArgs, MegatronTrainArgs
 from roll_gspo.models.architecture import Architecture
-from roll_gspo.models.layout import layout_problems, optimizer_shares, parameters_of_rank
+from roll_gspo.strategies.megatron.args import MegatronInferArgs, MegatronTrainArgs
+from roll_gspo.strategies.megatron.config import MegatronConfig
+from roll_gspo.strategies.megatron.layout import layout_problems, optimizer_shares, parameters_of_rank
 
 pytestmark = pytest.mark.megatron
 
@@ -89,7 +90,7 @@ def built() -> dict[str, list[Built]]:
 def test_planned_parameters_are_those_of_every_rank(name: str, built: dict[str, list[Built]]) -> None:
     values, layout, world_size = CASES[name]
     model = Architecture.from_config(values)
-    assert layout_problems(model, layout, world_size, on_cuda=None) == []
+    assert not list(layout_problems(model, layout, world_size, on_cuda=None))
     assert len(built[name]) == world_size
     for rank, (shared, experts, shares, stage) in enumerate(built[name]):
         assert stage == rank // (world_size // layout.pipeline_model_parallel_size)

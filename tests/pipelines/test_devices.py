@@ -1,4 +1,4 @@
-"""Roles on devices: what runs where, what cannot, and what is said instead."""
+"""Devices of the roles: problems, layout texts and memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from composed import load_config
+from config_problems import ConfigProblem, parse_problem
 from tiny_models import DEEPER
 
 from roll_gspo.config.experiment import ExperimentConfig
@@ -24,59 +25,59 @@ def config_of(*overrides: str, example: str = "example_gspo") -> ExperimentConfi
     return load_config(example, *overrides).config
 
 
-def problems(*overrides: str, on_cuda: bool | None = False, example: str = "example_gspo") -> list[str]:
-    """Of its devices."""
-    return device_problems(config_of(*overrides, example=example), on_cuda)
+def problems(*overrides: str, on_cuda: bool | None = False, example: str = "example_gspo") -> list[ConfigProblem]:
+    """Device problems of a shipped example with overrides."""
+    return [parse_problem(line) for line in device_problems(config_of(*overrides, example=example), on_cuda)]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "texts"),
+    ("overrides", "key", "values"),
     [
-        (
-            ("actor_infer.device_mapping=[0,1]",),
-            ("actor_infer.device_mapping: 2 devices are for worker groups", "set execution: ray"),
-        ),
-        (("reference.device_mapping=[1]",), ("reference.device_mapping: device 1 is a choice", "CUDA_VISIBLE_DEVICES")),
-        ((f"{ENGINE}=2",), ("actor_infer.strategy_args.strategy_config.tensor_parallel_size 2", "execution: ray")),
+        (("actor_infer.device_mapping=[0,1]",), "actor_infer.device_mapping", ("2", "execution: ray")),
+        (("reference.device_mapping=[1]",), "reference.device_mapping", ("1", "CUDA_VISIBLE_DEVICES")),
+        ((f"{ENGINE}=2",), ENGINE, ("2", "execution: ray")),
         (
             (RAY, f"{ENGINE}=2", "actor_infer.device_mapping='0-2'"),
-            ("actor_infer.device_mapping: 3 device(s) are not a multiple of tensor_parallel_size 2; name 2 or 4",),
+            "actor_infer.device_mapping",
+            ("3", "tensor_parallel_size 2", "name 2 or 4"),
         ),
         (
             (RAY, f"{ENGINE}=3", "actor_infer.device_mapping='0-2'"),
-            ("tensor_parallel_size 3 does not fit 4 attention heads, 2 key/value heads", "set tensor_parallel_size to"),
+            ENGINE,
+            ("3", "4 attention heads", "2 key/value heads", "set tensor_parallel_size to"),
         ),
         (
             (RAY, f"{ENGINE}=2", "actor_infer.device_mapping=[1,2]", "num_gpus_per_node=2"),
-            ("devices 1-2 share an engine", "lie on different machines (num_gpus_per_node 2)"),
+            "actor_infer.device_mapping",
+            ("1-2", "num_gpus_per_node 2"),
         ),
-        (
-            (RAY, "reference.device_mapping=[0,1]", "strategy=hf"),
-            ("reference.device_mapping: 2 ranks, but hf_infer has one",),
-        ),
-        ((RAY, "actor_train.device_mapping=[0,1]", "strategy=hf"), ("2 ranks, but hf_train has one",)),
+        ((RAY, "reference.device_mapping=[0,1]", "strategy=hf"), "reference.device_mapping", ("2", "hf_infer")),
+        ((RAY, "actor_train.device_mapping=[0,1]", "strategy=hf"), "actor_train.device_mapping", ("2", "hf_train")),
         (
             (RAY, "actor_infer.device_mapping=[9]", "num_nodes=1"),
-            ("num_nodes: device_mapping reaches device 9, on machine 1 of 1", "set num_nodes: 2"),
+            "num_nodes",
+            ("device 9", "machine 1 of 1", "num_nodes: 2"),
         ),
         (
             (RAY, "actor_infer.device_mapping=[0,1]", "num_gpus_per_node=0"),
-            ("num_gpus_per_node: 0 leaves one device a machine", "2 for one machine"),
+            "num_gpus_per_node",
+            ("0", "device 1", "2 for one machine"),
         ),
         (
             (RAY, "reference.strategy_args.strategy_config.tensor_model_parallel_size=2"),
-            ("reference.strategy_args.strategy_config.tensor_model_parallel_size 2 *", "1 rank(s) are no multiple"),
+            "reference.strategy_args.strategy_config.tensor_model_parallel_size",
+            ("2", "1 rank"),
         ),
         (
             (RAY, "actor_train.device_mapping='0-3'", f"{STRATEGY}.tensor_model_parallel_size=4"),
-            (f"{STRATEGY}.tensor_model_parallel_size 4 does not divide 2 key/value heads; set tensor_model", "to 2"),
+            f"{STRATEGY}.tensor_model_parallel_size",
+            ("4", "2 key/value heads", "to 2"),
         ),
     ],
 )
-def test_what_cannot_be_is_named_with_a_way_out(overrides: tuple[str, ...], texts: tuple[str, ...]) -> None:
+def test_impossible_devices_are_refused(overrides: tuple[str, ...], key: str, values: tuple[str, ...]) -> None:
     (problem,) = problems(*overrides)
-    for text in texts:
-        assert text in problem
+    assert problem.key == key and problem.names(*values)
 
 
 @pytest.mark.parametrize(
@@ -91,47 +92,49 @@ def test_what_cannot_be_is_named_with_a_way_out(overrides: tuple[str, ...], text
         (RAY, "actor_infer.device_mapping=[9]", "num_nodes=2"),
     ],
 )
-def test_worker_slots_may_be_shared_and_chosen(overrides: tuple[str, ...]) -> None:
+def test_roles_may_share_worker_slots(overrides: tuple[str, ...]) -> None:
     assert problems(*overrides) == []
 
 
 def test_gpus_may_not_be_shared() -> None:
-    first, second, third = problems(RAY, on_cuda=True)
-    assert first.startswith("actor_infer.device_mapping: shares device(s) 0 with actor_train; on GPUs each role")
-    assert second.startswith("reference.device_mapping: shares") and "with actor_infer" in third
-    assert "do not sleep" in first and first.endswith("set it to e.g. 1")
+    found = problems(RAY, on_cuda=True)
+    assert [problem.key for problem in found] == [
+        "actor_infer.device_mapping",
+        *["reference.device_mapping"] * 2,
+    ]
+    assert found[0].names("actor_train", "e.g. 1") and found[2].names("actor_infer")
     apart = (RAY, "actor_infer.device_mapping=[1]", "reference.device_mapping=[2]")
     assert problems(*apart, on_cuda=True) == [] == problems(RAY, on_cuda=None)
     assert colocated(config_of(*apart, "use_kl_loss=false", "kl_loss_coef=0")) == []
 
 
 @pytest.mark.parametrize("example", ["qwen2.5_7b_gspo", "qwen3_30b_a3b_gspo"])
-def test_shipped_layouts_run_on_gpus_and_say_what_stops_them_elsewhere(example: str) -> None:
+def test_shipped_layouts_run_on_gpus(example: str) -> None:
     assert problems(on_cuda=True, example=example) == []
     config = config_of(example=example)
-    stopped = device_problems(config, False)
-    assert all("moe_grouped_gemm: needs CUDA" in text for text in stopped)
-    assert len(stopped) == (2 if "30b" in example else 0)
+    on_cpu = problems(on_cuda=False, example=example)
+    assert all(problem.key.endswith("moe_grouped_gemm") and problem.names("CUDA") for problem in on_cpu)
+    assert len(on_cpu) == (2 if "30b" in example else 0)
     memory = memory_of(config)
     assert memory is not None and max(memory.of_devices.values()) < 60 * 2**30, "room for activations on 80 GB"
     (warning,) = memory_warnings(config, on_cuda=False)
-    assert "there is no GPU here" in warning and "run it on machines with GPUs" in warning
+    assert parse_problem(warning).key == "device_mapping"
     assert memory_warnings(config, on_cuda=True) == memory_warnings(config, on_cuda=None) == []
 
 
-def test_model_of_a_local_folder_is_checked_and_a_family_that_is_not_known_refused(tmp_path: Path) -> None:
+def test_model_of_a_local_folder_is_checked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DEEPER["four_layers"][1].to_dict()))
     layout = (f"{STRATEGY}.pipeline_model_parallel_size=3", "actor_train.device_mapping='0-2'", RAY)
     batch = ("rollout_batch_size=33", "actor_train.training_args.gradient_accumulation_steps=1", "warm_start=null")
     batch = (*batch, "actor_train.training_args.per_device_train_batch_size=4")
     (problem,) = problems(f"pretrain={tmp_path}", *layout, *batch)
-    assert problem.startswith(f"{STRATEGY}.pipeline_model_parallel_size 3 does not divide 4 layers; set")
+    assert problem.key == f"{STRATEGY}.pipeline_model_parallel_size" and problem.names("3", "4 layers")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     found = device_problems(config_of(f"pretrain={tmp_path}", "warm_start=null"), False)
-    assert len(found) == 2 and all("model_type: 'gpt2' is not known" in text for text in found)
+    assert len(found) == 2 and all("'gpt2'" in text for text in found)
 
 
-def test_roles_are_shown_with_machines_and_every_size() -> None:
+def test_layout_text_has_machines_and_every_size() -> None:
     config = config_of(example="qwen3_30b_a3b_gspo")
     trainer, engine = layout_text(config, config.actor_train), layout_text(config, config.actor_infer)
     assert trainer == "devices 0-15 on machines 0-1, TP 4 + SP · PP 2 · CP 1 · EP 8 · ETP 1 · DP 2"
@@ -141,7 +144,7 @@ def test_roles_are_shown_with_machines_and_every_size() -> None:
     assert layout_text(config, config.actor_train) == "devices 0-1, TP 1 · PP 2 · VPP 2 · CP 1 · EP 1 · DP 1"
 
 
-def test_stages_of_a_pipeline_take_different_memory() -> None:
+def test_memory_differs_between_pipeline_stages() -> None:
     pipeline = (RAY, "actor_train.device_mapping=[0,1]", f"{STRATEGY}.pipeline_model_parallel_size=2")
     memory = memory_of(config_of(*pipeline, "actor_infer.device_mapping=[2]", "reference.device_mapping=[2]"))
     assert memory is not None
@@ -151,7 +154,7 @@ def test_stages_of_a_pipeline_take_different_memory() -> None:
     assert memory.of_node(2) == max(first + last, memory.of_devices[2])
 
 
-def test_keys_without_effect_are_warned_of() -> None:
+def test_keys_without_effect_give_a_warning() -> None:
     warned = [
         text
         for overrides in (
@@ -170,7 +173,7 @@ def test_keys_without_effect_are_warned_of() -> None:
     assert make_plan(quiet).warnings == ()
 
 
-def test_gpus_are_looked_for_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_detected_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert finds_cuda(config_of()) is False
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")

@@ -13,12 +13,13 @@ from tiny_models import write_model
 
 from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.batch import TrainBatch
-from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.errors import TrainingError
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.mini_batches import MiniBatches
 from roll_gspo.strategies.base import TrainStrategy
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 LOSS = PolicyLossSettings(

@@ -13,9 +13,9 @@ from tiny_models import write_model
 
 from roll_gspo.algorithms.value_loss import ValueLossSettings, explained_variance
 from roll_gspo.batch import TrainBatch
-from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import TrainingError
 from roll_gspo.roles.critic import Critic
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.value import HfValue
 from roll_gspo.strategies.micro_batches import MicroBatching
 

@@ -8,10 +8,10 @@ from engine_cases import model_setup, optimizer_setup
 from tiny_models import write_model
 
 from roll_gspo.batch import Prompt
-from roll_gspo.config.strategy import HfConfig
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.strategies.base import Sampling
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.train import HfTrain
 

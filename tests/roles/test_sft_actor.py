@@ -11,11 +11,12 @@ from engine_cases import demonstrations, model_setup, optimizer_setup
 from tiny_models import write_model
 
 from roll_gspo.batch import Sequences
-from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.errors import TrainingError
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.strategies.base import TrainStrategy
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 

@@ -22,12 +22,13 @@ from torch import Tensor
 from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.batch import TrainBatch
-from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.strategies.base import OptimizerSetup
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.hf.value import HfValue
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)

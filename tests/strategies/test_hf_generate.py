@@ -8,9 +8,9 @@ from engine_cases import Checkpoints, model_setup, optimizer_setup
 from tiny_models import EOS
 
 from roll_gspo.batch import Completion, Sequences
-from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, Sampling
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.sampling import draw, sampling_log_probs, uniforms
 from roll_gspo.strategies.hf.train import HfTrain

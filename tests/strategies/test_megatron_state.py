@@ -11,8 +11,8 @@ import pytest
 import torch
 from engine_cases import Checkpoints, model_setup, optimizer_setup, policy_loss, sequences, train_batch
 
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.errors import CheckpointError
+from roll_gspo.strategies.megatron.config import MegatronConfig
 
 pytestmark = pytest.mark.megatron
 

@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM
 from roll_gspo.algorithms.aggregate import Denominators
 from roll_gspo.algorithms.value_loss import ValueLossSettings, explained_variance, value_loss
 from roll_gspo.batch import TrainBatch
-from roll_gspo.config.strategy import HfConfig, MegatronConfig
+from roll_gspo.config.strategy import TrainStrategyArgs, args_class
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric
-from roll_gspo.strategies import VALUE_STRATEGIES
 from roll_gspo.strategies.base import UpdateResult, ValueStrategy
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
+from roll_gspo.strategies.megatron.config import MegatronConfig
 
 ENGINES = ["hf", pytest.param("megatron", marks=pytest.mark.megatron)]
 Loss = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, Metric]]]
@@ -42,8 +43,9 @@ def engine_of(
 ) -> ValueStrategy:
     if name == "megatron":
         pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
-    settings = HfConfig() if name == "hf" else config or MegatronConfig()
-    return VALUE_STRATEGIES.load(f"{name}_train")(model_setup(folder, dtype), optimizer_setup(**changes), settings)
+    options = {"strategy_config": config} if config is not None and name == "megatron" else {}
+    args = args_class(f"{name}_train", TrainStrategyArgs)(strategy_name=f"{name}_train", **options)
+    return args.build_value(model_setup(folder, dtype), optimizer_setup(**changes))
 
 
 def loss_of(batch: TrainBatch, value_clip: float | None = None) -> Loss:

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from roll_gspo.batch import Completion
-from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.errors import ConfigError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup
+from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastSender
 
 pytest.importorskip("vllm", reason="vllm is not installed")

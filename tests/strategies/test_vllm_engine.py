@@ -24,10 +24,12 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 from vllm.platforms import current_platform
 
 from roll_gspo.batch import Completion, Sequences
-from roll_gspo.config.strategy import HfConfig, MegatronConfig, VllmConfig
 from roll_gspo.errors import ConfigError, DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, Sampling, TrainStrategy
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
+from roll_gspo.strategies.megatron.config import MegatronConfig
+from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
 pytestmark = pytest.mark.vllm

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 import roll_gspo.strategies.weight_broadcast as broadcast_module
-from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import WeightTransferError
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.model import HfWeights
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from roll_gspo.config.strategy import HfConfig, MegatronConfig
 from roll_gspo.errors import CheckpointError
 from roll_gspo.strategies.base import TrainStrategy
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.train import HfTrain
+from roll_gspo.strategies.megatron.config import MegatronConfig
 
 
 def _engine(name: str, folder: Path) -> TrainStrategy:

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from roll_gspo.batch import Completion, Sequences
-from roll_gspo.config.strategy import HfConfig
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, TokenScores, WeightSource
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
 from roll_gspo.strategies.hf.sampling import draw, sampling_log_probs, uniforms
 from roll_gspo.strategies.log_probs import score_in_micro_batches

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.strategy import HfConfig
 from roll_gspo.models.hf_checkpoint import write_checkpoint
 from roll_gspo.strategies.base import (
     LossFunction,
@@ -19,6 +18,7 @@ from roll_gspo.strategies.base import (
     WeightSource,
 )
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import score_in_micro_batches

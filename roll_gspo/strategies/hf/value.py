@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.strategy import HfConfig
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, UpdateResult, ValueLossFunction
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.model import load_model, predicting_rows
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import place

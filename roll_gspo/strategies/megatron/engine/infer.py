@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from roll_gspo.batch import Sequences
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.strategies.base import ModelSetup, TokenScores
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.model import build_model
 from roll_gspo.strategies.megatron.engine.scores import score
 

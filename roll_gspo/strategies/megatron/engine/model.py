@@ -23,17 +23,18 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.strategy import MegatronConfig
+from roll_gspo.config.base import Problem
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
-from roll_gspo.models.layout import layout_problems
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.attention import HAVE_TE, decoder_spec
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
 from roll_gspo.strategies.megatron.engine.parallel import initialize_parallel
 from roll_gspo.strategies.megatron.engine.weights import load_weights
+from roll_gspo.strategies.megatron.layout import layout_problems
 from roll_gspo.strategies.micro_batches import share_of_rank, split_samples
 
 
@@ -45,11 +46,11 @@ def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     on_cuda = torch.cuda.is_available()
-    problems = layout_problems(architecture, config, world_size, on_cuda)
+    problems = list(layout_problems(architecture, config, world_size, on_cuda))
     if config.moe_grouped_gemm and on_cuda and not HAVE_TE:
-        problems.append("moe_grouped_gemm: needs TransformerEngine, which is not installed; set it to false")
+        problems.append(Problem("moe_grouped_gemm", "true needs TransformerEngine, which is not installed; set false"))
     if problems:
-        raise ConfigError("\n".join(f"strategy_config.{problem}" for problem in problems))
+        raise ConfigError("\n".join(f"strategy_config.{problem.key}: {problem.message}" for problem in problems))
 
 
 def _leave(weight: Tensor) -> Tensor:

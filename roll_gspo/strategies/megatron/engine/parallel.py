@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import ProcessGroup
 
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.errors import ConfigError
+from roll_gspo.strategies.megatron.config import MegatronConfig
 
 
 def initialize_parallel(config: MegatronConfig, seed: int) -> None:

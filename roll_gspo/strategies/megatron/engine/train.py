@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
 from roll_gspo.algorithms.routing import expert_difference
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.errors import CheckpointError, TrainingError
 from roll_gspo.metrics import Metric
 from roll_gspo.models.hf_checkpoint import write_checkpoint
@@ -23,6 +21,7 @@ from roll_gspo.strategies.base import (
     UpdateResult,
     WeightSource,
 )
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.model import build_model
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.router_replay import Routers
@@ -36,28 +35,16 @@ class MegatronTrain:
 
     Args:
         model, optimizer, strategy_config: see `ModelSetup`, `OptimizerSetup`, `MegatronConfig`.
-        router_replay: `R2` and `R3` make the routers of a mixture of experts choose `TrainBatch.routed_experts` in
-            every update; `disable` leaves them free.
-        record_routing: return the experts that the routers choose with every score, and report
-            `routing/update_shift`, how far they have gone from `TrainBatch.routed_experts` when an update begins.
 
     Raises:
         ConfigError: a layout or a model that is not supported.
     """
 
-    def __init__(
-        self,
-        model: ModelSetup,
-        optimizer: OptimizerSetup,
-        strategy_config: MegatronConfig,
-        *,
-        router_replay: Literal["disable", "R2", "R3"] = "disable",
-        record_routing: bool = False,
-    ) -> None:
+    def __init__(self, model: ModelSetup, optimizer: OptimizerSetup, strategy_config: MegatronConfig) -> None:
         self._model = build_model(model, strategy_config)
-        self._replays = router_replay != "disable"
+        self._replays = model.replay_routing
         self._routers: Routers | None = None
-        if self._replays or record_routing:
+        if model.replay_routing or model.record_routing:
             self._routers = Routers(self._model.chunks[0])
         self._trainer = MegatronTrainer(self._model, optimizer)
 

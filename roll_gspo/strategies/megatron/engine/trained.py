@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.models.hf_checkpoint import write_checkpoint
 from roll_gspo.strategies.base import ModelSetup
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.infer import MegatronInfer
 from roll_gspo.strategies.megatron.engine.state import load_state
 from roll_gspo.strategies.megatron.engine.weights import MegatronWeights

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.strategy import MegatronConfig
 from roll_gspo.metrics import Metric
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, UpdateResult, ValueLossFunction
+from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel, build_model
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.trainer import MegatronTrainer

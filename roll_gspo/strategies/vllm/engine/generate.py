@@ -15,9 +15,9 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 
 from roll_gspo.batch import Completion
-from roll_gspo.config.strategy import VllmConfig
 from roll_gspo.errors import ConfigError, DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, WeightSource
+from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.vllm.engine.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
 from roll_gspo.strategies.vllm.engine.host_process import close_engine, global_rng_kept, open_engine
 from roll_gspo.strategies.vllm.engine.routed_experts import ExpertSource, expert_source, recording_args

@@ -1,0 +1,78 @@
+"""What `hf_train` and `hf_infer` state about themselves (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from roll_gspo.config.base import Problem
+from roll_gspo.config.strategy import (
+    GenerateStrategyArgs,
+    Requirement,
+    ScoreStrategyArgs,
+    StrategyArgs,
+    TrainStrategyArgs,
+)
+from roll_gspo.strategies.hf.config import HfConfig
+
+if TYPE_CHECKING:
+    from roll_gspo.strategies.base import GenerationSetup, ModelSetup, OptimizerSetup
+    from roll_gspo.strategies.hf.infer import HfInfer
+    from roll_gspo.strategies.hf.train import HfTrain
+    from roll_gspo.strategies.hf.value import HfValue
+
+
+class HfArgs(StrategyArgs):
+    """What both engines of transformers share."""
+
+    strategy_config: HfConfig = HfConfig()
+    """Options of the engine."""
+
+    requirement: ClassVar[Requirement | None] = Requirement("transformers", "pip install transformers")
+
+    def _generation_problems(self) -> Iterator[Problem]:
+        """Yield keys of generation that are set for an engine that never generates."""
+        if self.strategy_config.generate_batch_size != HfConfig().generate_batch_size:
+            message = "is used only if the engine generates (actor_infer); remove it"
+            yield Problem("strategy_config.generate_batch_size", message)
+
+
+class HfTrainArgs(HfArgs, TrainStrategyArgs):
+    """Train with plain transformers: the readable reference implementation."""
+
+    has_value_head: ClassVar[bool] = True
+
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield keys that only generation uses."""
+        yield from super().broken_rules()
+        yield from self._generation_problems()
+
+    def build_train(self, model: ModelSetup, optimizer: OptimizerSetup) -> HfTrain:
+        """Build an `HfTrain`."""
+        from roll_gspo.strategies.hf.train import HfTrain
+
+        return HfTrain(model, optimizer, self.strategy_config)
+
+    def build_value(self, model: ModelSetup, optimizer: OptimizerSetup) -> HfValue:
+        """Build an `HfValue`."""
+        from roll_gspo.strategies.hf.value import HfValue
+
+        return HfValue(model, optimizer, self.strategy_config)
+
+
+class HfInferArgs(HfArgs, ScoreStrategyArgs, GenerateStrategyArgs):
+    """Score or generate with plain transformers."""
+
+    def scoring_problems(self) -> Iterator[Problem]:
+        """Yield keys that only generation uses."""
+        yield from self._generation_problems()
+
+    def build_scorer(self, model: ModelSetup) -> HfInfer:
+        """Build an `HfInfer`."""
+        from roll_gspo.strategies.hf.infer import HfInfer
+
+        return HfInfer(model, self.strategy_config)
+
+    def build_generator(self, model: ModelSetup, generation: GenerationSetup) -> HfInfer:
+        """Build an `HfInfer`; it starts with the weights of the checkpoint and receives others either way."""
+        return self.build_scorer(model)

@@ -1,0 +1,169 @@
+"""What `megatron_train` and `megatron_infer` state about themselves (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from roll_gspo.config.base import Problem
+from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrategyArgs, StrategyArgs, TrainStrategyArgs
+from roll_gspo.errors import ConfigError
+from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.size import architecture_of, size_of
+from roll_gspo.strategies.megatron.config import MegatronConfig
+from roll_gspo.strategies.megatron.layout import (
+    RankParameters,
+    layout_problems,
+    optimizer_shares,
+    parameters_of_rank,
+)
+
+if TYPE_CHECKING:
+    from roll_gspo.strategies.base import (
+        ModelSetup,
+        OptimizerSetup,
+        ScoringStrategy,
+        TrainedModel,
+        TrainStrategy,
+        ValueStrategy,
+    )
+
+_SPLITS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+class MegatronArgs(StrategyArgs):
+    """What both engines of megatron-core share."""
+
+    strategy_config: MegatronConfig = MegatronConfig()
+    """Layout and memory of the engine."""
+
+    requirement: ClassVar[Requirement | None] = Requirement("megatron.core", "pip install 'roll-gspo[megatron]'")
+    is_distributed: ClassVar[bool] = True
+    supports_token_budget: ClassVar[bool] = True
+
+    @property
+    def model_parallel_sizes(self) -> dict[str, int]:
+        """Tensor, pipeline and context parallelism."""
+        c = self.strategy_config
+        sizes = (c.tensor_model_parallel_size, c.pipeline_model_parallel_size, c.context_parallel_size)
+        return {f"strategy_config.{key}": size for key, size in zip(_SPLITS, sizes, strict=True)}
+
+    def layout_text(self, num_devices: int) -> str:
+        """Return e.g. `TP 4 + SP · PP 2 · CP 1 · EP 8 · ETP 1 · DP 2`."""
+        c = self.strategy_config
+        virtual = c.virtual_pipeline_model_parallel_size
+        sizes = [
+            f"TP {c.tensor_model_parallel_size}{' + SP' if c.sequence_parallel else ''}",
+            f"PP {c.pipeline_model_parallel_size}",
+            *([f"VPP {virtual}"] if virtual else []),
+            f"CP {c.context_parallel_size}",
+            f"EP {c.expert_model_parallel_size}",
+            *([f"ETP {c.expert_tensor_size}"] if c.expert_model_parallel_size > 1 else []),
+            f"DP {num_devices // c.model_parallel_size}",
+        ]
+        return " · ".join(sizes)
+
+    def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
+        """Yield why the layout does not fit the model, the ranks or the machine."""
+        architecture = architecture_of(model)
+        for problem in layout_problems(architecture, self.strategy_config, num_devices, on_cuda):
+            yield problem._replace(key=f"strategy_config.{problem.key}")
+
+    def parameters_per_device(
+        self, model: str, num_devices: int, *, value_head: bool
+    ) -> Sequence[DeviceParameters] | None:
+        """Count the parameters of every rank; stages of a pipeline differ."""
+        stages = self._parameters_of_stages(model, value_head)
+        if stages is None:
+            return None
+        shared, experts = optimizer_shares(self.strategy_config, num_devices)
+        per_stage = max(num_devices // len(stages), 1)  # the ranks of a stage are consecutive
+        held = [
+            DeviceParameters(stage.total, stage.shared / shared + stage.experts / experts)
+            for stage in stages
+            for _ in range(per_stage)
+        ]
+        largest = max(held, key=lambda parameters: parameters.weights)
+        return (held + [largest] * num_devices)[:num_devices]
+
+    def _parameters_of_stages(self, model: str, value_head: bool) -> list[RankParameters] | None:
+        """Return the parameters of a rank of each stage, counted from the architecture or estimated from the name."""
+        layout = self.strategy_config
+        pipeline = layout.pipeline_model_parallel_size
+        if (architecture := _known_architecture(model)) is not None:
+            head = "value" if value_head else "vocabulary"
+            return [parameters_of_rank(architecture, layout, stage, head) for stage in range(pipeline)]
+        size = size_of(model)
+        if size is None:
+            return None
+        shared = (size.num_parameters - size.num_expert_parameters) // (layout.tensor_model_parallel_size * pipeline)
+        return [RankParameters(shared, size.num_expert_parameters // layout.expert_copy_size)] * pipeline
+
+
+def _known_architecture(model: str) -> Architecture | None:
+    try:
+        return architecture_of(model)
+    except ConfigError:
+        return None
+
+
+class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
+    """Train with megatron-core."""
+
+    has_value_head: ClassVar[bool] = True
+    can_replay_routing: ClassVar[bool] = True
+
+    @property
+    def packs_samples(self) -> bool:
+        """True with `use_sequence_packing`."""
+        return self.strategy_config.use_sequence_packing
+
+    @property
+    def replay_conflicts(self) -> dict[str, str]:
+        """The keys by which a rank holds only some tokens or layers, or in another order."""
+        c = self.strategy_config
+        switches = {"sequence_parallel": c.sequence_parallel, "use_sequence_packing": c.use_sequence_packing}
+        conflicts = {key: str(size) for key, size in self.model_parallel_sizes.items() if size > 1}
+        return conflicts | {f"strategy_config.{key}": "true" for key, is_on in switches.items() if is_on}
+
+    def build_train(self, model: ModelSetup, optimizer: OptimizerSetup) -> TrainStrategy:
+        """Build this rank of a `MegatronTrain`."""
+        from roll_gspo.strategies.megatron.engine.train import MegatronTrain
+
+        return MegatronTrain(model, optimizer, self.strategy_config)
+
+    def build_value(self, model: ModelSetup, optimizer: OptimizerSetup) -> ValueStrategy:
+        """Build this rank of a `MegatronValue`."""
+        from roll_gspo.strategies.megatron.engine.value import MegatronValue
+
+        return MegatronValue(model, optimizer, self.strategy_config)
+
+    def load_trained(self, model: ModelSetup, optimizer: OptimizerSetup, folder: Path) -> TrainedModel:
+        """Read the weights of any layout into a model of one rank, without an optimizer."""
+        from roll_gspo.strategies.megatron.engine.trained import MegatronTrained
+
+        return MegatronTrained(model, folder)
+
+
+class MegatronInferArgs(MegatronArgs, ScoreStrategyArgs):
+    """Score tokens with megatron-core."""
+
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield keys that only training uses."""
+        yield from super().broken_rules()
+        c = self.strategy_config
+        for key, value in (
+            ("use_distributed_optimizer", c.use_distributed_optimizer),
+            ("overlap_grad_reduce", c.overlap_grad_reduce),
+            ("recompute_granularity", c.recompute_granularity),
+        ):
+            if value:
+                message = "is used only with megatron_train (megatron_infer has no gradients); remove it"
+                yield Problem(f"strategy_config.{key}", message, ("strategy_name",))
+
+    def build_scorer(self, model: ModelSetup) -> ScoringStrategy:
+        """Build this rank of a `MegatronInfer`."""
+        from roll_gspo.strategies.megatron.engine.infer import MegatronInfer
+
+        return MegatronInfer(model, self.strategy_config)

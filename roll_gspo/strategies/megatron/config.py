@@ -1,0 +1,117 @@
+"""The options of the megatron-core engine, and the rules that hold for every model and number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from roll_gspo.config.base import Problem, Schema, used_only_with
+
+
+class MegatronConfig(Schema):
+    """`strategy_config` of `megatron_train` and `megatron_infer`; the names are megatron-core's."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each weight matrix."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Ranks that share the stack of layers."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Interleaved pipeline chunks a rank."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of a mixture-of-experts layer."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share each expert's matrices; null: as `tensor_model_parallel_size`. Mixtures of experts only."""
+    sequence_parallel: bool = False
+    """Cut norms and dropouts over the tensor-parallel ranks too."""
+    use_sequence_packing: bool = False
+    """Lay the samples of a micro-batch one after the other, without padding."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass instead of keeping them."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """How layers are chosen for `recompute_granularity: full`."""
+    recompute_num_layers: PositiveInt | None = None
+    """How many layers a recomputed unit has."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to their experts; mixtures of experts only."""
+    moe_grouped_gemm: bool = False
+    """Run the experts of a layer as one grouped matrix product; needs TransformerEngine."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert's matrices, whichever key says so."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_copy_size(self) -> int:
+        """Ranks that hold all experts of the model together."""
+        return self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+
+    def broken_rules(self) -> Iterator[Problem]:
+        """What no model and no number of ranks makes possible."""
+        yield from super().broken_rules()
+        yield from self._broken_parallel_rules()
+        yield from self._broken_recompute_rules()
+
+    def _broken_parallel_rules(self) -> Iterator[Problem]:
+        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        virtual, expert_tensor = self.virtual_pipeline_model_parallel_size, self.expert_tensor_parallel_size
+        if virtual is not None and pipeline == 1:
+            yield Problem(
+                "virtual_pipeline_model_parallel_size",
+                f"{virtual} splits pipeline stages, and there is one; set it to null, or pipeline_model_parallel_size "
+                "to 2 or more",
+                ("pipeline_model_parallel_size",),
+            )
+        elif virtual == 1:
+            message = "1 splits no stage; set it to null, or to 2 or more"
+            yield Problem("virtual_pipeline_model_parallel_size", message)
+        if self.sequence_parallel and tensor == 1:
+            yield Problem(
+                "sequence_parallel",
+                "true splits positions over tensor-parallel ranks, and there is one; set it to false, or "
+                "tensor_model_parallel_size to 2 or more",
+                ("tensor_model_parallel_size",),
+            )
+        if self.expert_model_parallel_size == 1 and expert_tensor not in (None, tensor):
+            yield Problem(
+                "expert_tensor_parallel_size",
+                f"{expert_tensor} with tensor_model_parallel_size {tensor} and expert_model_parallel_size 1: megatron "
+                "would not sum the experts' gradients over all ranks that hold them; set it to null, or "
+                "expert_model_parallel_size to 2 or more",
+                ("tensor_model_parallel_size", "expert_model_parallel_size"),
+            )
+        if self.moe_token_dispatcher_type == "allgather" and pipeline > 1:
+            yield Problem(
+                "moe_token_dispatcher_type",
+                f"allgather with pipeline_model_parallel_size {pipeline} cannot process micro-batches of different "
+                "lengths; set alltoall",
+                ("pipeline_model_parallel_size",),
+            )
+
+    def _broken_recompute_rules(self) -> Iterator[Problem]:
+        if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
+            yield Problem(
+                "recompute_granularity",
+                "full needs recompute_method and recompute_num_layers; add 'recompute_method: uniform' and "
+                "'recompute_num_layers: 1'",
+                ("recompute_method", "recompute_num_layers"),
+            )
+        for key, value in (
+            ("recompute_method", self.recompute_method),
+            ("recompute_num_layers", self.recompute_num_layers),
+        ):
+            if value and self.recompute_granularity != "full":
+                yield used_only_with(key, "recompute_granularity", "full")

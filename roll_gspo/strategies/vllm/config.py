@@ -1,0 +1,31 @@
+"""The options of the vLLM engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from roll_gspo.config.base import Schema
+
+
+class VllmConfig(Schema):
+    """`strategy_config` of `vllm`; names are vLLM's."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Devices that share one engine."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of GPU memory for weights and KV cache; means nothing on a CPU."""
+    kv_cache_memory_mb: PositiveInt | None = None
+    """Fixed size of the KV cache; null: on a CPU what `max_num_seqs` full sequences need (up to 4 GiB or a quarter of
+    the free memory), else vLLM's own."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded together."""
+    max_num_batched_tokens: PositiveInt | None = None
+    """Tokens in one engine step; null: vLLM's default. On a CPU at least a whole sequence: none is cut there."""
+    enforce_eager: bool | None = None
+    """Skip graph capture and compilation; null: true on a CPU, false on a GPU."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV cache of shared prompt prefixes within one weights version."""
+    load_format: Literal["dummy", "auto"] = "dummy"
+    """`dummy` starts with random weights, so that a tensor the first transfer misses cannot go unnoticed."""
