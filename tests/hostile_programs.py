@@ -1,4 +1,4 @@
-"""Programs that attack what runs them, and what a host looks like before and after."""
+"""Programs that attack the sandbox, and functions to check that the host is unchanged."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import socket
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-# Each prints "escaped" where it gets what it wants, and may end as it likes.
+# Each prints "escaped" if its attack succeeds, and may end in any way.
 _SOURCES = {
     "fork bomb": """
         import os
@@ -44,7 +45,7 @@ _SOURCES = {
     "endless output": """
         while True: print('x' * 10000)
         """,
-    "endless complaints": """
+    "endless stderr": """
         import sys
         while True: print('x' * 10000, file=sys.stderr)
         """,
@@ -59,14 +60,14 @@ _SOURCES = {
         """,
     "kill the group": "import os\nos.killpg(0, 9)",
     "stop the parent": "import os, signal, time\nos.kill(1, signal.SIGSTOP)\ntime.sleep(100)",
-    "deaf to signals": """
+    "ignore signals": """
         import signal, time
         for number in range(1, 64):
             try: signal.signal(number, signal.SIG_IGN)
             except (OSError, ValueError): pass
         while True: pass
         """,
-    "others' memory": """
+    "memory of others": """
         import os
         for pid in range(1, 400):
             for name in ('environ', 'mem', 'maps', 'root/etc/shadow', 'cwd'):
@@ -119,12 +120,12 @@ _SOURCES = {
         import os
         while True: os.mkdir('d'); os.chdir('d')
         """,
-    "no rights for the cleaner": """
+    "unreadable folders": """
         import os
         os.makedirs('a/b'); os.chmod('a/b', 0); os.chmod('a', 0)
         """,
     "close everything": "import os\nos.closerange(0, 100)\nprint('x')",
-    "quit at once": "import os\nos._exit(0)",
+    "exit without cleanup": "import os\nos._exit(0)",
     "crash": "import ctypes\nctypes.string_at(1)",
     "abort": "import os\nos.abort()",
     "huge recursion": """
@@ -171,7 +172,7 @@ _SOURCES = {
         pid = libc.syscall({'x86_64': 56, 'aarch64': 220}[platform.machine()], 0x10000000 | 17, 0, 0, 0, 0)
         if pid >= 0: print('escaped')
         """,
-    "raise its limits": """
+    "raise limits": """
         import resource
         for kind in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):
             try: resource.setrlimit(kind, (resource.RLIM_INFINITY,) * 2)
@@ -186,14 +187,14 @@ _SOURCES = {
                 except OSError: continue
                 if family != socket.AF_UNIX: print('escaped', family)
         """,
-    "speak to its runner": """
+    "write to the runner": """
         import os, socket
         for fd in range(3, 200):
             try: os.write(fd, b'\\x00' * 64 + b'{"status": "finished"}')
             except OSError: continue
             print('escaped', fd)
         """,
-    "wait for its runner's secrets": """
+    "read frames of the runner": """
         import gc, sys
         frame, seen = sys._getframe(), []
         while frame: seen.append(repr(frame.f_locals)[:100000]); frame = frame.f_back
@@ -201,21 +202,20 @@ _SOURCES = {
         """,
 }
 HOSTILE = {name: textwrap.dedent(source) for name, source in _SOURCES.items()}
-# Their own end is not to be waited for.
-ENDLESS = {"fork bomb", "thread bomb", "daemon", "stop the parent", "deaf to signals", "sleep", "busy"}
+# Programs that do not end before a time limit.
+ENDLESS = {"fork bomb", "thread bomb", "daemon", "stop the parent", "ignore signals", "sleep", "busy"}
 
 
 def descendants(pid: int) -> set[int]:
-    """All processes below one."""
+    """Return the ids of all descendants of a process."""
     try:
         return {child.pid for child in psutil.Process(pid).children(recursive=True)}
     except psutil.NoSuchProcess:
         return set()
 
 
-def until(condition: object, timeout_s: float = 60.0) -> bool:
-    """Whether a condition (a function) comes true in time."""
-    assert callable(condition)
+def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> bool:
+    """Wait for a condition, and return whether it became true in time."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
@@ -224,8 +224,8 @@ def until(condition: object, timeout_s: float = 60.0) -> bool:
     return True
 
 
-def state() -> dict[str, object]:
-    """What a program might leave behind: of this process's kin, and of the file system that it could have reached."""
+def host_state() -> dict[str, object]:
+    """Return the processes, descriptors, mounts, ports and shared memory that a program might leave behind."""
     return {
         "processes": descendants(os.getpid()),
         "descriptors": len(os.listdir("/proc/self/fd")),
@@ -236,7 +236,7 @@ def state() -> dict[str, object]:
 
 
 def listener() -> socket.socket:
-    """A TCP socket of this machine that waits for a connection."""
+    """Return a listening TCP socket of this machine."""
     server = socket.create_server(("127.0.0.1", 0))
     server.setblocking(False)
     return server

@@ -100,12 +100,12 @@ class CodeSandbox:
     def _run_unit_tests(self, cases: UnitTests, response: str, deadline: float, row: Mapping[str, Any]) -> RewardOutput:
         """Run unit tests. All tests of a row share one process, so that a test that hangs also fails the later ones."""
         sources = cases.sources[: self._max_cases]
-        with self._sandbox.start("") as examiner:
+        with self._sandbox.start("") as test_program:
             compiled = True
             if cases.tests_text:
                 text = response.rpartition(_THINKING_END)[2]
                 texts = [source.replace("{response}", repr(text)) for source in sources]
-                outcome = examiner.examine_alone(texts, max(_MIN_TIME_S, deadline - time.monotonic()))
+                outcome = test_program.run_standalone_tests(texts, max(_MIN_TIME_S, deadline - time.monotonic()))
             else:
                 source = extract_program(response, self._allow_bare)
                 if source is None:
@@ -115,7 +115,7 @@ class CodeSandbox:
                     if not compiled:
                         return self._output([], len(sources), compiled=False)
                     wall_s = max(_MIN_TIME_S, deadline - time.monotonic())
-                    outcome = program.examine(examiner, sources, cases.entry_point, wall_s)
+                    outcome = program.run_tests(test_program, sources, cases.entry_point, wall_s)
         result = _parse_stdout(outcome)
         if not isinstance(result, dict):  # the tests exceeded a limit
             return self._output([], len(sources), compiled)

@@ -1,4 +1,4 @@
-"""Runs model-written Python programs without access to anything: see `host`."""
+"""Sandbox that runs untrusted Python programs in isolation; see `host`."""
 
 from __future__ import annotations
 

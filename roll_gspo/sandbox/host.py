@@ -1,4 +1,4 @@
-"""Sandboxes as the process outside sees them: it starts, feeds, times and ends them."""
+"""Sandboxes from the outside: starting programs, running cases with a time limit, and killing programs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from roll_gspo.errors import MissingDependencyError, RollGspoError
-from roll_gspo.sandbox import frames, seccomp
+from roll_gspo.sandbox import messages, seccomp
 from roll_gspo.sandbox.limits import Limits, Outcome
-from roll_gspo.sandbox.room import PACKAGES
+from roll_gspo.sandbox.namespaces import PACKAGES
 
 logger = logging.getLogger(__name__)
 
-_BOOT = (
+_LAUNCH_CODE = (
     "import sys; sys.path.append(sys.argv[3]); "
-    "from roll_gspo.sandbox.zygote import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+    "from roll_gspo.sandbox.fork_server import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
-_START_S = 60.0
-_COMMAND_S = 30.0
-_GRACE_S = 1.0  # beyond the runner's own clock
+_START_TIMEOUT_S = 60.0
+_COMMAND_TIMEOUT_S = 30.0
+_GRACE_S = 1.0  # in addition to the time limit that the runner enforces
 _MODULES = (
     *(
         "array",
@@ -59,54 +59,54 @@ _REMEDY = (
     "kernel.apparmor_restrict_unprivileged_userns; in a container its seccomp profile, or CAP_SYS_ADMIN), or set "
     "allow_unsafe: true"
 )
-_WHAT_HOLDS = (
-    "allow_unsafe: programs run all the same. They can read the files of this user and write into its folders; only "
-    "limits of time, memory and output, their process group and, if the kernel has it, a filter of system calls hold"
+_UNSAFE_WARNING = (
+    "allow_unsafe: programs run without isolation and can read and write the files of this user; only limits of time, "
+    "memory and output, a process group and, if the kernel supports it, a system call filter apply"
 )
 
 
 class SandboxError(RollGspoError):
-    """This host cannot isolate programs, or a sandbox does not answer; the message says what is missing."""
+    """The host cannot isolate programs, or a sandbox does not answer."""
 
 
 class Sandbox:
-    """Runs Python programs one at a time (or two that talk to each other) without access to anything.
+    """Runs untrusted Python programs without access to files, network, environment and other processes.
 
     Args:
-        limits: of each program.
-        packages: import names of installed packages that programs may import beside the standard library.
-        allow_unsafe: where the host offers no isolation, run with limits alone instead of refusing.
+        limits: resource limits of each program.
+        packages: names of installed packages that programs may import besides the standard library.
+        allow_unsafe: if True, programs run with limits only on a host that does not support isolation.
 
     Raises:
-        SandboxError: the host offers no isolation.
+        SandboxError: the host does not support isolation.
         MissingDependencyError: a package is not installed.
     """
 
     def __init__(self, limits: Limits | None = None, packages: Sequence[str] = (), allow_unsafe: bool = False) -> None:
         self.limits = limits or Limits()
-        self._packages = _places(packages)
+        self._packages = _package_paths(packages)
         self.isolated = True
         try:
-            self._zygote = _Zygote(self.limits, self._packages, isolated=True)
+            self._server = _ForkServer(self.limits, self._packages, isolated=True)
         except SandboxError as error:
             if not allow_unsafe:
                 raise
             self.isolated = False
-            self._zygote = _Zygote(self.limits, self._packages, isolated=False)
-            logger.warning("%s\n%s", error, _WHAT_HOLDS)
+            self._server = _ForkServer(self.limits, self._packages, isolated=False)
+            logger.warning("%s\n%s", error, _UNSAFE_WARNING)
 
     def start(self, source: str) -> Program:
-        """Start a program's sandbox; close it when done."""
+        """Start a program, which must be closed after use."""
         try:
-            return Program(self._zygote, self.limits, source)
-        except (EOFError, OSError):  # it was killed from outside: once more, with a new one
-            self._zygote.close()
-            self._zygote = _Zygote(self.limits, self._packages, self.isolated)
-            return Program(self._zygote, self.limits, source)
+            return Program(self._server, self.limits, source)
+        except (EOFError, OSError):  # the fork server was killed from outside: retry with a new one
+            self._server.close()
+            self._server = _ForkServer(self.limits, self._packages, self.isolated)
+            return Program(self._server, self.limits, source)
 
     def close(self) -> None:
-        """End the processes; the sandbox cannot be used afterwards."""
-        self._zygote.close()
+        """Kill all processes. The sandbox cannot be used afterwards."""
+        self._server.close()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -115,160 +115,170 @@ class Sandbox:
         self.close()
 
 
-class _Zygote:
-    """The process that programs are forked from."""
+class _ForkServer:
+    """Handle of the fork server process."""
 
     def __init__(self, limits: Limits, packages: Sequence[tuple[str, str]], isolated: bool) -> None:
-        if isolated and not (sys.platform == "linux" and seccomp.supported()):
+        if isolated and not (sys.platform == "linux" and seccomp.is_supported()):
             raise SandboxError("sandbox: needs Linux on x86_64 or aarch64")
         self.isolated = isolated
-        self._control, theirs = socket.socketpair()
-        arguments = [str(theirs.fileno()), str(os.getpid()), str(Path(__file__).parents[2])]
-        with theirs:
+        self._control, child_end = socket.socketpair()
+        arguments = [str(child_end.fileno()), str(os.getpid()), str(Path(__file__).parents[2])]
+        with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-s", "-P", "-B", "-c", _BOOT, *arguments],
-                pass_fds=(theirs.fileno(),),
+                [sys.executable, "-S", "-s", "-P", "-B", "-c", _LAUNCH_CODE, *arguments],
+                pass_fds=(child_end.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
                 cwd="/",
             )
-        self._finalizer = weakref.finalize(self, _end, self._control, self._process, os.getpid())
-        self._control.settimeout(_START_S)
+        self._finalizer = weakref.finalize(self, _stop, self._control, self._process, os.getpid())
+        self._control.settimeout(_START_TIMEOUT_S)
         try:
-            frames.send(self._control, _setup(limits, packages, isolated))
-            answer = frames.receive(self._control)[0]
+            messages.send(self._control, _setup(limits, packages, isolated))
+            answer = messages.receive(self._control)[0]
         except (EOFError, OSError) as error:
             self.close()
-            raise SandboxError(f"sandbox: its first process did not start ({type(error).__name__} {error})") from None
-        self._control.settimeout(_COMMAND_S)
+            raise SandboxError(f"sandbox: the fork server did not start ({type(error).__name__} {error})") from None
+        self._control.settimeout(_COMMAND_TIMEOUT_S)
         if "problem" in answer:
             self.close()
-            raise SandboxError(f"sandbox: this host does not let us isolate programs ({answer['problem']}); {_REMEDY}")
+            raise SandboxError(f"sandbox: this host cannot isolate programs ({answer['problem']}); {_REMEDY}")
 
-    def ask(self, command: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
-        """Send a command and wait for the answer."""
+    def request(self, command: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
+        """Send a command and return the answer."""
         try:
-            frames.send(self._control, command, descriptors=descriptors)
-            answer = frames.receive(self._control)[0]
-        except (EOFError, OSError):  # an answer that is late must not be taken for the next one's
+            messages.send(self._control, command, descriptors=descriptors)
+            answer = messages.receive(self._control)[0]
+        except (EOFError, OSError):  # a late answer must not be read as the answer to the next command
             self.close()
             raise
         if "problem" in answer:
-            raise SandboxError(f"sandbox: a program's namespaces cannot be made ({answer['problem']})")
+            raise SandboxError(f"sandbox: the namespaces of a program cannot be created ({answer['problem']})")
         return answer
 
     def close(self) -> None:
-        """End it, and with it all programs."""
+        """End the fork server and all programs."""
         self._finalizer()
 
 
-def _end(control: socket.socket, process: subprocess.Popen[bytes], owner: int) -> None:
-    if os.getpid() != owner:  # a fork of that process must not end its sandbox
+def _stop(control: socket.socket, process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the owner must not end the owner's sandbox
         return
     control.close()
     try:
         process.wait(timeout=_GRACE_S)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=_COMMAND_S)
+        process.wait(timeout=_COMMAND_TIMEOUT_S)
 
 
 class Program:
-    """One program in its sandbox.
+    """One program in the sandbox.
 
     Attributes:
-        problem: why it does not compile, "" where it does.
+        problem: reason why the program does not compile; empty if it does.
     """
 
-    def __init__(self, zygote: _Zygote, limits: Limits, source: str) -> None:
-        self._zygote, self._limits, self._source = zygote, limits, source
+    def __init__(self, server: _ForkServer, limits: Limits, source: str) -> None:
+        self._server, self._limits, self._source = server, limits, source
         self._folder: str | None = None
         self._open()
 
     def _open(self) -> None:
-        if not self._zygote.isolated:
+        if not self._server.isolated:
             self._folder = tempfile.mkdtemp(prefix="sandbox")
-        self._connection, theirs = socket.socketpair()
-        with theirs:
-            self._id = self._zygote.ask({"do": "start", "folder": self._folder}, [theirs.fileno()])["id"]
+        self._connection, child_end = socket.socketpair()
+        with child_end:
+            self._id = self._server.request({"do": "start", "folder": self._folder}, [child_end.fileno()])["id"]
         self._lost = False
-        wall_s = self._begin({"do": "load"}, self._source.encode("utf-8", "replace"), None)
+        wall_s = self._send({"do": "load"}, self._source.encode("utf-8", "replace"), None)
         answer = self._receive(time.monotonic() + wall_s + _GRACE_S)
-        self.problem = str(answer[0].get("problem", "")) if answer else "compiling it ended its sandbox"
+        self.problem = str(answer[0].get("problem", "")) if answer else "the sandbox died while compiling the program"
 
     def run(self, stdin: str, wall_s: float | None = None) -> Outcome:
-        """Run it as a script.
+        """Run the program as a script.
 
         Args:
-            stdin: what it reads.
-            wall_s: seconds by the clock, at most those of the limits.
+            stdin: standard input.
+            wall_s: seconds by the clock, if lower than the limit.
         """
         return self._case({"do": "stdin"}, stdin.encode("utf-8", "replace"), wall_s)
 
     def call(self, function: str, arguments: Sequence[Any], wall_s: float | None = None) -> Outcome:
-        """Call one of its functions (or a method of its `Solution`); `stdout` is what it returned, as JSON."""
-        return self._case({"do": "call", "function": function}, json.dumps(list(arguments)).encode(), wall_s)
-
-    def examine(
-        self, examiner: Program, sources: Sequence[str], entry_point: str = "", wall_s: float | None = None
-    ) -> Outcome:
-        """Run unit tests on it.
+        """Call a function of the program, or a method of its class `Solution`.
 
         Args:
-            examiner: a program of the same sandbox, "" by its source, that the tests run in.
-            sources: of the tests: assertions, pytest functions, or a `check(candidate)`.
-            entry_point: the function that `check` is given, "" for other tests.
-            wall_s: as in `run`.
+            function: name of the function.
+            arguments: arguments that can be converted to JSON.
+            wall_s: see `run`.
 
         Returns:
-            The examiner's outcome, `stdout` as `exam.run` returns it, as JSON.
+            An outcome whose `stdout` is the returned value as JSON.
         """
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            wall_s = self._begin({"do": "serve"}, b"", wall_s, [theirs.fileno()])
-            job = json.dumps({"sources": list(sources), "entry_point": entry_point})
-            examiner._begin({"do": "exam"}, job.encode(), wall_s, [ours.fileno()])
-        return examiner._finish(wall_s)
+        return self._case({"do": "call", "function": function}, json.dumps(list(arguments)).encode(), wall_s)
 
-    def examine_alone(self, sources: Sequence[str], wall_s: float | None = None) -> Outcome:
-        """Run unit tests that need no program in this one."""
+    def run_tests(
+        self, test_program: Program, sources: Sequence[str], entry_point: str = "", wall_s: float | None = None
+    ) -> Outcome:
+        """Run unit tests on the program.
+
+        Args:
+            test_program: program of the same sandbox with empty source, in which the tests run.
+            sources: source codes of tests: assertions, pytest functions, or a function `check(candidate)`.
+            entry_point: name of the function that is passed to `check`; empty for other tests.
+            wall_s: see `run`.
+
+        Returns:
+            Outcome of the test program, whose `stdout` is the result of `unit_tests.run_tests` as JSON.
+        """
+        program_end, tests_end = socket.socketpair()
+        with program_end, tests_end:
+            wall_s = self._send({"do": "serve"}, b"", wall_s, [program_end.fileno()])
+            job = json.dumps({"sources": list(sources), "entry_point": entry_point})
+            test_program._send({"do": "tests"}, job.encode(), wall_s, [tests_end.fileno()])
+        return test_program._outcome(wall_s)
+
+    def run_standalone_tests(self, sources: Sequence[str], wall_s: float | None = None) -> Outcome:
+        """Run unit tests that need no program; see `run_tests`."""
         job = json.dumps({"sources": list(sources), "entry_point": ""})
-        return self._case({"do": "exam"}, job.encode(), wall_s)
+        return self._case({"do": "tests"}, job.encode(), wall_s)
 
     def _case(self, header: dict[str, Any], body: bytes, wall_s: float | None) -> Outcome:
-        return self._finish(self._begin(header, body, wall_s))
+        return self._outcome(self._send(header, body, wall_s))
 
-    def _begin(
+    def _send(
         self, header: dict[str, Any], body: bytes, wall_s: float | None, descriptors: Sequence[int] = ()
     ) -> float:
-        if self._lost:  # an answer that is late must not be taken for the next one's
+        """Send a message to the runner, and return the time limit that applies."""
+        if self._lost:  # a late answer must not be read as the answer to the next message
             self.close()
             self._open()
         wall_s = min(wall_s or self._limits.wall_s, self._limits.wall_s)
         self._connection.settimeout(wall_s + _GRACE_S)
-        with contextlib.suppress(OSError):  # `_finish` will find out
-            frames.send(self._connection, {**header, "wall_s": wall_s}, body, descriptors)
+        with contextlib.suppress(OSError):  # `_receive` fails, too
+            messages.send(self._connection, {**header, "wall_s": wall_s}, body, descriptors)
         return wall_s
 
-    def _finish(self, wall_s: float) -> Outcome:
+    def _outcome(self, wall_s: float) -> Outcome:
         deadline = time.monotonic() + wall_s + _GRACE_S
         answer = self._receive(deadline)
-        return _outcome(*answer) if answer else Outcome("lost", -signal.SIGKILL, "", "")
+        return _parse_outcome(*answer) if answer else Outcome("lost", -signal.SIGKILL, "", "")
 
     def _receive(self, deadline: float) -> tuple[dict[str, Any], bytes] | None:
-        most = (self._limits.output_kb + 2 * 1024) << 10
+        max_body = (self._limits.output_kb + 2 * 1024) << 10
         try:
-            return frames.receive(self._connection, max_body=most, deadline=deadline)[:2]
-        except (EOFError, OSError, frames.BadFrameError):
+            return messages.receive(self._connection, max_body=max_body, deadline=deadline)[:2]
+        except (EOFError, OSError, messages.InvalidMessageError):
             self._lost = True
             return None
 
     def close(self) -> None:
-        """End it and all that it started; none is left when this returns."""
+        """Kill the program and all processes that it started, and wait until they have ended."""
         self._connection.close()
-        with contextlib.suppress(EOFError, OSError):  # a zygote that is gone has taken it along
-            self._zygote.ask({"do": "end", "id": self._id})
+        with contextlib.suppress(EOFError, OSError):  # if the fork server has ended, so has the program
+            self._server.request({"do": "end", "id": self._id})
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -279,8 +289,8 @@ class Program:
         self.close()
 
 
-def _outcome(header: dict[str, Any], body: bytes) -> Outcome:
-    """Of what the runner says, which may be anything."""
+def _parse_outcome(header: dict[str, Any], body: bytes) -> Outcome:
+    """Validate the message of a runner, which is untrusted."""
     status, code, length = (header.get(name) for name in ("status", "exit_code", "stdout"))
     if status not in ("finished", "timeout", "output") or not isinstance(code, int) or not isinstance(length, int):
         return Outcome("lost", -signal.SIGKILL, "", "")
@@ -289,7 +299,7 @@ def _outcome(header: dict[str, Any], body: bytes) -> Outcome:
 
 
 def _environment() -> dict[str, str]:
-    """Of the zygote; programs get the part without the last line."""
+    """Return the environment variables of the fork server; programs do not get `LD_LIBRARY_PATH`."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     libraries = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
     return {
@@ -300,7 +310,7 @@ def _environment() -> dict[str, str]:
 
 def _setup(limits: Limits, packages: Sequence[tuple[str, str]], isolated: bool) -> dict[str, Any]:
     stdlib = [os.path.dirname(os.path.realpath(os.__file__)), os.path.realpath(sysconfig.get_config_var("DESTSHARED"))]
-    parents = [PACKAGES] if isolated else list(dict.fromkeys(os.path.dirname(place) for place, _ in packages))
+    parents = [PACKAGES] if isolated else list(dict.fromkeys(os.path.dirname(path) for path, _ in packages))
     return {
         "limits": vars(limits),
         "isolated": isolated,
@@ -309,28 +319,28 @@ def _setup(limits: Limits, packages: Sequence[tuple[str, str]], isolated: bool) 
         "executable": os.path.realpath(sys.executable),
         "path": [*stdlib, *parents] if packages else stdlib,
         "packages": [name for _, name in packages if "." not in name],
-        "contents": _contents(stdlib, packages),
+        "visible_files": _visible_files(stdlib, packages),
     }
 
 
-def _contents(stdlib: Sequence[str], packages: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """See `room.Contents`: the interpreter, its library and what these are linked with."""
+def _visible_files(stdlib: Sequence[str], packages: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return the fields of `namespaces.VisibleFiles`: the interpreter, its modules and their shared libraries."""
     links = [(path, os.readlink(path)) for path in ("/lib", "/lib64", "/lib32") if os.path.islink(path)]
-    of_machine = [f"{folder}/{sysconfig.get_config_var('MULTIARCH')}" for folder in ("/usr/lib", "/lib")]
-    libraries = of_machine if os.path.isdir(of_machine[0]) else ["/usr/lib", "/lib"]
-    own = () if sys.base_prefix == "/usr" else (os.path.join(sys.base_prefix, "lib"),)
+    multiarch = [f"{folder}/{sysconfig.get_config_var('MULTIARCH')}" for folder in ("/usr/lib", "/lib")]
+    libraries = multiarch if os.path.isdir(multiarch[0]) else ["/usr/lib", "/lib"]
+    prefix = () if sys.base_prefix == "/usr" else (os.path.join(sys.base_prefix, "lib"),)
     wanted = {
         *(*libraries, "/usr/lib64", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"),
-        *(*own, *stdlib, os.path.realpath(sys.executable)),
+        *(*prefix, *stdlib, os.path.realpath(sys.executable)),
     }
     present = sorted({os.path.realpath(path) for path in wanted if os.path.exists(path)})
     folders = [path for path in present if not any(path.startswith(other + "/") for other in present)]
-    if misplaced := [path for path in folders if path.startswith("/tmp/")]:
-        raise SandboxError(f"sandbox: Python lies in {misplaced[0]}, and programs get a /tmp of their own; move it")
+    if in_tmp := [path for path in folders if path.startswith("/tmp/")]:
+        raise SandboxError(f"sandbox: Python is in {in_tmp[0]}, but programs have a private /tmp; move it")
     patterns = [
-        f"{folder}{deep}/{kind}-packages"
+        f"{folder}{subfolder}/{kind}-packages"
         for folder in folders
-        for deep in ("", "/python3*")
+        for subfolder in ("", "/python3*")
         for kind in ("site", "dist")
     ]
     hidden = sorted(
@@ -339,19 +349,17 @@ def _contents(stdlib: Sequence[str], packages: Sequence[tuple[str, str]]) -> dic
     return {"folders": folders, "hidden": hidden, "links": links, "packages": list(packages)}
 
 
-def _places(packages: Sequence[str]) -> list[tuple[str, str]]:
-    """(path, name) of packages, and of the shared libraries that wheels put beside them."""
-    places = []
+def _package_paths(packages: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (path, name) of each package, and of the folders with its shared libraries that wheels install."""
+    paths = []
     for name in packages:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None or spec.origin is None:
-            raise MissingDependencyError(
-                f"sandbox: no package '{name}' to give programs: pip install {name}", name=name
-            )
+            raise MissingDependencyError(f"sandbox: packages: '{name}' is not installed: pip install {name}", name=name)
         origin = os.path.realpath(spec.origin)
-        place = os.path.dirname(origin) if spec.submodule_search_locations else origin
-        places.append((place, os.path.basename(place)))
-        libraries = f"{place}.libs"
+        path = os.path.dirname(origin) if spec.submodule_search_locations else origin
+        paths.append((path, os.path.basename(path)))
+        libraries = f"{path}.libs"
         if os.path.isdir(libraries):
-            places.append((libraries, os.path.basename(libraries)))
-    return places
+            paths.append((libraries, os.path.basename(libraries)))
+    return paths

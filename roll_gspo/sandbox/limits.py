@@ -1,4 +1,4 @@
-"""What a program may use, and what became of a run of it. Standard library only: it is imported in the sandbox, too."""
+"""Resource limits and outcomes of programs. Imports only the standard library, because the sandbox imports it, too."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Resource limits of one program.
 
     Attributes:
-        wall_s: seconds of one run by the clock.
-        cpu_s: seconds of processor time of each of its processes in one run.
-        memory_mb: MiB of address space of each of its processes, beyond the bare interpreter's.
-        processes: processes at a time, its own included. 1: the kernel refuses it to start any.
-        threads: threads of all its processes together.
-        open_files: descriptors of each process.
-        file_mb: MiB of one file.
-        tmp_mb: MiB of its private `/tmp`.
-        output_kb: KiB that one run may print to stdout, and as many to stderr.
+        wall_s: seconds per run, by the clock.
+        cpu_s: seconds of CPU time per process and run.
+        memory_mb: MiB of address space per process, in addition to that of the bare interpreter.
+        processes: concurrent processes, including the program itself. With 1, it cannot start any.
+        threads: concurrent threads of all processes.
+        open_files: file descriptors per process.
+        file_mb: MiB per file.
+        tmp_mb: MiB of the private `/tmp`.
+        output_kb: KiB of stdout per run, and the same of stderr.
     """
 
     wall_s: float = 5.0
@@ -35,22 +35,26 @@ class Limits:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = vars(self)[entry.name]
-            whole = entry.name not in ("wall_s", "cpu_s")
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 < value < 2**31:
-                kind = "a whole number" if whole else "a number"
-                raise ValueError(f"{entry.name} is {value!r}; give {kind} above 0")
+            is_int = entry.name not in ("wall_s", "cpu_s")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if is_int else int | float)
+                or not 0 < value < 2**31
+            ):
+                kind = "an integer" if is_int else "a number"
+                raise ValueError(f"{entry.name} is {value!r}; use {kind} above 0")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run of a program.
+    """Outcome of one run of a program.
 
     Attributes:
-        status: `finished` (whatever its exit code), `timeout` (clock or processor time), `output` (printed too much),
-            or `lost` (its sandbox ended under it, or answered nonsense).
-        exit_code: of the program where it finished; -n: it died of signal n.
-        stdout: what it printed; for a call the returned value as JSON.
-        stderr: the end of what it printed there.
+        status: `finished` (with any exit code), `timeout` (wall or CPU time), `output` (output limit exceeded), or
+            `lost` (the sandbox died or sent an invalid message).
+        exit_code: exit code of a finished program; -n if it was killed by signal n.
+        stdout: standard output; for a call, the returned value as JSON.
+        stderr: end of the standard error.
     """
 
     status: Literal["finished", "timeout", "output", "lost"]
@@ -60,17 +64,17 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """It finished, and without an error."""
+        """True if the program finished with exit code 0."""
         return self.status == "finished" and self.exit_code == 0
 
     @property
     def reason(self) -> str:
-        """Why it is not ok, in a line; "" where it is."""
+        """Reason of the failure in one line; empty if the program succeeded."""
         if self.ok:
             return ""
         if self.status != "finished":
-            texts = {"timeout": "took too long", "output": "printed too much", "lost": "ended its sandbox"}
+            texts = {"timeout": "timeout", "output": "output limit exceeded", "lost": "the sandbox died"}
             return texts[self.status]
         last = self.stderr.strip().rpartition("\n")[2][:200]
-        how = f"died of signal {-self.exit_code}" if self.exit_code < 0 else f"exit code {self.exit_code}"
-        return f"{how}: {last}" if last else how
+        end = f"killed by signal {-self.exit_code}" if self.exit_code < 0 else f"exit code {self.exit_code}"
+        return f"{end}: {last}" if last else end

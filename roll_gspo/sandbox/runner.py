@@ -1,9 +1,9 @@
-"""The first process of a program's namespace: it gives up every right, loads the program and runs it, case by case.
+"""First process of a program's PID namespace: it drops its privileges, compiles the program and runs its cases.
 
-Each case is a fork, so that cases know nothing of each other and a crash costs one. This process is not trusted with
-anything: it knows no expected output, and what it says is data. `Sandbox` outside keeps the clock as well.
+Each case runs in a fork, so that cases share no state and a crash fails one case only. The runner is untrusted: it
+never has an expected output, and its messages are treated as data. `Sandbox` measures the time, too.
 
-In come `load` with the source, then a message for each case; out goes a message for each.
+The runner receives `load` with the source code, then one message per case. It sends one message in answer to each.
 """
 
 from __future__ import annotations
@@ -20,24 +20,31 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NoReturn
 
-from roll_gspo.sandbox import frames, kernel, program, room, seccomp
+from roll_gspo.sandbox import messages, namespaces, run_case, seccomp, syscalls
 from roll_gspo.sandbox.limits import Limits
 
 _STACK_BYTES = 64 << 20
 _MAX_STDERR = 4096
 _CHUNK = 1 << 16
-_OWN_TASKS = 8  # guards and runners, where they are of the same user
+_RESERVED_TASKS = 8  # supervisors and runners, which may belong to the same user
 
 
 def prepare() -> None:
-    """In the zygote: what every program has, made once."""
-    program.prepare()
+    """Prepare the names of all programs, once in the fork server."""
+    run_case.prepare()
 
 
 def main(descriptor: int, limits: Limits, isolated: bool, folder: str | None) -> NoReturn:
-    """Serve until the other end of the socket is closed."""
+    """Run cases until the socket is closed.
+
+    Args:
+        descriptor: file descriptor of the socket to `Sandbox`.
+        limits: resource limits of the program.
+        isolated: False if the host has no namespaces.
+        folder: working directory without isolation.
+    """
     try:
-        _settle(descriptor, limits, isolated, folder)
+        _confine(descriptor, limits, isolated, folder)
         _serve(socket.socket(fileno=descriptor), limits, isolated)
     except (EOFError, ConnectionError):
         pass
@@ -45,26 +52,26 @@ def main(descriptor: int, limits: Limits, isolated: bool, folder: str | None) ->
         os._exit(1)
 
 
-def _settle(descriptor: int, limits: Limits, isolated: bool, folder: str | None) -> None:
-    address_space = _address_space()  # by the host's /proc; there may be no other
+def _confine(descriptor: int, limits: Limits, isolated: bool, folder: str | None) -> None:
+    address_space = _address_space()  # reads the /proc of the host; the sandbox may have none
     os.closerange(3, descriptor)
     os.closerange(descriptor + 1, 1024)
     if isolated:
-        room.show_own_processes()
-        room.give_up_privileges()
+        namespaces.mount_own_proc()
+        namespaces.drop_privileges()
         os.chdir("/tmp")
-        kernel.set_filter(seccomp.refusing())
+        syscalls.install_seccomp_filter(seccomp.build_filter())
     else:
         os.chdir(folder or "/")
-        with contextlib.suppress(OSError):  # seccomp below may want it, and may be missing as well
-            kernel.no_new_privileges()
-    kernel.die_with_parent()
+        with contextlib.suppress(OSError):  # seccomp requires it; both may be unavailable
+            syscalls.set_no_new_privs()
+    syscalls.set_parent_death_signal()
     _limit(limits, address_space)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
 
 def _address_space() -> int:
-    """Bytes that the bare interpreter has mapped."""
+    """Return the number of bytes that the bare interpreter has mapped."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 
@@ -88,23 +95,23 @@ def _limit(limits: Limits, address_space: int) -> None:
 def _serve(connection: socket.socket, limits: Limits, isolated: bool) -> None:
     code: CodeType | None = None
     while True:
-        header, body, descriptors = frames.receive(connection, max_descriptors=1)
+        header, body, descriptors = messages.receive(connection, max_descriptors=1)
         if header["do"] == "load":
             code, problem = _compile(body)
-            frames.send(connection, {"problem": problem})
+            messages.send(connection, {"problem": problem})
             continue
         case = _Case(header, body, limits, float(header["wall_s"]), isolated)
 
         def run(header=header, body=body, code=code, descriptors=descriptors) -> NoReturn:
             connection.close()
-            program.run(header, body, code, descriptors[0] if descriptors else None)
+            run_case.run_case(header, body, code, descriptors[0] if descriptors else None)
 
         status, exit_code, stdout, stderr = case.run(run)
         for descriptor in descriptors:
             os.close(descriptor)
         del stdout[limits.output_kb << 10 :]
         answer = {"status": status, "exit_code": exit_code, "stdout": len(stdout)}
-        frames.send(connection, answer, bytes(stdout + stderr))
+        messages.send(connection, answer, bytes(stdout + stderr))
 
 
 def _compile(source: bytes) -> tuple[CodeType | None, str]:
@@ -116,7 +123,7 @@ def _compile(source: bytes) -> tuple[CodeType | None, str]:
 
 @dataclass
 class _Case:
-    """One run of the program in a fork, fed and read through pipes."""
+    """One run of the program in a fork, connected by pipes."""
 
     header: dict[str, Any]
     body: bytes
@@ -128,36 +135,37 @@ class _Case:
     stderr_bytes: int = 0
 
     def run(self, child: Callable[[], NoReturn]) -> tuple[str, int, bytearray, bytearray]:
-        """Status, exit code (-n: signal n), what it printed."""
-        feeds = self.header["do"] == "stdin"
+        """Run the case, and return (status, exit code, stdout, stderr). The exit code is -n for signal n."""
+        has_stdin = self.header["do"] == "stdin"
         pipes = [os.pipe() for _ in range(4)]  # stdin, stdout, stderr, SIGCHLD
         for end in pipes[3]:
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(pipes[3][1], warn_on_full_buffer=False)  # before there is a child that could end
+        signal.set_wakeup_fd(pipes[3][1], warn_on_full_buffer=False)  # before the fork, so that no SIGCHLD is missed
         pid = os.fork()
         if not pid:
-            _become_program(pipes, self.limits, self.isolated, child)
-        ours = (pipes[0][1], pipes[1][0], pipes[2][0])
-        for theirs in (pipes[0][0], pipes[1][1], pipes[2][1]):
-            os.close(theirs)
-        for descriptor in ours:
+            _start_child(pipes, self.limits, self.isolated, child)
+        parent_ends = (pipes[0][1], pipes[1][0], pipes[2][0])
+        for child_end in (pipes[0][0], pipes[1][1], pipes[2][1]):
+            os.close(child_end)
+        for descriptor in parent_ends:
             os.set_blocking(descriptor, False)
         try:
-            status, code = self._watch(pid, *ours, pipes[3][0], memoryview(self.body if feeds else b""))
+            status, code = self._watch(pid, *parent_ends, pipes[3][0], memoryview(self.body if has_stdin else b""))
         finally:
             signal.set_wakeup_fd(-1)
-            for descriptor in (*ours[1:], *pipes[3]):
+            for descriptor in (*parent_ends[1:], *pipes[3]):
                 os.close(descriptor)
         self._clean()
         return status, code, self.stdout, self.stderr
 
-    def _watch(self, pid: int, into: int, out: int, err: int, wake: int, left: memoryview) -> tuple[str, int]:
+    def _watch(self, pid: int, stdin: int, stdout: int, stderr: int, wake: int, left: memoryview) -> tuple[str, int]:
+        """Write stdin and read the output until the program ends or exceeds a limit; return (status, exit code)."""
         poll = select.poll()
-        poll.register(into, select.POLLOUT)
-        for descriptor in (out, err, wake):
+        poll.register(stdin, select.POLLOUT)
+        for descriptor in (stdout, stderr, wake):
             poll.register(descriptor, select.POLLIN)
         deadline = time.monotonic() + self.wall_s
-        sinks, fed, status = {out: self.stdout, err: self.stderr}, False, ""
+        sinks, stdin_closed, status = {stdout: self.stdout, stderr: self.stderr}, False, ""
         ended = None
         while ended is None:
             remaining = deadline - time.monotonic()
@@ -165,36 +173,36 @@ class _Case:
                 status = status or "timeout"
                 break
             for descriptor, _ in poll.poll(remaining * 1000 + 1):
-                if descriptor == into:
-                    left = _feed(into, left)
+                if descriptor == stdin:
+                    left = _write_some(stdin, left)
                     if not left:
-                        poll.unregister(into)
-                        os.close(into)
-                        fed = True
+                        poll.unregister(stdin)
+                        os.close(stdin)
+                        stdin_closed = True
                 elif descriptor == wake:
                     os.read(wake, _CHUNK)
                     ended = self._reap(pid)
                 elif not self._read(descriptor, sinks[descriptor]):
                     poll.unregister(descriptor)
-            if self._too_much():
+            if self._output_exceeded():
                 status = "output"
-        if not fed:
-            os.close(into)
-        self._end_all(pid)
+        if not stdin_closed:
+            os.close(stdin)
+        self._kill_all(pid)
         if ended is None:
             ended = self._reap(pid, wait=True)
         for descriptor, sink in sinks.items():
-            while self._read(descriptor, sink) and not self._too_much():
+            while self._read(descriptor, sink) and not self._output_exceeded():
                 pass
-        return self._judged(status or ("output" if self._too_much() else ""), ended)
+        return self._classify(status or ("output" if self._output_exceeded() else ""), ended)
 
-    def _judged(self, status: str, ended: tuple[int, float] | None) -> tuple[str, int]:
+    def _classify(self, status: str, ended: tuple[int, float] | None) -> tuple[str, int]:
         code, seconds = ended or (-signal.SIGKILL, 0.0)
         killed_for_time = code in (-signal.SIGXCPU, -signal.SIGKILL) and seconds >= self.limits.cpu_s * 0.9
         return status or ("timeout" if killed_for_time else "finished"), code
 
     def _read(self, descriptor: int, sink: bytearray) -> bool:
-        """Whether there may be more."""
+        """Read a chunk, and return whether there may be more data."""
         try:
             data = os.read(descriptor, _CHUNK)
         except BlockingIOError:
@@ -205,11 +213,11 @@ class _Case:
             del sink[:-_MAX_STDERR]
         return bool(data)
 
-    def _too_much(self) -> bool:
+    def _output_exceeded(self) -> bool:
         return max(len(self.stdout), self.stderr_bytes) > self.limits.output_kb << 10
 
     def _reap(self, pid: int, wait: bool = False) -> tuple[int, float] | None:
-        """Exit code and processor seconds of the program, once it ended; buries others on the way."""
+        """Reap ended children, and return (exit code, CPU seconds) of the program if it has ended."""
         while True:
             try:
                 number, status, usage = os.wait4(pid if wait else -1, 0 if wait else os.WNOHANG)
@@ -220,23 +228,23 @@ class _Case:
             if not number:
                 return None
 
-    def _end_all(self, pid: int) -> None:
+    def _kill_all(self, pid: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.isolated:
-                os.kill(-1, signal.SIGKILL)  # all of the namespace but its first process, which is this
+                os.kill(-1, signal.SIGKILL)  # all processes of the namespace except this one
             else:
                 os.killpg(pid, signal.SIGKILL)
 
     def _clean(self) -> None:
-        """Bury the rest, and leave the next case an empty folder."""
+        """Reap all children, and empty the working directory for the next case."""
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, 0 if self.isolated else os.WNOHANG)[0]:
                 pass
-        program.empty_folder(".")
+        run_case.empty_folder(".")
 
 
-def _feed(descriptor: int, left: memoryview) -> memoryview:
-    """Write what fits; what is left."""
+def _write_some(descriptor: int, left: memoryview) -> memoryview:
+    """Write as much as fits without blocking, and return the rest."""
     try:
         return left[os.write(descriptor, left[:_CHUNK]) :] if left else left
     except BlockingIOError:
@@ -245,13 +253,13 @@ def _feed(descriptor: int, left: memoryview) -> memoryview:
         return left[:0]
 
 
-def _become_program(
+def _start_child(
     pipes: list[tuple[int, int]], limits: Limits, isolated: bool, child: Callable[[], NoReturn]
 ) -> NoReturn:
-    """In the fork: take the pipes and the last limits, and run."""
+    """Connect the pipes in the fork, apply the remaining limits, and run the case."""
     try:
         os.setsid()
-        kernel.die_with_parent()
+        syscalls.set_parent_death_signal()
         for standard, descriptor in enumerate((pipes[0][0], pipes[1][1], pipes[2][1])):
             os.dup2(descriptor, standard)
         for pair in pipes:
@@ -262,11 +270,13 @@ def _become_program(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         seconds = int(limits.cpu_s) + (limits.cpu_s % 1 > 0)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        tasks = limits.threads + limits.processes + _OWN_TASKS
-        if isolated:  # else it would count all that the user runs
+        tasks = limits.threads + limits.processes + _RESERVED_TASKS
+        if isolated:  # without a user namespace, the limit counts all processes of the user
             resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
         try:
-            kernel.set_filter(seccomp.refusing(forks=limits.processes > 1, signals_to_others=isolated))
+            syscalls.install_seccomp_filter(
+                seccomp.build_filter(forks=limits.processes > 1, signals_to_others=isolated)
+            )
         except (OSError, KeyError):
             if isolated:
                 raise

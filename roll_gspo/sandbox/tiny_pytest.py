@@ -1,7 +1,8 @@
-"""The part of pytest that generated unit tests use; importing the real one would cost more than the tests.
+"""Subset of pytest for generated unit tests, because importing pytest would take longer than the tests.
 
-`raises`, `approx`, `fail`, `skip`, `fixture`, `mark.parametrize` and other marks (without effect); test functions,
-`Test*` classes with `setup_method`. What is missing makes the test cases count as malformed, not the program as wrong.
+It supports `raises`, `approx`, `fail`, `skip`, `fixture`, `mark.parametrize`, other marks without effect, test
+functions, and `Test*` classes with `setup_method`. Tests that use other features count as malformed test cases, not as
+failures of the program.
 """
 
 from __future__ import annotations
@@ -24,38 +25,38 @@ _parameters: dict[Callable[..., Any], list[tuple[list[str], list[Any]]]] = {}
 
 
 class UnsupportedError(Exception):
-    """The tests use something of pytest that is not here."""
+    """The tests use a feature of pytest that is not supported."""
 
 
 class Skipped(Exception):
-    """The test skipped itself."""
+    """The test called `skip`."""
 
 
 @dataclass(frozen=True)
 class Test:
-    """One test function with the arguments of its parametrization, and the class that it is a method of."""
+    """A test function with the arguments of its parametrization, and its class if it is a method."""
 
     function: Callable[..., Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     owner: type | None = None
 
 
-def module() -> types.ModuleType:
-    """What `import pytest` gives."""
+def make_module() -> types.ModuleType:
+    """Return the module that tests import as `pytest`."""
 
     def missing(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise UnsupportedError(f"the tests use pytest.{name}, which is not supported")
 
-    made = types.ModuleType("pytest")
-    offered = {"raises": raises, "approx": Approx, "fail": fail, "skip": skip, "fixture": fixture, "mark": _Marks()}
-    made.__dict__.update(offered, param=lambda *values, **_: values, __getattr__=missing)
-    return made
+    module = types.ModuleType("pytest")
+    names = {"raises": raises, "approx": Approx, "fail": fail, "skip": skip, "fixture": fixture, "mark": _Marks()}
+    module.__dict__.update(names, param=lambda *values, **_: values, __getattr__=missing)
+    return module
 
 
-def variants(function: Callable[..., Any], owner: type | None = None) -> Iterator[Test]:
-    """The function once for each combination of its parameters."""
+def parametrized(function: Callable[..., Any], owner: type | None = None) -> Iterator[Test]:
+    """Yield one test per combination of the function's parameters."""
     axes = []
     for names, values in _parameters.get(function, []):
         rows = [value if len(names) > 1 else (value,) for value in values]
@@ -65,39 +66,39 @@ def variants(function: Callable[..., Any], owner: type | None = None) -> Iterato
 
 
 @contextlib.contextmanager
-def prepared(test: Test, space: Mapping[str, Any]) -> Iterator[Callable[[], Any]]:
-    """The test with its fixtures, ready to be called."""
+def with_fixtures(test: Test, scope: Mapping[str, Any]) -> Iterator[Callable[[], Any]]:
+    """Yield a function that calls the test with its fixtures."""
     with contextlib.ExitStack() as stack:
         instance = test.owner() if test.owner else None
         if instance is not None and "setup_method" in dir(instance):
             setup: Any = instance.setup_method  # type: ignore[attr-defined]
             setup(*(test.function,)[: len(inspect.signature(setup).parameters)])
-        made: dict[str, Any] = dict(test.arguments)
+        values: dict[str, Any] = dict(test.arguments)
         names = list(inspect.signature(test.function).parameters)[test.owner is not None :]
-        arguments = {name: _fixture(name, made, stack, instance) for name in names}
+        arguments = {name: _fixture(name, values, stack, instance) for name in names}
         bound = (instance,) if instance is not None else ()
         yield functools.partial(test.function, *bound, **arguments)
 
 
-def _fixture(name: str, made: dict[str, Any], stack: contextlib.ExitStack, instance: object | None) -> Any:
-    if name in made:
-        return made[name]
+def _fixture(name: str, values: dict[str, Any], stack: contextlib.ExitStack, instance: object | None) -> Any:
+    if name in values:
+        return values[name]
     if name not in _fixtures:
         raise UnsupportedError(f"the tests use the fixture {name}, which is not supported")
     function = _fixtures[name]
     names = list(inspect.signature(function).parameters)
     bound = (instance,) if names[:1] == ["self"] else ()
-    value = function(*bound, **{n: _fixture(n, made, stack, instance) for n in names[len(bound) :]})
+    value = function(*bound, **{n: _fixture(n, values, stack, instance) for n in names[len(bound) :]})
     if inspect.isgenerator(value):
         generator = value
         value = next(generator)
         stack.callback(next, generator, None)
-    made[name] = value
+    values[name] = value
     return value
 
 
 def fixture(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """With or without arguments, which are ignored: fixtures are made anew for each test."""
+    """Register a fixture. Arguments are ignored, so every fixture has function scope."""
     if function is None:
         return fixture
     _fixtures[function.__name__] = function
@@ -105,7 +106,7 @@ def fixture(function: Callable[..., Any] | None = None, **_: Any) -> Any:
 
 
 class _Marks:
-    """`pytest.mark`: parametrize, and others, which do nothing."""
+    """`pytest.mark`: `parametrize`, and other marks without effect."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "parametrize":
@@ -133,12 +134,12 @@ def fail(reason: str = "", **_: Any) -> None:
 
 
 def skip(reason: str = "", **_: Any) -> None:
-    """End the test; it counts as passed."""
+    """Skip the test, which counts as passed."""
     raise Skipped(reason)
 
 
 class raises:
-    """`with raises(kind, match=...) as info`, or `raises(kind, function, *args)`."""
+    """Expect an exception: `with raises(kind, match=...) as info`, or `raises(kind, function, *args)`."""
 
     kind: Any
     match: str | None
@@ -154,7 +155,7 @@ class raises:
 
     @property
     def type(self) -> Any:
-        """Class of what was raised."""
+        """Class of the exception."""
         return type(self.value)
 
     def __enter__(self) -> Any:
@@ -172,7 +173,7 @@ class raises:
 
 
 class Approx:
-    """Equal to numbers near `expected`, and to lists, tuples and dicts of such."""
+    """An object that equals numbers close to `expected`, and lists, tuples and dicts of such numbers."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -181,15 +182,15 @@ class Approx:
         self._bounds = {"rel_tol": 1e-6 if rel is None and abs is None else rel or 0.0, "abs_tol": abs or 1e-12}
 
     def __eq__(self, actual: object) -> bool:
-        return self._near(self._expected, actual)
+        return self._is_close(self._expected, actual)
 
-    def _near(self, expected: Any, actual: Any) -> bool:
+    def _is_close(self, expected: Any, actual: Any) -> bool:
         if isinstance(expected, dict):
             same = isinstance(actual, dict) and expected.keys() == actual.keys()
-            return same and all(self._near(value, actual[key]) for key, value in expected.items())
+            return same and all(self._is_close(value, actual[key]) for key, value in expected.items())
         if isinstance(expected, list | tuple):
             same = isinstance(actual, list | tuple) and len(actual) == len(expected)
-            return same and all(map(self._near, expected, actual))
+            return same and all(map(self._is_close, expected, actual))
         numbers: Any = (expected, actual)
         if all(isinstance(number, Number) for number in numbers):
             if any(isinstance(number, complex) for number in numbers):

@@ -1,4 +1,4 @@
-"""Sandboxes that tests share; where the host offers no isolation, their tests are skipped with its reason."""
+"""Shared sandboxes; tests are skipped on hosts without isolation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Run = Callable[..., Outcome]
 SECRET = "planted-secret-7c1f"
 
 
-def opened(limits: Limits, **arguments: object) -> Sandbox:
-    """A sandbox, or a skip."""
+def make_sandbox(limits: Limits, **arguments: object) -> Sandbox:
+    """Return a sandbox, or skip the test."""
     try:
         return Sandbox(limits, **arguments)
     except SandboxError as error:
@@ -22,23 +22,23 @@ def opened(limits: Limits, **arguments: object) -> Sandbox:
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """Programs may be slow under load: what must time out says so itself."""
+    """Return a sandbox with long time limits, so that programs do not time out on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SANDBOX_TEST_TOKEN", SECRET)
-        with opened(Limits(wall_s=60, cpu_s=20, memory_mb=256, file_mb=4, tmp_mb=8, output_kb=64)) as sandbox:
+        with make_sandbox(Limits(wall_s=60, cpu_s=20, memory_mb=256, file_mb=4, tmp_mb=8, output_kb=64)) as sandbox:
             yield sandbox
 
 
 @pytest.fixture(scope="session")
-def crowded() -> Iterator[Sandbox]:
-    """Programs may start processes."""
-    with opened(Limits(wall_s=60, cpu_s=20, memory_mb=128, processes=6, threads=6, output_kb=64)) as sandbox:
+def multiprocess_sandbox() -> Iterator[Sandbox]:
+    """Return a sandbox whose programs may start processes."""
+    with make_sandbox(Limits(wall_s=60, cpu_s=20, memory_mb=128, processes=6, threads=6, output_kb=64)) as sandbox:
         yield sandbox
 
 
 @pytest.fixture
 def run(sandbox: Sandbox) -> Run:
-    """Run a program once."""
+    """Return a function that runs a program once."""
 
     def run(source: str, stdin: str = "", wall_s: float | None = None) -> Outcome:
         with sandbox.start(source) as program:

@@ -1,4 +1,4 @@
-"""The process that runs model-written code, already without rights; it ends with `os._exit`."""
+"""Execution of one case in the confined process, which ends with `os._exit`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from collections.abc import KeysView, ValuesView
 from types import CodeType
 from typing import Any, NoReturn
 
-from roll_gspo.sandbox import exam, peer
+from roll_gspo.sandbox import rpc, unit_tests
 
-# What LiveCodeBench and ROLL put before every program: solutions rely on it. The built-in names come last, since
-# `math.pow` or `operator.abs` must not hide them.
+# LiveCodeBench and ROLL put these imports before every program, and solutions rely on them. `builtins` comes last, so
+# that `math.pow` or `operator.abs` do not hide built-in names.
 _PREAMBLE = "\n".join(
     [
         *(
@@ -41,31 +41,32 @@ _names: dict[str, Any] = {}
 
 
 def prepare() -> None:
-    """Make the names that every program starts with."""
+    """Import the names that every program can use."""
     exec(_PREAMBLE, _names)
     for name in [n for n in _names if n.startswith("__")]:
         del _names[name]
 
 
-def run(header: dict[str, Any], body: bytes, code: CodeType | None, descriptor: int | None) -> NoReturn:
-    """Run one case.
+def run_case(header: dict[str, Any], body: bytes, code: CodeType | None, descriptor: int | None) -> NoReturn:
+    """Run one case and exit.
 
     Args:
-        header: `do` is `stdin` (a program), `call` (a function of it), `serve` (its names, to an exam) or `exam`.
-        body: of the case.
-        code: of the program.
-        descriptor: of the connection between the last two.
+        header: its `do` is `stdin` (run the program), `call` (call a function of the program), `serve` (serve the names
+            of the program to unit tests) or `tests` (run unit tests).
+        body: body of the message.
+        code: compiled program.
+        descriptor: socket that connects `serve` and `tests`.
     """
     for name in [n for n in sys.modules if n.partition(".")[0] == "roll_gspo"]:
         del sys.modules[name]
     sys.setrecursionlimit(_RECURSION_LIMIT)
     if code is not None:
-        builtins.__dict__.update(_names)  # not its globals: `merge` must not seem to be its own
+        builtins.__dict__.update(_names)  # not into globals, where e.g. `merge` would look like a name of the program
     status = 1
     try:
-        if header["do"] == "exam":
-            result = _take_stdout()
-            _answer(result, exam.run(json.loads(body), _names, descriptor))
+        if header["do"] == "tests":
+            result = _redirect_stdout()
+            _write_result(result, unit_tests.run_tests(json.loads(body), _names, descriptor))
             status = 0
         else:
             assert code is not None
@@ -75,7 +76,7 @@ def run(header: dict[str, Any], body: bytes, code: CodeType | None, descriptor: 
     except SystemExit as exit_:
         status = _exit_status(exit_)
     except BaseException:
-        _show_error()
+        _print_error()
     _finish(status)
 
 
@@ -85,33 +86,33 @@ def _run_program(header: dict[str, Any], body: bytes, code: CodeType, descriptor
 
 
 def _call(header: dict[str, Any], body: bytes, code: CodeType, descriptor: int | None) -> int:
-    """The returned value as JSON on what was stdout; what the program prints goes nowhere."""
-    result = _take_stdout()
+    """Write the returned value as JSON to stdout; the output of the program is discarded."""
+    result = _redirect_stdout()
     names = _module("solution")
     exec(code, names)
-    _answer(result, _function(names, header["function"])(*json.loads(body)))
+    _write_result(result, _function(names, header["function"])(*json.loads(body)))
     return 0
 
 
-def _take_stdout() -> int:
-    """A descriptor of what was stdout, for the answer alone."""
+def _redirect_stdout() -> int:
+    """Redirect stdout to /dev/null, and return a descriptor of the original stdout for the result."""
     result = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    with open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), 1)
     return result
 
 
-def _answer(descriptor: int, value: Any) -> None:
+def _write_result(descriptor: int, value: Any) -> None:
     with open(descriptor, "wb") as file:
-        file.write(json.dumps(value, default=_plain).encode())
+        file.write(json.dumps(value, default=_to_json).encode())
 
 
 def _serve(header: dict[str, Any], body: bytes, code: CodeType, descriptor: int | None) -> int:
     names = _module("solution")
     exec(code, names)
-    own = {k: v for k, v in names.items() if not k.startswith("__")}
+    public = {k: v for k, v in names.items() if not k.startswith("__")}
     assert descriptor is not None
-    peer.serve(socket.socket(fileno=descriptor), own)
+    rpc.serve(socket.socket(fileno=descriptor), public)
     return 0
 
 
@@ -123,7 +124,7 @@ def _module(name: str) -> dict[str, Any]:
 
 
 def _function(names: dict[str, Any], name: str) -> Any:
-    """A function of that name, or the method of `Solution`, as on LeetCode; `names` are the program's own."""
+    """Return the function with that name, or the method of `Solution` as on LeetCode."""
     if name in names:
         return names[name]
     if "Solution" in names:
@@ -131,30 +132,31 @@ def _function(names: dict[str, Any], name: str) -> Any:
     raise NameError(f"the program defines no {name}")
 
 
-def _plain(value: Any) -> Any:
-    """For JSON: iterables other than lists as lists, numbers of other types as int and float."""
+def _to_json(value: Any) -> Any:
+    """Convert iterables to lists and other numbers to int or float."""
     if isinstance(value, tuple | set | frozenset | range | map | filter | zip | deque | KeysView | ValuesView):
         return list(value)
-    if isinstance(value, numbers.Real):  # of numpy
+    if isinstance(value, numbers.Real):  # e.g. numbers of numpy
         return int(value) if isinstance(value, numbers.Integral) else float(value)
-    raise TypeError(f"it returned a {type(value).__name__}, which no test case expects")
+    raise TypeError(f"the function returned a {type(value).__name__}, which cannot be compared with a test case")
 
 
 def _exit_status(exit_: SystemExit) -> int:
+    """Return the status of `sys.exit`; a message is printed."""
     if exit_.code is None or isinstance(exit_.code, int):
         return (exit_.code or 0) & 0xFF
     print(exit_.code, file=sys.stderr)
     return 1
 
 
-def _show_error() -> None:
+def _print_error() -> None:
     with contextlib.suppress(BaseException):
         kind, error, trace = sys.exc_info()
         traceback.print_exception(kind, error, trace and trace.tb_next, limit=-5)
 
 
 def _finish(status: int) -> NoReturn:
-    """End as an interpreter does: threads, exit handlers, what is still to be written."""
+    """Exit like an interpreter: wait for threads, run exit handlers, flush the streams."""
     try:
         with contextlib.suppress(BaseException):
             threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
@@ -167,7 +169,7 @@ def _finish(status: int) -> NoReturn:
 
 
 def empty_folder(path: str) -> None:
-    """Remove what is in a folder, without following links."""
+    """Remove the contents of a folder, without following links."""
     for entry in os.scandir(path):
         with contextlib.suppress(OSError):
             if entry.is_dir(follow_symlinks=False):

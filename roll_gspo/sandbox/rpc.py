@@ -1,13 +1,15 @@
-"""An exam and the program it examines in two processes: calls go over, plain data comes back.
+"""Remote procedure calls between unit tests and the program that they test, which run in two processes.
 
-Unit tests that come as code call the program's functions. Were both in one process, the program could end it, patch
-what compares, or return an object that equals everything. Here the tests have the names of the program as `Remote`s.
-Numbers, texts, containers and dates are copied, so that the exam compares its own objects; functions, classes and
-instances stay where they are and are used through messages. An argument that the callee changed in place is changed
-for the caller. A `Remote` never equals plain data, and is never less or more than it: only the program could say so.
-Nor does calculating with it and plain data give a number, such as `abs(f(2) - 1.4)` that the tests then find small.
+In one process, the program could exit it, patch the functions that compare values, or return an object that equals
+everything. Here, the tests see the names of the program as instances of `RemoteObject`.
 
-Both ends are the same, but what the examined side may do to the exam's functions is call them.
+* Numbers, strings, containers and dates are copied, so that the tests compare their own objects.
+* Functions, classes and instances stay in their process and are used through messages.
+* If a function modifies an argument in place, the argument of the caller changes, too.
+* A `RemoteObject` never equals plain data and is never ordered relative to it, because only the program could decide
+  that. Arithmetic with plain data never returns a number. Otherwise, a program could make `abs(f(2) - 1.4)` small.
+
+Both ends use the same code, but the program may only call the functions of the tests.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from numbers import Integral, Number, Real
 from types import ModuleType
 from typing import Any
 
-from roll_gspo.sandbox import frames
+from roll_gspo.sandbox import messages
 
 _MAX_MESSAGE = 64 << 20
 _PLAIN = (type(None), bool, int, float, str)
-_BY_ARGUMENTS: dict[str, tuple[type, Callable[[Any], list[Any]]]] = {
+_CONSTRUCTORS: dict[str, tuple[type, Callable[[Any], list[Any]]]] = {
     "tuple": (tuple, lambda v: [list(v)]),
     "set": (set, lambda v: [list(v)]),
     "frozenset": (frozenset, lambda v: [list(v)]),
@@ -53,8 +55,8 @@ _BY_ARGUMENTS: dict[str, tuple[type, Callable[[Any], list[Any]]]] = {
 }
 _BASES = (*(bool, int, float, str, list, dict, tuple, set, frozenset, bytes, bytearray),)
 _MAPPINGS = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict, "defaultdict": dict}
-_KIND_OF = {kind: name for name, (kind, _) in _BY_ARGUMENTS.items()}
-_CALCULATIONS = {
+_NAME_OF_TYPE = {kind: name for name, (kind, _) in _CONSTRUCTORS.items()}
+_ARITHMETIC = {
     *("__neg__", "__abs__", "__invert__", "__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__"),
     *("__pow__", "__and__", "__or__", "__xor__", "__matmul__", "__lshift__", "__rshift__"),
 }
@@ -72,71 +74,72 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Remote:
-    """A function, class or instance of the other process."""
+class RemoteObject:
+    """Proxy of a function, class or instance of the other process."""
 
-    __slots__ = ("_calculated", "_connection", "_number")
+    # Other attribute names are forwarded to the object, so these names must be unusual.
+    __slots__ = ("_connection", "_remote_id", "_remote_is_computed")
 
-    def __init__(self, connection: Connection, number: int) -> None:
+    def __init__(self, connection: Connection, remote_id: int) -> None:
         object.__setattr__(self, "_connection", connection)
-        object.__setattr__(self, "_number", number)
-        object.__setattr__(self, "_calculated", False)  # with plain data
+        object.__setattr__(self, "_remote_id", remote_id)
+        object.__setattr__(self, "_remote_is_computed", False)  # True for results of arithmetic with plain data
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._connection.ask("call", self._number, args, kwargs)
+        return self._connection.request("call", self._remote_id, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return self._connection.ask("get", self._number, (name,))
+        return self._connection.request("get", self._remote_id, (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._connection.ask("set", self._number, (name, value))
+        self._connection.request("set", self._remote_id, (name, value))
 
     def __delattr__(self, name: str) -> None:
-        self._connection.ask("del", self._number, (name,))
+        self._connection.request("del", self._remote_id, (name,))
 
 
 def _forward(name: str) -> Callable[..., Any]:
-    def forward(self: Remote, *args: Any) -> Any:
-        if name in _COMPARISONS and not isinstance(args[0], Remote):
+    def forward(self: RemoteObject, *args: Any) -> Any:
+        if name in _COMPARISONS and not isinstance(args[0], RemoteObject):
             return NotImplemented
         if name == "__exit__":
             args = ()
-        value = self._connection.ask(name, self._number, args)
-        if name in _CALCULATIONS and (self._calculated or not all(isinstance(arg, Remote) for arg in args)):
+        value = self._connection.request(name, self._remote_id, args)
+        if name in _ARITHMETIC and (self._remote_is_computed or not all(isinstance(arg, RemoteObject) for arg in args)):
             if isinstance(value, Number):
-                raise TypeError("a class of the program may not calculate numbers for the tests")
-            if isinstance(value, Remote):
-                object.__setattr__(value, "_calculated", True)
+                raise TypeError("arithmetic of a class of the program must not return a number to the tests")
+            if isinstance(value, RemoteObject):
+                object.__setattr__(value, "_remote_is_computed", True)
         return bool(value) if name in _COMPARISONS else value
 
     return forward
 
 
 for _name in _OPERATORS:
-    setattr(Remote, _name, _forward(_name))
+    setattr(RemoteObject, _name, _forward(_name))
 
 
 class Connection:
-    """One end.
+    """One end of the connection.
 
     Args:
-        sock: to the other.
-        guards: whether the other end is not trusted: it may call what it was handed and use instances of the classes
-            of `module`, and no more.
-        module: `__name__` of the code whose classes these are.
+        sock: socket to the peer.
+        untrusted_peer: if True, the peer may only call exported objects, and use instances of the classes of `module`.
+        module: `__name__` of the code at this end.
     """
 
-    def __init__(self, sock: socket.socket, guards: bool, module: str) -> None:
+    def __init__(self, sock: socket.socket, untrusted_peer: bool, module: str) -> None:
         self._sock = sock
-        self._guards = guards
+        self._untrusted_peer = untrusted_peer
         self._module = module
-        self._handed: dict[int, Any] = {}
-        self._numbers: dict[int, int] = {}
-        self._remotes: dict[int, Any] = {}
+        self._exported: dict[int, Any] = {}  # objects by id
+        self._ids: dict[int, int] = {}  # ids by address of the object
+        self._remotes: dict[int, Any] = {}  # proxies by id
 
-    def ask(self, what: str, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Have the other end do something with a thing of its own, serving it meanwhile."""
-        self._send({"do": what, "on": number, "args": [self._pack(a) for a in args], "named": self._named(kwargs)})
+    def request(self, action: str, id_: int, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Let the peer perform an action on its object, and serve requests of the peer until the result arrives."""
+        packed = {"args": [self._pack(a) for a in args], "kwargs": self._pack_values(kwargs)}
+        self._send({"do": action, "on": id_, **packed})
         while True:
             message = self._receive()
             if "do" in message:
@@ -151,12 +154,12 @@ class Connection:
             value = self._unpack(message["value"])
             return _awaitable(value) if message.get("awaited") else value
 
-    def names(self) -> dict[str, Any]:
-        """What the other end offers, said first."""
+    def receive_names(self) -> dict[str, Any]:
+        """Receive the names that the peer serves, which is its first message."""
         return {name: self._unpack(value) for name, value in self._receive()["names"]}
 
-    def offer(self, names: Mapping[str, Any]) -> None:
-        """Hand over names, then serve until the other end is gone."""
+    def serve_names(self, names: Mapping[str, Any]) -> None:
+        """Send names to the peer, then serve its requests until it closes the connection."""
         self._send({"names": [[name, self._pack(value)] for name, value in names.items()]})
         while True:
             self._serve(self._receive())
@@ -164,8 +167,8 @@ class Connection:
     def _serve(self, message: dict[str, Any]) -> None:
         try:
             args = [self._unpack(a) for a in message["args"]]
-            named = {k: self._unpack(v) for k, v in message["named"].items()}
-            value = self._do(message["do"], self._handed[message["on"]], args, named)
+            kwargs = {k: self._unpack(v) for k, v in message["kwargs"].items()}
+            value = self._perform(message["do"], self._exported[message["on"]], args, kwargs)
             answer: dict[str, Any] = {}
             if inspect.iscoroutine(value):
                 value, answer["awaited"] = asyncio.run(value), True
@@ -182,17 +185,17 @@ class Connection:
         answer["changed"] = [(i, now) for i, now in packed if now != message["args"][i]]
         self._send(answer)
 
-    def _do(self, what: str, thing: Any, args: list[Any], named: dict[str, Any]) -> Any:
-        if what == "call":
-            return thing(*args, **named)
-        if self._guards:
-            kind = thing if inspect.isclass(thing) else type(thing)
-            hidden = what in ("get", "set", "del") and str(args[0]).startswith("_")
-            if hidden or (kind.__module__ != self._module and what not in ("__iter__", "__next__")):
-                raise AttributeError(f"an exam's {kind.__name__} is closed to the program")
-        if what in _OPERATORS:
-            return _OPERATORS[what](thing, *args)
-        return {"get": getattr, "set": setattr, "del": delattr}[what](thing, *args)
+    def _perform(self, action: str, target: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if action == "call":
+            return target(*args, **kwargs)
+        if self._untrusted_peer:
+            kind = target if inspect.isclass(target) else type(target)
+            is_private = action in ("get", "set", "del") and str(args[0]).startswith("_")
+            if is_private or (kind.__module__ != self._module and action not in ("__iter__", "__next__")):
+                raise AttributeError(f"the program has no access to a {kind.__name__} of the tests")
+        if action in _OPERATORS:
+            return _OPERATORS[action](target, *args)
+        return {"get": getattr, "set": setattr, "del": delattr}[action](target, *args)
 
     def _pack(self, value: Any) -> Any:
         kind = type(value)
@@ -203,33 +206,33 @@ class Connection:
             return ["list", list(value) if plain else [self._pack(item) for item in value]]
         if kind is dict:
             return ["dict", [[self._pack(k), self._pack(v)] for k, v in value.items()]]
-        if kind in _KIND_OF:
-            parts = _BY_ARGUMENTS[_KIND_OF[kind]][1](value)
-            return ["made", _KIND_OF[kind], [self._pack(part) for part in parts]]
-        if kind is Remote:
-            return ["yours", value._number]
+        if kind in _NAME_OF_TYPE:
+            parts = _CONSTRUCTORS[_NAME_OF_TYPE[kind]][1](value)
+            return ["constructed", _NAME_OF_TYPE[kind], [self._pack(part) for part in parts]]
+        if kind is RemoteObject:
+            return ["exported", value._remote_id]
         if kind.__name__ in _MAPPINGS and isinstance(value, dict):
             return ["mapping", kind.__name__, [[self._pack(k), self._pack(v)] for k, v in value.items()]]
         base: Any = next((b for b in _BASES if isinstance(value, b)), None)
         if base is not None and not isinstance(value, Enum):
             return self._pack(base(value))
-        if isinstance(value, Real):  # of numpy
+        if isinstance(value, Real):  # e.g. numbers of numpy
             return int(value) if isinstance(value, Integral) else float(value)
-        return self._hand(value)
+        return self._export(value)
 
-    def _hand(self, value: Any) -> Any:
-        """A reference, by which the other end can ask for things to be done with it."""
-        if self._guards and isinstance(value, ModuleType):
-            raise TypeError("a module cannot be handed to the program")
-        if id(value) not in self._numbers:
-            self._numbers[id(value)] = len(self._handed)
-            self._handed[len(self._handed)] = value
-        number = self._numbers[id(value)]
+    def _export(self, value: Any) -> Any:
+        """Return a reference to an object, with which the peer can send requests for it."""
+        if self._untrusted_peer and isinstance(value, ModuleType):
+            raise TypeError("a module of the tests cannot be passed to the program")
+        if id(value) not in self._ids:
+            self._ids[id(value)] = len(self._exported)
+            self._exported[len(self._exported)] = value
+        id_ = self._ids[id(value)]
         if inspect.isclass(value) and issubclass(value, BaseException):
             known = builtins.__dict__.get(value.__name__) is value
-            bases = [] if known else [self._hand(b) for b in value.__bases__ if issubclass(b, BaseException)]
-            return ["exception", number, value.__name__, bases]
-        return ["thing", number]
+            bases = [] if known else [self._export(b) for b in value.__bases__ if issubclass(b, BaseException)]
+            return ["exception", id_, value.__name__, bases]
+        return ["object", id_]
 
     def _unpack(self, value: Any) -> Any:
         if not isinstance(value, list):
@@ -239,15 +242,14 @@ class Connection:
             return [self._unpack(item) for item in first]
         if kind == "dict":
             return {self._unpack(k): self._unpack(v) for k, v in first}
-        if kind == "made":
-            return _BY_ARGUMENTS[first][0](*(self._unpack(part) for part in rest[0]))
+        if kind == "constructed":
+            return _CONSTRUCTORS[first][0](*(self._unpack(part) for part in rest[0]))
         if kind == "mapping":
             return _MAPPINGS[first]({self._unpack(k): self._unpack(v) for k, v in rest[0]})
-        if kind == "yours":
-            return self._handed[first]
+        if kind == "exported":
+            return self._exported[first]
         if first not in self._remotes:
-            made = Remote(self, first) if kind == "thing" else self._exception_class(*rest)
-            self._remotes[first] = made
+            self._remotes[first] = RemoteObject(self, first) if kind == "object" else self._exception_class(*rest)
         return self._remotes[first]
 
     def _exception_class(self, name: str, bases: list[Any]) -> type[BaseException]:
@@ -258,24 +260,28 @@ class Connection:
 
     def _error(self, error: BaseException) -> dict[str, Any]:
         attributes = {k: v for k, v in vars(error).items() if not k.startswith("_")}
-        return {"kind": self._hand(type(error)), "args": self._pack(list(error.args)), "has": self._named(attributes)}
+        return {
+            "class": self._export(type(error)),
+            "args": self._pack(list(error.args)),
+            "attributes": self._pack_values(attributes),
+        }
 
     def _exception(self, message: dict[str, Any]) -> BaseException:
-        kind = self._unpack(message["kind"])
+        kind = self._unpack(message["class"])
         error = kind.__new__(kind)
         error.args = tuple(self._unpack(message["args"]))
-        for name, value in message["has"].items():
+        for name, value in message["attributes"].items():
             setattr(error, name, self._unpack(value))
         return error
 
-    def _named(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _pack_values(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
         return {name: self._pack(value) for name, value in (values or {}).items()}
 
     def _send(self, message: dict[str, Any]) -> None:
-        frames.send(self._sock, {}, json.dumps(message).encode())
+        messages.send(self._sock, {}, json.dumps(message).encode())
 
     def _receive(self) -> dict[str, Any]:
-        return json.loads(frames.receive(self._sock, max_body=_MAX_MESSAGE)[1])
+        return json.loads(messages.receive(self._sock, max_body=_MAX_MESSAGE)[1])
 
 
 async def _awaitable(value: Any) -> Any:
@@ -283,7 +289,7 @@ async def _awaitable(value: Any) -> Any:
 
 
 def _assign(old: Any, new: Any) -> None:
-    """Give a container the content of another, keeping the containers within it that stayed containers."""
+    """Assign the contents of a container to another in place, including nested containers of the same type."""
     if isinstance(old, list) and isinstance(new, list):
         for index, (before, after) in enumerate(zip(old, new, strict=False)):
             if type(before) is type(after) and isinstance(before, list | dict | set):
@@ -299,8 +305,8 @@ def _assign(old: Any, new: Any) -> None:
 
 
 def serve(sock: socket.socket, names: Mapping[str, Any]) -> None:
-    """The examined program's side: until the exam is over."""
+    """Serve the names of a program to unit tests until they end."""
     try:
-        Connection(sock, guards=False, module="solution").offer(names)
+        Connection(sock, untrusted_peer=False, module="solution").serve_names(names)
     except (EOFError, ConnectionError):
         return

@@ -1,4 +1,4 @@
-"""The system calls of Linux that Python has no function for, by ctypes. Each raises OSError with what was tried."""
+"""Linux system calls that Python does not wrap, through ctypes. Each raises OSError with the name of the call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _SECCOMP_MODE_FILTER = 2
-# Root is no one special, for good: noroot, no_setuid_fixup, keep_caps off, no_cap_ambient_raise, each locked.
+# Root gets no capabilities: noroot, no_setuid_fixup, keep_caps off and no_cap_ambient_raise, each locked.
 _SECUREBITS = 0b11101111
 _MOUNT_SETATTR = 442  # on every architecture
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -33,26 +33,26 @@ _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctype
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
-def machine() -> str:
-    """The architecture, as the tables of system calls name it."""
+def architecture() -> str:
+    """Return the architecture by its name in the system call tables."""
     return {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 
 
 def unshare(flags: int) -> None:
-    """Give this process namespaces of its own; a process namespace is its children's."""
+    """Move this process into new namespaces; a new PID namespace applies to its children."""
     _check(_libc.unshare(flags), "unshare")
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
-    """mount(2)."""
+    """Call mount(2)."""
     _check(
         _libc.mount(source.encode(), os.fsencode(target), kind.encode() or None, flags, options.encode() or None),
         f"mount {kind or 'bind'} at {target}",
     )
 
 
-def bind(source: str, target: str) -> None:
-    """Show `source` (with what is mounted below it) at `target`, read-only and without set-user-id."""
+def bind_mount(source: str, target: str) -> None:
+    """Bind-mount `source` and all mounts below it at `target`, read-only and nosuid."""
     mount(source, target, flags=MS_BIND | MS_REC)
     attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID, 0, 0, 0)  # set, clear, propagation, userns_fd
     _check(
@@ -65,55 +65,62 @@ def bind(source: str, target: str) -> None:
 
 
 def unmount(target: str) -> None:
-    """Take a mount away, lazily."""
+    """Unmount lazily."""
     _check(_libc.umount2(os.fsencode(target), MNT_DETACH), f"umount {target}")
 
 
 def pivot_root(new: str, old: str) -> None:
-    """Make `new` the root, and show the former root at `old`."""
-    _check(_libc.syscall(_PIVOT_ROOT[machine()], os.fsencode(new), os.fsencode(old)), "pivot_root")
+    """Make `new` the root, and mount the former root at `old`."""
+    _check(_libc.syscall(_PIVOT_ROOT[architecture()], os.fsencode(new), os.fsencode(old)), "pivot_root")
 
 
-def die_with_parent() -> None:
-    """SIGKILL for this process when its parent ends. Changes of user or capabilities undo it: call it after them."""
+def set_parent_death_signal() -> None:
+    """Let the kernel kill this process when its parent ends.
+
+    Call it after changes of the user or the capabilities, which reset it.
+    """
     _check(_libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl PDEATHSIG")
 
 
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parents end."""
+def become_subreaper() -> None:
+    """Become the parent of descendants whose parents have ended."""
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl CHILD_SUBREAPER")
 
 
-def close_to_others() -> None:
-    """Let no other process of this user look into this one or its children."""
+def make_undumpable() -> None:
+    """Prevent other processes of this user from reading or tracing this process and its children."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl DUMPABLE")
 
 
 def drop_capabilities(user: int | None) -> None:
-    """Every capability, in every set, for good.
+    """Permanently drop all capabilities from all sets.
 
     Args:
-        user: whom to become (user and group), while there still is the right to.
+        user: user and group id to switch to before the capabilities are dropped, or None.
     """
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
-            break  # the kernel knows no more
+            break  # the kernel has no further capabilities
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _check(_libc.prctl(_PR_SET_SECUREBITS, _SECUREBITS, 0, 0, 0), "prctl SECUREBITS")
     if user is not None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    _check(_libc.syscall(_CAPSET[machine()], header, (ctypes.c_uint32 * 6)()), "capset")
+    _check(_libc.syscall(_CAPSET[architecture()], header, (ctypes.c_uint32 * 6)()), "capset")
 
 
-def no_new_privileges() -> None:
-    """Nothing that is executed gains privileges."""
+def set_no_new_privs() -> None:
+    """Set no_new_privs, so that executed programs gain no privileges."""
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl NO_NEW_PRIVS")
 
 
-def set_filter(instructions: bytes) -> None:
-    """Install a seccomp filter: BPF instructions of eight bytes each."""
+def install_seccomp_filter(instructions: bytes) -> None:
+    """Install a seccomp filter.
+
+    Args:
+        instructions: BPF instructions of eight bytes each.
+    """
 
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
@@ -125,7 +132,7 @@ def set_filter(instructions: bytes) -> None:
     )
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, call: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{call}: {os.strerror(number)}")
