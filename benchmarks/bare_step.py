@@ -15,8 +15,9 @@ from roll_gspo.batch import Prompt
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
-from roll_gspo.pipelines.build import Components, load_tokenizer
+from roll_gspo.pipelines.components import load_tokenizer
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
+from roll_gspo.pipelines.rlvr.build import RlvrComponents
 from roll_gspo.pipelines.settings import DTYPES
 from roll_gspo.rewards.base import RewardRequest
 from roll_gspo.rewards.from_config import spec_from_config
@@ -43,7 +44,7 @@ class BareStep:
     step.
     """
 
-    def __init__(self, config: ExperimentConfig, components: Components, console: Console) -> None:
+    def __init__(self, config: ExperimentConfig, components: RlvrComponents, console: Console) -> None:
         self._config = config
         self._components = components
         self._stage = console.stage

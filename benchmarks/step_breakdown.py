@@ -36,8 +36,8 @@ from roll_gspo.tracking.timing import StageTimer
 if TYPE_CHECKING:
     from bare_step import BareStep
 
-    from roll_gspo.pipelines.build import Components
-    from roll_gspo.pipelines.rlvr import RlvrSteps
+    from roll_gspo.pipelines.rlvr.build import RlvrComponents
+    from roll_gspo.pipelines.rlvr.steps import RlvrSteps
     from roll_gspo.strategies.base import WeightSource
 
 ENGINES = {"actor_train": "megatron_train", "actor_infer": "vllm", "reference": "megatron_infer"}
@@ -117,13 +117,13 @@ def _compose(name: str, overrides: list[str]) -> ExperimentConfig:
 def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
     from bare_step import BareStep
 
-    from roll_gspo.pipelines.build import build_components
     from roll_gspo.pipelines.plan import make_plan
-    from roll_gspo.pipelines.rlvr import RlvrSteps
+    from roll_gspo.pipelines.rlvr.build import build_components
+    from roll_gspo.pipelines.rlvr.steps import RlvrSteps
     from roll_gspo.pipelines.run_folder import open_run_folder
     from roll_gspo.tracking.console import Console
 
-    folder = open_run_folder(config, make_plan(config))
+    folder = open_run_folder(config, make_plan(config).text())
     with Console(config.exp_name, rounds, folder.path, stream=io.StringIO()) as console:
         timer = console.timer = TwoClocks()
         components = build_components(config, folder, console)
@@ -136,7 +136,7 @@ def _measure(config: ExperimentConfig, rounds: int) -> list[Round]:
     return measured[1:]
 
 
-def _round(steps: RlvrSteps, bare: BareStep, components: Components, timer: TwoClocks, step: int) -> Round:
+def _round(steps: RlvrSteps, bare: BareStep, components: RlvrComponents, timer: TwoClocks, step: int) -> Round:
     """Run one step of each kind from the same state."""
     place = components.state.sampler.state_dict()
     with tempfile.TemporaryDirectory() as folder:

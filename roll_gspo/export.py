@@ -20,7 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from roll_gspo.checkpoint import open_checkpoint
-from roll_gspo.config.sft import AnyConfig, SftConfig, config_class
+from roll_gspo.config.pipelines import config_class
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.errors import CheckpointError, ConfigError, RollGspoError
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def _trained(config: AnyConfig, source: Path, folder: Path) -> TrainedModel:
     from roll_gspo.pipelines.settings import optimizer_setup
 
     role = config.actor_train
-    total_steps = 1 if isinstance(config, SftConfig) else config.num_updates  # no step is made
-    optimizer = optimizer_setup(config, role.training_args, total_steps)
+    optimizer = optimizer_setup(config, role.training_args, total_steps=1)  # no step is taken
     return role.strategy_args.load_trained(_setup(config, source), optimizer, folder)
 
 

@@ -284,7 +284,7 @@ def load_composed(composed: DictConfig) -> Loaded:
 
 def run(loaded: Loaded) -> int:
     """Print the plan, then run the pipeline; the process's exit code."""
-    from roll_gspo.pipelines import PIPELINES
+    from roll_gspo.pipelines.pipeline import pipeline_of
     from roll_gspo.pipelines.plan import make_plan
     from roll_gspo.pipelines.preflight import preflight
 
@@ -297,8 +297,9 @@ def run(loaded: Loaded) -> int:
         raise ConfigError("\n".join(plan.not_runnable))
     preflight(config)
     set_environment(config.system_envs)
-    pipeline = PIPELINES.load(config.pipeline)
-    return pipeline(config, plan)
+    from roll_gspo.pipelines.lifecycle import run_training
+
+    return run_training(pipeline_of(config), config, plan.text())
 
 
 def set_environment(system_envs: dict[str, str]) -> None:

@@ -5,10 +5,10 @@ import pickle
 import pytest
 
 from roll_gspo import errors
+from roll_gspo.config.pipelines import PIPELINES
 from roll_gspo.config.strategy import STRATEGIES
 from roll_gspo.errors import ConfigError, MissingDependencyError
 from roll_gspo.execution import EXECUTORS
-from roll_gspo.pipelines import PIPELINES
 from roll_gspo.registry import Registry, did_you_mean, import_target
 from roll_gspo.tracking.base import TRACKERS
 

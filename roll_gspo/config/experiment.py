@@ -12,7 +12,7 @@ from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
-from roll_gspo.config.roles import ActorInferConfig, ActorTrainConfig, CriticConfig, ReferenceConfig
+from roll_gspo.config.roles import ActorInferConfig, ActorTrainConfig, CriticConfig, ReferenceConfig, Role
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.config.strategy import GenerateStrategyArgs, shipped_engines
@@ -37,6 +37,20 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     """Reward domains by name."""
     validation: ValidationConfig | None = None
     """Held-out prompts."""
+
+    def roles(self) -> dict[str, Role]:
+        """Return the roles that are built and hold a model, by name."""
+        roles: dict[str, Role] = {"actor_train": self.actor_train, "actor_infer": self.actor_infer}
+        if self.needs_reference and self.reference is not None:
+            roles["reference"] = self.reference
+        if self.needs_critic and self.critic is not None:
+            roles["critic"] = self.critic
+        return roles
+
+    @property
+    def scoring_temperature(self) -> float:
+        """Temperature of all log-probs: that of the training responses."""
+        return self.actor_infer.generating_args.temperature
 
     @property
     def query_filters(self) -> dict[str, QueryFilterConfig]:

@@ -16,7 +16,8 @@ from roll_gspo.config.blocks import models_in
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.legacy import LATER_VALUES, sift
 from roll_gspo.config.other_pipeline import without_other_pipelines
-from roll_gspo.config.sft import AnyConfig, config_class
+from roll_gspo.config.pipelines import config_class
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.sources import Sources
 from roll_gspo.config.strategy import StrategyArgs, args_class
 from roll_gspo.errors import ConfigError
@@ -125,7 +126,7 @@ def _problems_of(
             if not any(_is_near(d, detail) for d in details if d["type"] == "extra_forbidden"):
                 problems.append(f"{sources.locate(path)}{dotted}: missing; add it")
         elif detail["type"] == "value_error":
-            problems += _rule_problems(path, detail["ctx"]["error"], sources)
+            problems += _rule_problems(path, detail.get("ctx", {})["error"], sources)
         else:
             problems.append(f"{sources.locate(path)}{dotted}: {_wrong_value(path, dict(detail))}")
     return problems
@@ -148,6 +149,8 @@ def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if isinstance(value, str) and value in LATER_VALUES.get(".".join(path), {}):
         return f"not supported yet: {LATER_VALUES['.'.join(path)][value]} ('{value}')"
+    if kind == "unknown_name":
+        return context["problem"]
     if kind == "literal_error":
         options = [o.strip("' ") for o in re.split(r", | or ", context["expected"])]
         return f"expected one of {', '.join(options)}, got {value!r}{did_you_mean(str(value), options)}"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from roll_gspo.config.base import Problem
 from roll_gspo.config.blocks import models_in
-from roll_gspo.config.sft import CONFIGS, config_class
+from roll_gspo.config.pipelines import DEFAULT, config_class, shipped_config_classes
 from roll_gspo.config.sources import Sources
 
 Models = list[type[BaseModel]]
@@ -21,8 +21,8 @@ Models = list[type[BaseModel]]
 def without_other_pipelines(values: dict[str, Any], sources: Sources) -> tuple[dict[str, Any], list[Problem]]:
     """Return the keys that this pipeline reads, and a problem per key that the user has to remove."""
     own = config_class(values)
-    name = next(name for name, model in CONFIGS.items() if model is own)
-    others = {other: model for other, model in CONFIGS.items() if model is not own}
+    name = values.get("pipeline", DEFAULT)
+    others = {other: model for other, model in shipped_config_classes().items() if not issubclass(own, model)}
     problems: list[Problem] = []
 
     def visit(node: dict[str, Any], mine: Models, theirs: Models, path: tuple[str, ...]) -> dict[str, Any]:

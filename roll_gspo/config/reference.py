@@ -28,8 +28,8 @@ from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.blocks import models_in
 from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_SUPPORTED_YET, reader_text
+from roll_gspo.config.pipelines import shipped_config_classes
 from roll_gspo.config.run import RunConfig
-from roll_gspo.config.sft import CONFIGS
 from roll_gspo.config.strategy import StrategyArgs, shipped_engines
 from roll_gspo.errors import RollGspoError
 from roll_gspo.registry import did_you_mean
@@ -94,7 +94,7 @@ def _blocks() -> dict[str, Block]:
     """Return every block that a table can show, by name."""
     blocks = {name: Block(model, tuple(model.model_fields)) for name, model in FLAT.items()}
     inherited = {key for block in blocks.values() for key in block.keys}
-    for pipeline, root in CONFIGS.items():
+    for pipeline, root in shipped_config_classes().items():
         own = (key for key in root.model_fields if key in root.__annotations__ or key not in inherited)
         blocks[pipeline] = Block(root, tuple(own))
         for path, model in _blocks_below(root, ""):

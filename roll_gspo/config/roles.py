@@ -242,6 +242,9 @@ def _not_supported(key: str, value: str, args: StrategyArgs, able: Iterable[str]
     return Problem(key, message, ("strategy_args.strategy_name",))
 
 
+Role = PolicyConfig | ActorInferConfig | ReferenceConfig | CriticConfig
+
+
 class WarmStart(Schema):
     """Supervised start of a `builtin:` model on demonstrations of a task; cached in `output_dir`."""
 

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Problem, Schema
 from roll_gspo.config.data import Template
+from roll_gspo.config.pipelines import PipelineName
 from roll_gspo.config.roles import CheckpointConfig, TrackerKwargs, WarmStart, WeightTransferConfig
 
 
@@ -21,8 +22,9 @@ class RunConfig(Schema):
     """Folder of this run below `output_dir/exp_name`; null: date and time."""
     seed: NonNegativeInt = 42
     """Seed of data order, sampling and initialisation."""
-    pipeline: Literal["rlvr", "sft"] = "rlvr"
-    """Training loop: `rlvr` (reinforcement learning) or `sft` (supervised fine-tuning, with different keys)."""
+    pipeline: PipelineName = "rlvr"
+    """Training loop: `rlvr` (reinforcement learning), `sft` (supervised fine-tuning, with different keys), or the
+    dotted path of your pipeline."""
     execution: Literal["local", "ray"] = "local"
     """`local` runs all roles in this process, `ray` in worker processes."""
     worker_timeout_s: PositiveFloat = 1800.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -11,7 +11,7 @@ from roll_gspo.config.base import Problem, Schema
 from roll_gspo.config.data import SourceArgs
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size
-from roll_gspo.config.roles import PolicyConfig, RouterReplayConfig
+from roll_gspo.config.roles import PolicyConfig, Role, RouterReplayConfig
 from roll_gspo.config.run import RunConfig
 
 # Keys of `RunConfig` that only generation engines read.
@@ -67,6 +67,15 @@ class SftConfig(RunConfig):
     """The model that is trained."""
     validation: SftValidationConfig | None = None
     """Held-out conversations."""
+
+    def roles(self) -> dict[str, Role]:
+        """Return the roles that are built and hold a model, by name."""
+        return {"actor_train": self.actor_train}
+
+    @property
+    def scoring_temperature(self) -> float:
+        """Temperature of all log-probs: nothing is sampled."""
+        return 1.0
 
     @property
     def data_parallel_size(self) -> int:
@@ -130,10 +139,3 @@ class SftConfig(RunConfig):
 
 
 AnyConfig = ExperimentConfig | SftConfig
-CONFIGS: dict[str, type[ExperimentConfig] | type[SftConfig]] = {"rlvr": ExperimentConfig, "sft": SftConfig}
-
-
-def config_class(values: dict[str, Any]) -> type[ExperimentConfig] | type[SftConfig]:
-    """Return the schema of composed YAML by its `pipeline`; an unknown name is reported by the default schema."""
-    name = values.get("pipeline", "rlvr")
-    return CONFIGS[name] if isinstance(name, str) and name in CONFIGS else ExperimentConfig

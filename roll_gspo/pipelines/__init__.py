@@ -1,5 +1,1 @@
-"""Training loops by name."""
-
-from roll_gspo.registry import Registry
-
-PIPELINES = Registry("pipeline", {"rlvr": "roll_gspo.pipelines.rlvr:run", "sft": "roll_gspo.pipelines.sft:run"})
+"""Training loops: what all of them share, and one folder per pipeline."""

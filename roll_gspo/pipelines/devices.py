@@ -7,24 +7,15 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from roll_gspo.config.roles import ActorInferConfig, CriticConfig, PolicyConfig, ReferenceConfig
-from roll_gspo.config.sft import AnyConfig, SftConfig
+from roll_gspo.config.roles import ActorInferConfig, Role
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.suggestions import nearest_multiples
 from roll_gspo.errors import ConfigError
-
-Role = PolicyConfig | ActorInferConfig | ReferenceConfig | CriticConfig
 
 
 def roles_of(config: AnyConfig) -> dict[str, Role]:
     """Return the roles that are built and hold a model."""
-    if isinstance(config, SftConfig):
-        return {"actor_train": config.actor_train}
-    roles: dict[str, Role] = {"actor_train": config.actor_train, "actor_infer": config.actor_infer}
-    if config.needs_reference and config.reference is not None:
-        roles["reference"] = config.reference
-    if config.needs_critic and config.critic is not None:
-        roles["critic"] = config.critic
-    return roles
+    return config.roles()
 
 
 def model_of(config: AnyConfig, role: Role) -> str:

@@ -16,13 +16,14 @@ from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.data.rows import DataRow
 from roll_gspo.errors import RewardError
-from roll_gspo.pipelines.build import load_tokenizer, new_validation, stop_ids
-from roll_gspo.pipelines.datasets import read_validation, tokenize
+from roll_gspo.pipelines.components import load_tokenizer, stop_ids
 from roll_gspo.pipelines.evaluated import REPORT, Evaluated
 from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
+from roll_gspo.pipelines.rlvr.build import new_validation
+from roll_gspo.pipelines.rlvr.datasets import read_validation, tokenize
+from roll_gspo.pipelines.rlvr.validation import Answers, Summary, answers_of, summaries, validation_records
 from roll_gspo.pipelines.run_folder import config_yaml, make_folder
-from roll_gspo.pipelines.validation import Answers, Summary, answers_of, summaries, validation_records
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.rewards.routing import Router
 from roll_gspo.roles.reward_manager import RewardManager

@@ -11,9 +11,11 @@ from roll_gspo.checkpoint import HF_EXPORT, open_checkpoint
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import CheckpointError, ConfigError, MissingDependencyError
-from roll_gspo.pipelines.plan import Plan, context_problems
+from roll_gspo.pipelines.devices import model_of
+from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.preflight import check_files, missing_engine
 from roll_gspo.pipelines.pretrain import check_model_name
+from roll_gspo.pipelines.rlvr.plan import context_problems
 from roll_gspo.pipelines.run_folder import unused
 
 REPORT = "evaluation.json"
@@ -48,8 +50,7 @@ def find_evaluated(config: ExperimentConfig, ckpt: str | None, out: str | None) 
         ConfigError: there is no such model, or it cannot be loaded for inference; or `out` holds a result.
     """
     if ckpt is None:
-        name = config.actor_train.model_args.model_name_or_path or config.pretrain
-        model, key, step = name, "pretrain", 0
+        model, key, step = model_of(config, config.actor_train), "pretrain", 0
     else:
         model, step = _of_checkpoint(Path(ckpt)) or (ckpt, 0)
         key = "ckpt"

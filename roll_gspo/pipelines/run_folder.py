@@ -11,7 +11,6 @@ import yaml
 from roll_gspo.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from roll_gspo.config.run import RunConfig
 from roll_gspo.errors import CheckpointError, ConfigError
-from roll_gspo.pipelines.plan import Plan
 
 METRICS = "metrics.jsonl"
 
@@ -33,7 +32,7 @@ class RunFolder:
     resumed_from: Checkpoint | None
 
 
-def open_run_folder(config: RunConfig, plan: Plan) -> RunFolder:
+def open_run_folder(config: RunConfig, plan_text: str) -> RunFolder:
     """Make the folder, or find that of the run to be resumed, and write `config.yaml` and `plan.txt` into it.
 
     `resume_from_checkpoint: true` goes on in the folder of the run whose checkpoint is newest; a path starts a
@@ -71,7 +70,7 @@ def open_run_folder(config: RunConfig, plan: Plan) -> RunFolder:
     make_folder(folder.checkpoints, "checkpoint_config.output_dir")
     make_folder(folder.log_folder, "logging_dir")
     (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
-    (path / "plan.txt").write_text(plan.text() + "\n", encoding="utf-8")
+    (path / "plan.txt").write_text(plan_text + "\n", encoding="utf-8")
     return folder
 
 

@@ -18,8 +18,8 @@ from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.config.base import Schema
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.roles import CriticConfig, GeneratingArgs, PolicyConfig, TrainingArgs
-from roll_gspo.config.sft import AnyConfig, SftConfig
-from roll_gspo.pipelines.experience import ExperienceSettings
+from roll_gspo.config.sft import AnyConfig
+from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
 from roll_gspo.strategies.micro_batches import MicroBatching
 
@@ -36,13 +36,12 @@ def settings_from(settings: type[Settings], config: Schema, **derived: Any) -> S
 def model_setup(
     config: AnyConfig, checkpoint: Path, dtype: str, micro_batch_size: int, max_tokens: int | None = None
 ) -> ModelSetup:
-    """Build the `ModelSetup` of a role. Log-probs use the sampling temperature (1.0 for SFT, which samples nothing)."""
-    is_sft = isinstance(config, SftConfig)
+    """Build the `ModelSetup` of a role."""
     return ModelSetup(
         checkpoint=checkpoint,
         dtype=DTYPES[dtype],
         micro_batch_size=micro_batch_size,
-        temperature=1.0 if is_sft else config.actor_infer.generating_args.temperature,
+        temperature=config.scoring_temperature,
         seed=config.seed,
         max_tokens=max_tokens,
     )

@@ -3,51 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 from roll_gspo.config.experiment import RunConfig
-from roll_gspo.execution.base import Executor
+from roll_gspo.pipelines.components import RunComponents
 from roll_gspo.pipelines.interrupt import Interrupt
 from roll_gspo.pipelines.output import Output
-from roll_gspo.pipelines.state import ACTOR, RunState
-from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.memory import rss_mb
 
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+ComponentsT = TypeVar("ComponentsT", bound=RunComponents)
 SIGNALLED = 128  # plus the signal's number is a shell's exit status: 130 after Ctrl-C
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunComponents:
-    """The components that `run_steps` needs; each pipeline adds its own.
+class Steps(Generic[ConfigT, ComponentsT]):
+    """What a pipeline does inside the loop of `run_steps`. Subclasses implement `train_step`.
 
-    Attributes:
-        executor: where the roles live.
-        actor_train: the policy that is trained.
-        state: the run's progress; a checkpoint holds it.
-        output: writes below the run's folder.
-        num_steps: training steps of the whole run.
+    Args:
+        config: the whole configuration.
+        components: what the steps work with; `run_steps` uses those of `RunComponents`.
+        console: the live view; it times the stages of a step.
     """
 
-    executor: Executor
-    actor_train: TrainedPolicy
-    state: RunState[Any]
-    output: Output
-    num_steps: int
-
-    @property
-    def trained_roles(self) -> dict[str, TrainedRole[Any]]:
-        """The roles whose state a checkpoint holds, by the name of their folder in it."""
-        return {ACTOR: self.actor_train}
-
-
-class Steps(Protocol):
-    """What a pipeline does inside the loop of `run_steps`."""
+    def __init__(self, config: ConfigT, components: ComponentsT, console: Console) -> None:
+        self.config = config
+        self.components = components
+        self.console = console
 
     def train_step(self, step: int) -> dict[str, float]:
         """Take one training step and return its metrics."""
-        ...
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Prepare for the first step of this process. Does nothing unless overridden."""
@@ -69,15 +55,16 @@ class Steps(Protocol):
         """Report on a model that was trained up to `step` in this process. Does nothing unless overridden."""
 
 
-def run_steps(
-    steps: Steps, config: RunConfig, components: RunComponents, console: Console, interrupt: Interrupt
-) -> int:
+def run_steps(steps: Steps[Any, Any], interrupt: Interrupt) -> int:
     """Train until the last step or until the user interrupts, and return the process's exit status.
 
     Validation runs before the first step, every `eval_steps` and after the last step. A checkpoint follows every
     `save_steps`, a best validation, the last step, and the step that was interrupted.
     """
-    state, output, num_steps, keep = components.state, components.output, components.num_steps, config.checkpoint_config
+    config: RunConfig = steps.config
+    components: RunComponents = steps.components
+    state, output, num_steps = components.state, components.output, components.num_steps
+    keep, console = config.checkpoint_config, steps.console
     first_step = state.step + 1
     steps.prepare()
     if state.step == 0:
@@ -92,7 +79,7 @@ def run_steps(
         if is_last or step % config.eval_steps == 0:
             validation = steps.validate(step)
             metrics |= validation
-            is_best = state.take_if_best(keep.keep_best, keep.keep_best_mode, validation)
+            is_best = state.update_best(keep.keep_best, keep.keep_best_mode, validation)
         times = console.timings()
         costs = {**times, **steps.throughput(metrics, times), "memory/rss_mb": rss_mb()}
         # Log before saving: if the run is killed in between, it resumes from the previous checkpoint and logs the

@@ -14,7 +14,7 @@ from roll_gspo.algorithms.query_filter import QueryFilterSettings
 from roll_gspo.batch import Completion, Prompt
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.data.sampler import PromptSampler
-from roll_gspo.pipelines.collect import Collector
+from roll_gspo.pipelines.rlvr.collect import Collector
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.strategies.base import Sampling

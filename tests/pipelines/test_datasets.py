@@ -13,7 +13,7 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.data.sampler import Sampler
 from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import byte_tokenizer
-from roll_gspo.pipelines.datasets import chat_format, make_sampler, read_datasets, tokenize
+from roll_gspo.pipelines.rlvr.datasets import chat_format, make_sampler, read_datasets, tokenize
 
 FILE = "actor_train.data_args.file_name"
 
@@ -38,7 +38,7 @@ def test_files_are_read_in_order_up_to_num_rows(tmp_path: Path) -> None:
 
 def test_generated_task_stands_alone() -> None:
     for names in ("[builtin:column_addition,x.jsonl]", "builtin:multiplication"):
-        with pytest.raises(DataError, match=f"{FILE}: .*the tasks of this package are builtin:column_addition"):
+        with pytest.raises(DataError, match=f"{FILE}: .*builtin:column_addition"):
             read_datasets(load_config("example_gspo", f"{FILE}={names}").config)
 
 

@@ -11,9 +11,9 @@ from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
 from roll_gspo.batch import Completion, Prompt, Rollouts, TrainBatch
 from roll_gspo.data.sampler import PromptSampler
-from roll_gspo.pipelines.collect import Collected
-from roll_gspo.pipelines.experience import ExperienceSettings, TokenScoring, mismatch, rollout_metrics, train_batch
-from roll_gspo.pipelines.state import TrainerState
+from roll_gspo.pipelines.rlvr.collect import Collected
+from roll_gspo.pipelines.rlvr.experience import ExperienceSettings, TokenScoring, mismatch, rollout_metrics, train_batch
+from roll_gspo.pipelines.rlvr.state import RlvrState
 from roll_gspo.rewards.base import RewardResult
 
 PROMPTS = [Prompt((1, 2), "a", {"difficulty": "0.5"}), Prompt((3,), "b", {"difficulty": 0})]
@@ -34,8 +34,8 @@ def collected(*scores: float) -> Collected:
     return Collected(rollouts(), tuple(RewardResult(score) for score in scores), {})
 
 
-def state(controller: KLController | None = None) -> TrainerState:
-    return TrainerState(0, PromptSampler(PROMPTS, seed=0), RunningMoments(), controller)
+def state(controller: KLController | None = None) -> RlvrState:
+    return RlvrState(0, PromptSampler(PROMPTS, seed=0), RunningMoments(), controller)
 
 
 def scoring(**others: torch.Tensor) -> TokenScoring:
@@ -110,7 +110,7 @@ def test_failed_samples_are_as_if_they_had_never_been(name: str) -> None:
         overlong_buffer_length=2,
     )
 
-    def trained(without: bool) -> tuple[TrainBatch, dict[str, float], TrainerState]:
+    def trained(without: bool) -> tuple[TrainBatch, dict[str, float], RlvrState]:
         numbers = [i for i in range(9) if not without or i not in failed]
         groups = [
             [Completion((7,) * lengths[i], (-0.5,) * lengths[i], "stop") for i in numbers if i // 3 == group]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from roll_gspo.pipelines.reward_alarm import RewardAlarm
-from roll_gspo.pipelines.reward_metrics import component_metrics, count_by_domain, domain_metrics
+from roll_gspo.pipelines.rlvr.reward_alarm import RewardAlarm
+from roll_gspo.pipelines.rlvr.reward_metrics import component_metrics, count_by_domain, domain_metrics
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.tracking.names import metric_info
 

@@ -22,7 +22,7 @@ def config(*overrides: str) -> ExperimentConfig:
 
 
 def opened(*overrides: str) -> RunFolder:
-    return open_run_folder(config(*overrides), make_plan(config(*overrides)))
+    return open_run_folder(config(*overrides), make_plan(config(*overrides)).text())
 
 
 def _save(folder: RunFolder, step: int) -> Path:

@@ -9,12 +9,13 @@ from roll_gspo.algorithms.kl import AdaptiveKLController
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.errors import CheckpointError
-from roll_gspo.pipelines.state import FILE, TrainerState
+from roll_gspo.pipelines.rlvr.state import RlvrState
+from roll_gspo.pipelines.state import FILE
 
 
-def state(num_items: int = 10) -> TrainerState:
+def state(num_items: int = 10) -> RlvrState:
     items = [chr(97 + i) for i in range(num_items)]
-    return TrainerState(0, PromptSampler(items, seed=3), RunningMoments(), AdaptiveKLController(0.1, 0.05, 100))  # type: ignore[arg-type]
+    return RlvrState(0, PromptSampler(items, seed=3), RunningMoments(), AdaptiveKLController(0.1, 0.05, 100))  # type: ignore[arg-type]
 
 
 def test_state_goes_on_where_it_was_saved(tmp_path: Path) -> None:

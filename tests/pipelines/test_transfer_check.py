@@ -7,7 +7,7 @@ import torch
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.pipelines.transfer_check import TOLERANCE, check_transfer
+from roll_gspo.pipelines.rlvr.transfer_check import TOLERANCE, check_transfer
 from roll_gspo.strategies.base import Sampling
 
 SAMPLING = Sampling(num_samples=1, max_new_tokens=4)

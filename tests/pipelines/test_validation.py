@@ -15,8 +15,8 @@ from roll_gspo.checkpoint import read_best
 from roll_gspo.config.roles import DataArgs, GeneratingArgs
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import DataError
-from roll_gspo.pipelines.datasets import group_of, read_validation
-from roll_gspo.pipelines.validation import Answers, metric_names, summaries, validation_metrics
+from roll_gspo.pipelines.rlvr.datasets import group_of, read_validation
+from roll_gspo.pipelines.rlvr.validation import Answers, metric_names, summaries, validation_metrics
 from roll_gspo.tracking.names import metric_info
 
 Command = Callable[..., Outcome]
@@ -74,7 +74,7 @@ def test_no_majority_without_answers_and_correct_is_a_score() -> None:
     assert dict(alone.maj_at) == {} and alone.pass_at[1].mean == 0.5
     (all_group, _) = summaries([prompt("all", 1, 1)], block())
     assert all_group.group == "all"
-    from roll_gspo.pipelines.validation import _label
+    from roll_gspo.pipelines.rlvr.validation import _label
 
     assert _label({"source": "all"}, "source") == "source_all", "no data can take the place of the figures over all"
 

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from roll_gspo.batch import Prompt
-from roll_gspo.config.data import DataArgs, SourceArgs
+from roll_gspo.config.data import DataArgs
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.run import RunConfig
-from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition, multi_domain
-from roll_gspo.data.prompts import ChatFormat, make_prompts
+from roll_gspo.data.prompts import make_prompts
 from roll_gspo.data.rows import Columns, DataRow, ReadOptions, read_rows
 from roll_gspo.data.sampler import InterleavedSampler, PromptSampler, Sampler
-from roll_gspo.data.templates import NATIVE
 from roll_gspo.errors import DataError
+from roll_gspo.pipelines.data_sources import (
+    DATA_SEED,
+    DEFAULT_GENERATED_ROWS,
+    builtin_task,
+    chat_format,
+    check_tags,
+    fingerprint,
+)
 from roll_gspo.rewards.routing import Router
 
-BUILTIN = "builtin:"
-TASKS = (column_addition.FILE_NAME, multi_domain.FILE_NAME)
-DEFAULT_GENERATED_ROWS = 4096
 UNLABELLED = "unlabelled"
-DATA_SEED = 0  # generated rows are the same for every seed of a comparison
 SHARES = "actor_train.data_args.domain_interleave_probs"
 
 
@@ -55,19 +54,6 @@ def read_datasets(config: ExperimentConfig) -> Datasets:
     if shares is not None:
         check_shares(shares, domains_of(config, [_labels(row) for row in train]), "the data")
     return Datasets(train, validation)
-
-
-def check_tags(config: RunConfig, tags: set[str]) -> None:
-    """See that `tag_to_template` names tags of the data.
-
-    Raises:
-        DataError: it names others.
-    """
-    if strange := [tag for tag in config.tag_to_template if tag not in tags]:
-        raise DataError(
-            f"tag_to_template: no row has the tag {', '.join(strange)} (tags of the data: "
-            f"{', '.join(sorted(tags - {''})) or 'none'}); write it as there, or remove it"
-        )
 
 
 def _labels(row: DataRow) -> dict[str, str]:
@@ -131,15 +117,6 @@ def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler
     return InterleavedSampler(by_domain, shares, config.seed, mark)
 
 
-def fingerprint(token_ids: Iterable[Sequence[int]]) -> str:
-    """Changes with any token of any prompt, and with their order; not with the place of the files."""
-    digest = hashlib.blake2b(digest_size=16)
-    for ids in token_ids:
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(array("q", ids).tobytes())
-    return digest.hexdigest()
-
-
 def read_validation(block: ValidationConfig) -> list[DataRow]:
     """The validation rows, only those of `sources` where the block names some.
 
@@ -179,13 +156,6 @@ def _check_difficulty(rows: list[DataRow]) -> None:
             )
 
 
-def chat_format(config: AnyConfig, args: SourceArgs) -> ChatFormat:
-    """Template and system prompts of a block of data; validation has the template of training where it names none."""
-    own = args.template or config.actor_train.data_args.template or NATIVE
-    by_domain = args.domain_system_prompts if isinstance(args, DataArgs) else {}
-    return ChatFormat(config.global_template or own, config.tag_to_template, args.system_prompt, by_domain)
-
-
 def tokenize(
     config: ExperimentConfig, args: DataArgs, rows: list[DataRow], tokenizer: Any, prompt_length: int
 ) -> tuple[Prompt, ...]:
@@ -197,23 +167,6 @@ def tokenize(
     domains = domains_of(config, [_labels(row) for row in rows])
     where, chat = ", ".join(args.file_name), chat_format(config, args)
     return make_prompts(rows, tokenizer, prompt_length, where, chat, domains)
-
-
-def builtin_task(args: SourceArgs, where: str) -> str | None:
-    """The task of this package that is named in the place of files, if one is.
-
-    Raises:
-        DataError: there is no such task, or files stand beside it.
-    """
-    if not any(name.startswith(BUILTIN) for name in args.file_name):
-        return None
-    name, *others = args.file_name
-    if others or name not in TASKS:
-        raise DataError(
-            f"{where}: {', '.join(args.file_name)}: the tasks of this package are {' and '.join(TASKS)}, and stand "
-            "alone; name one of them, or files"
-        )
-    return name
 
 
 def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from roll_gspo.algorithms.query_filter import QueryFilterSettings, kept_groups
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.data.sampler import Sampler
-from roll_gspo.pipelines.reward_alarm import RewardAlarm
-from roll_gspo.pipelines.reward_metrics import (
+from roll_gspo.pipelines.rlvr.reward_alarm import RewardAlarm
+from roll_gspo.pipelines.rlvr.reward_metrics import (
     component_metrics,
     count_by_domain,
     domain_metrics,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on conversations: the training loop.
+"""The steps of supervised fine-tuning.
 
 sample a mini-batch -> one optimizer step on the assistant's tokens -> validate, log, save
 """
@@ -10,49 +10,31 @@ from collections.abc import Mapping
 
 from roll_gspo.batch import TrainBatch
 from roll_gspo.config.sft import SftConfig
-from roll_gspo.pipelines.build_sft import SftComponents, build_sft_components, sequences_of
-from roll_gspo.pipelines.lifecycle import run_training
-from roll_gspo.pipelines.plan import Plan
+from roll_gspo.pipelines.sft.build import SftComponents, sequences_of
 from roll_gspo.pipelines.step_loop import Steps
-from roll_gspo.tracking.console import Console
 
 
-def run(config: SftConfig, plan: Plan) -> int:
-    """Run the whole training and return the process's exit status.
-
-    Raises:
-        WorkerError: workers were lost more than `max_restarts` times.
-    """
-    return run_training(
-        config, plan, build_sft_components, SftSteps, num_steps=config.max_steps or 0, headline="sft/loss"
-    )
-
-
-class SftSteps(Steps):
+class SftSteps(Steps[SftConfig, SftComponents]):
     """The steps of supervised fine-tuning."""
 
-    def __init__(self, config: SftConfig, components: SftComponents, console: Console) -> None:
-        self._config = config
-        self._components = components
-        self._console = console
-        self._num_tokens = 0  # of the last mini-batch, prompts included
+    _num_tokens = 0  # of the last mini-batch, prompts included
 
     def train_step(self, step: int) -> dict[str, float]:
         """Take one optimizer step on the next mini-batch."""
-        components = self._components
-        samples = components.state.sampler.next_batch(self._config.mini_batch_size)
+        components = self.components
+        samples = components.state.sampler.next_batch(self.config.mini_batch_size)
         sequences, rows = sequences_of(samples, components.pad_token_id)
         self._num_tokens = int(sequences.lengths.sum())
-        with self._console.stage("update") as progress:
+        with self.console.stage("update") as progress:
             metrics = components.actor_train.update(TrainBatch.of_demonstrations(sequences, rows), step, progress)
         return metrics | components.state.metrics() | {"data/sequences_dropped": float(components.num_dropped)}
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the loss on the held-out conversations."""
-        components = self._components
+        components = self.components
         if not components.validation:
             return {}
-        with self._console.stage("validate"):
+        with self.console.stage("validate"):
             sequences, _ = sequences_of(components.validation, components.pad_token_id)
             total, num_tokens = components.actor_train.negative_log_likelihood(sequences)
         loss = total / num_tokens
@@ -69,5 +51,5 @@ class SftSteps(Steps):
 
     def finish(self, step: int) -> None:
         """Print where the exported model lies."""
-        if (model := self._components.output.hf_model(step)) is not None:
-            self._console.message(f"model: {model}; a run starts from it with pretrain={model} warm_start=null")
+        if (model := self.components.output.hf_model(step)) is not None:
+            self.console.message(f"model: {model}; a run starts from it with pretrain={model} warm_start=null")

@@ -13,9 +13,9 @@ import torch
 
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.pipelines.build import Components, build_components
-from roll_gspo.pipelines.collect import Collected
-from roll_gspo.pipelines.experience import (
+from roll_gspo.pipelines.rlvr.build import RlvrComponents
+from roll_gspo.pipelines.rlvr.collect import Collected
+from roll_gspo.pipelines.rlvr.experience import (
     TokenScoring,
     entropy_metrics,
     mismatch,
@@ -23,46 +23,28 @@ from roll_gspo.pipelines.experience import (
     routing_metrics,
     train_batch,
 )
-from roll_gspo.pipelines.lifecycle import run_training
-from roll_gspo.pipelines.output import traced_samples
-from roll_gspo.pipelines.plan import Plan
+from roll_gspo.pipelines.rlvr.sample_files import traced_samples
+from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
+from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.pipelines.step_loop import Steps
-from roll_gspo.pipelines.transfer_check import check_transfer
-from roll_gspo.pipelines.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.strategies.base import TokenScores
-from roll_gspo.tracking.console import Console
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: ExperimentConfig, plan: Plan) -> int:
-    """Run the whole training and return the process's exit status.
-
-    Raises:
-        WorkerError: workers were lost more than `max_restarts` times.
-    """
-    return run_training(
-        config, plan, build_components, RlvrSteps, num_steps=config.max_steps, headline="rollout/score_mean"
-    )
-
-
-class RlvrSteps(Steps):
+class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
     """The steps of reinforcement learning from verifiable rewards."""
 
-    def __init__(self, config: ExperimentConfig, components: Components, console: Console) -> None:
-        self._config = config
-        self._components = components
-        self._console = console
-        self._checked_transfer = False
+    _checked_transfer = False
 
     def prepare(self) -> None:
         """Send the initial weights to the generation engine."""
-        with self._console.stage("sync_weights"):
-            self._components.weights.push(self._components.state.step)
+        with self.console.stage("sync_weights"):
+            self.components.weights.push(self.components.state.step)
 
     def train_step(self, step: int) -> dict[str, float]:
         """Generate, score and train on one rollout."""
-        components, stage = self._components, self._console.stage
+        components, stage = self.components, self.console.stage
         collected = components.collector.collect(step, stage)
         rollouts = collected.rollouts
         metrics = collected.metrics | rollout_metrics(rollouts)
@@ -72,26 +54,26 @@ class RlvrSteps(Steps):
         metrics |= figures | statistics
         with stage("log"):  # before the update, which may fail and names samples of this file
             domains = components.rewards.domains(rollouts.prompts)
-            self._components.output.write_rollouts(step, rollouts, domains, collected.results, batch)
+            self.components.samples.write_rollouts(step, rollouts, domains, collected.results, batch)
         if components.critic is not None:
             with stage("update_critic") as progress:
                 metrics |= components.critic.update(batch, step, progress)
         metrics |= self._update_policy(batch, step, metrics["reward/score_min"], metrics["reward/score_max"])
-        if metrics["actor/num_updates"] and self._config.trace_groups:
+        if metrics["actor/num_updates"] and self.config.trace_groups:
             with stage("trace"):
                 self._trace(step, collected)
         return metrics | components.state.metrics() | {"data/prompts_dropped": float(components.num_prompts_dropped)}
 
     def _trace(self, step: int, collected: Collected) -> None:
         """Score a few samples again, for the ratio of each token that the report shows."""
-        rows = traced_samples(collected.rollouts, collected.results, self._config.trace_groups)
+        rows = traced_samples(collected.rollouts, collected.results, self.config.trace_groups)
         traced = collected.rollouts.sequences.rows(rows)
-        log_probs = self._components.actor_train.score(traced).log_probs
-        self._components.output.write_updated(step, rows, log_probs, traced.response_mask)
+        log_probs = self.components.actor_train.score(traced).log_probs
+        self.components.samples.write_updated(step, rows, log_probs, traced.response_mask)
 
     def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
         """What reference, critic and trainer say of the sampled tokens, before any update."""
-        components, stage = self._components, self._console.stage
+        components, stage = self.components, self.console.stage
         ref_log_probs = values = None
         if components.reference is not None:
             with stage("reference_log_probs"):
@@ -102,7 +84,7 @@ class RlvrSteps(Steps):
         with stage("old_log_probs"):
             old_log_probs, own, metrics = self._old_log_probs(rollouts)
         routed_experts = rollouts.routed_experts
-        if own is not None and self._config.actor_train.router_replay.mode != "R3":
+        if own is not None and self.config.actor_train.router_replay.mode != "R3":
             routed_experts = own.routed_experts
         return TokenScoring(old_log_probs, ref_log_probs, values, routed_experts), metrics
 
@@ -111,13 +93,13 @@ class RlvrSteps(Steps):
 
         The first rollout also shows whether the engines agree.
         """
-        recompute = self._config.enable_old_logprobs_recompute
+        recompute = self.config.enable_old_logprobs_recompute
         if not recompute and self._checked_transfer:
             return rollouts.rollout_log_probs, None, {}
-        own = self._components.actor_train.score(rollouts.sequences)
+        own = self.components.actor_train.score(rollouts.sequences)
         if not self._checked_transfer:
-            dtypes = (role.model_args.dtype for role in (self._config.actor_train, self._config.actor_infer))
-            check_transfer(rollouts, own.log_probs, self._components.sampling, *dtypes)
+            dtypes = (role.model_args.dtype for role in (self.config.actor_train, self.config.actor_infer))
+            check_transfer(rollouts, own.log_probs, self.components.sampling, *dtypes)
             self._checked_transfer = True
         if not recompute:  # then the first mini-batch of every step measures the mismatch
             return rollouts.rollout_log_probs, None, {}
@@ -129,8 +111,8 @@ class RlvrSteps(Steps):
 
         `lowest` and `highest` are the scores of the rollout's worst and best samples.
         """
-        stage = self._console.stage
-        if step <= self._config.critic_warmup:
+        stage = self.console.stage
+        if step <= self.config.critic_warmup:
             return {"actor/num_updates": 0.0, "actor/skipped_updates": 0.0}
         reason = None
         if not bool(batch.response_mask.any()):
@@ -139,16 +121,16 @@ class RlvrSteps(Steps):
             reason = f"every reward is {lowest:g}; nothing to learn from, the update is skipped"
         if reason is not None:
             logger.warning("step %d: %s", step, reason)
-            return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self._config.updates_per_rollout)}
+            return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self.config.updates_per_rollout)}
         with stage("update") as progress:
-            metrics = self._components.actor_train.update(batch, step, progress)
+            metrics = self.components.actor_train.update(batch, step, progress)
         with stage("sync_weights"):
-            self._components.weights.push(step)
+            self.components.weights.push(step)
         return metrics
 
     def validate(self, step: int) -> dict[str, float]:
         """Figures of the current policy on the held-out prompts, whose samples are written as they come."""
-        components, validation = self._components, self._components.validation
+        components, validation = self.components, self.components.validation
         if validation is None:
             return {}
         answers: list[Answers] = []
@@ -157,9 +139,9 @@ class RlvrSteps(Steps):
             answers.extend(answers_of(batch, validation.config.group_by))
             return batch
 
-        with self._console.stage("validate") as progress:
+        with self.console.stage("validate") as progress:
             batches = validation.judged(components.actor_infer, components.collector.judge, progress)
-            self._components.output.write_validation(step, (seen(batch) for batch in batches))
+            self.components.samples.write_validation(step, (seen(batch) for batch in batches))
         return validation_metrics(summaries(answers, validation.config))
 
     def throughput(self, metrics: Mapping[str, float], times: Mapping[str, float]) -> dict[str, float]:

@@ -16,8 +16,8 @@ from roll_gspo.algorithms.pass_at_k import maj_at_k, pass_at_k
 from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import ConfigError
-from roll_gspo.pipelines.datasets import group_of
-from roll_gspo.pipelines.records import rollout_records
+from roll_gspo.pipelines.rlvr.datasets import group_of
+from roll_gspo.pipelines.rlvr.sample_records import rollout_records
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.generator import Generator
 from roll_gspo.strategies.base import Sampling

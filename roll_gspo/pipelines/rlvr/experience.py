@@ -22,8 +22,8 @@ from roll_gspo.algorithms.sample_weighting import (
 from roll_gspo.algorithms.value_loss import explained_variance
 from roll_gspo.batch import Prompt, Rollouts, TrainBatch
 from roll_gspo.metrics import mean_of, to_floats
-from roll_gspo.pipelines.collect import Collected
-from roll_gspo.pipelines.state import TrainerState
+from roll_gspo.pipelines.rlvr.collect import Collected
+from roll_gspo.pipelines.rlvr.state import RlvrState
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TokenScoring:
 
 
 def train_batch(
-    collected: Collected, scoring: TokenScoring, settings: ExperienceSettings, state: TrainerState
+    collected: Collected, scoring: TokenScoring, settings: ExperienceSettings, state: RlvrState
 ) -> tuple[TrainBatch, dict[str, float]]:
     """Advantages of a rollout and the batch that carries them; `state` takes in its scores and its KL.
 
@@ -122,7 +122,7 @@ def _estimated(
     loss_mask: Tensor,
     settings: AdvantageSettings,
     kl_coef: float,
-    state: TrainerState,
+    state: RlvrState,
 ) -> Estimated:
     """Advantages and returns [B, T] of the samples that have a score, as of a rollout without the others (0 there)."""
     valid = collected.valid

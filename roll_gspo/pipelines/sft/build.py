@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ from roll_gspo.data.conversations import (
 )
 from roll_gspo.data.rows import Columns, ReadOptions
 from roll_gspo.data.sampler import PromptSampler
-from roll_gspo.execution import EXECUTORS
-from roll_gspo.execution.base import Executor
-from roll_gspo.pipelines.build import load_tokenizer, make_output, resume, stop_ids
-from roll_gspo.pipelines.datasets import (
+from roll_gspo.pipelines.components import RunComponents, load_tokenizer, make_output, resume, start_executor, stop_ids
+from roll_gspo.pipelines.data_sources import (
     DATA_SEED,
     DEFAULT_GENERATED_ROWS,
     builtin_task,
@@ -36,11 +34,12 @@ from roll_gspo.pipelines.datasets import (
     check_tags,
     fingerprint,
 )
-from roll_gspo.pipelines.placement import execution_settings, start_sft_actor
+from roll_gspo.pipelines.devices import model_of
+from roll_gspo.pipelines.factories import make_sft_actor
+from roll_gspo.pipelines.placement import placement_of
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.state import ACTOR, RunState
-from roll_gspo.pipelines.step_loop import RunComponents
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.tracking.console import Console
 
@@ -64,12 +63,12 @@ class SftComponents(RunComponents):
     num_dropped: int
 
 
-def build_sft_components(config: SftConfig, folder: RunFolder, console: Console) -> SftComponents:
-    """Read the data, make or find the model, start it, and load the checkpoint to go on from.
+def build_components(config: SftConfig, folder: RunFolder, console: Console) -> SftComponents:
+    """Read the data, prepare the model, start it, and load the checkpoint to resume from.
 
     Raises:
         DataError: a data file cannot be used.
-        ConfigError: a setting turns out to be impossible for the model or the engine.
+        ConfigError: the model or the engine does not allow a setting.
     """
     with console.stage("read data"):
         train = _conversations(config.actor_train.data_args, "actor_train.data_args.file_name", "train")
@@ -77,9 +76,7 @@ def build_sft_components(config: SftConfig, folder: RunFolder, console: Console)
         if config.validation is not None:
             held_out = _conversations(config.validation.data_args, "validation.data_args.file_name", "validation")
         check_tags(config, {row.tag for row in (*train, *held_out)})
-    checkpoint = prepare_checkpoint(
-        config, config.actor_train.model_args.model_name_or_path or config.pretrain, console
-    )
+    checkpoint = prepare_checkpoint(config, model_of(config, config.actor_train), console)
     with console.stage("tokenize conversations"):
         tokenizer = load_tokenizer(checkpoint)
         samples = _tokenized(config, config.actor_train.data_args, train, tokenizer)
@@ -90,10 +87,11 @@ def build_sft_components(config: SftConfig, folder: RunFolder, console: Console)
     num_steps = config.num_steps(len(samples.samples))
     epochs = num_steps * config.mini_batch_size / len(samples.samples)
     console.message(f"{len(samples.samples)} sequences, {num_steps} steps: {epochs:.2g} pass(es)")
-    with console.stage("start ray") if config.execution == "ray" else nullcontext():
-        executor: Executor = EXECUTORS.load(config.execution)(execution_settings(config))
+    executor = start_executor(config, console)
     try:
-        actor = start_sft_actor(config, checkpoint, executor, console, num_steps)
+        make = partial(make_sft_actor, config, checkpoint, num_steps)
+        with console.stage("start actor_train"):
+            actor = placement_of(config, executor).start("actor_train", config.actor_train, make)
         tokens = (ids for sample in samples.samples for ids in (sample.prompt_ids, sample.response_ids, sample.mask))
         state = RunState(0, PromptSampler(samples.samples, config.seed, fingerprint(tokens)))
         resume(config, folder, console, {ACTOR: actor}, state)
@@ -104,7 +102,7 @@ def build_sft_components(config: SftConfig, folder: RunFolder, console: Console)
         executor=executor,
         actor_train=actor,
         state=state,
-        output=make_output(config, folder, console, state, tokenizer),
+        output=make_output(config, folder, console, state),
         validation=validation,
         pad_token_id=tokenizer.pad_token_id,
         num_steps=num_steps,

@@ -1,4 +1,4 @@
-"""Samples as they are written into files."""
+"""Samples as records of a file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def rollout_records(
     trained: TrainBatch | None = None,
     first_group: int = 0,
 ) -> Iterator[RolloutRecord]:
-    """Every sample with what judged it.
+    """Yield the record of every sample.
 
     Args:
-        rollouts, domains, results: the samples, and of each the reward block and its result.
-        decode: token ids to text.
-        trained: what is trained on of them; None in validation, where tokens have no old log-probs and advantages.
-        first_group: number of the first group, where a file gets several batches.
+        rollouts, domains, results: the samples, and the reward block and the result of each.
+        decode: from token ids to text.
+        trained: the training batch that was built from them; None in validation.
+        first_group: number of the first group, if a file gets several batches.
     """
     mask = rollouts.sequences.response_mask
     token_texts = TokenTexts(decode)
@@ -50,12 +50,12 @@ def rollout_records(
             answer=result.answer,
             components=result.components,
             response_tokens=token_texts(completion.token_ids),
-            rollout_log_probs=response_metrics(rollouts.rollout_log_probs, mask, row),
-            old_log_probs=() if trained is None else response_metrics(trained.old_log_probs, mask, row),
-            advantages=() if trained is None else response_metrics(trained.advantages, mask, row),
+            rollout_log_probs=response_values(rollouts.rollout_log_probs, mask, row),
+            old_log_probs=() if trained is None else response_values(trained.old_log_probs, mask, row),
+            advantages=() if trained is None else response_values(trained.advantages, mask, row),
         )
 
 
-def response_metrics(figures: Tensor, mask: Tensor, row: int) -> Figures:
-    """The figures [B, T] of one sample's response tokens."""
-    return compact(figures[row][mask[row]].tolist())
+def response_values(values: Tensor, mask: Tensor, row: int) -> Figures:
+    """Return the values of one sample's response tokens; `values` and `mask` are [B, T]."""
+    return compact(values[row][mask[row]].tolist())

@@ -1,0 +1,122 @@
+"""Components of a run that every pipeline builds: executor, tokenizer, trained state, output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roll_gspo.checkpoint import CheckpointStore
+from roll_gspo.config.data import SourceArgs
+from roll_gspo.config.sft import AnyConfig
+from roll_gspo.data.prompts import end_of_turn_ids
+from roll_gspo.execution import EXECUTORS
+from roll_gspo.execution.base import Executor
+from roll_gspo.pipelines.data_sources import chat_format
+from roll_gspo.pipelines.output import Output
+from roll_gspo.pipelines.placement import execution_settings
+from roll_gspo.pipelines.run_folder import RunFolder, config_yaml
+from roll_gspo.pipelines.state import ACTOR, RunState
+from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
+from roll_gspo.tracking.base import build_trackers
+from roll_gspo.tracking.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunComponents:
+    """The components that `run_steps` needs; each pipeline adds its own.
+
+    Attributes:
+        executor: where the roles live.
+        actor_train: the policy that is trained.
+        state: the run's progress; a checkpoint holds it.
+        output: writes below the run's folder.
+        num_steps: training steps of the whole run.
+    """
+
+    executor: Executor
+    actor_train: TrainedPolicy
+    state: RunState[Any]
+    output: Output
+    num_steps: int
+
+    @property
+    def trained_roles(self) -> dict[str, TrainedRole[Any]]:
+        """The roles whose state a checkpoint holds, by the name of their folder in it."""
+        return {ACTOR: self.actor_train}
+
+
+def start_executor(config: AnyConfig, console: Console) -> Executor:
+    """Start what `execution` names; its roles are started with it."""
+    with console.stage("start ray") if config.execution == "ray" else nullcontext():
+        return EXECUTORS.load(config.execution)(execution_settings(config))
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """Load the tokenizer of a checkpoint. Without a padding token it pads with the end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(config: AnyConfig, blocks: Sequence[SourceArgs], tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
+    """Return every id that ends a response: those of the model, and those that end a turn in the data's templates."""
+    stops = set(stop_token_ids(tokenizer, checkpoint))
+    for args in blocks:
+        stops |= end_of_turn_ids(tokenizer, chat_format(config, args))
+    return tuple(sorted(stops))
+
+
+def stop_token_ids(tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
+    """Return the end-of-sequence ids of the tokenizer and of generation_config.json."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    if (checkpoint / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(checkpoint).eos_token_id
+        ids |= set(configured) if isinstance(configured, list) else {configured}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def resume(
+    config: AnyConfig,
+    folder: RunFolder,
+    console: Console,
+    roles: Mapping[str, TrainedRole[Any]],
+    state: RunState[Any],
+) -> None:
+    """Load the checkpoint to resume from, if there is one, into `roles` (by folder name) and `state`."""
+    if folder.resumed_from is None:
+        if config.resume_from_checkpoint is True:
+            console.warning("resume_from_checkpoint: no complete checkpoint was found; starting from the beginning")
+        return
+    source = folder.resumed_from.folder
+    with console.stage("load checkpoint"):
+        for name, role in roles.items():
+            role.load(source / name)
+        state.load(source)
+        keep = config.checkpoint_config
+        if state.best is not None and (state.best.metric, state.best.mode) != (keep.keep_best, keep.keep_best_mode):
+            state.best = None  # another metric decides now
+    console.message(f"resumed after step {state.step} from {source}")
+
+
+def make_output(config: AnyConfig, folder: RunFolder, console: Console, state: RunState[Any]) -> Output:
+    """Build the writer of the run's folder, after `resume`. Metrics of steps that will be repeated are dropped."""
+    kwargs = config.tracker_kwargs.model_dump(exclude_none=True)
+    checkpoints = CheckpointStore(folder.checkpoints, config.checkpoint_config.max_ckpt_to_keep, state.best)
+    state.best = checkpoints.best  # that of another folder is not kept here
+    return Output(
+        folder=folder.path,
+        checkpoints=checkpoints,
+        trackers=build_trackers([config.track_with], folder.path, state.first_logged_step, kwargs),
+        console=console,
+        config_text=config_yaml(config),
+        save_hf_model=config.actor_train.training_args.save_hf_model,
+        asynchronous=config.checkpoint_config.async_save,
+    )

@@ -1,0 +1,191 @@
+"""Build the components of a run of reinforcement learning from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roll_gspo.algorithms.reward_norm import RunningMoments
+from roll_gspo.batch import Prompt
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.execution.base import Executor
+from roll_gspo.pipelines.components import RunComponents, load_tokenizer, make_output, resume, start_executor, stop_ids
+from roll_gspo.pipelines.devices import model_of
+from roll_gspo.pipelines.pretrain import prepare_checkpoint
+from roll_gspo.pipelines.rlvr.collect import Collector
+from roll_gspo.pipelines.rlvr.datasets import Datasets, make_sampler, read_datasets, tokenize
+from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
+from roll_gspo.pipelines.rlvr.models import start_models, trained_roles_of
+from roll_gspo.pipelines.rlvr.sample_files import SampleFiles
+from roll_gspo.pipelines.rlvr.state import RlvrState
+from roll_gspo.pipelines.rlvr.validation import Validation, check_keep_best
+from roll_gspo.pipelines.run_folder import RunFolder
+from roll_gspo.pipelines.settings import (
+    experience_settings,
+    new_kl_controller,
+    query_filter_settings,
+    sampling,
+)
+from roll_gspo.roles.actor import Actor
+from roll_gspo.roles.critic import Critic
+from roll_gspo.roles.generator import Generator
+from roll_gspo.roles.reference import Reference
+from roll_gspo.roles.reward_manager import RewardManager
+from roll_gspo.roles.trained import TrainedRole
+from roll_gspo.roles.weight_sync import WeightSync
+from roll_gspo.strategies.base import Sampling
+from roll_gspo.tracking.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlvrComponents(RunComponents):
+    """The components of `RlvrSteps`.
+
+    Attributes:
+        actor_infer: the policy that generates.
+        weights: sends the weights of `actor_train` to `actor_infer`.
+        reference, critic: None if no KL term or no estimator needs them.
+        rewards: scores responses.
+        collector: generates and scores the samples of a step.
+        samples: writes the samples into files.
+        experience: settings of the advantages.
+        sampling: of the training responses.
+        validation: the held-out prompts, if there are any.
+        num_prompts_dropped: training prompts longer than `prompt_length`.
+    """
+
+    actor_train: Actor
+    state: RlvrState
+    actor_infer: Generator
+    weights: WeightSync
+    reference: Reference | None
+    critic: Critic | None
+    rewards: RewardManager
+    collector: Collector
+    samples: SampleFiles
+    experience: ExperienceSettings
+    sampling: Sampling
+    validation: Validation | None
+    num_prompts_dropped: int
+
+    @property
+    def trained_roles(self) -> dict[str, TrainedRole[Any]]:
+        """The roles whose state a checkpoint holds, by the name of their folder in it."""
+        return trained_roles_of(self.actor_train, self.critic)
+
+
+def build_components(config: ExperimentConfig, folder: RunFolder, console: Console) -> RlvrComponents:
+    """Read the data, prepare the model, start every role, and load the checkpoint to resume from.
+
+    Raises:
+        DataError: a data file cannot be used.
+        ConfigError: the model or the engine does not allow a setting.
+    """
+    with console.stage("read data"):
+        datasets = read_datasets(config)
+    executor = start_executor(config, console)
+    try:
+        with console.stage("start rewards"):  # before the model, which may take minutes: a wrong reward fails at once
+            rewards = executor.start("rewards", lambda: RewardManager(config.rewards))
+            rewards.check({"id": r.id, "domain": r.domain, "tag": r.tag} for r in datasets.train + datasets.validation)
+        checkpoint = prepare_checkpoint(config, model_of(config, config.actor_train), console)
+        return _start_roles(config, folder, console, datasets, checkpoint, executor, rewards)
+    except BaseException:
+        executor.close()
+        raise
+
+
+def _start_roles(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    console: Console,
+    datasets: Datasets,
+    checkpoint: Path,
+    executor: Executor,
+    rewards: RewardManager,
+) -> RlvrComponents:
+    data = _tokenized(config, datasets, checkpoint, console)
+    sampler = make_sampler(config, data.train)
+    models = start_models(config, checkpoint, executor, console, data.tokenizer.pad_token_id)
+    state = RlvrState(
+        step=0,
+        sampler=sampler,
+        running_moments=RunningMoments(),
+        kl_controller=new_kl_controller(config),
+    )
+    resume(config, folder, console, trained_roles_of(models.actor_train, models.critic), state)
+    groups, length = config.num_return_sequences_in_group, config.max_response_length
+    training = sampling(config.actor_infer.generating_args, groups, length, data.stop_ids)
+    return RlvrComponents(
+        executor=executor,
+        actor_train=models.actor_train,
+        actor_infer=models.actor_infer,
+        weights=models.weights,
+        reference=models.reference,
+        critic=models.critic,
+        rewards=rewards,
+        collector=_collector(config, state, models.actor_infer, rewards, training, data.tokenizer),
+        samples=SampleFiles(folder.path, lambda ids: data.tokenizer.decode(list(ids)), state.first_logged_step),
+        experience=experience_settings(config),
+        state=state,
+        output=make_output(config, folder, console, state),
+        sampling=training,
+        validation=new_validation(config, data.validation, data.stop_ids, rewards) if config.validation else None,
+        num_steps=config.max_steps,
+        num_prompts_dropped=len(datasets.train) - len(data.train),
+    )
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    tokenizer: Any
+    train: tuple[Prompt, ...]
+    validation: tuple[Prompt, ...]
+    stop_ids: tuple[int, ...]
+
+
+def _tokenized(config: ExperimentConfig, datasets: Datasets, checkpoint: Path, console: Console) -> _Tokenized:
+    with console.stage("tokenize prompts"):
+        tokenizer = load_tokenizer(checkpoint)
+        blocks = [config.actor_train.data_args]
+        train = tokenize(config, blocks[0], datasets.train, tokenizer, config.prompt_length)
+        validation: tuple[Prompt, ...] = ()
+        if config.validation is not None:
+            blocks.append(config.validation.data_args)
+            length = config.validation_prompt_length
+            validation = tokenize(config, blocks[1], datasets.validation, tokenizer, length)
+            check_keep_best(config.checkpoint_config.keep_best, validation, config.validation)
+    return _Tokenized(tokenizer, train, validation, stop_ids(config, blocks, tokenizer, checkpoint))
+
+
+def new_validation(
+    config: ExperimentConfig, prompts: tuple[Prompt, ...], stop_ids: tuple[int, ...], rewards: RewardManager
+) -> Validation:
+    """Build the validation of the block `validation`, which must exist."""
+    block = config.validation
+    assert block is not None
+    length = config.validation_response_length
+    return Validation(
+        block, prompts, sampling(block.generating_args, block.num_samples, length, stop_ids), rewards.domains
+    )
+
+
+def _collector(
+    config: ExperimentConfig,
+    state: RlvrState,
+    generator: Generator,
+    rewards: RewardManager,
+    training: Sampling,
+    tokenizer: Any,
+) -> Collector:
+    return Collector(
+        state.sampler,
+        generator,
+        rewards,
+        training,
+        lambda completion: tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
+        num_prompts=config.rollout_batch_size,
+        query_filters=query_filter_settings(config),
+        max_rounds=config.max_sampling_rounds,
+    )

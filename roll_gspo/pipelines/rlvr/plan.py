@@ -1,0 +1,141 @@
+"""The plan of reinforcement learning: the rows between its roles and its memory, and what the model cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.selection import QueryFilterConfig
+from roll_gspo.models.size import context_length_of
+from roll_gspo.pipelines.devices import model_of
+from roll_gspo.pipelines.pipeline import mini_batch_text
+
+
+def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) pairs."""
+    if not config.needs_reference:
+        yield "roles", f"{'reference':<12} not built: no KL term is switched on"
+    if config.critic is not None and not config.needs_critic:
+        yield "roles", f"{'critic':<12} not built: adv_estimator is {config.adv_estimator}, not gae"
+    yield "rollout", _rollout_text(config)
+    yield "updates", _updates_text(config)
+    yield "ratio", _ratio_text(config)
+    yield "rewards", _rewards_text(config)
+    yield from (("samples", text) for text in _sample_texts(config))
+    yield "log-probs", _log_probs_text(config)
+    yield from (("log-probs", text) for text in _correction_texts(config))
+
+
+def _rollout_text(config: ExperimentConfig) -> str:
+    return (
+        f"{config.rollout_batch_size} prompts × {config.num_return_sequences_in_group} samples = "
+        f"{config.samples_per_rollout}; prompt ≤ {config.prompt_length}, response ≤ {config.max_response_length} tokens"
+    )
+
+
+def _updates_text(config: ExperimentConfig) -> str:
+    return (
+        f"{config.samples_per_rollout} samples × {config.ppo_epochs} epoch(s) → {mini_batch_text(config)} → "
+        f"{config.updates_per_rollout} optimizer steps a rollout, {config.num_updates} in all"
+    )
+
+
+def _ratio_text(config: ExperimentConfig) -> str:
+    dual = config.effective_dual_clip_ratio
+    parts = [config.importance_sampling, _objective_text(config)]
+    if config.policy_loss == "clip":
+        parts.append(f"dual clip {dual:g}" if dual else "no dual clip")
+    return ", ".join([*parts, config.loss_agg_mode, config.adv_estimator])
+
+
+def _objective_text(config: ExperimentConfig) -> str:
+    if config.policy_loss == "sapo":
+        return f"sapo, gate temperatures {config.sapo_tau_positive:g}/{config.sapo_tau_negative:g}"
+    if config.clip_range is None:
+        return config.policy_loss
+    low, high = config.clip_range
+    return f"{config.policy_loss} {low:g}/{high:g} (to [{1 - low:g}, {1 + high:g}])"
+
+
+def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
+    """What is left out, replaced, punished or weighed; nothing where nothing is switched on."""
+    filters = {domain: _filter_text(block) for domain, block in config.query_filters.items()}
+    one = len(set(filters.values())) == 1 and len(filters) == len(config.rewards)
+    for domain, kept in [("", next(iter(filters.values())))] if one else filters.items():
+        whose = f"{domain}: groups" if domain else "groups"
+        yield f"{whose} whose {kept} stay, others are replaced; {config.max_sampling_rounds} generations a step at most"
+    if config.overlong_buffer_length is not None:
+        first = config.max_response_length - config.overlong_buffer_length
+        yield f"responses over {first} tokens lose up to {config.overlong_penalty_factor:g} of their score"
+    masks = ["responses cut at the limit"] if config.max_len_mask else []
+    if config.difficulty_mask:
+        low, high = config.difficulty_low_threshold, config.difficulty_high_threshold
+        masks.append(f"groups with a mean score outside ({low:g}, {high:g})")
+    if masks:
+        yield f"not in the loss: {', '.join(masks)}"
+    if config.length_loss_weight:
+        yield "weighed by length: short responses count more"
+    if config.difficulty_loss_weight:
+        yield "weighed by the difficulty of the data row: hard prompts count more"
+
+
+def _filter_text(query_filter: QueryFilterConfig) -> str:
+    args = query_filter.filter_args
+    if query_filter.type == "mean_filter":
+        return f"mean score is between {args.threshold_down:g} and {args.threshold_up:g}"
+    return f"scores deviate by more than {args.std_threshold:g}"
+
+
+def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
+    """What is done about trainer and engine not being the same; nothing where nothing is switched on."""
+    correction, replay = config.train_infer_correction, config.actor_train.router_replay
+    if correction is not None:
+        bounds = f"[{correction.lower_bound:g}, {correction.upper_bound:g}]"
+        verb = "clamped to" if correction.mode == "truncate" else "0 outside"
+        yield f"correction: {correction.level} weights of trainer over engine, {verb} {bounds}"
+    if replay.mode != "disable":
+        chooser = "recomputed the old log-probs" if replay.mode == "R2" else "sampled"
+        yield f"routing replay {replay.mode}: updates use the experts chosen by the pass that {chooser}"
+    elif replay.record:
+        engine = config.actor_infer.strategy_args.strategy_name
+        yield f"routing: the experts that {engine} chose are compared with the trainer's, none is replayed"
+
+
+def _rewards_text(config: ExperimentConfig) -> str:
+    return "; ".join(
+        f"{name}: {r.title} × {r.num_workers}, {r.timeout_s:g} s a sample" for name, r in config.rewards.items()
+    )
+
+
+def _log_probs_text(config: ExperimentConfig) -> str:
+    trainer = config.actor_train.strategy_args.strategy_name
+    engine = config.actor_infer.strategy_args.strategy_name
+    old = f"recomputed by {trainer}" if config.enable_old_logprobs_recompute else f"those of {engine}"
+    reference = "none"
+    if config.needs_reference and config.reference is not None:
+        reference = config.reference.strategy_args.strategy_name
+    return f"old: {old}; reference: {reference}; at temperature {config.actor_infer.generating_args.temperature:g}"
+
+
+def context_problems(config: ExperimentConfig, model: str | None = None) -> Iterator[str]:
+    """Sequences that are longer than the model's context.
+
+    Args:
+        config: the whole configuration.
+        model: name or folder, where it is not the one that training starts from.
+    """
+    name = model or model_of(config, config.actor_train)
+    context = context_length_of(name)
+    training = config.max_sequence_length
+    validation = config.validation_prompt_length + config.validation_response_length if config.validation else 0
+    if context is not None and model is None and training > context:
+        yield (
+            f"response_length: prompt_length {config.prompt_length} + response_length {config.max_response_length} are "
+            f"{training} tokens, but the context of {name} has {context}; lower one"
+        )
+    elif context is not None and validation > context:
+        yield (
+            f"val_sequence_length: prompts of {config.validation_prompt_length} and responses of "
+            f"{config.validation_response_length} tokens in validation are {validation}, but the context of {name} has "
+            f"{context}; lower val_prompt_length or validation.generating_args.max_new_tokens"
+        )
