@@ -1,4 +1,4 @@
-"""Run folders as the pipeline leaves them, without a training: real configurations, lines by the real tracker."""
+"""Run folders without a training: real configurations, and metrics written by the real tracker."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from composed import load_config
 from roll_gspo.pipelines.run_folder import config_yaml
 from roll_gspo.tracking.jsonl import JsonlTracker
 
-Figures = Callable[[int], Mapping[str, float]]
+MetricsRow = Callable[[int], Mapping[str, float]]
 
 
 @cache
 def config_text(*overrides: str) -> str:
-    """config.yaml of example_gspo with these overrides."""
+    """Return config.yaml of example_gspo with these overrides."""
     return config_yaml(load_config("example_gspo", *overrides).config)
 
 
-def figures(step: int, shift: float = 0.0, tokens: float = 1000.0, seconds: float = 2.0) -> dict[str, float]:
-    """The metrics of a step; the score rises by 0.01 a step and is validated every 10th."""
+def all_metrics(step: int, shift: float = 0.0, tokens: float = 1000.0, seconds: float = 2.0) -> dict[str, float]:
+    """Return the metrics of a step. The score rises by 0.01 per step; every 10th step is validated."""
     row = {
         "rollout/score_mean": 0.2 + 0.01 * step + shift,
-        "reward/score_mean": 0.9,  # of what dynamic sampling kept: not what the comparison should show
+        "reward/score_mean": 0.9,  # of kept samples only: the comparison must not use it
         "rollout/response_length_mean": 20.0 + shift,
         "rollout/num_tokens": tokens,
         "actor/clip_fraction": 0.1 + shift,
@@ -37,10 +37,10 @@ def figures(step: int, shift: float = 0.0, tokens: float = 1000.0, seconds: floa
     return row | ({"validation/score_mean": 0.3 + 0.01 * step + shift} if step % 10 == 0 else {})
 
 
-def few_figures(step: int) -> dict[str, float]:
-    """What two panels need: each panel costs a test a fifth of a second."""
+def two_metrics(step: int) -> dict[str, float]:
+    """Return the metrics of two panels: a panel takes a fifth of a second to draw."""
     names = ("rollout/score_mean", "actor/clip_fraction")
-    return {name: value for name, value in figures(step).items() if name in names}
+    return {name: value for name, value in all_metrics(step).items() if name in names}
 
 
 def write_run(
@@ -49,9 +49,9 @@ def write_run(
     seed: int = 0,
     steps: int = 20,
     max_steps: int = 20,
-    row: Figures = figures,
+    row: MetricsRow = all_metrics,
 ) -> Path:
-    """A run's folder: metrics.jsonl with step 0 (validation) and `steps` steps, and config.yaml."""
+    """Write a run's folder: config.yaml, and metrics.jsonl with step 0 (validation) and `steps` steps."""
     folder.mkdir(parents=True)
     text = config_text(*overrides, f"seed={seed}", f"max_steps={max_steps}", f"run_name='{folder.name}'")
     (folder / "config.yaml").write_text(text)
@@ -65,13 +65,13 @@ def write_run(
 
 
 def write_sweep(folder: Path, *, seeds: int = 3, algorithms: tuple[str, ...] = ("gspo", "grpo")) -> Path:
-    """What `--multirun algorithm=gspo,grpo seed=0,1,2` leaves; each seed's figures are shifted by 0.02 more."""
+    """Write the runs of `--multirun algorithm=gspo,grpo seed=0,1,2`; the metrics of seed i are shifted by 0.02 i."""
     for a, algorithm in enumerate(algorithms):
         for seed in range(seeds):
             write_run(
                 folder / f"{a * seeds + seed:03d}_algorithm-{algorithm}_seed-{seed}",
                 f"algorithm={algorithm}",
                 seed=seed,
-                row=lambda step, shift=0.02 * seed: figures(step, shift),
+                row=lambda step, shift=0.02 * seed: all_metrics(step, shift),
             )
     return folder

@@ -1,1 +1,1 @@
-"""Several runs on the same axes, as one self-contained page with figures for papers and slides."""
+"""Compare runs on the same axes: one self-contained page, and plots as files for papers and slides."""

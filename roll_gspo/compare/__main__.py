@@ -1,4 +1,4 @@
-"""`python -m roll_gspo.compare FOLDER ...`: several runs on the same axes, seeds as mean and spread.
+"""`python -m roll_gspo.compare FOLDER ...`: plot runs on the same axes, with mean and range over seeds.
 
 Each FOLDER is the output folder of a run or contains such folders. Runs that differ in `seed` only become one curve.
 """
@@ -17,14 +17,14 @@ from rich.table import Table
 from roll_gspo.compare.page import Comparison, write_comparison
 from roll_gspo.errors import RollGspoError
 
-_WIDTH_OF_PIPES = 160
+_PIPE_WIDTH = 160
 
 
 def main() -> int:
-    """Write page and figures, print the final values and where the files are; 2 where there is nothing to compare."""
+    """Write page and plots, print the final values and the paths, and return the exit status: 2 on an error."""
     parser = argparse.ArgumentParser(prog="python -m roll_gspo.compare", description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run, or containing runs")
-    parser.add_argument("--out", type=Path, help="where to write; default: compare/ in the folder that contains all")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="output folder of a run, or of runs")
+    parser.add_argument("--out", type=Path, help="default: compare/ in the folder that contains all runs")
     arguments = parser.parse_args()
     try:
         written = write_comparison(arguments.folders, arguments.out)
@@ -34,25 +34,25 @@ def main() -> int:
     except OSError as error:
         print(f"{error}; --out FOLDER writes elsewhere", file=sys.stderr)
         return 2
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_PIPES)
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     console.print(final_values(written))
-    print(f"{written.page}; each figure as PNG and SVG in {written.figures}{os.sep}")
+    print(f"{written.page}; PNG and SVG of each plot in {written.plots}{os.sep}")
     return 0
 
 
 def final_values(written: Comparison) -> Table:
-    """A row for each quantity, a column for each group; below mean ± standard deviation the seeds one by one."""
-    table = Table(title="Final values: mean ± standard deviation, below it each seed", title_justify="left")
+    """Return a table with a row per metric and a column per group: mean ± standard deviation, and each seed."""
+    table = Table(title="Final values: mean ± standard deviation, and each seed", title_justify="left")
     table.add_column("", no_wrap=True)
     for group in written.groups:
         seeds = ", ".join(run.seed for run in group.runs)
         table.add_column(f"{escape(group.label)}\n[dim]seed {escape(seeds)}[/dim]", justify="right")
     for column in written.table:
         cells = []
-        for number, group in enumerate(written.groups):
-            runs = " ".join(column.of_run(number, i) for i in range(len(group.runs)))
-            cells.append(column.of_group(number) + (f"\n[dim]{runs}[/dim]" if len(group.runs) > 1 else ""))
-        table.add_row(f"{column.quantity.title}\n[dim]{column.quantity.over}[/dim]", *cells)
+        for i, group in enumerate(written.groups):
+            seeds = " ".join(column.run_text(i, j) for j in range(len(group.runs)))
+            cells.append(column.group_text(i) + (f"\n[dim]{seeds}[/dim]" if len(group.runs) > 1 else ""))
+        table.add_row(f"{column.metric.title}\n[dim]{column.metric.reduction}[/dim]", *cells)
     return table
 
 

@@ -1,4 +1,4 @@
-"""What tells configurations apart, and what to call those who differ."""
+"""Differences between configurations, and labels for configurations that differ."""
 
 from __future__ import annotations
 
@@ -10,61 +10,63 @@ from typing import NamedTuple
 import yaml
 
 Config = Mapping[str, object]
-"""A run's config.yaml: nested, with every default written out."""
+"""A run's config.yaml: nested, with all defaults."""
 
-# Where a run lies and what it is called, not what it does.
-LEFT_OUT = frozenset(
+# Keys that do not change what a run computes, except for `seed`.
+IGNORED_KEYS = frozenset(
     {
         *("seed", "exp_name", "run_name", "output_dir", "logging_dir", "resume_from_checkpoint", "checkpoint_config"),
         *("track_with", "tracker_kwargs"),
     }
 )
-_ABSENT = "—"
+_MISSING = "—"
 _MAX_KEYS_OF_LABEL, _MAX_VALUE = 3, 24
 _MAX_LINES_OF_BLOCK = 12
 
 
 class Difference(NamedTuple):
-    """A key that has not the same value everywhere.
+    """A key whose value is not the same in all configurations.
 
     Attributes:
         key: dotted path.
-        values: one a configuration, as YAML; a dash where the key is not there.
+        values: one per configuration, as YAML; a dash if the key is missing.
     """
 
     key: str
     values: tuple[str, ...]
 
 
-def identity(config: Config) -> str:
-    """Equal for runs that differ in their seed, their names and their folders only."""
-    return yaml.safe_dump({key: value for key, value in config.items() if key not in LEFT_OUT}, sort_keys=True)
+def config_identity(config: Config) -> str:
+    """Return a text that is equal for runs that differ in their seed, names and folders only."""
+    return yaml.safe_dump(_compared(config), sort_keys=True)
 
 
 def differences(configs: Sequence[Config]) -> list[Difference]:
-    """Keys whose values differ, in the order of the first configuration that has them; blocks count as one key
-    where some configuration has none of it."""
-    return _differences([{k: v for k, v in c.items() if k not in LEFT_OUT} for c in configs], "")
+    """Return the keys whose values differ, in the order of the first configuration that has them.
+
+    A block is one key if a configuration does not have it.
+    """
+    return _block_differences([_compared(config) for config in configs], "")
 
 
-def num_equal(configs: Sequence[Config]) -> int:
-    """How many values all of the configurations share."""
-    flat = [_leaves({k: v for k, v in config.items() if k not in LEFT_OUT}) for config in configs]
+def count_equal(configs: Sequence[Config]) -> int:
+    """Return the number of values that are the same in all configurations."""
+    flat = [_leaves(_compared(config)) for config in configs]
     return sum(all(key in other and other[key] == value for other in flat) for key, value in flat[0].items())
 
 
-def labels(configs: Sequence[Config]) -> list[str]:
-    """A name for each of the configurations, none of them twice.
+def group_labels(configs: Sequence[Config]) -> list[str]:
+    """Return a unique label per configuration.
 
-    The preset (`algorithm=...` of a --multirun) or `exp_name`, where these differ; then what tells apart those that
-    share it.
+    A label is the preset (`algorithm=...` of a --multirun) or `exp_name`. Configurations with the same name add the
+    keys that distinguish them; the name is left out if all share it.
     """
     names = [_preset(config) or str(config.get("exp_name") or "run") for config in configs]
     found = []
     for config, name in zip(configs, names, strict=True):
-        namesakes = [other for other, its_name in zip(configs, names, strict=True) if its_name == name]
-        telling = _telling(config, namesakes)
-        parts = telling if telling and len(namesakes) == len(configs) else [name, *telling]
+        namesakes = [other for other, other_name in zip(configs, names, strict=True) if other_name == name]
+        keys = _distinguishing_keys(config, namesakes)
+        parts = keys if keys and len(namesakes) == len(configs) else [name, *keys]
         found.append(", ".join(parts))
     counts, seen = Counter(found), Counter()
     for i, label in enumerate(found):
@@ -74,15 +76,19 @@ def labels(configs: Sequence[Config]) -> list[str]:
     return found
 
 
-def _differences(configs: Sequence[Mapping[str, object]], prefix: str) -> list[Difference]:
+def _compared(config: Config) -> dict[str, object]:
+    return {key: value for key, value in config.items() if key not in IGNORED_KEYS}
+
+
+def _block_differences(configs: Sequence[Mapping[str, object]], prefix: str) -> list[Difference]:
     found = []
     for key in dict.fromkeys(key for config in configs for key in config):
         path = f"{prefix}{key}"
         blocks = [value for config in configs if isinstance(value := config.get(key), Mapping)]
         if len(blocks) == len(configs):
-            found += _differences(blocks, f"{path}.")
+            found += _block_differences(blocks, f"{path}.")
             continue
-        texts = tuple(_text(config[key]) if key in config else _ABSENT for config in configs)
+        texts = tuple(_text(config[key]) if key in config else _MISSING for config in configs)
         if len(set(texts)) > 1:
             found.append(Difference(path, texts))
     return found
@@ -107,7 +113,7 @@ def _leaves(block: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _preset(config: Config) -> str | None:
-    """`gspo` of a run that a --multirun named 000_algorithm-gspo_seed-0."""
+    """Return `gspo` for a run that a --multirun named `000_algorithm-gspo_seed-0`."""
     match = re.match(r"(?:\d+_)?algorithm-(.+)", str(config.get("run_name") or ""))
     if not match:
         return None
@@ -115,22 +121,25 @@ def _preset(config: Config) -> str | None:
     return re.split(rf"_(?:{following})[-.]", match[1])[0]
 
 
-def _telling(config: Config, namesakes: Sequence[Config]) -> list[str]:
-    """`key=value` of few keys that tell a configuration apart from its namesakes: each time the key that tells most."""
+def _distinguishing_keys(config: Config, namesakes: Sequence[Config]) -> list[str]:
+    """Return `key=value` of the few keys that best distinguish a configuration from others of the same name.
+
+    Keys are chosen greedily: each time the one that distinguishes the most configurations.
+    """
     rows = differences(namesakes)
     chosen: list[Difference] = []
 
-    def num_told(candidate: Difference) -> int:
+    def num_distinguished(candidate: Difference) -> int:
         return len(set(zip(*(row.values for row in [*chosen, candidate]), strict=True)))
 
     while len(chosen) < min(_MAX_KEYS_OF_LABEL, len(rows)):
-        chosen.append(max((row for row in rows if row not in chosen), key=num_told))
-        if num_told(chosen[0]) == len(namesakes):
+        chosen.append(max((row for row in rows if row not in chosen), key=num_distinguished))
+        if num_distinguished(chosen[0]) == len(namesakes):
             break
     own = next(i for i, other in enumerate(namesakes) if other is config)
     last = Counter(row.key.rpartition(".")[2] for row in rows)
-    words = []
+    texts = []
     for row in chosen:
         name = row.key.rpartition(".")[2]
-        words.append(f"{name if last[name] == 1 else row.key}={' '.join(row.values[own].split())[:_MAX_VALUE]}")
-    return words
+        texts.append(f"{name if last[name] == 1 else row.key}={' '.join(row.values[own].split())[:_MAX_VALUE]}")
+    return texts

@@ -1,4 +1,4 @@
-"""compare.html and its figures: runs on the same axes, on one page that needs no network."""
+"""Write compare.html: runs on the same axes, final values and configuration differences, in one file."""
 
 from __future__ import annotations
 
@@ -8,185 +8,165 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from roll_gspo.compare.assets import STYLE
-from roll_gspo.compare.caveats import remarks
-from roll_gspo.compare.differences import Difference, differences, num_equal
-from roll_gspo.compare.drawings import Drawing, drawings
-from roll_gspo.compare.figures import COLORS, figure_of, inline, overview_of, write_files
+from roll_gspo.compare.caveats import find_caveats
+from roll_gspo.compare.curves import PanelCurves, panel_curves
+from roll_gspo.compare.differences import Difference, count_equal, differences
 from roll_gspo.compare.panels import LEARNING, OTHERS, UPDATES
+from roll_gspo.compare.plots import save_overview, save_panel
 from roll_gspo.compare.runs import Group, Run, find_runs, group_runs, load_run
-from roll_gspo.compare.spread import resolution
-from roll_gspo.compare.summary import Column, columns
+from roll_gspo.compare.seed_spread import choose_smoothing
+from roll_gspo.compare.summary import SummaryColumn, summary_columns
 from roll_gspo.errors import DataError
-from roll_gspo.report.assets import PAGE
+from roll_gspo.report.html_page import cards, html_page, plural, warning_list, write_page
+from roll_gspo.report.plots import inline_svg
+from roll_gspo.report.style import series_class
 
 _MAX_TITLE = 60
-_FIGURES = "figures"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was written.
+    """The files of a comparison, and its contents.
 
     Attributes:
         page: compare.html.
-        figures: folder of the PNG and SVG files.
+        plots: folder of the PNG and SVG files.
         groups: in the order of the page.
         table: final values.
     """
 
     page: Path
-    figures: Path
+    plots: Path
     groups: list[Group]
-    table: list[Column]
+    table: list[SummaryColumn]
 
 
 def write_comparison(paths: Sequence[Path], out: Path | None = None) -> Comparison:
-    """Write the page and the figures, and return where they are and the final values.
+    """Write the page and the plots.
 
     Args:
         paths: folders of runs, or folders that contain runs.
-        out: made if missing; by default `compare` in the folder that contains all of the runs.
+        out: created if missing; by default `compare` in the folder that contains all runs.
 
     Raises:
-        DataError: there is no run, none has logged a step, or one has no readable config.yaml.
+        DataError: there is no run, no run has logged a step, or a run has no readable config.yaml.
     """
     folders = find_runs(paths)
     loaded = [load_run(folder) for folder in folders]
     runs = [run for run in loaded if run.record.rows]
     if not runs:
-        raise DataError(f"{folders[0]}: no step has been logged yet, nor in any other run; wait for the first one")
+        raise DataError(f"{folders[0]}: no step has been logged yet, nor in any other run; wait for the first step")
     groups = group_runs(runs)
-    seen = resolution(runs)
-    sections = [
-        ("Reward and held-out accuracy", drawings(groups, LEARNING, seen)),
-        ("What the updates do", drawings(groups, UPDATES, seen)),
-        ("More", [one for one in drawings(groups, OTHERS, seen) if not one.is_constant]),
-    ]
-    table = columns(groups)
-    empty = [run for run in loaded if not run.record.rows]
     out = out or common_folder(folders) / "compare"
-    figures = out / _FIGURES
-    figures.mkdir(parents=True, exist_ok=True)
-    page = _render(groups, table, remarks(groups, empty), sections, figures)
-    temporary = out / f".compare.html.{os.getpid()}.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out / "compare.html")
-    return Comparison(out / "compare.html", figures, groups, table)
+    plots = out / "figures"
+    plots.mkdir(parents=True, exist_ok=True)
+    table = summary_columns(groups)
+    caveats = find_caveats(groups, [run for run in loaded if not run.record.rows])
+    sections = [
+        ("Final values", _final_values(groups, table)),
+        ("Caveats", warning_list(caveats)),
+        *_plot_sections(groups, plots),
+        ("Configuration differences", _configurations(groups)),
+        ("Runs", _runs(groups)),
+    ]
+    last = max(run.last_step for run in runs)
+    title = " · ".join(group.label for group in groups)
+    page = html_page(
+        title if len(title) <= _MAX_TITLE else f"{len(groups)} configurations",
+        f"{plural(len(runs), 'run')}, {plural(last, 'step')}",
+        sections,
+    )
+    return Comparison(write_page(out / "compare.html", page), plots, groups, table)
 
 
 def common_folder(folders: Sequence[Path]) -> Path:
-    """The innermost folder that contains all of the runs' folders; relative where it lies below the current one."""
+    """Return the innermost folder that contains all runs' folders; relative if it is below the current one."""
     common = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     return common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common
 
 
-def _render(
-    groups: Sequence[Group],
-    table: Sequence[Column],
-    attention: Sequence[str],
-    sections: Sequence[tuple[str, Sequence[Drawing]]],
-    figures: Path,
-) -> str:
-    """The page; writes the figures on the way, each of which is drawn once for both."""
-    main = [drawing for title, shown in sections if title != "More" for drawing in shown]
-    if main:
-        write_files(overview_of(main), figures, "overview")
-    parts = [("Final values", _final_values(groups, table)), ("Attention", _attention(attention))]
-    parts += [(title, _cards(shown, figures)) for title, shown in sections]
-    parts += [("What differs in the configurations", _configurations(groups)), ("Runs", _runs(groups))]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in parts if content)
-    num_runs, last = sum(len(group.runs) for group in groups), max(r.last_step for g in groups for r in g.runs)
-    title = " · ".join(group.label for group in groups)
-    return PAGE.format(
-        title=escape(title if len(title) <= _MAX_TITLE else f"{len(groups)} configurations"),
-        subtitle=f"{num_runs} run{'s' * (num_runs > 1)}, {last} step{'s' * (last > 1)}",
-        body=body,
-        style=STYLE,
-        script="",
-    )
+def _plot_sections(groups: Sequence[Group], folder: Path) -> list[tuple[str, str]]:
+    """Write all plots, and return the sections that show them."""
+    smoothing = choose_smoothing([run for group in groups for run in group.runs])
+    learning, updates, others = (panel_curves(groups, panels, smoothing) for panels in (LEARNING, UPDATES, OTHERS))
+    if learning or updates:
+        save_overview([*learning, *updates], folder)
+    return [
+        ("Reward and held-out accuracy", cards(_card(one, folder) for one in learning)),
+        ("Policy updates", cards(_card(one, folder) for one in updates)),
+        ("Other metrics", cards(_card(one, folder) for one in others if not one.is_constant)),
+    ]
 
 
-def _final_values(groups: Sequence[Group], table: Sequence[Column]) -> str:
+def _card(shown: PanelCurves, folder: Path) -> str:
+    note = shown.panel.note
+    if hidden := shown.num_not_positive:
+        note += f" {plural(hidden, 'value')} of 0 drawn at the lower edge."
+    caption = f"<figcaption><p>{escape(note.strip())}</p></figcaption>" if note else ""
+    svg = inline_svg(save_panel(shown, folder), shown.description)
+    return f'<figure class="card plot">{svg}{caption}</figure>'
+
+
+def _final_values(groups: Sequence[Group], table: Sequence[SummaryColumn]) -> str:
     heads = "".join(
-        f"<th scope=col>{escape(column.quantity.title)}<small>{column.quantity.over}</small></th>" for column in table
+        f"<th scope=col>{escape(column.metric.title)}<small>{column.metric.reduction}</small></th>" for column in table
     )
     rows = []
-    for number, group in enumerate(groups):
-        many = len(group.runs) > 1
-        what = group.num_runs if many else f"seed {group.runs[0].seed}"
-        cells = "".join(f"<td>{column.of_group(number)}</td>" for column in table)
-        rows.append(f"<tr class=group>{_name(groups, number, what)}{cells}</tr>")
-        if many:
-            for i, run in enumerate(group.runs):
-                cells = "".join(f"<td>{column.of_run(number, i)}</td>" for column in table)
-                rows.append(f"<tr class=seed><th scope=row>seed {escape(run.seed)}</th>{cells}</tr>")
-    several = any(len(group.runs) > 1 for group in groups)
-    note = '<p class="note">Mean ± standard deviation over the runs of a configuration.</p>' if several else ""
-    return note + _sheet(f"<th>Runs</th>{heads}", "".join(rows))
-
-
-def _attention(found: Sequence[str]) -> str:
-    return f'<ul class="attention">{"".join(f"<li>{escape(one)}</li>" for one in found)}</ul>' if found else ""
-
-
-def _cards(shown: Sequence[Drawing], figures: Path) -> str:
-    cards = []
-    for drawing in shown:
-        panel = drawing.panel
-        source = write_files(figure_of(drawing), figures, panel.name)
-        note = panel.note
-        if hidden := drawing.num_not_positive:
-            note += f" {hidden} value{'s' * (hidden > 1)} of 0 lie at the lower edge."
-        caption = f"<figcaption><p>{escape(note.strip())}</p></figcaption>" if note else ""
-        cards.append(f'<figure class="card plot">{inline(source, drawing.description)}{caption}</figure>')
-    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+    for i, group in enumerate(groups):
+        has_seeds = len(group.runs) > 1
+        detail = group.num_runs if has_seeds else f"seed {group.runs[0].seed}"
+        cells = "".join(f"<td>{column.group_text(i)}</td>" for column in table)
+        rows.append(f"<tr class=group>{_group_head(groups, i, detail)}{cells}</tr>")
+        for j, run in enumerate(group.runs if has_seeds else ()):
+            cells = "".join(f"<td>{column.run_text(i, j)}</td>" for column in table)
+            rows.append(f"<tr class=seed><th scope=row>seed {escape(run.seed)}</th>{cells}</tr>")
+    has_spread = any(len(group.runs) > 1 for group in groups)
+    note = '<p class="note">Mean ± standard deviation over the runs of a configuration.</p>' if has_spread else ""
+    return note + _table(f"<th>Runs</th>{heads}", "".join(rows))
 
 
 def _configurations(groups: Sequence[Group]) -> str:
     configs = [group.runs[0].config for group in groups]
     if len(groups) == 1:
-        return '<p class="note">There is one configuration: the runs differ in their seed, names and folders only.</p>'
-    same = num_equal(configs)
+        return '<p class="note">All runs have the same configuration except for seed, names and folders.</p>'
     note = (
-        f"From each run's config.yaml; {same} other values are the same everywhere. Seed, names and folders are left "
-        f"out. Marked: what is not as in {groups[0].label}."
+        f"From config.yaml of each run, without seed, names and folders. {count_equal(configs):,} other values are the "
+        f"same in all runs. Colored cells differ from {groups[0].label}."
     )
-    heads = "".join(_name(groups, number, "", "col") for number in range(len(groups)))
+    heads = "".join(_group_head(groups, i, "", "col") for i in range(len(groups)))
     rows = "".join(_difference(row) for row in differences(configs))
-    return f'<p class="note">{escape(note)}</p>' + _sheet(f"<th>Key</th>{heads}", rows, " texts")
+    return f'<p class="note">{escape(note)}</p>' + _table(f"<th>Key</th>{heads}", rows, " texts")
 
 
 def _difference(row: Difference) -> str:
     cells = [
-        f"<td{tone}>{escape(value)}</td>"
+        f"<td{css}>{escape(value)}</td>"
         for i, value in enumerate(row.values)
-        for tone in [" class=was" if not i else " class=is" if value != row.values[0] else ""]
+        for css in [" class=was" if not i else " class=is" if value != row.values[0] else ""]
     ]
     return f"<tr><th scope=row>{escape(row.key)}</th>{''.join(cells)}</tr>"
 
 
 def _runs(groups: Sequence[Group]) -> str:
     rows = "".join(
-        f"<tr>{_name(groups, number, '')}<td>{escape(run.seed)}</td><td>{_steps(run)}</td>"
+        f"<tr>{_group_head(groups, i, '')}<td>{escape(run.seed)}</td><td>{_steps(run)}</td>"
         f"<td>{escape(str(run.folder))}</td></tr>"
-        for number, group in enumerate(groups)
+        for i, group in enumerate(groups)
         for run in group.runs
     )
-    return _sheet("<th>Configuration</th><th>Seed</th><th>Steps</th><th>Folder</th>", rows, " texts")
+    return _table("<th>Configuration</th><th>Seed</th><th>Steps</th><th>Folder</th>", rows, " texts")
 
 
 def _steps(run: Run) -> str:
-    short = run.max_steps is not None and run.last_step < run.max_steps
-    return f"{run.last_step} of {run.max_steps}" if short else f"{run.last_step}"
+    return f"{run.last_step} of {run.max_steps}" if run.is_short else f"{run.last_step}"
 
 
-def _name(groups: Sequence[Group], number: int, detail: str, scope: str = "row") -> str:
-    """A group's label with its colour, as a head of a row or column."""
+def _group_head(groups: Sequence[Group], index: int, detail: str, scope: str = "row") -> str:
+    """Return a row or column header with the label and color of a group."""
     small = f"<small>{escape(detail)}</small>" if detail else ""
-    color = f'<i style="color: var(--g{number % len(COLORS)})"></i>'
-    return f"<th scope={scope}>{color}{escape(groups[number].label)}{small}</th>"
+    color = f'<i class="{series_class(index)}"></i>'
+    return f"<th scope={scope}>{color}{escape(groups[index].label)}{small}</th>"
 
 
-def _sheet(head: str, rows: str, kind: str = "") -> str:
-    return f'<div class="card sheet{kind}"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+def _table(head: str, rows: str, css: str = "") -> str:
+    return f'<div class="card sheet{css}"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -1,4 +1,4 @@
-"""Find runs, read them, and put together those that differ in their seed only."""
+"""Find and read runs, and group those that differ in their seed only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from roll_gspo.compare.differences import Config, identity, labels
+from roll_gspo.compare.differences import Config, config_identity, group_labels
 from roll_gspo.errors import DataError
+from roll_gspo.report.html_page import plural
 from roll_gspo.report.run_folder import Points, RunFolder, read_run
 
-METRICS = "metrics.jsonl"
+_METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -32,32 +33,37 @@ class Run:
 
     @property
     def seed(self) -> str:
-        """As configured."""
+        """The configured seed."""
         return str(self.config.get("seed", "unknown"))
 
     @property
     def last_step(self) -> int:
-        """The last one that was logged."""
+        """The last step that was logged."""
         return self.record.steps[-1]
 
     @property
     def max_steps(self) -> int | None:
-        """How many it was to make, where the configuration says so."""
+        """The configured number of steps, if there is one."""
         value = self.config.get("max_steps")
         return value if isinstance(value, int) else None
 
+    @property
+    def is_short(self) -> bool:
+        """True if fewer steps were logged than configured."""
+        return self.max_steps is not None and self.last_step < self.max_steps
+
     def points(self, names: Sequence[str]) -> Points:
-        """(step, value) of the first of the metrics that the run has; empty where it has none."""
-        return next((points for name in names if (points := self.record.points(name))), [])
+        """Return the first of the metrics that the run has; empty if it has none."""
+        return self.record.first_points(names)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose configurations differ in their seed only: one curve.
+    """Runs whose configurations differ in their seed only. A group is one curve.
 
     Attributes:
         label: unique on the page.
-        runs: at least one, by seed.
+        runs: at least one, ordered by seed.
     """
 
     label: str
@@ -65,21 +71,20 @@ class Group:
 
     @property
     def has_distinct_seeds(self) -> bool:
-        """Whether no seed is there twice."""
+        """True if no two runs have the same seed."""
         return len({run.seed for run in self.runs}) == len(self.runs)
 
     @property
     def num_runs(self) -> str:
-        """`3 seeds`; `3 runs` where a seed is there twice."""
-        word = "seed" if self.has_distinct_seeds else "run"
-        return f"{len(self.runs)} {word}{'s' * (len(self.runs) > 1)}"
+        """`3 seeds`, or `3 runs` if two runs have the same seed."""
+        return plural(len(self.runs), "seed" if self.has_distinct_seeds else "run")
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Folders of runs: the paths themselves, or what lies below them, each once.
+    """Return the folders of runs: the paths themselves, or all folders of runs below them, each once.
 
     Raises:
-        DataError: a path does not exist, or there is no run in it or below it.
+        DataError: a path does not exist, or holds no run.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -88,13 +93,13 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         below = []
         for folder, names, files in os.walk(path):
             names.sort()
-            if METRICS in files:
-                names.clear()  # its checkpoints and rollouts hold no runs
+            if _METRICS in files:
+                names.clear()  # the checkpoints and rollouts of a run contain no runs
                 below.append(Path(folder))
         if not below:
             raise DataError(
-                f"{path}: no run in it or below it (a run's folder holds {METRICS}); give output folders of runs, e.g. "
-                "output/example_gspo"
+                f"{path}: no run in it or below it (a run's folder holds {_METRICS}); give output folders of runs, "
+                "e.g. output/example_gspo"
             )
         for folder in below:
             found.setdefault(folder.resolve(), folder)
@@ -102,33 +107,33 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def load_run(folder: Path) -> Run:
-    """Read what the comparison needs of a run.
+    """Read the metrics and the configuration of a run.
 
     Raises:
-        DataError: config.yaml is missing or torn.
+        DataError: config.yaml is missing or not a run's configuration.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise DataError(
-            f"{folder}: no config.yaml, which tells runs that differ in their seed only from others; put it back, or "
-            "give the other runs by their own folders"
+            f"{folder}: no config.yaml, which decides whether runs differ in their seed only; restore it, or give the "
+            "folders of the other runs"
         )
     record = read_run(folder, num_rollouts=0)
     try:
         config = yaml.safe_load(record.config)
     except yaml.YAMLError as error:
-        raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); put the run's own back") from error
+        raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); restore the run's file") from error
     if not isinstance(config, dict):
-        raise DataError(f"{path}: not a run's configuration; put the run's own back")
+        raise DataError(f"{path}: not a run's configuration (a {type(config).__name__}); restore the run's file")
     return Run(folder, config, record)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order in which their first run was given."""
+    """Return the groups, ordered by their first run."""
     members: dict[str, list[Run]] = {}
     for run in runs:
-        members.setdefault(identity(run.config), []).append(run)
-    names = labels([group[0].config for group in members.values()])
+        members.setdefault(config_identity(run.config), []).append(run)
+    names = group_labels([group[0].config for group in members.values()])
     return [
         Group(label, tuple(sorted(group, key=lambda run: (len(run.seed), run.seed))))
         for label, group in zip(names, members.values(), strict=True)

@@ -1,4 +1,4 @@
-"""The table of final values: per group mean and standard deviation over seeds, and each seed."""
+"""The table of final values: mean and standard deviation over the seeds of a group, and the value of each seed."""
 
 from __future__ import annotations
 
@@ -8,108 +8,93 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from roll_gspo.compare.panels import SCORE, VALIDATION
 from roll_gspo.compare.runs import Group, Run
-from roll_gspo.report.run_folder import Points
+from roll_gspo.report.numbers import format_number
+from roll_gspo.report.run_folder import SCORE, VALIDATION
 
-NUM_LAST = 5
-ABSENT = "—"
+_NUM_LAST = 5
+_MISSING = "—"
 
 
-class Over(StrEnum):
-    """Which figures of a run make its value."""
+class Reduction(StrEnum):
+    """Reduction of a run's values to one."""
 
-    LAST_STEPS = f"mean of last {NUM_LAST} steps"
+    LAST_STEPS = f"mean of last {_NUM_LAST} steps"
     LAST = "last validation"
-    WHOLE = "mean of all steps"
-    SUM = "in all"
+    MEAN = "mean of all steps"
+    SUM = "total"
 
 
 @dataclass(frozen=True)
-class Quantity:
-    """A column.
+class SummaryMetric:
+    """A column of the table.
 
     Attributes:
         title: with the unit.
-        metrics: the first that a run has counts.
-        over: of which figures.
-        scale: what a figure is divided by.
+        metrics: the first one that a run has is used.
+        reduction: of a run's values to one.
+        scale: divisor of the values.
     """
 
     title: str
     metrics: tuple[str, ...]
-    over: Over
+    reduction: Reduction
     scale: float = 1.0
 
 
-QUANTITIES = (
-    Quantity("Training reward", SCORE, Over.LAST_STEPS),
-    Quantity("Held-out accuracy", VALIDATION, Over.LAST),
-    Quantity("Clipped fraction", ("actor/clip_fraction",), Over.WHOLE),
-    Quantity("|ratio − 1|", ("actor/ratio_deviation",), Over.WHOLE),
-    Quantity("Entropy (nats)", ("actor/entropy",), Over.LAST_STEPS),
-    Quantity("Length (tokens)", ("rollout/response_length_mean",), Over.LAST_STEPS),
-    Quantity("Gradient norm", ("actor/grad_norm",), Over.LAST_STEPS),
-    Quantity("Tokens (thousands)", ("rollout/num_tokens",), Over.SUM, 1e3),
-    Quantity("Time (minutes)", ("time/step",), Over.SUM, 60.0),
+SUMMARY_METRICS = (
+    SummaryMetric("Training reward", SCORE, Reduction.LAST_STEPS),
+    SummaryMetric("Held-out accuracy", VALIDATION, Reduction.LAST),
+    SummaryMetric("Clipped fraction", ("actor/clip_fraction",), Reduction.MEAN),
+    SummaryMetric("|ratio − 1|", ("actor/ratio_deviation",), Reduction.MEAN),
+    SummaryMetric("Entropy (nats)", ("actor/entropy",), Reduction.LAST_STEPS),
+    SummaryMetric("Length (tokens)", ("rollout/response_length_mean",), Reduction.LAST_STEPS),
+    SummaryMetric("Gradient norm", ("actor/grad_norm",), Reduction.LAST_STEPS),
+    SummaryMetric("Tokens (thousands)", ("rollout/num_tokens",), Reduction.SUM, 1e3),
+    SummaryMetric("Time (minutes)", ("time/step",), Reduction.SUM, 60.0),
 )
 
 
 @dataclass(frozen=True)
-class Column:
-    """A quantity of every run.
+class SummaryColumn:
+    """A metric of every run.
 
     Attributes:
-        quantity: which.
-        values: by group, by run; None where a run has no such figure.
-        steps: of the same shape: the step that a last validation is of, else None.
+        metric: which.
+        values: by group, by run; None if a run does not log the metric.
     """
 
-    quantity: Quantity
+    metric: SummaryMetric
     values: tuple[tuple[float | None, ...], ...]
-    steps: tuple[tuple[int | None, ...], ...]
 
-    def of_group(self, number: int) -> str:
-        """`mean ± standard deviation` of a group; what there is where that cannot be said."""
-        known = [value for value in self.values[number] if value is not None]
+    def group_text(self, group: int) -> str:
+        """Return `mean ± standard deviation` of a group, only the value if there is one run, or a dash."""
+        known = [value for value in self.values[group] if value is not None]
         if not known:
-            return ABSENT
+            return _MISSING
         if len(known) == 1:
-            return number_text(known[0])
-        return with_deviation(statistics.fmean(known), statistics.stdev(known))
+            return _cell(known[0])
+        return format_mean(statistics.fmean(known), statistics.stdev(known))
 
-    def of_run(self, number: int, run: int) -> str:
-        """The value of one run of a group."""
-        value = self.values[number][run]
-        return ABSENT if value is None else number_text(value)
-
-
-def columns(groups: Sequence[Group]) -> list[Column]:
-    """Every quantity that some run has."""
-    found = []
-    for quantity in QUANTITIES:
-        cells = [[_value(run, quantity) for run in group.runs] for group in groups]
-        if any(value is not None for row in cells for value, _ in row):
-            values = tuple(tuple(value for value, _ in row) for row in cells)
-            found.append(Column(quantity, values, tuple(tuple(step for _, step in row) for row in cells)))
-    return found
+    def run_text(self, group: int, run: int) -> str:
+        """Return the value of one run of a group, or a dash."""
+        value = self.values[group][run]
+        return _MISSING if value is None else _cell(value)
 
 
-def number_text(value: float) -> str:
-    """Three significant digits; four where they stand before the point."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) < 1e-3:
-        return f"{value:.2e}".replace("e-0", "e-")
-    return f"{value:#.3g}".rstrip(".")
+def summary_columns(groups: Sequence[Group]) -> list[SummaryColumn]:
+    """Return the columns for which at least one run has a value."""
+    columns = [
+        SummaryColumn(metric, tuple(tuple(_value(run, metric) for run in group.runs) for group in groups))
+        for metric in SUMMARY_METRICS
+    ]
+    return [column for column in columns if any(value is not None for row in column.values for value in row)]
 
 
-def with_deviation(mean: float, deviation: float) -> str:
-    """`mean ± deviation`, to the second digit of the deviation."""
+def format_mean(mean: float, deviation: float) -> str:
+    """Return `mean ± deviation`, rounded to two significant digits of the deviation."""
     if deviation == 0 or not math.isfinite(deviation):
-        return f"{number_text(mean)} ± {deviation:g}"
+        return f"{_cell(mean)} ± {deviation:g}"
     if 0 < abs(mean) < 1e-3:
         exponent = math.floor(math.log10(abs(mean)))
         power = 10.0**exponent
@@ -118,17 +103,20 @@ def with_deviation(mean: float, deviation: float) -> str:
     return f"{mean:,.{decimals}f} ± {deviation:.{decimals}f}"
 
 
-def _value(run: Run, quantity: Quantity) -> tuple[float | None, int | None]:
-    points: Points = run.points(quantity.metrics)
-    if not points:
-        return None, None
-    values = [value / quantity.scale for _, value in points]
-    match quantity.over:
-        case Over.LAST:
-            return values[-1], points[-1][0]
-        case Over.LAST_STEPS:
-            return statistics.fmean(values[-NUM_LAST:]), None
-        case Over.WHOLE:
-            return statistics.fmean(values), None
-        case Over.SUM:
-            return math.fsum(values), None
+def _cell(value: float) -> str:
+    return format_number(value, digits=3, pad=True)
+
+
+def _value(run: Run, metric: SummaryMetric) -> float | None:
+    values = [value / metric.scale for _, value in run.points(metric.metrics)]
+    if not values:
+        return None
+    match metric.reduction:
+        case Reduction.LAST:
+            return values[-1]
+        case Reduction.LAST_STEPS:
+            return statistics.fmean(values[-_NUM_LAST:])
+        case Reduction.MEAN:
+            return statistics.fmean(values)
+        case Reduction.SUM:
+            return math.fsum(values)

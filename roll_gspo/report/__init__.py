@@ -1,1 +1,1 @@
-"""What a run did, as one self-contained HTML page."""
+"""The report of a run: one self-contained HTML page. Plots and page frame are shared with `compare`."""

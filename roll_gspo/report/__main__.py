@@ -1,4 +1,4 @@
-"""`python -m roll_gspo.report RUN_FOLDER`: write (or refresh) the page of a run."""
+"""`python -m roll_gspo.report RUN_FOLDER`: write or refresh the report of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from roll_gspo.report.page import write_report
 
 
 def main() -> int:
-    """Write the page and print where it is; 2 where the folder holds no run."""
+    """Write the page, print its path and return the exit status: 2 if the folder holds no run."""
     parser = argparse.ArgumentParser(prog="python -m roll_gspo.report", description=__doc__)
     parser.add_argument("run_folder", type=Path, help="output folder of a run (holds metrics.jsonl)")
     try:

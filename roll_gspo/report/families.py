@@ -1,85 +1,88 @@
-"""Figures that a run has once for each domain, reward component or validation group: a chart with a line for each."""
+"""Metric families: metrics logged per domain, reward component or validation set, drawn as one chart per family."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from roll_gspo.report.curves import Chart, Series
+from roll_gspo.report.charts import Chart, LineStyle, Series
 from roll_gspo.report.run_folder import RunFolder
-
-_COLORS = 8
+from roll_gspo.report.style import SERIES_COLORS
 
 
 @dataclass(frozen=True)
-class Family:
-    """Metrics that belong into one chart.
+class MetricFamily:
+    """Metrics that share a chart.
 
     Attributes:
         title, note: of the chart.
-        pattern: of the whole name; its group `line` names the line, its group `k`, if any, the samples a prompt.
+        pattern: matches the full name of a metric. Group `line` is the label; the optional group `k` is the number of
+            samples per prompt.
         style: of the lines.
-        alone: one line is worth a chart of its own; else the run's own curve says the same.
+        needs_two: draw nothing for a single line, which another metric of the run already shows.
     """
 
     title: str
     note: str
     pattern: str
-    style: str = "line"
-    alone: bool = True
+    style: LineStyle = LineStyle.LINE
+    needs_two: bool = False
 
 
 FAMILIES = (
-    Family("Score by domain", "Mean score of the step's samples.", r"domain/(?P<line>.+)/score_mean", alone=False),
-    Family("Reward components", "Mean over the step's samples.", r"reward/component/(?P<line>.+)"),
-    Family(
+    MetricFamily(
+        "Score by domain", "Mean score of the samples of each step.", r"domain/(?P<line>.+)/score_mean", needs_two=True
+    ),
+    MetricFamily("Reward components", "Mean over the samples of each step.", r"reward/component/(?P<line>.+)"),
+    MetricFamily(
         "Validation: avg@k",
-        "Mean score of k samples a prompt.",
+        "Mean score of k samples per prompt.",
         r"validation/(?P<line>.+)/avg@(?P<k>\d+)",
-        style="dots",
+        LineStyle.DOTS,
     ),
-    Family(
+    MetricFamily(
         "Validation: pass@k",
-        "Chance that one of k samples is right.",
+        "Probability that at least one of k samples is correct.",
         r"validation/(?P<line>.+)/pass@(?P<k>\d+)",
-        style="dots",
+        LineStyle.DOTS,
     ),
-    Family(
+    MetricFamily(
         "Validation: maj@k",
-        "Chance that the commonest answer of k samples is right.",
+        "Probability that the most frequent answer of k samples is correct.",
         r"validation/(?P<line>.+)/maj@(?P<k>\d+)",
-        style="dots",
+        LineStyle.DOTS,
     ),
-    Family("Response length by domain", "Tokens.", r"domain/(?P<line>.+)/response_length_mean", alone=False),
-    Family("Samples by domain", "In the step.", r"domain/(?P<line>.+)/num_samples", alone=False),
-    Family("Failed rewards by domain", "Samples without a score.", r"domain/(?P<line>.+)/failed", alone=False),
+    MetricFamily("Response length by domain", "Tokens.", r"domain/(?P<line>.+)/response_length_mean", needs_two=True),
+    MetricFamily("Samples by domain", "Samples per step.", r"domain/(?P<line>.+)/num_samples", needs_two=True),
+    MetricFamily("Failed rewards by domain", "Samples without a score.", r"domain/(?P<line>.+)/failed", needs_two=True),
 )
 
 
 def family_charts(run: RunFolder) -> list[Chart]:
-    """The charts that there is something for; more lines than colours are drawn in several."""
-    charts = []
+    """Return the charts of all families with data. A family with more lines than colors gets several charts."""
+    charts, num_colors = [], len(SERIES_COLORS)
     for family in FAMILIES:
-        lines = _lines(family, run)
-        series = [(label, points) for name, label in lines if (points := run.points(name))]
-        for first in range(0, len(series), _COLORS):
-            part = series[first : first + _COLORS]
-            title = family.title if len(series) <= _COLORS else f"{family.title} ({first // _COLORS + 1})"
-            drawn = tuple(Series(label, points, i + 1, family.style) for i, (label, points) in enumerate(part))
-            charts.append(Chart(title, family.note, drawn))
+        series = [(label, points) for name, label in _lines(family, run) if (points := run.points(name))]
+        for first in range(0, len(series), num_colors):
+            number = f" ({first // num_colors + 1})" if len(series) > num_colors else ""
+            lines = (
+                Series(label, points, color, family.style)
+                for color, (label, points) in enumerate(series[first : first + num_colors])
+            )
+            charts.append(Chart(family.title + number, family.note, tuple(lines)))
     return charts
 
 
-def family_names(run: RunFolder) -> set[str]:
-    """The metrics that those charts show."""
+def family_metrics(run: RunFolder) -> set[str]:
+    """Return the names of the metrics that `family_charts` draws."""
     return {name for family in FAMILIES for name, _ in _lines(family, run)}
 
 
-def _lines(family: Family, run: RunFolder) -> list[tuple[str, str]]:
-    """(metric, label) of each line, by group and k."""
-    found = [(name, match.groupdict()) for name in run.names() if (match := re.fullmatch(family.pattern, name))]
-    if len(found) < 2 and not family.alone:
+def _lines(family: MetricFamily, run: RunFolder) -> list[tuple[str, str]]:
+    """Return (metric, label) of each line, ordered by label and k."""
+    found = [(name, match.groupdict()) for name in run.metric_names if (match := re.fullmatch(family.pattern, name))]
+    if family.needs_two and len(found) < 2:
         return []
     found.sort(key=lambda pair: (pair[1]["line"], int(pair[1].get("k", 0))))
-    several = len({parts.get("k") for _, parts in found}) > 1
-    return [(name, f"{parts['line']} @{parts['k']}" if several else parts["line"]) for name, parts in found]
+    has_several_k = len({groups.get("k") for _, groups in found}) > 1
+    return [(name, f"{groups['line']} @{groups['k']}" if has_several_k else groups["line"]) for name, groups in found]

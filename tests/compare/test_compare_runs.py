@@ -7,7 +7,7 @@ import pytest
 import yaml
 from compared_runs import config_text, write_run, write_sweep
 
-from roll_gspo.compare.differences import LEFT_OUT, differences, identity, labels, num_equal
+from roll_gspo.compare.differences import IGNORED_KEYS, config_identity, count_equal, differences, group_labels
 from roll_gspo.compare.runs import find_runs, group_runs, load_run
 from roll_gspo.errors import DataError
 
@@ -16,7 +16,7 @@ def config(*overrides: str) -> dict:
     return yaml.safe_load(config_text(*overrides))
 
 
-def test_find_runs_below_folders_and_by_themselves_each_once(tmp_path: Path) -> None:
+def test_find_runs_returns_each_run_once(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", seeds=1)
     alone = write_run(tmp_path / "alone")
     (alone / "checkpoints" / "metrics_of_another").mkdir(parents=True)
@@ -26,7 +26,7 @@ def test_find_runs_below_folders_and_by_themselves_each_once(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "message"), [("missing", "no such folder"), ("empty", "no run in it or below it")])
-def test_find_runs_refuses_paths_without_runs(tmp_path: Path, name: str, message: str) -> None:
+def test_find_runs_raises_for_paths_without_runs(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "run")
     with pytest.raises(DataError, match=message) as error:
@@ -38,9 +38,7 @@ def test_find_runs_refuses_paths_without_runs(tmp_path: Path, name: str, message
     ("text", "message"),
     [(None, "no config.yaml"), ("a: [", "not valid YAML"), ("- a list", "not a run's configuration")],
 )
-def test_load_run_names_the_folder_whose_configuration_is_broken(
-    tmp_path: Path, text: str | None, message: str
-) -> None:
+def test_load_run_raises_for_a_broken_configuration(tmp_path: Path, text: str | None, message: str) -> None:
     run = write_run(tmp_path / "broken")
     (run / "config.yaml").unlink()
     if text is not None:
@@ -59,23 +57,23 @@ def test_runs_that_differ_in_seed_names_and_folders_only_are_one_group(tmp_path:
     ]
 
 
-def test_a_seed_that_is_there_twice_counts_as_two_runs(tmp_path: Path) -> None:
+def test_repeated_seed_counts_as_two_runs(tmp_path: Path) -> None:
     runs = [load_run(write_run(tmp_path / name, seed=seed)) for name, seed in (("a", 10), ("b", 2), ("c", 2))]
     (group,) = group_runs(runs)
     assert [run.seed for run in group.runs] == ["2", "2", "10"]
     assert group.num_runs == "3 runs"
 
 
-@pytest.mark.parametrize("key", sorted(LEFT_OUT))
-def test_identity_leaves_out_names_and_folders(key: str) -> None:
+@pytest.mark.parametrize("key", sorted(IGNORED_KEYS))
+def test_identity_ignores_names_and_folders(key: str) -> None:
     first = config()
-    assert key in first, "an unknown key would be left out of nothing"
-    assert identity({**first, key: "another"}) == identity(first)
+    assert key in first, "unknown key"
+    assert config_identity({**first, key: "another"}) == config_identity(first)
 
 
 @pytest.mark.parametrize("override", ["pg_clip_low=0.1", "actor_train.training_args.learning_rate=1e-5", "max_steps=7"])
 def test_identity_changes_with_everything_else(override: str) -> None:
-    assert identity(config(override)) != identity(config())
+    assert config_identity(config(override)) != config_identity(config())
 
 
 def test_differences_name_nested_keys_and_their_values() -> None:
@@ -84,7 +82,7 @@ def test_differences_name_nested_keys_and_their_values() -> None:
     assert rows[0].values[1] == "0.5"
 
 
-def test_differences_show_a_block_that_one_side_has_not_as_one_key() -> None:
+def test_differences_show_a_missing_block_as_one_key() -> None:
     block = {"strategy": "hf", "sizes": [1, 2], **{f"key_{i}": i for i in range(20)}}
     rows = differences([{"critic": None, "same": 1}, {"critic": block, "same": 1}, {"same": 1}])
     assert [row.key for row in rows] == ["critic"]
@@ -95,7 +93,7 @@ def test_differences_show_a_block_that_one_side_has_not_as_one_key() -> None:
 
 def test_number_of_equal_values_and_differences_add_up() -> None:
     first, second = {"a": 1, "b": {"c": 2, "d": 3}, "seed": 1}, {"a": 1, "b": {"c": 2, "d": 4}, "seed": 2}
-    assert (num_equal([first, second]), len(differences([first, second]))) == (2, 1)
+    assert (count_equal([first, second]), len(differences([first, second]))) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +133,11 @@ def test_number_of_equal_values_and_differences_add_up() -> None:
         ([{"exp_name": "only"}], ["only"]),
     ],
 )
-def test_labels_say_what_tells_the_groups_apart(configs: list[dict], expected: list[str]) -> None:
-    assert labels(configs) == expected
+def test_labels_distinguish_the_groups(configs: list[dict], expected: list[str]) -> None:
+    assert group_labels(configs) == expected
 
 
-def test_labels_of_every_preset_are_its_name(tmp_path: Path) -> None:
+def test_labels_are_the_names_of_presets(tmp_path: Path) -> None:
     presets = ("gspo", "gspo_paper", "gspo_token", "grpo", "dr_grpo", "raft_plus_plus")
     write_sweep(tmp_path, seeds=1, algorithms=presets)
     groups = group_runs([load_run(folder) for folder in find_runs([tmp_path])])

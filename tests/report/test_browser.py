@@ -1,4 +1,4 @@
-"""The rollout browser in a real one: Chromium, without a window."""
+"""The sample browser in headless Chromium."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
 
 
 def samples() -> list[RolloutRecord]:
-    """A group of each kind, all of one step."""
+    """Return a group of each kind, all of one step."""
     return [
         record(tokens, group=i, prompt=f"prompt {name} {EVIL}", score=i / 10, domain="code" if i % 2 else "maths")
         for i, (name, tokens) in enumerate(SAMPLES.items())
@@ -43,7 +43,7 @@ def samples() -> list[RolloutRecord]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Step 1 with a sample of every kind, step 2 with failures, steps 3 to 14 with 16 samples each."""
+    """Write a report: step 1 has a sample of every kind, step 2 has failures, steps 3 to 14 have 16 samples each."""
     folder = tmp_path_factory.mktemp("run")
     write_step(folder, 1, samples(), traced=[0])
     why = f"took longer than 5 s {EVIL}"
@@ -64,35 +64,35 @@ def chromium() -> Iterator[playwright.Browser]:
 
 @pytest.fixture(scope="module")
 def opened(chromium: playwright.Browser, report: Path) -> tuple[playwright.Page, list[str]]:
-    """The report, and what goes wrong in it."""
+    """Open the report; collect its errors, console messages and requests."""
     page = chromium.new_page(viewport={"width": 1300, "height": 900})
     page.set_default_timeout(60_000)
-    wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
     page.goto(report.as_uri())
     page.wait_for_selector("#browser:not([hidden])")
-    return page, wrong
+    return page, problems
 
 
 @pytest.fixture
 def page(opened: tuple[playwright.Page, list[str]]) -> Iterator[playwright.Page]:
-    """The report without filters; whatever goes wrong in it is an error here."""
-    page, wrong = opened
+    """Return the report without filters; assert afterwards that nothing went wrong in it."""
+    page, problems = opened
     page.click("button[type=reset]")
     found(page, 203)
     yield page
-    assert page.evaluate("window.hurt") is None and wrong == []
+    assert page.evaluate("window.hurt") is None and problems == []
 
 
 def found(page: playwright.Page, number: int) -> None:
-    """Wait until the filters leave so many samples."""
+    """Wait until the filters leave this number of samples."""
     playwright.expect(page.locator("#count")).to_have_text(f"{number} of 203 samples")
 
 
 def show(page: playwright.Page, name: str) -> None:
-    """Choose the sample of step 1 of this kind."""
+    """Select the sample of step 1 of this kind."""
     page.fill("[name=words]", f"prompt {name} ")
     playwright.expect(page.locator("#sample pre").first).to_contain_text(f"prompt {name} ")
     found(page, 1)
@@ -102,8 +102,8 @@ def scores(page: playwright.Page) -> list[str]:
     return page.locator("#rows .score").all_inner_texts()
 
 
-def test_browser_takes_the_place_of_the_plain_samples(page: playwright.Page) -> None:
-    assert page.is_hidden("#rollouts-plain")
+def test_browser_replaces_the_static_samples(page: playwright.Page) -> None:
+    assert page.is_hidden("#samples-static")
     found(page, 203)
     assert page.locator("#rows li").count() == 50 and page.inner_text("#page") == "page 1 of 5"
     page.click("#after")
@@ -117,11 +117,11 @@ def test_browser_filters_and_orders(page: playwright.Page) -> None:
     found(page, 4)
     page.select_option("[name=kind]", "failed")
     found(page, 1)
-    assert "No reward: took longer than 5 s </script>" in page.inner_text("#sample .why")
+    assert "Reward failed: took longer than 5 s </script>" in page.inner_text("#sample .failure")
     assert scores(page) == ["failed"] and "counted as 0" in page.inner_text("#sample")
-    page.select_option("[name=kind]", "cut")
+    page.select_option("[name=kind]", "truncated")
     found(page, 1)
-    assert "cut at the length limit" in page.inner_text("#sample")
+    assert "truncated at the length limit" in page.inner_text("#sample")
     page.click("button[type=reset]")
     found(page, 203)
     page.select_option("[name=domain]", "code")
@@ -139,7 +139,7 @@ def test_browser_filters_and_orders(page: playwright.Page) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name != "long"])
-def test_browser_shows_any_text_as_it_is(page: playwright.Page, name: str) -> None:
+def test_browser_shows_any_text_unchanged(page: playwright.Page, name: str) -> None:
     show(page, name)
     tokens = page.locator("#tokens > span")
     assert tokens.count() == len(SAMPLES[name])
@@ -149,28 +149,28 @@ def test_browser_shows_any_text_as_it_is(page: playwright.Page, name: str) -> No
     assert page.locator("#sample img, #sample script").count() == 0
 
 
-def test_browser_cuts_a_long_response_and_says_so(page: playwright.Page) -> None:
+def test_browser_truncates_a_long_response_and_counts_the_rest(page: playwright.Page) -> None:
     show(page, "long")
     assert page.locator("#tokens > span").count() == 3000
     assert page.inner_text(".rest") == "… 17,000 more tokens in the file."
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_browser_breaks_the_reward_down(page: playwright.Page) -> None:
+def test_browser_shows_reward_components(page: playwright.Page) -> None:
     show(page, "plain")
     assert page.locator(".parts span").all_inner_texts() == ["correct", "length", "score"]
     assert page.locator(".parts b").all_inner_texts() == ["1.5", "−0.5", "0"]
     widths = [bar["width"] for bar in (b.bounding_box() or {} for b in page.locator(".parts i").all())]
     assert widths[0] == pytest.approx(3 * widths[1], abs=1)
     left, right = (page.locator(".parts i").nth(i).bounding_box() or {} for i in (1, 0))
-    assert left["x"] + left["width"] == pytest.approx(right["x"], abs=1), "negative ones lie left of 0"
+    assert left["x"] + left["width"] == pytest.approx(right["x"], abs=1), "negative components are left of 0"
 
 
-def test_browser_colours_tokens_by_each_figure(page: playwright.Page) -> None:
+def test_browser_colors_tokens_by_each_metric(page: playwright.Page) -> None:
     show(page, "plain")
 
-    def shades(figure: str) -> list[str]:
-        page.select_option("#shade", figure)
+    def shades(metric: str) -> list[str]:
+        page.select_option("#metric", metric)
         return page.locator("#tokens > span").evaluate_all("all => all.map(s => s.style.backgroundColor)")
 
     pale = [shade.removeprefix("rgb(var(--hot) / ").removesuffix(")") for shade in shades("logp")]
@@ -178,26 +178,36 @@ def test_browser_colours_tokens_by_each_figure(page: playwright.Page) -> None:
     assert shades("diff") == shades("ratio") == shades("adv") == ["rgb(var(--cold) / 0.750)"] * 3
     assert page.locator("#tokens > span").first.evaluate("s => getComputedStyle(s).backgroundColor").startswith("rgba(")
     assert page.inner_text("#scale").split() == ["≤", "−0.5", "≥", "0.5"]
-    page.select_option("#shade", "ratio")
+    page.select_option("#metric", "ratio")
     assert page.inner_text("#scale").split() == ["≤", "0.9048", "≥", "1.105"]
     show(page, "arabic")
-    assert page.locator("#shade option").all_inner_texts() == ["log-prob (trainer)", "engine − trainer", "advantage"]
+    assert page.locator("#metric option").all_inner_texts() == ["log-prob (trainer)", "engine − trainer", "advantage"]
 
 
-def test_browser_reads_a_token_at_the_pointer_and_by_keyboard(page: playwright.Page) -> None:
+def test_browser_shows_token_values_at_the_pointer_and_by_keyboard(page: playwright.Page) -> None:
     show(page, "plain")
     page.locator("#tokens > span").nth(1).hover()
-    told = page.locator("#tip").inner_text()
+    values = page.locator("#tip").inner_text()
     for text in ('token 2 "2"', "−0.5", "60.65 %", "−0.49", "0.01", "1.105"):
-        assert text in told
+        assert text in values
     page.focus("#tokens")
     page.keyboard.press("End")
-    assert page.inner_text("#reading").startswith('token 3 "<|end|>" · log-prob, trainer −0.75')
+    assert page.inner_text("#token").startswith('token 3 "<|end|>" · log-prob, trainer −0.75')
     page.keyboard.press("ArrowLeft")
-    assert page.inner_text("#reading").startswith('token 2 "2"')
+    assert page.inner_text("#token").startswith('token 2 "2"')
 
 
-def test_browser_list_is_walked_by_keyboard(page: playwright.Page) -> None:
+def test_plot_shows_its_values_and_a_cursor_at_the_pointer(page: playwright.Page) -> None:
+    plot = page.locator("svg[data-tooltips]").first
+    box = plot.bounding_box() or {}
+    plot.hover(position={"x": box["width"] - 30, "y": box["height"] / 2})
+    assert page.inner_text("#tip").split("\n")[0] == "step 14" and "0.5" in page.inner_text("#tip")
+    assert plot.locator(".cursor").get_attribute("visibility") == "visible"
+    page.mouse.move(0, 0)
+    assert page.is_hidden("#tip") and plot.locator(".cursor").get_attribute("visibility") == "hidden"
+
+
+def test_browser_list_can_be_used_by_keyboard(page: playwright.Page) -> None:
     page.focus("#rows")
     for _ in range(3):
         page.keyboard.press("ArrowDown")
@@ -206,7 +216,7 @@ def test_browser_list_is_walked_by_keyboard(page: playwright.Page) -> None:
     page.keyboard.press("End")
     assert page.inner_text("#page") == "page 5 of 5" and "Step 1 · " in page.inner_text("#sample")
     page.keyboard.press("Home")
-    page.locator(".alike button").nth(2).click()
+    page.locator(".members button").nth(2).click()
     assert page.locator("#rows li[aria-selected=true]").get_attribute("id") == "row2"
 
 
@@ -226,10 +236,10 @@ def test_browser_fits_and_can_be_read(page: playwright.Page, width: int, scheme:
     assert (lights[1] - lights[0] > 500) is (scheme == "light") and abs(lights[1] - lights[0]) > 500
 
 
-def test_page_without_scripts_shows_the_plain_samples(chromium: playwright.Browser, report: Path) -> None:
+def test_page_without_scripts_shows_the_static_samples(chromium: playwright.Browser, report: Path) -> None:
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(report.as_uri())
-    assert page.is_hidden("#browser") and page.is_visible("#rollouts-plain")
-    assert "Step 14" in page.inner_text("#rollouts-plain")
+    assert page.is_hidden("#browser") and page.is_visible("#samples-static")
+    assert "Step 14" in page.inner_text("#samples-static")
     context.close()

@@ -13,31 +13,38 @@ from browsed_run import record, write_step
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roll_gspo.report.embedded import MAX_CHARACTERS, MAX_SAMPLES, MAX_TOKENS, Embedded, embedded, spread
+from roll_gspo.report.embedded import (
+    MAX_CHARACTERS,
+    MAX_SAMPLES,
+    MAX_TOKENS,
+    EmbeddedSamples,
+    bisection_order,
+    embed_samples,
+)
 from roll_gspo.report.run_folder import RolloutFile, read_rollout, read_run
 
 
-def groups_of(samples: Embedded) -> list[dict[str, Any]]:
-    """Everything that the page carries."""
+def groups_of(samples: EmbeddedSamples) -> list[dict[str, Any]]:
+    """Return all groups that the page holds."""
     texts = [gzip.decompress(base64.b64decode(text)).decode() for _, text in samples.steps]
     return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
-def carried(folder: Path, **limits: int) -> Embedded:
-    return embedded(read_run(folder, 0).rollout_files, **limits)
+def embedded(folder: Path, **limits: int) -> EmbeddedSamples:
+    return embed_samples(read_run(folder, 0).rollout_files, **limits)
 
 
 @given(st.integers(0, 300))
-def test_spread_takes_all_and_the_ends_first(count: int) -> None:
-    order = list(spread(count))
+def test_bisection_order_has_every_index_and_the_ends_first(count: int) -> None:
+    order = list(bisection_order(count))
     assert sorted(order) == list(range(count))
     assert order[:2] == [0, count - 1][: min(count, 2)]
 
 
-def test_sample_is_carried_with_its_figures(tmp_path: Path) -> None:
+def test_sample_is_embedded_with_its_token_metrics(tmp_path: Path) -> None:
     write_step(tmp_path, 1, [record(), record(score=0.0, group=1)], traced=[0])
-    samples = carried(tmp_path)
-    assert (samples.num_samples, samples.num_read, samples.steps_left_out, samples.read_whole) == (2, 2, 0, True)
+    samples = embedded(tmp_path)
+    assert (samples.num_samples, samples.num_read, samples.num_steps_left_out, samples.read_all) == (2, 2, 0, True)
     first, second = groups_of(samples)
     (sample,) = first["samples"]
     assert (first["step"], first["prompt"], first["truth"], first["domain"]) == (1, record().prompt, "42", "maths")
@@ -48,61 +55,61 @@ def test_sample_is_carried_with_its_figures(tmp_path: Path) -> None:
     assert "failure" not in sample and "ratio" not in second["samples"][0]
 
 
-def test_groups_that_say_most_come_first(tmp_path: Path) -> None:
+def test_traced_then_failed_then_differing_groups_come_first(tmp_path: Path) -> None:
     scores = {0: (0.0, 0.0), 1: (0.0, 1.0), 2: (0.0, 0.0), 3: (1.0, 0.0)}
     records = [record(score=s, group=g, failed=g == 2, failure="hung") for g, pair in scores.items() for s in pair]
     write_step(tmp_path, 1, records, traced=[6, 7])
-    assert [group["group"] for group in groups_of(carried(tmp_path))] == [3, 2, 1, 0]
-    only = carried(tmp_path, max_bytes=1)
+    assert [group["group"] for group in groups_of(embedded(tmp_path))] == [3, 2, 1, 0]
+    only = embedded(tmp_path, max_bytes=1)
     assert [group["group"] for group in groups_of(only)] == [3] and (only.num_samples, only.num_read) == (2, 8)
 
 
-def test_page_stays_small_and_every_step_is_there(tmp_path: Path) -> None:
+def test_samples_stay_below_the_limit_and_every_step_is_embedded(tmp_path: Path) -> None:
     noise = random.Random(0)
     for step in range(1, 16):
         tokens = [[f" {noise.randrange(10**6)}" for _ in range(40)] for _ in range(16)]
         write_step(tmp_path, step, [record(tokens[i], group=i // 4) for i in range(16)])
-    samples = carried(tmp_path, max_bytes=20_000)
+    samples = embedded(tmp_path, max_bytes=20_000)
     assert sum(len(text) for _, text in samples.steps) < 40_000
     assert [step for step, _ in samples.steps] == list(range(1, 16))
     assert 15 * 4 <= samples.num_samples < samples.num_read
-    few = carried(tmp_path, max_bytes=4_000)
-    assert {1, 15} < {step for step, _ in few.steps} and few.steps_left_out == 15 - len(few.steps) > 0
+    few = embedded(tmp_path, max_bytes=4_000)
+    assert {1, 15} < {step for step, _ in few.steps} and few.num_steps_left_out == 15 - len(few.steps) > 0
 
 
-def test_long_responses_and_large_groups_are_cut(tmp_path: Path) -> None:
+def test_long_responses_and_large_groups_are_truncated(tmp_path: Path) -> None:
     long = [record(["a"] * 20_000), record(["b" * 7000] * 4), record(["c"], response="c" * 100_000)]
     write_step(tmp_path, 1, [*long, *(record(score=i / 50, group=1) for i in range(50))])
-    by_group = {group["group"]: group["samples"] for group in groups_of(carried(tmp_path))}
+    by_group = {group["group"]: group["samples"] for group in groups_of(embedded(tmp_path))}
     many, few, _ = by_group[0]
     assert len(many["tokens"]) == MAX_TOKENS and many["length"] == 20_000
     assert len(few["tokens"]) == 2 and sum(map(len, few["tokens"])) < MAX_CHARACTERS
     assert len(by_group[1]) == MAX_SAMPLES and {by_group[1][0]["score"], by_group[1][-1]["score"]} == {0.98, 0.0}
 
 
-def test_samples_of_earlier_versions_and_odd_ones_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_samples_with_missing_or_malformed_keys_are_embedded(tmp_path: Path) -> None:
     write_step(tmp_path, 1, [record()])
     (file,) = (tmp_path / "rollouts").iterdir()
     old = {"prompt": "p", "response": "r" * (MAX_CHARACTERS + 5), "score": 1.0, "failed": False, "group": 0}
     odd = {"prompt": 7, "response": None, "score": "high", "group": [1], "response_tokens": [1], "components": 3}
     short = {"group": 2, "response_tokens": ["a", "b"], "old_log_probs": [None], "advantages": [1.0, None]}
     file.write_text("".join(json.dumps(row) + "\n" for row in (old, odd, short)) + '{"torn')
-    first, second, third = (group["samples"][0] for group in groups_of(carried(tmp_path)))
+    first, second, third = (group["samples"][0] for group in groups_of(embedded(tmp_path)))
     assert first["response"] == "r" * MAX_CHARACTERS and first["characters"] == MAX_CHARACTERS + 5
     assert second["response"] == "" and "score" not in second and "components" not in second
     assert third["tokens"] == ["a", "b"] and third["adv"] == [1.0, None] and "logp" not in third
 
 
-def test_traced_sample_is_found_beyond_what_is_read(tmp_path: Path) -> None:
+def test_traced_sample_is_read_beyond_the_byte_limit(tmp_path: Path) -> None:
     write_step(tmp_path, 1, [record(["é"] * 50, group=i) for i in range(40)], traced=[37])
     file = RolloutFile(1, tmp_path / "rollouts" / "step_000001.jsonl")
     part = read_rollout(file, max_bytes=9_000)
-    assert not part.whole and 0 < len(part.samples) < 20
+    assert not part.is_complete and 0 < len(part.samples) < 20
     assert [s["line"] for s in part.samples if "updated_log_probs" in s] == [38]
     assert part.samples[-1]["group"] == 37
 
 
-def test_half_a_character_in_the_data_is_kept(tmp_path: Path) -> None:
+def test_half_a_character_is_kept(tmp_path: Path) -> None:
     write_step(tmp_path, 1, [record(prompt="half \ud83d", ground_truth="\udc00")])
-    (group,) = groups_of(carried(tmp_path))
+    (group,) = groups_of(embedded(tmp_path))
     assert (group["prompt"], group["truth"]) == ("half \ud83d", "\udc00")

@@ -2,58 +2,36 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from parsed_page import ParsedPage
 
 from roll_gspo.errors import DataError
-from roll_gspo.report.page import CHARTS, write_report
-from roll_gspo.report.run_folder import MAX_WARNINGS, read_run
+from roll_gspo.report.curve_sections import CHARTS
+from roll_gspo.report.page import write_report
+from roll_gspo.report.run_folder import MAX_LOG_WARNINGS, read_run
+from roll_gspo.report.warnings import COUNTED_PROBLEMS, run_warnings
 from roll_gspo.tracking.names import METRICS
 from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
 
 EVIL = "<script>alert('&')</script>\"><img src=x onerror=alert(1)> </pre>"
-VOID = {"meta", "img", "br", "link", "path", "circle", "input"}
 
 
-class Page(HTMLParser):
-    """Checks that tags nest, and collects text, tags and attributes."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(source)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data + "\n"
+DRAWN = sorted({name for _, _, rows, _, _ in CHARTS for _, name, _, _ in rows})
 
 
 def metrics_of(step: int) -> dict[str, float | None]:
+    """Return the metrics of a step: those with a chart, a few others, and no problems."""
     wave = math.sin(step)
-    row: dict[str, float | None] = {name: 0.5 + 0.1 * wave for name in METRICS if not name.startswith("time/")}
+    names = (*DRAWN, "rollout/score_mean", "rollout/num_tokens", "validation/score_mean", "actor/pg_loss")
+    row: dict[str, float | None] = dict.fromkeys(names, 0.5 + 0.1 * wave)
     stages = {"time/generate": 2.0 + 0.1 * wave, "time/update": 1.0, "time/other": 0.25}
-    clean: dict[str, float | None] = {"actor/skipped_updates": 0.0, "reward/failed": 0.0}
-    return {**row, **stages, "time/step": sum(stages.values()), **clean}
+    return {**row, **stages, "time/step": sum(stages.values()), **dict.fromkeys(COUNTED_PROBLEMS, 0.0)}
 
 
 def write_run(folder: Path, num_steps: int, **changes: float | None) -> None:
@@ -93,46 +71,47 @@ def write_rollouts(folder: Path, steps: range, text: str = "1+1=2", samples: int
         writer.write(step, records)
 
 
-def test_report_has_every_section_and_figures_from_the_run(tmp_path: Path) -> None:
+def test_report_has_every_section_and_values_of_the_run(tmp_path: Path) -> None:
     write_run(tmp_path, 20)
     write_rollouts(tmp_path, range(1, 21))
     (tmp_path / "config.yaml").write_text("exp_name: my_run\nseed: 42\n")
     (tmp_path / "plan.txt").write_text("16 samples -> 4 mini-batches")
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
-    page = Page(path.read_text())
-    for text in ("my_run", "Reward", "Clip fraction", "Importance ratio", "Where the time goes", "Rollouts"):
+    page = ParsedPage(path.read_text())
+    for text in ("my_run", "Reward", "Clip fraction", "Importance ratio", "Stage times", "Samples"):
         assert text in page.text
-    rewards = [metrics_of(s)["reward/score_mean"] or 0.0 for s in range(1, 21)]
+    rewards = [metrics_of(s)["rollout/score_mean"] or 0.0 for s in range(1, 21)]
     assert f"{sum(rewards[:5]) / 5:.4g}" in page.text
     assert f"{sum(rewards[-5:]) / 5:.4g}" in page.text
     assert "seed: 42" in page.text and "16 samples -> 4 mini-batches" in page.text
     assert [f"Step {s}\n" in page.text for s in (1, 2, 7, 14, 20)] == [True, False, True, True, True]
-    assert "Attention" not in page.text
+    assert "Warnings" not in page.text and "Profiler traces" not in page.text
 
 
-def test_report_drawings_are_well_formed_and_inside_their_frame(tmp_path: Path) -> None:
+def test_report_plots_are_well_formed(tmp_path: Path) -> None:
     write_run(tmp_path, 30)
-    source = write_report(tmp_path).read_text()
-    drawings = [part.split("</svg>")[0] + "</svg>" for part in source.split("<svg")[1:]]
-    assert len(drawings) > len(CHARTS)
-    for drawing in drawings:
-        root = ElementTree.fromstring("<svg" + drawing)
-        width = float(root.attrib["viewBox"].split()[2])
-        for series in json.loads(root.attrib["data-readings"]):
-            steps = [point[0] for point in series["p"]]
-            assert steps == sorted(steps)
-            assert all(50 <= point[1] <= width and -10 <= point[2] <= 200 for point in series["p"])
+    page = ParsedPage(write_report(tmp_path).read_text())
+    plots = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
+    assert len(plots) == len(page.descriptions()) > len(CHARTS)
+    for plot in plots:
+        ElementTree.fromstring(plot)
 
 
 def test_report_needs_no_network(tmp_path: Path) -> None:
     write_run(tmp_path, 3)
-    page = Page(write_report(tmp_path).read_text())
-    for tag, attributes in page.tags:
-        assert tag not in ("link", "iframe", "img")
-        assert not {"src", "href"} & set(attributes)
-    policy = [a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a]
-    assert policy and "default-src 'none'" in (policy[0] or "")
+    ParsedPage(write_report(tmp_path).read_text()).check_loads_nothing()
+
+
+def test_report_links_profiler_traces(tmp_path: Path) -> None:
+    write_run(tmp_path, 3)
+    (tmp_path / "profile").mkdir()
+    for name in ("step_000002.json.gz", "rank 1#.json.gz", "notes.txt"):
+        (tmp_path / "profile" / name).touch()
+    page = ParsedPage(write_report(tmp_path).read_text())
+    page.check_loads_nothing()
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == ["profile/rank%201%23.json.gz", "profile/step_000002.json.gz"]
 
 
 def test_report_escapes_everything_from_the_run(tmp_path: Path) -> None:
@@ -141,21 +120,20 @@ def test_report_escapes_everything_from_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"exp_name: {EVIL}\n")
     (tmp_path / "plan.txt").write_text(EVIL)
     (tmp_path / "run.log").write_text(f"2026-01-01 00:00:00,000 WARNING a: {EVIL}\n")
-    page = Page(write_report(tmp_path).read_text())
-    assert [tag for tag, _ in page.tags].count("script") == 1
-    assert "img" not in [tag for tag, _ in page.tags]
+    page = ParsedPage(write_report(tmp_path).read_text())
+    assert page.names().count("script") == 1 and "img" not in page.names()
     assert page.text.count(EVIL) > 10
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 def test_report_of_a_young_run(tmp_path: Path, num_steps: int) -> None:
     write_run(tmp_path, num_steps)
-    page = Page(write_report(tmp_path).read_text())
+    page = ParsedPage(write_report(tmp_path).read_text())
     expected = {0: "no step yet", 1: "1 step", 2: "steps 1 to 2"}[num_steps]
     assert expected in page.text
 
 
-def test_report_passes_over_torn_lines(tmp_path: Path) -> None:
+def test_report_ignores_torn_lines(tmp_path: Path) -> None:
     write_run(tmp_path, 3)
     write_rollouts(tmp_path, range(1, 2))
     for path in (tmp_path / "metrics.jsonl", tmp_path / "rollouts" / "step_000001.jsonl"):
@@ -167,23 +145,23 @@ def test_report_passes_over_torn_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-12, 1e12, None])
-def test_report_draws_constant_and_missing_figures(tmp_path: Path, value: float | None) -> None:
-    write_run(tmp_path, 12, **dict.fromkeys(METRICS, value))
+def test_report_draws_constant_and_missing_metrics(tmp_path: Path, value: float | None) -> None:
+    write_run(tmp_path, 12, **dict.fromkeys(metrics_of(1), value))
     source = write_report(tmp_path).read_text()
-    Page(source)
+    ParsedPage(source)
     assert "nan" not in source.split("<body>")[1].split("<script>")[0].lower()
 
 
-def test_report_calls_attention_to_what_went_wrong(tmp_path: Path) -> None:
+def test_report_warns_of_skipped_updates_failed_rewards_and_values_that_are_not_finite(tmp_path: Path) -> None:
     write_run(tmp_path, 5, **{"actor/skipped_updates": 1.0, "reward/failed": 3.0, "actor/grad_norm": None})
     noise = "2026-01-01 00:00:00,000 INFO roll_gspo: all is well\n"
     log = "".join(f"2026-01-01 00:00:00,000 WARNING roll_gspo: no {i}\n{noise}" for i in range(100))
     (tmp_path / "run.log").write_text(log)
-    page = Page(write_report(tmp_path).read_text())
-    assert "Optimizer steps skipped: 5 (step 1, 2, 3, 4, 5)" in page.text
-    assert "Rewards that could not be computed: 15 (step" in page.text
-    assert "actor/grad_norm was not finite: step 1, 2" in page.text
-    assert f"({MAX_WARNINGS})" in page.text
+    page = ParsedPage(write_report(tmp_path).read_text())
+    skipped, failed, not_finite = run_warnings(read_run(tmp_path))
+    assert skipped.startswith("5 ") and failed.startswith("15 ") and not_finite.startswith("actor/grad_norm ")
+    assert all("1, 2, 3, 4, 5" in warning and warning in page.text for warning in (skipped, failed, not_finite))
+    assert f"({MAX_LOG_WARNINGS})" in page.text
     assert "no 99" in page.text and "all is well" not in page.text
 
 
@@ -199,7 +177,7 @@ def test_report_charts_name_known_metrics() -> None:
     assert {name for _, _, lines, _, _ in CHARTS for _, name, _, _ in lines} <= set(METRICS)
 
 
-def test_report_without_a_run_says_what_is_missing(tmp_path: Path) -> None:
+def test_report_of_a_folder_without_metrics_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no metrics\.jsonl"):
         write_report(tmp_path)
 

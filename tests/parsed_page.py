@@ -1,0 +1,62 @@
+"""A parser of written HTML pages, for tests."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class ParsedPage(HTMLParser):
+    """Checks that tags nest and that ids are unique; collects text, tags and attributes.
+
+    Attributes:
+        source: the whole page.
+        tags: (tag, attributes) in order.
+        text: text outside scripts and style sheets, one line per element.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(source)
+        assert self._open == []
+        ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+        assert len(ids) == len(set(ids))
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data) -> None:
+        if self._open and self._open[-1] not in ("script", "style"):
+            self.text += data + "\n"
+
+    def names(self) -> list[str]:
+        """Return the names of all tags."""
+        return [tag for tag, _ in self.tags]
+
+    def descriptions(self) -> list[str]:
+        """Return the texts of all plots for screen readers."""
+        return [str(attributes["aria-label"]) for tag, attributes in self.tags if tag == "svg"]
+
+    def check_loads_nothing(self) -> None:
+        """Assert that no tag loads a file, and that links are relative."""
+        for tag, attributes in self.tags:
+            assert tag not in ("link", "iframe", "img", "image")
+            assert "src" not in attributes
+            targets = [str(value) for name, value in attributes.items() if name.endswith("href")]
+            assert not any(target.startswith("/") or ":" in target for target in targets)
+        policy = [attributes["content"] for _, attributes in self.tags if "http-equiv" in attributes]
+        assert "default-src 'none'" in str(policy)
