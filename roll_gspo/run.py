@@ -33,7 +33,7 @@ from roll_gspo.config.legacy import LATER_VALUES
 from roll_gspo.config.load import Loaded, load
 from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RollGspoError
 from roll_gspo.registry import did_you_mean
-from roll_gspo.sweep import Sweep, job_command, swept_keys, take_jobs
+from roll_gspo.sweep import Sweep, job_command, parse_jobs, swept_keys
 
 PACKAGE = Path(__file__).resolve().parent
 # Hydra's own output folders and log files would litter the user's: a run has its folder already.
@@ -95,7 +95,7 @@ def main() -> None:
         raise SystemExit(0 if arguments else 2)
     os.environ["ROLL_GSPO_DRY_RUN"] = "1" if "--dry-run" in arguments else ""
     try:
-        num_jobs, arguments = take_jobs([a for a in arguments if a != "--dry-run"])
+        num_jobs, arguments = parse_jobs([a for a in arguments if a != "--dry-run"])
     except ValueError as error:
         report_problems([str(error)], "command line")
         raise SystemExit(2) from None

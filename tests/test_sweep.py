@@ -1,4 +1,4 @@
-"""--multirun: names, places, failures. Jobs are small Python programs; whole runs are in tests/e2e."""
+"""--multirun: names, parallel jobs, failures. Jobs are small Python programs; whole runs are in tests/e2e."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from roll_gspo.sweep import Sweep, job_command, run_name, swept_keys, take_jobs
+from roll_gspo.sweep import Sweep, job_command, parse_jobs, run_name, swept_keys
 
 
 def program(text: str) -> list[str]:
     return [sys.executable, "-c", f"import os, sys, time\n{text}"]
 
 
-def test_run_is_named_after_what_varies() -> None:
+def test_run_is_named_after_the_swept_values() -> None:
     assert run_name(["++seed=1", "importance_sampling=token"], 3) == "003_seed-1_importance_sampling-token"
     assert run_name(['++exp_name="a b\'/.."'], 0) == "000_exp_name-a-b-..-"
     assert len(run_name([f"++key={'x' * 500}"], 12)) <= 120
 
 
-def test_job_command_names_the_run_by_the_swept_keys_and_drops_the_flag() -> None:
+def test_job_command_names_the_run_and_drops_the_multirun_flag() -> None:
     swept = swept_keys(["algorithm=gspo,grpo", "seed=0,1", "max_steps=3"])
     assert swept == {"algorithm", "seed"}
     overrides = ["algorithm=gspo", "++seed=1", "++max_steps=3"]
@@ -40,17 +40,17 @@ def test_job_command_names_the_run_by_the_swept_keys_and_drops_the_flag() -> Non
         (["a=1"], (1, ["a=1"])),
     ],
 )
-def test_jobs_is_taken_out_of_the_command_line(arguments: list[str], expected: tuple[int, list[str]]) -> None:
-    assert take_jobs(arguments) == expected
+def test_parse_jobs_splits_off_the_flag(arguments: list[str], expected: tuple[int, list[str]]) -> None:
+    assert parse_jobs(arguments) == expected
 
 
 @pytest.mark.parametrize("arguments", [["--jobs", "0"], ["--jobs"], ["--jobs=two"]])
-def test_jobs_that_is_no_number_is_refused(arguments: list[str]) -> None:
-    with pytest.raises(ValueError, match="--jobs: expected a number of runs at a time"):
-        take_jobs(arguments)
+def test_parse_jobs_raises_without_a_positive_number(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^--jobs: "):
+        parse_jobs(arguments)
 
 
-def test_two_places_run_two_jobs_at_a_time_and_no_third(tmp_path: Path) -> None:
+def test_limit_of_two_runs_two_jobs_at_a_time(tmp_path: Path) -> None:
     body = f"""
 folder = {str(tmp_path)!r}
 mine = os.path.join(folder, f"job{{os.getpid()}}")
@@ -70,7 +70,7 @@ os.remove(mine)
     assert len(seen) == 3 and max(seen) == 2
 
 
-def test_threads_are_shared_among_the_places(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_jobs_share_the_threads(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("ROLL_GSPO_DRY_RUN", "1")  # shows what jobs print
     sweep = Sweep(limit=2)
@@ -80,7 +80,7 @@ def test_threads_are_shared_among_the_places(capfd: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_failed_job_ends_the_sweep_with_its_status_and_last_lines(
+def test_failed_job_ends_the_sweep_with_its_status_and_output(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, limit: int
 ) -> None:
     sweep = Sweep(limit)

@@ -155,6 +155,6 @@ def _draw_legend(figure: Figure, axes: Axes, columns: int, caption: Sequence[str
     legend = figure.legend(
         *(handles, ["\n".join(_wrapped_label(label, width)) for label in labels]),
         **{"loc": "outside lower left", "ncols": columns, "handlelength": 1.8, "columnspacing": 1.4},
-        **{"title": "\n".join(caption), "alignment": "left", "title_fontsize": 8.0},
+        **{"title": "\n".join(caption), "alignment": "left", "title_fontsize": 8.5},
     )
     legend.get_title().set_color(SOFT)
