@@ -11,6 +11,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -160,7 +161,7 @@ class Functions(Registry, Generic[D]):
         """Return the shipped names with which a key of the configuration acts; none if it acts with every one."""
         return [name for name, declared in self._shipped.items() if key in declared.keys]
 
-    @property
+    @cached_property
     def keys_read(self) -> tuple[str, ...]:
         """Every key that some shipped function declares."""
         return tuple(dict.fromkeys(key for declared in self._shipped.values() for key in declared.keys))
@@ -174,7 +175,8 @@ class Functions(Registry, Generic[D]):
             known = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
             unknown = [argument for argument in arguments if argument not in known]
             hint = did_you_mean(unknown[0], known) if unknown else ""
-            return f"{name} ({self._declaration.inputs}, *, {', '.join(known) or '...'}): {error}{hint}"
+            inputs = ", ".join([self._declaration.inputs, *(["*"] if known else []), *known])
+            return f"{error}{hint}; {name} takes ({inputs})"
         return ""
 
     def _own_declaration(self, name: str) -> D:
@@ -199,3 +201,5 @@ def _read_source(file: Path, decorator: type[D]) -> Iterator[tuple[str, D]]:
 POLICY_LOSSES = Functions("policy_loss", "objective", PolicyLoss)
 RATIOS = Functions("importance_sampling", "ratio", ImportanceRatio)
 ADVANTAGE_ESTIMATORS = Functions("adv_estimator", "advantage_estimators", AdvantageEstimator)
+EXTENSIBLE: Mapping[str, Functions[Any]] = {f.kind: f for f in (POLICY_LOSSES, RATIOS, ADVANTAGE_ESTIMATORS)}
+"""The keys whose values may be the dotted path of a user's function."""

@@ -17,6 +17,11 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def is_dotted_path(name: str) -> bool:
+    """Return whether `name` is the path of an attribute, e.g. `my_package.module.attribute` or `module:attribute`."""
+    return bool({".", ":"} & set(name))
+
+
 def import_target(path: str, what: str) -> Any:
     """Import `package.module:attribute` (or `package.module.attribute`).
 
@@ -59,7 +64,7 @@ class Registry(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         if name not in self._targets:
-            if {".", ":"} & set(name):
+            if is_dotted_path(name):
                 return name
             known = ", ".join(sorted(self._targets))
             hint = did_you_mean(name, list(self._targets))
@@ -76,7 +81,7 @@ class Registry(Mapping[str, str]):
         return len(self._targets)
 
     def register(self, name: str, target: str) -> None:
-        """Add a user's own `package.module:attribute`; a name that is taken is an error."""
+        """Add a user's `package.module:attribute`; a name that is taken is an error."""
         if name in self._targets:
             raise ConfigError(f"{self.kind}: '{name}' is already {self._targets[name]}")
         self._targets[name] = target

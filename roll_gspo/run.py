@@ -16,23 +16,28 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from roll_gspo.config import sources
 from roll_gspo.config.legacy import LATER_VALUES
 from roll_gspo.config.load import Loaded, load
+from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RollGspoError
-from roll_gspo.registry import did_you_mean
+from roll_gspo.registry import did_you_mean, is_dotted_path
 from roll_gspo.sweep import Sweep, job_command, parse_jobs, swept_keys
 
 PACKAGE = Path(__file__).resolve().parent
@@ -48,6 +53,8 @@ FLAGS_WITH_VALUE = (
     *("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p", "--experimental-rerun"),
 )
+# The options of `importance_sampling` bring a clip range, which a policy loss without one must not have.
+NO_CLIP_RANGE = {"use_pg_clip_range": False, "pg_clip_low": None, "pg_clip_high": None}
 # What is to be mended before anything can start, and where.
 TO_MEND = {ConfigError: "configuration", DataError: "data", MissingDependencyError: "installation"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -75,11 +82,42 @@ def shipped_folders() -> list[Path]:
 
 
 class ShippedConfigs(SearchPathPlugin):
-    """Puts the shipped folders behind the user's own on Hydra's search path."""
+    """Puts the shipped folders, and the functions of the user, behind the user's folders on Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in shipped_folders():
             search_path.append(provider="roll_gspo", path=f"file://{folder}")
+        SourcesRegistry.instance().register(FunctionOptions)
+        search_path.append(provider="roll_gspo", path=f"{FunctionOptions.scheme()}://")
+
+
+class FunctionOptions(ConfigSource):
+    """Makes the dotted path of a user's function an option of its group, e.g. `policy_loss=my_losses.gated`."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "function"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        group, _, path = config_path.removesuffix(".yaml").partition("/")
+        keys: dict[str, Any] = {group: path}
+        if group == POLICY_LOSSES.kind and not POLICY_LOSSES.declaration(path).needs_clip_range:
+            keys |= NO_CLIP_RANGE
+        config = OmegaConf.create(keys)
+        return ConfigResult(self.provider, f"{self.scheme()}://{config_path}", config, {"package": "_global_"})
+
+    def is_config(self, config_path: str) -> bool:
+        group, _, path = config_path.removesuffix(".yaml").partition("/")
+        return group in EXTENSIBLE and is_dotted_path(path)
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path in EXTENSIBLE
+
+    def available(self) -> bool:
+        return True
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> Any:
+        return []
 
 
 def main() -> None:
@@ -112,6 +150,8 @@ def with_composed(
         SystemExit: it cannot be composed, for which the reason is printed (status 2); or `use` or `finish` raised it.
     """
     names = sorted(file.stem for file in shipped_folders()[0].glob("*.yaml"))
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # modules of the user, also with the console script
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's exceptions through: they are worded below
     Plugins.instance().register(ShippedConfigs)
     started: list[bool] = []
@@ -126,7 +166,7 @@ def with_composed(
             sys.argv[1:] = hydra_arguments(arguments, scratch)
             hydra.main(version_base="1.3", config_path=None)(job)()
             finish()
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ConfigError) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, RollGspoError) as error:
             if started:
                 raise
             users = (file.stem for folder in _user_folders(arguments) for file in folder.glob("*.yaml"))
@@ -136,7 +176,7 @@ def with_composed(
 
 def composition_problem(error: Exception, names: list[str]) -> str:
     """What kept Hydra from composing, in this package's words; `names` are the shipped configurations."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, RollGspoError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
@@ -145,7 +185,8 @@ def composition_problem(error: Exception, names: list[str]) -> str:
         if name in LATER_VALUES.get(group, {}):
             return f"{group}: not supported yet: {LATER_VALUES[group][name]} ('{name}')"
         if group:
-            return f"{group}: no option '{name}'{listed}"
+            extensible = "; or give the dotted path of your function" if group in EXTENSIBLE else ""
+            return f"{group}: no option '{name}'{listed}{extensible}"
         return f"--config-name: no configuration '{name}'{listed}; name the folder of one of yours with --config-dir"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark

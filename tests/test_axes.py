@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.plan import make_plan
 from roll_gspo.run import run, shipped_folders
@@ -24,27 +25,30 @@ AXES = (
     *("adv_estimator", "importance_sampling", "policy_loss", "loss_agg_mode", "reward_norm", "kl", "query_filter"),
     *("train_infer_correction", "old_log_probs"),
 )
-OPTIONS = {axis: sorted(file.stem for file in (GROUPS / axis).glob("*.yaml")) for axis in AXES}
+OPTIONS = {
+    axis: sorted(EXTENSIBLE[axis] if axis in EXTENSIBLE else (file.stem for file in (GROUPS / axis).glob("*.yaml")))
+    for axis in AXES
+}
 Choice = dict[str, str]
 
 
 def expected_refusals(choice: Choice) -> set[str]:
-    """The keys whose rules a combination breaks."""
+    """Return the keys whose rules a combination breaks."""
     broken = set()
-    if choice["policy_loss"] in ("gmpo", "topr") and choice["importance_sampling"] != "token":
-        broken.add("policy_loss")  # the objective computes the ratio of the whole response itself
+    if POLICY_LOSSES.declaration(choice["policy_loss"]).own_ratio and choice["importance_sampling"] != "token":
+        broken.add("policy_loss")
     if choice["train_infer_correction"] != "none" and choice["old_log_probs"] == "rollout":
         broken.add("train_infer_correction")  # every weight would be 1
     return broken
 
 
 def files_of(choice: Choice) -> list[Any]:
-    """The parsed YAML of the chosen options."""
+    """Return the parsed YAML of the chosen options."""
     return [OmegaConf.load(GROUPS / axis / f"{option}.yaml") for axis, option in choice.items()]
 
 
 def fragments() -> dict[str, dict[str, dict[str, Any]]]:
-    """axis -> option -> the keys that it sets, interpolations resolved beside the rest of base.yaml."""
+    """Return axis -> option -> the keys that it sets, with interpolations resolved in base.yaml."""
     base = load_config("base").config.model_dump(mode="json")
     critic = GROUPS / "combination" / "critic" / "gae-tiny_qwen3.yaml"
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -52,7 +56,7 @@ def fragments() -> dict[str, dict[str, dict[str, Any]]]:
         for option in OPTIONS[axis]:
             (file,) = files_of({axis: option})
             keys = {str(key) for key in file}
-            if option == "gae":
+            if axis == "adv_estimator" and ADVANTAGE_ESTIMATORS.declaration(option).needs_critic:
                 file = OmegaConf.merge(file, OmegaConf.load(critic))
             whole = OmegaConf.to_container(OmegaConf.merge({"actor_train": base["actor_train"]}, file), resolve=True)
             assert isinstance(whole, dict)
@@ -61,7 +65,7 @@ def fragments() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def combinations(estimator: str) -> Iterator[Choice]:
-    """All that have this estimator, in order."""
+    """Yield every combination with this estimator."""
     for options in itertools.product(*(OPTIONS | {"adv_estimator": [estimator]}).values()):
         yield dict(zip(AXES, options, strict=True))
 

@@ -5,62 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Problem, Schema, used_only_with
+from roll_gspo.config.functions import Selects
 from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
+from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, EXTENSIBLE, POLICY_LOSSES, RATIOS
 
-AdvEstimator = Literal[
-    "reinforce",
-    "grpo",
-    "dr_grpo",
-    "rloo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "raft_plus_plus",
-    "opo",
-    "gae",
-]
-ImportanceSampling = Literal["token", "seq", "seq_token", "segment"]
-PolicyLoss = Literal["clip", "cispo", "gmpo", "sapo", "topr"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RewardNorm = Literal["group", "batch", "running"]
 KlEstimator = Literal["kl", "abs", "mse", "k3"]
 ClipFraction = Annotated[float, Field(gt=0, lt=1)]
-
-CLIPPED = ("clip", "cispo", "gmpo")  # values of policy_loss that read the clip range
-# Values of policy_loss that compute the ratio of the whole response themselves, and how.
-OWN_RATIO = {"gmpo": "the geometric mean of its clipped token ratios", "topr": "the product of its token ratios"}
-DISCOUNTED = ("reinforce", "reinforce_plus_plus", "gae")  # values of adv_estimator that read gamma
+Arguments = Annotated[dict[str, JsonValue], Field(default_factory=dict)]
 
 
 def _none_if_empty(value: Any) -> Any:
     return None if value == {} else value
 
 
+def _alternatives(names: list[str]) -> str:
+    """Return `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 class AlgorithmConfig(Schema):
     """What is optimised, exactly; `docs/algorithms.md` has the formulas."""
 
-    adv_estimator: AdvEstimator = "reinforce"
-    """How rewards become advantages: `reinforce` (reward-to-go), `grpo` (normalised by the group), `dr_grpo` (minus the
-    group's mean), `rloo` (minus the mean of the others of the group), `opo` (minus the group's mean weighted by
-    length), `raft_plus_plus` (1 for the best of the group if positive, else 0), `reinforce_plus_plus` (reward-to-go,
-    whitened), `reinforce_plus_plus_baseline` (minus the group's mean, whitened), `gae` (by a critic's values; needs
-    `critic`)."""
-    importance_sampling: ImportanceSampling = "token"
-    """Level of the importance ratio: `token` (PPO, GRPO), `seq` (GSPO), `seq_token` (GSPO-token), `segment` (as `seq`,
-    for each contiguous run of response tokens: one assistant turn)."""
-    policy_loss: PolicyLoss = "clip"
-    """What is done with ratio and advantage: `clip` (PPO, GRPO, GSPO), `cispo` (clipped weights, every token keeps its
-    gradient), `gmpo` (geometric mean of clipped ratios), `sapo` (a soft gate instead of a clip), `topr` (weights at
-    most 1 on negative samples)."""
+    adv_estimator: Annotated[str, Selects(ADVANTAGE_ESTIMATORS)] = "reinforce"
+    """From rewards to advantages; an estimator with a critic needs the block `critic`."""
+    adv_estimator_args: Arguments
+    """Keyword arguments of your own `adv_estimator`."""
+    importance_sampling: Annotated[str, Selects(RATIOS)] = "token"
+    """Level of the importance ratio: `token` (PPO, GRPO), `seq` (GSPO), `seq_token` (GSPO-token), `segment` (`seq` for
+    each contiguous run of response tokens: one assistant turn)."""
+    importance_sampling_args: Arguments
+    """Keyword arguments of your own `importance_sampling`."""
+    policy_loss: Annotated[str, Selects(POLICY_LOSSES)] = "clip"
+    """From ratio and advantage to the loss of a token."""
+    policy_loss_args: Arguments
+    """Keyword arguments of your own `policy_loss`."""
     loss_agg_mode: LossAggMode = "seq-mean-token-mean"
     """How token losses become one number, with denominators over the whole mini-batch."""
     ppo_epochs: PositiveInt = 1
     """Passes over a rollout."""
 
     pg_clip: ClipFraction = 0.2
-    """Symmetric clip range of the ratio, used unless `use_pg_clip_range`; acts with `policy_loss` clip, cispo, gmpo."""
+    """Symmetric clip range of the ratio, used unless `use_pg_clip_range`."""
     use_pg_clip_range: bool = False
     """Clip to [1 - pg_clip_low, 1 + pg_clip_high] instead of 1 ± pg_clip."""
     pg_clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -68,14 +58,13 @@ class AlgorithmConfig(Schema):
     pg_clip_high: Annotated[float, Field(gt=0)] | None = None
     """Upper clip range; acts with `use_pg_clip_range` only."""
     dual_clip_loss: bool = False
-    """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage; `policy_loss: clip`
-    only."""
+    """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage."""
     dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
     """Constant of the dual clip; null: 1 + 2 * pg_clip."""
     sapo_tau_positive: PositiveFloat = 1.0
-    """Temperature of SAPO's gate where the advantage is positive; acts with `policy_loss: sapo` only."""
+    """Temperature of SAPO's gate for positive advantages."""
     sapo_tau_negative: PositiveFloat = 1.05
-    """Temperature of SAPO's gate where the advantage is negative: higher closes it sooner."""
+    """Temperature of SAPO's gate for negative advantages: higher closes it sooner."""
 
     reward_norm: RewardNorm | None = None
     """Normalise scores over their group, the batch or all of the run; null: not at all."""
@@ -90,13 +79,13 @@ class AlgorithmConfig(Schema):
     overlong_penalty_factor: PositiveFloat = 1.0
     """Punishment of a response at `response_length`; acts with `overlong_buffer_length` only."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount; acts with `adv_estimator` reinforce, reinforce_plus_plus and gae."""
+    """Discount per token."""
     lambd: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """lambda of `adv_estimator: gae`: 0 trusts the critic, 1 the rewards."""
+    """lambda of GAE: 0 relies on the critic, 1 on the rewards."""
     value_clip: PositiveFloat | None = None
-    """Keep the critic's values within ± this of those at the start of the step; `adv_estimator: gae` only."""
+    """Keep the critic's values within ± this of those at the start of the step."""
     critic_warmup: NonNegativeInt = 0
-    """Rollouts at the start of the run in which only the critic trains; `adv_estimator: gae` only."""
+    """Rollouts at the start of the run in which only the critic trains."""
     whiten_advantages: bool = False
     """Zero mean and unit variance of advantages over all valid tokens of the batch (reinforce_plus_plus and
     reinforce_plus_plus_baseline do this by themselves; here it changes nothing more)."""
@@ -152,7 +141,7 @@ class AlgorithmConfig(Schema):
     @property
     def clip_range(self) -> tuple[float, float] | None:
         """(low, high) around 1 that the ratio is clipped to; None where the objective has no clip."""
-        if self.policy_loss not in CLIPPED:
+        if not POLICY_LOSSES.declaration(self.policy_loss).needs_clip_range:
             return None
         if self.use_pg_clip_range:
             assert self.pg_clip_low is not None and self.pg_clip_high is not None  # held by the rules below
@@ -169,12 +158,13 @@ class AlgorithmConfig(Schema):
     @property
     def needs_reference(self) -> bool:
         """Whether any quantity of the loss or the reward reads reference log-probs."""
-        return self.use_kl_loss or self.add_token_level_kl
+        needed_by_loss = POLICY_LOSSES.declaration(self.policy_loss).needs_reference
+        return self.use_kl_loss or self.add_token_level_kl or needed_by_loss
 
     @property
     def needs_critic(self) -> bool:
         """Whether advantages read a critic's values."""
-        return self.adv_estimator == "gae"
+        return ADVANTAGE_ESTIMATORS.declaration(self.adv_estimator).needs_critic
 
     @property
     def filters_groups(self) -> bool:
@@ -184,25 +174,46 @@ class AlgorithmConfig(Schema):
     def broken_rules(self) -> Iterator[Problem]:
         """Yield switches without their keys, keys without their switch, and switches that exclude each other."""
         yield from super().broken_rules()
-        yield from self._broken_objective_rules()
+        yield from self._broken_function_rules()
         yield from self._broken_clip_rules()
         yield from self._broken_reward_rules()
         yield from self._broken_kl_rules()
         yield from self._broken_correction_rules()
         yield from self._keys_without_effect()
 
+    def _broken_function_rules(self) -> Iterator[Problem]:
+        """Yield arguments that the selected functions do not take, and a ratio that the policy loss ignores."""
+        for key, functions in EXTENSIBLE.items():
+            name, arguments = self.__dict__[key], self.__dict__[f"{key}_args"]
+            if name in functions and arguments:
+                message = f"is used only with the dotted path of your function as {key}, not with {name}; remove it"
+                yield Problem(f"{key}_args", message, (key,))
+            elif name not in functions and (problem := functions.argument_problem(name, arguments)):
+                yield Problem(f"{key}_args", problem, (key,))
+            if unknown := set(functions.declaration(name).reads) - set(type(self).model_fields):
+                yield Problem(key, f"{name} declares to read unknown keys ({', '.join(sorted(unknown))}); remove them")
+        own_ratio = POLICY_LOSSES.declaration(self.policy_loss).own_ratio
+        if own_ratio and self.importance_sampling != "token":
+            yield Problem(
+                "policy_loss",
+                f"{self.policy_loss} computes the ratio of a whole response itself ({own_ratio}), so "
+                f"importance_sampling: {self.importance_sampling} would be ignored; set importance_sampling: token",
+                ("importance_sampling",),
+            )
+
     def _keys_without_effect(self) -> Iterator[Problem]:
         """Yield keys that differ from their default although nothing reads them."""
+        declarations = [functions.declaration(self.__dict__[key]) for key, functions in EXTENSIBLE.items()]
+        read = {key for declared in declarations for key in declared.keys}
+        for selector, functions in EXTENSIBLE.items():
+            for key in functions.keys_read:
+                if key not in read and self._is_set(key):
+                    readers = _alternatives(functions.readers(key))
+                    message = f"is used only with {selector}: {readers}, not with {self.__dict__[selector]}"
+                    yield Problem(key, f"{message}; change that, or remove this key", (selector,))
         dual_clip_reads_it = self.dual_clip_loss and self.dual_clip_ratio is None
-        sapo, gae = self.policy_loss == "sapo", self.needs_critic
         for key, reader, values, is_read in (
-            ("gamma", "adv_estimator", "reinforce, reinforce_plus_plus or gae", self.adv_estimator in DISCOUNTED),
-            ("lambd", "adv_estimator", "gae", gae),
-            ("value_clip", "adv_estimator", "gae", gae),
-            ("critic_warmup", "adv_estimator", "gae", gae),
             ("pg_clip", "use_pg_clip_range", "false", not self.use_pg_clip_range or dual_clip_reads_it),
-            ("sapo_tau_positive", "policy_loss", "sapo", sapo),
-            ("sapo_tau_negative", "policy_loss", "sapo", sapo),
             ("overlong_penalty_factor", "overlong_buffer_length", "", self.overlong_buffer_length is not None),
             ("difficulty_low_threshold", "difficulty_mask", "true", self.difficulty_mask),
             ("difficulty_high_threshold", "difficulty_mask", "true", self.difficulty_mask),
@@ -211,31 +222,12 @@ class AlgorithmConfig(Schema):
             ("kl_penalty", "add_token_level_kl", "true", self.add_token_level_kl),
             ("kl_horizon", "target_kl", "", self.target_kl is not None),
         ):
-            if not is_read and self.__dict__[key] != type(self).model_fields[key].default:
+            if not is_read and self._is_set(key):
                 yield used_only_with(key, reader, values)
 
-    def _broken_objective_rules(self) -> Iterator[Problem]:
-        """Yield keys that the chosen objective does not read."""
-        name, fields = self.policy_loss, type(self).model_fields
-        if name in OWN_RATIO and self.importance_sampling != "token":
-            yield Problem(
-                "policy_loss",
-                f"{name} computes the ratio of a whole response itself ({OWN_RATIO[name]}), so importance_sampling: "
-                f"{self.importance_sampling} would be ignored; set importance_sampling: token",
-                ("importance_sampling",),
-            )
-        if name not in CLIPPED:
-            for key in ("use_pg_clip_range", "pg_clip_low", "pg_clip_high", "pg_clip"):
-                if self.__dict__[key] != fields[key].default:
-                    yield Problem(
-                        key,
-                        f"is used only with policy_loss: clip, cispo or gmpo, and {name} clips no ratio; remove it "
-                        f"(the group option policy_loss={name} does)",
-                        ("policy_loss",),
-                    )
-        if self.dual_clip_loss and name != "clip":
-            message = f"is used only with policy_loss: clip, and this is {name}; set dual_clip_loss: false"
-            yield Problem("dual_clip_loss", message, ("policy_loss",))
+    def _is_set(self, key: str) -> bool:
+        """Return whether a key differs from its default."""
+        return self.__dict__[key] != type(self).model_fields[key].default
 
     def _broken_clip_rules(self) -> Iterator[Problem]:
         bounds = {"pg_clip_low": self.pg_clip_low, "pg_clip_high": self.pg_clip_high}

@@ -17,9 +17,7 @@ from roll_gspo.config.run import RunConfig
 from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.config.strategy import GenerateStrategyArgs, shipped_engines
 from roll_gspo.config.validation import ValidationConfig
-
-# Values of adv_estimator and reward_norm that compare the samples of a group.
-GROUP_COMPARISONS = ("grpo", "dr_grpo", "rloo", "opo", "raft_plus_plus", "reinforce_plus_plus_baseline", "group")
+from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 
 
 class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
@@ -131,14 +129,17 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             yield from self._broken_data_rules("validation", self.validation.data_args)
         yield from self._broken_validation_rules()
         if self.needs_critic and self.critic is None:
-            message = "gae needs the critic block; add it (the group option adv_estimator=gae does)"
+            name = self.adv_estimator
+            message = f"{name} needs the critic block; add it (the group option adv_estimator=gae shows how)"
             yield Problem("adv_estimator", message, ("critic",))
         if self.critic_warmup >= self.max_steps:
             message = f"{self.critic_warmup} leaves none of max_steps {self.max_steps} to the actor; lower it"
             yield Problem("critic_warmup", message, ("max_steps",))
         if self.needs_reference and self.reference is None:
-            key = "use_kl_loss" if self.use_kl_loss else "add_token_level_kl"
-            yield Problem(key, "true needs the reference block; add it", ("reference",))
+            switches = ("use_kl_loss", "add_token_level_kl")
+            key = next((switch for switch in switches if self.__dict__[switch]), "policy_loss")
+            value = "true" if key in switches else self.policy_loss
+            yield Problem(key, f"{value} needs the reference block; add it", ("reference",))
 
     def _broken_data_rules(self, role: str, args: DataArgs) -> Iterator[Problem]:
         """Yield domains of the data that are not blocks of `rewards`."""
@@ -253,9 +254,10 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
             return
         size = "num_return_sequences_in_group"
         why = f"compares the samples of a prompt, and there is one; set {size} to 2 or more"
-        for key, value in (("adv_estimator", self.adv_estimator), ("reward_norm", self.reward_norm)):
-            if value in GROUP_COMPARISONS:
-                yield Problem(key, f"{value} {why}", (size,))
+        if ADVANTAGE_ESTIMATORS.declaration(self.adv_estimator).compares_group:
+            yield Problem("adv_estimator", f"{self.adv_estimator} {why}", (size,))
+        if self.reward_norm == "group":
+            yield Problem("reward_norm", f"group {why}", (size,))
         if self.filters_groups:
             yield Problem("query_filter_config", why, (size,))
         if self.difficulty_mask:

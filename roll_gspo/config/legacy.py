@@ -10,6 +10,8 @@ from typing import Any
 
 from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.base import Problem
+from roll_gspo.declarations import EXTENSIBLE
+from roll_gspo.registry import is_dotted_path
 
 ROLES = ("actor_train", "actor_infer", "reference", "critic", "validation")
 NEVER_READ = "ROLL never reads it"
@@ -311,7 +313,9 @@ def _without_reader(values: dict[str, Any], path: str) -> str | None:
         return None
     key, value = IGNORED_WITHOUT[path]
     says_nothing = values[path] == AlgorithmConfig.model_fields[path].default  # as in a run's own config.yaml
-    return None if says_nothing or values.get(key) == value else reader_text(key, value)
+    # Of a user's function the schema knows whether it reads the key.
+    is_read = values.get(key) == value or (key in EXTENSIBLE and is_dotted_path(str(values.get(key))))
+    return None if says_nothing or is_read else reader_text(key, value)
 
 
 def _is_fit_to_print(key: str, value: Any) -> bool:

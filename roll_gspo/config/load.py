@@ -98,6 +98,8 @@ def _overridden_choices(
             continue  # the group sets several keys
         if key != group and key in on_command_line:
             continue  # the command line says it with the key itself
+        if sources.set_by_option((key,)):
+            continue  # a user's option may have another name than the function that it selects
         value, says = values[key], values[key]
         if root.model_fields[key].default is None:  # `none` is the option that sets null
             if chosen == "none" and group not in on_command_line:
@@ -106,7 +108,7 @@ def _overridden_choices(
         if isinstance(value, str) and value != chosen:
             problems.append(
                 f"{sources.in_files((key,))}{key}: the defaults list or the command line chose '{group}: {chosen}', "
-                f"but this line says '{says}' and would win; remove it"
+                f"but this line says '{says}' and would win; remove it, or choose it in the defaults list"
             )
     return problems
 
@@ -149,7 +151,7 @@ def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if isinstance(value, str) and value in LATER_VALUES.get(".".join(path), {}):
         return f"not supported yet: {LATER_VALUES['.'.join(path)][value]} ('{value}')"
-    if kind == "unknown_name":
+    if kind == "unusable_path":
         return context["problem"]
     if kind == "literal_error":
         options = [o.strip("' ") for o in re.split(r", | or ", context["expected"])]

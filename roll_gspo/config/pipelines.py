@@ -40,7 +40,7 @@ def _check(name: str) -> str:
         PIPELINES.load(name)
     except ConfigError as error:
         problem = str(error).removeprefix("pipeline: ")
-        raise PydanticCustomError("unknown_name", "{problem}", {"problem": problem}) from error
+        raise PydanticCustomError("unusable_path", "{problem}", {"problem": problem}) from error
     return name
 
 

@@ -31,6 +31,7 @@ from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_
 from roll_gspo.config.pipelines import shipped_config_classes
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.strategy import StrategyArgs, shipped_engines
+from roll_gspo.declarations import EXTENSIBLE
 from roll_gspo.errors import RollGspoError
 from roll_gspo.registry import did_you_mean
 
@@ -134,9 +135,17 @@ def _table(name: str, keys: str | None, page: str) -> str:
     properties = block.model.model_json_schema()["properties"]
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key in selected:
-        meaning = " ".join((block.model.model_fields[key].description or "").split())
+        meaning = " ".join((block.model.model_fields[key].description or "").split()) + _readers(block.model, key)
         rows.append(_row(f"`{key}`", _type(key, block.model, properties[key]), _default(block.model, key), meaning))
     return "\n".join(rows)
+
+
+def _readers(model: type[BaseModel], key: str) -> str:
+    """Return with which functions a key of the algorithm is used, according to their declarations."""
+    for selector, functions in EXTENSIBLE.items() if model is AlgorithmConfig else ():
+        if names := functions.readers(key):
+            return f" Used only with `{selector}` {', '.join(f'`{name}`' for name in names)}."
+    return ""
 
 
 def _row(*cells: str) -> str:
@@ -177,7 +186,7 @@ def _alternative(schema: dict[str, Any]) -> str:
         return f"`{schema['const']}`"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
-    name = "map" if schema["type"] == "object" else schema["type"]
+    name = "map" if schema["type"] == "object" else schema.get("format", schema["type"])
     bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     limits = [f"{sign} {schema[bound]:g}" for bound, sign in bounds.items() if bound in schema]
     return " ".join([name, ", ".join(limits)]).strip()

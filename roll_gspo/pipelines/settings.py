@@ -78,8 +78,6 @@ def policy_loss_settings(config: ExperimentConfig) -> PolicyLossSettings:
         dual_clip_ratio=config.effective_dual_clip_ratio,
         response_length=config.max_response_length,
         correction=correction and settings_from(CorrectionSettings, correction),
-        policy_loss_args={},
-        importance_sampling_args={},
     )
 
 
@@ -93,7 +91,7 @@ def experience_settings(config: ExperimentConfig) -> ExperienceSettings:
     return settings_from(
         ExperienceSettings,
         config,
-        advantages=settings_from(AdvantageSettings, config, adv_estimator_args={}),
+        advantages=settings_from(AdvantageSettings, config),
         masks=settings_from(SampleMaskSettings, config),
         response_length=config.max_response_length,
     )

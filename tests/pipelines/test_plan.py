@@ -272,7 +272,7 @@ def test_memory_counts_the_critic() -> None:
     [
         ("example_cispo", "token, cispo 1/4 (to [0, 5]), token-mean, grpo"),
         ("example_gmpo", "token, gmpo 0.3297/0.4918 (to [0.6703, 1.4918]), seq-mean-token-mean, grpo"),
-        ("example_sapo", "token, sapo, gate temperatures 1/1.05, seq-mean-token-mean, grpo"),
+        ("example_sapo", "token, sapo (sapo_tau_positive 1, sapo_tau_negative 1.05), seq-mean-token-mean, grpo"),
         ("example_topr", "token, topr, seq-mean-token-sum, dr_grpo"),
         ("example_dapo", "token, clip 0.2/0.28 (to [0.8, 1.28]), no dual clip, token-mean, grpo"),
     ],

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.selection import QueryFilterConfig
+from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.models.size import context_length_of
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pipeline import mini_batch_text
@@ -41,20 +42,24 @@ def _updates_text(config: ExperimentConfig) -> str:
 
 
 def _ratio_text(config: ExperimentConfig) -> str:
-    dual = config.effective_dual_clip_ratio
-    parts = [config.importance_sampling, _objective_text(config)]
-    if config.policy_loss == "clip":
+    """Name ratio, policy loss, aggregation and estimator, each with the values that it declares to read."""
+    parts = [_selected_text(config, "importance_sampling"), _selected_text(config, "policy_loss")]
+    if config.clip_range is not None:
+        low, high = config.clip_range
+        parts[-1] += f" {low:g}/{high:g} (to [{1 - low:g}, {1 + high:g}])"
+    if POLICY_LOSSES.declaration(config.policy_loss).allows_dual_clip:
+        dual = config.effective_dual_clip_ratio
         parts.append(f"dual clip {dual:g}" if dual else "no dual clip")
-    return ", ".join([*parts, config.loss_agg_mode, config.adv_estimator])
+    return ", ".join([*parts, config.loss_agg_mode, _selected_text(config, "adv_estimator")])
 
 
-def _objective_text(config: ExperimentConfig) -> str:
-    if config.policy_loss == "sapo":
-        return f"sapo, gate temperatures {config.sapo_tau_positive:g}/{config.sapo_tau_negative:g}"
-    if config.clip_range is None:
-        return config.policy_loss
-    low, high = config.clip_range
-    return f"{config.policy_loss} {low:g}/{high:g} (to [{1 - low:g}, {1 + high:g}])"
+def _selected_text(config: ExperimentConfig, key: str) -> str:
+    """Return `name (key value, ...)` of the function that a key selects."""
+    name: str = getattr(config, key)
+    reads = EXTENSIBLE[key].declaration(name).reads
+    read = {key: getattr(config, key) for key in reads} | getattr(config, f"{key}_args")
+    texts = (f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in read.items())
+    return f"{name} ({', '.join(texts)})" if read else name
 
 
 def _sample_texts(config: ExperimentConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.declarations import RATIOS
 
 TOKEN_SCALE_CLIP = 0.01  # ratios of single tokens move by tenths, those of sequences by thousandths
 
@@ -36,7 +37,8 @@ def _of_one_update(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _of_length_weighting(config: ExperimentConfig) -> Iterator[str]:
-    if config.importance_sampling != "token" and config.loss_agg_mode != "seq-mean-token-mean":
+    scale = RATIOS.declaration(config.importance_sampling).scale
+    if scale == "sequence" and config.loss_agg_mode != "seq-mean-token-mean":
         yield (
             f"loss_agg_mode: {config.loss_agg_mode} weighs sequences by length, the GSPO paper does not (LUSPO does, "
             "with seq-mean-token-sum); loss_agg_mode=seq-mean-token-mean is the paper's"
@@ -47,15 +49,16 @@ def _of_clip_scale(config: ExperimentConfig) -> Iterator[str]:
     if config.clip_range is None:
         return
     widest, level = max(config.clip_range), config.importance_sampling
-    if level != "token" and widest > TOKEN_SCALE_CLIP:
+    scale = RATIOS.declaration(level).scale
+    if scale == "sequence" and widest > TOKEN_SCALE_CLIP:
         yield (
             f"importance_sampling: {level} with the clip range {config.clip_range}: sequence "
             "ratios hardly leave [0.99, 1.01], so it never clips; the paper's is 3e-4/4e-4 "
             "(use_pg_clip_range: true, pg_clip_low: 3e-4, pg_clip_high: 4e-4)"
         )
-    if level == "token" and widest < TOKEN_SCALE_CLIP:
+    if scale == "token" and widest < TOKEN_SCALE_CLIP:
         yield (
-            f"importance_sampling: token with the clip range {config.clip_range}: token ratios leave it at once and "
+            f"importance_sampling: {level} with the clip range {config.clip_range}: token ratios leave it at once and "
             "nearly every token is clipped; 0.2/0.27 is usual"
         )
 
