@@ -168,7 +168,9 @@ class Plotter:
 
     def _finish(self, axes: Axes, tooltips: Sequence[dict[str, Any]], title: str) -> str:
         """Write the plot and empty the axes."""
-        source = svg_of(axes.get_figure(root=True), title)
+        figure = axes.get_figure(root=True)
+        assert figure is not None  # every plot is part of a figure
+        source = svg_of(figure, title)
         for artist in [*axes.lines, *axes.patches]:
             artist.remove()
         data = json.dumps(tooltips, separators=(",", ":"))
@@ -197,7 +199,9 @@ def set_x_axis(axes: Axes, first: float, last: float, integer: bool) -> None:
     """
     margin = 0.02 * (last - first) or 0.5
     axes.set_xlim(first - margin, last + margin)
-    width = axes.get_figure(root=True).get_figwidth() * axes.get_position().width
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # every plot is part of a figure
+    width = figure.get_figwidth() * axes.get_position().width
     axes.xaxis.set_major_locator(MaxNLocator(max(4, round(1.5 * width)), steps=_STEPS, integer=integer))
     axes.xaxis.set_major_formatter(NumberFormatter())
 
