@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from roll_gspo.config.strategy import STRATEGIES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "roll_gspo"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -133,6 +135,29 @@ def test_no_import_cycles() -> None:
         visit(module, ())
 
 
+def test_engine_folders_are_imported_by_themselves_only() -> None:
+    """The rest of the package knows an engine by its registered args class."""
+    folders = {target.rpartition(".")[0] for target in STRATEGIES.values()}
+    wrong = [
+        f"{path}:{line} imports {name}; use what config/strategy.py declares"
+        for path, line, name in own_imports()
+        for folder in folders
+        if f"{name}.".startswith(f"{folder}.") and not path.startswith(folder.replace(".", "/"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_engines_are_named_in_the_registry_only() -> None:
+    wrong = [
+        f"{path}:{node.lineno}: '{node.value}'"
+        for path, tree in trees()
+        if path != "roll_gspo/config/strategy.py" and part(path) != "strategies"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in STRATEGIES
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_engines_are_imported_in_one_folder_each() -> None:
     wrong = [
         f"{path}:{line} imports {name}; only {ENGINES[name.split('.')[0]]} may"
@@ -211,7 +236,8 @@ def public_definitions(tree: ast.Module) -> Iterator[ast.ClassDef | ast.Function
 def test_module_level_imports_need_no_engine() -> None:
     """run.py reaches neither engines nor torch nor transformers by module-level imports."""
     heavy = {"torch", "transformers", "vllm", "megatron", "ray", "tensorboard", "matplotlib", "plotly"}
-    todo, seen, wrong = ["roll_gspo.run", "roll_gspo.pipelines.plan"], set(), []
+    args_classes = [target.partition(":")[0] for target in STRATEGIES.values()]
+    todo, seen, wrong = ["roll_gspo.run", "roll_gspo.pipelines.plan", *args_classes], set(), []
     while todo:
         module = todo.pop()
         file = ROOT.joinpath(*module.split("."))

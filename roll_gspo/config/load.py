@@ -117,7 +117,7 @@ def _problems_of(
     error: ValidationError, values: Mapping[str, Any], root: type[BaseModel], sources: Sources
 ) -> list[str]:
     problems = []
-    details = error.errors(include_url=False)
+    details: list[Any] = [dict(detail) for detail in error.errors(include_url=False)]
     for detail in details:
         path = tuple(map(str, detail["loc"]))
         dotted = ".".join(path)
@@ -130,7 +130,7 @@ def _problems_of(
         elif detail["type"] == "value_error":
             problems += _rule_problems(path, detail.get("ctx", {})["error"], sources)
         else:
-            problems.append(f"{sources.locate(path)}{dotted}: {_wrong_value(path, dict(detail))}")
+            problems.append(f"{sources.locate(path)}{dotted}: {_wrong_value(path, detail)}")
     return problems
 
 

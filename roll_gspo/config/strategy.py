@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from roll_gspo.config.base import Problem, Schema
 from roll_gspo.errors import ConfigError
@@ -207,7 +207,8 @@ def args_class(name: Any, kind: type[KindT]) -> type[KindT]:
     try:
         found = STRATEGIES.load(name)
     except ConfigError as error:
-        raise _unusable(kind, name, str(error).removeprefix(f"{STRATEGIES.kind}: {name}: ")) from error
+        reason = str(error).removeprefix(f"{STRATEGIES.kind}: {name}: ")
+        raise _unusable(kind, name, f"cannot be imported ({reason}); correct the path") from error
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise _unusable(kind, name, f"is not a subclass of {kind.__module__}.{kind.__name__}, which this role needs")
     if inspect.isabstract(found):
@@ -225,8 +226,8 @@ def shipped_engines(
 
 
 def _unusable(kind: type[StrategyArgs], name: str, message: str) -> ValidationError:
-    context = {"error": ValueError(f"'{name}': {message}")}
-    return _name_error(kind, InitErrorDetails(type="value_error", loc=("strategy_name",), input=name, ctx=context))
+    error = PydanticCustomError("unusable_path", "{problem}", {"problem": f"'{name}' {message}"})
+    return _name_error(kind, InitErrorDetails(type=error, loc=("strategy_name",), input=name))
 
 
 def _name_error(kind: type[StrategyArgs], details: InitErrorDetails) -> ValidationError:
