@@ -1,1 +1,1 @@
-"""What a model is for: a role is a strategy together with the algorithm it serves."""
+"""Roles: each combines a strategy with the algorithm that it serves."""

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class MiniBatches:
-    """How a trained role goes through rollouts.
+    """Takes optimizer steps on the mini-batches of a rollout.
 
     Args:
         role: whose; its name in the configuration, for messages.
@@ -78,7 +78,7 @@ class MiniBatches:
         """Which samples form each mini-batch of each epoch."""
         lengths = batch.sequences.lengths
         for epoch in range(self._num_epochs):
-            # A generator of its own for each (seed, step, epoch): a resumed run draws the same mini-batches.
+            # One generator per (seed, step, epoch): a resumed run draws the same mini-batches.
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1_009 + epoch)
             for index in torch.randperm(len(batch), generator=generator).split(self._size):
                 # Which samples meet in an optimizer step is random; those of like length share a micro-batch.

@@ -25,7 +25,7 @@ _IN_FLIGHT = 2  # chunks of one replica, so that the next one is there when one 
 
 
 class _Engine(GenerateStrategy, WeightReceiver, Protocol):
-    """What a replica needs of its engine."""
+    """The engine of a replica: generates and receives weights."""
 
 
 class Replica:
@@ -41,18 +41,18 @@ class Replica:
         seeds: Sequence[int],
         progress: Callable[[int, int], None],
     ) -> list[list[Completion]]:
-        """See `GenerateStrategy`."""
+        """Generate responses on this replica."""
         return self._engine.generate(prompts, sampling, seeds, progress)
 
     def ready(self) -> None:
         """Answered by a process that lives."""
 
     def connect(self, address: WeightBroadcastAddress) -> None:
-        """See `WeightReceiver`."""
+        """Join the weight broadcast."""
         self._engine.connect(address)
 
     def receive_weights(self, version: int) -> None:
-        """See `WeightReceiver.receive`."""
+        """Receive the weights of `version`."""
         self._engine.receive(version)
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Replicas:
         progress: Progress | None = None,
         finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
-        """See `GenerateStrategy`; the least busy replica gets the next prompts. Samples are finished chunk by chunk.
+        """Generate responses. The least busy replica gets the next prompts; samples finish chunk by chunk.
 
         Raises:
             WorkerDiedError, WorkerHungError: more workers were lost than may be.

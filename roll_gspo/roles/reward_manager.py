@@ -41,7 +41,7 @@ class RewardManager:
         }
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """See that every row has a reward and every reward can be built.
+        """Check that every row has a reward and every reward can be built.
 
         Args:
             rows: with `id`, `domain` and `tag`.
@@ -57,7 +57,7 @@ class RewardManager:
 
     @property
     def domain_names(self) -> list[str]:
-        """Of all reward blocks."""
+        """Names of all reward blocks."""
         return list(self._pools)
 
     def domains(self, prompts: Iterable[Prompt]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How the trainer's weights reach the engine that generates: `push(version)`, wherever the two live."""
+"""Transfer of the trainer's weights to the generation engine, in one process or across processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class InProcessSync:
         self._generator = generator
 
     def push(self, version: int) -> None:
-        """See `WeightSync`."""
+        """Transfer the current weights as `version`."""
         self._generator.update_weights(self._actor.weights(), version)
 
 
@@ -75,7 +75,7 @@ class BroadcastSync:
         replicas.restore_weights = self._restore
 
     def push(self, version: int) -> None:
-        """See `WeightSync`."""
+        """Transfer the current weights as `version`."""
         while True:
             try:
                 # found out here a loss costs nothing; in a transfer the sender waits for the lost one

@@ -1,4 +1,4 @@
-"""What an engine must do: train a policy, score tokens, or generate them. Roles know nothing else of it.
+"""Protocols of the engines: train a policy, score tokens, generate responses. Roles use only these.
 
 Legend: B samples, T response positions (see `roll_gspo.batch`).
 """
@@ -46,7 +46,7 @@ class ModelSetup:
 
 @dataclass(frozen=True)
 class GenerationSetup:
-    """What a generation engine needs besides the model.
+    """Settings of a generation engine besides the model.
 
     Attributes:
         max_sequence_length: longest prompt plus response, in tokens.
@@ -195,7 +195,7 @@ class TrainStrategy(TrainedModel, Checkpointable, Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled.
+    """Sampling parameters of responses.
 
     Attributes:
         num_samples: per prompt.

@@ -1,4 +1,4 @@
-"""Where an engine of this process computes."""
+"""The device of the engines in this process."""
 
 from __future__ import annotations
 

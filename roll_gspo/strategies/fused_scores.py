@@ -23,7 +23,7 @@ _BLOCK_LOGITS = 2**22
 
 
 class _Options(NamedTuple):
-    """What stays the same for all tokens; `num_rows` of the head here are real, the others only pad."""
+    """Values common to all tokens; the first `num_rows` rows of the local head are real, the others are padding."""
 
     temperature: float
     entropy: bool

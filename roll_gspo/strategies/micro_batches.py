@@ -42,7 +42,7 @@ def split_samples(lengths: Tensor, size: int, max_tokens: int | None = None, pac
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """How a mini-batch is cut into forward and backward passes; no number depends on it.
+    """Splits a mini-batch into forward and backward passes; results do not depend on it.
 
     Attributes:
         size: samples of a pass.
@@ -63,7 +63,7 @@ class MicroBatching:
 
 
 def share_of_rank(parts: Sequence[PartT], rank: int, world_size: int, multiple_of: int = 1) -> list[PartT | None]:
-    """What one of `world_size` ranks takes of `parts`: the same number on each rank, filled up with None.
+    """Return the share of `parts` of one of `world_size` ranks, padded with None to the same length on all ranks.
 
     Args:
         multiple_of: the number of parts of a rank is one of its multiples.

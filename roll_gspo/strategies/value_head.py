@@ -1,4 +1,4 @@
-"""What turns a language model into a critic: a scalar in place of the logits; shared by all engines.
+"""The value head of a critic: a scalar instead of the logits; common to all engines.
 
 Legend: H hidden, B samples, T response positions (see `roll_gspo.batch`).
 """

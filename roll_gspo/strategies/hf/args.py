@@ -1,4 +1,4 @@
-"""What `hf_train` and `hf_infer` state about themselves (no torch)."""
+"""Configuration and capabilities of `hf_train` and `hf_infer` (no torch)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class HfArgs(StrategyArgs):
-    """What both engines of transformers share."""
+    """Common capabilities of both transformers engines."""
 
     strategy_config: HfConfig = HfConfig()
     """Options of the engine."""

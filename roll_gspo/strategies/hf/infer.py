@@ -175,13 +175,13 @@ class HfInfer:
         self._failed = None
 
     def connect(self, address: WeightBroadcastAddress) -> None:
-        """See `WeightReceiver`."""
+        """Join the weight broadcast of a trainer in another process."""
         if self._receiver is not None:
             self._receiver.close()
         self._receiver = WeightBroadcastReceiver(address, name="hf_infer")
 
     def receive(self, version: int) -> None:
-        """See `WeightReceiver`."""
+        """Receive the weights of `version`."""
         if self._receiver is None:
             raise WeightTransferError("hf_infer: not connected to a trainer; call connect first")
         with self._receiver.receive(version) as weights:

@@ -63,7 +63,7 @@ class HfTrain:
         self._trainer.save(folder, asynchronous)
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete; `wait` until it is."""
+        """Return whether the last `save` is complete; block until it is if `wait`."""
         return self._trainer.finish_save(wait)
 
     def load(self, folder: Path) -> None:

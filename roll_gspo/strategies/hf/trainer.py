@@ -57,7 +57,7 @@ class HfTrainer:
         self._saving: BackgroundWrite | None = None
 
     def precision(self) -> AbstractContextManager[Any]:
-        """What a forward pass runs under."""
+        """Return the context of a forward pass (autocast or none)."""
         if self._dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self._device.type, self._dtype)
@@ -115,7 +115,7 @@ class HfTrainer:
             torch.save(state, folder / _STATE_FILE)
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete (or nothing was begun); `wait` until it is.
+        """Return whether the last `save` is complete (true if there was none); block until it is if `wait`.
 
         Raises:
             Exception: torch's, where it could not be written.

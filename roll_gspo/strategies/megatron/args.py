@@ -1,4 +1,4 @@
-"""What `megatron_train` and `megatron_infer` state about themselves (no torch)."""
+"""Configuration and capabilities of `megatron_train` and `megatron_infer` (no torch)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SPLITS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "contex
 
 
 class MegatronArgs(StrategyArgs):
-    """What both engines of megatron-core share."""
+    """Common capabilities of both megatron-core engines."""
 
     strategy_config: MegatronConfig = MegatronConfig()
     """Layout and memory of the engine."""

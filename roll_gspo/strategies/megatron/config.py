@@ -34,11 +34,11 @@ class MegatronConfig(Schema):
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass instead of keeping them."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """How layers are chosen for `recompute_granularity: full`."""
+    """Selection of layers for `recompute_granularity: full`."""
     recompute_num_layers: PositiveInt | None = None
-    """How many layers a recomputed unit has."""
+    """Layers per recomputed unit."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens travel to their experts; mixtures of experts only."""
+    """Collective that dispatches tokens to experts; mixtures of experts only."""
     moe_grouped_gemm: bool = False
     """Run the experts of a layer as one grouped matrix product; needs TransformerEngine."""
     overlap_grad_reduce: bool = False
@@ -60,7 +60,7 @@ class MegatronConfig(Schema):
         return self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     def broken_rules(self) -> Iterator[Problem]:
-        """What no model and no number of ranks makes possible."""
+        """Yield settings that are invalid for every model and number of ranks."""
         yield from super().broken_rules()
         yield from self._broken_parallel_rules()
         yield from self._broken_recompute_rules()

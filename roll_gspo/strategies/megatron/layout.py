@@ -1,4 +1,4 @@
-"""How megatron splits a model over ranks: which layouts fit, and how many parameters each rank holds (no torch).
+"""Megatron layouts: validity for a model and its ranks, and parameters per rank (no torch).
 
 Ranks are numbered tensor-parallel first, then context, data and pipeline, so that the ranks of a pipeline stage are
 consecutive. Legend of the formulas: H hidden, V vocabulary.

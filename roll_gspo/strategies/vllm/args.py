@@ -1,4 +1,4 @@
-"""What `vllm` states about itself (no torch)."""
+"""Configuration and capabilities of `vllm` (no torch)."""
 
 from __future__ import annotations
 

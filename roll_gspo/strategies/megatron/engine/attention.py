@@ -126,7 +126,7 @@ class CausalAttention(MegatronModule):
 
 
 def decoder_spec(config: TransformerConfig, virtual_stage: int | None = None) -> Any:
-    """What `GPTModel` builds its layers and its final norm from: a `ModuleSpec` or `TransformerBlockSubmodules`."""
+    """Return the spec of layers and final norm for `GPTModel`: a `ModuleSpec` or `TransformerBlockSubmodules`."""
     if HAVE_TE and torch.cuda.is_available():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,

@@ -202,7 +202,7 @@ class ResponseModel:
 
     @property
     def is_output_rank(self) -> bool:
-        """Whether this rank reports the results of its data-parallel share: others have none, or the same."""
+        """True if this rank reports the results of its data-parallel shard; other ranks have none, or the same."""
         return (
             bool(self._rows)
             and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -210,7 +210,7 @@ class ResponseModel:
         )
 
     def share(self, parts: Sequence[Any]) -> list[Any]:
-        """What this data-parallel rank takes of parts that all ranks know; None where a pass is made for nothing."""
+        """Select the micro-batches of this data-parallel rank; None stands for a dummy pass."""
         multiple = self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         rank, world_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return share_of_rank(parts, rank, world_size, multiple)

@@ -1,4 +1,4 @@
-"""How the samples of a micro-batch lie in the input of this rank's model: padded or packed, cut over context ranks.
+"""Layout of a micro-batch in the input of this rank's model: padded or packed, split over context ranks.
 
 Legend: B samples, T response positions, P positions of this rank, N of its positions that predict a response token.
 """

@@ -21,7 +21,7 @@ from roll_gspo.errors import ConfigError, TrainingError
 
 
 class LayerRoutes:
-    """What one router chose in its last pass, and what the next pass is to choose.
+    """Experts that one router chose in its last pass, and those prescribed for the next one.
 
     Attributes:
         chosen: [S * B, K] what the router chose, or would have chosen where it replayed; None before a pass.
@@ -100,7 +100,7 @@ class Routers:
         self._num_experts = gpt.config.num_moe_experts or 0
 
     def prescribe(self, experts: Tensor | None) -> None:
-        """What the next passes choose: [B, S, L, K], -1 in all K of a token for freely; None: everything freely.
+        """Set the experts of the next passes, [B, S, L, K]; -1 in all K of a token, or None, leaves the choice to routers.
 
         Raises:
             TrainingError: the record is of another number of layers, or a row names no K different experts.
@@ -120,7 +120,7 @@ class Routers:
             layer.prescribe(experts[:, :, number].transpose(0, 1).flatten(0, 1).long())
 
     def check_replayed(self, experts: Tensor) -> int:
-        """See that the last pass used every prescribed choice in every layer; returns how many there were.
+        """Check that the last pass used every prescribed expert in every layer; return their number.
 
         Raises:
             TrainingError: a layer did not: nothing would tell that it chose freely.

@@ -43,7 +43,7 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lay over the ranks that wrote its state."""
+    """Parallel layout of the ranks that wrote a state."""
 
     world_size: int
     tensor: int
@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a state says of itself before any tensor is read.
+    """Description of a state, read before its tensors.
 
     Attributes:
         applied_steps: optimizer steps that it is the result of.
@@ -71,7 +71,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class _File:
-    """What a file must be when it is read."""
+    """Expected size and checksum of a file."""
 
     size: int
     crc32: int
@@ -79,7 +79,7 @@ class _File:
 
 @dataclass
 class _Part:
-    """What one rank wrote, or why it could not."""
+    """Files that one rank wrote, or its error."""
 
     results: Sequence[WriteResult] = ()
     files: Mapping[str, _File] | None = None
@@ -216,12 +216,12 @@ def agree(problem: str | None) -> None:
 
 
 def all_true(mine: bool) -> bool:
-    """Whether it holds on every rank; a collective."""
+    """Return whether `value` is true on every rank; a collective."""
     return all(_of_all(mine))
 
 
 def _of_all(mine: Any) -> list[Any]:
-    """What every rank has, by rank."""
+    """All-gather the values of all ranks, by rank."""
     if dist.get_world_size() == 1:
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()
@@ -241,7 +241,7 @@ def _on_first_rank(action: Callable[[], None]) -> list[str]:
 
 
 def _cause(error: BaseException) -> str:
-    """What the operating system said, if it was that."""
+    """Return the error of the operating system, if that was the cause."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):

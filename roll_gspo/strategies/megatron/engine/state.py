@@ -50,7 +50,7 @@ _EMBEDDING, _OUTPUT, _VALUE_HEAD = "embedding.word_embeddings.weight", "output_l
 
 @dataclass(frozen=True)
 class _Piece:
-    """What this rank has of one parameter of the model.
+    """The part of one model parameter on this rank.
 
     Attributes:
         name: in a model of one rank.
@@ -159,7 +159,7 @@ def _groups(name: str) -> tuple[Any, Any]:
 
 
 class _Master(NamedTuple):
-    """What the optimizer steps: elements `start`, ... of a flattened parameter, by one torch optimizer."""
+    """The elements from `start` of a flattened parameter that one torch optimizer updates."""
 
     tensor: Tensor
     start: int
@@ -168,7 +168,7 @@ class _Master(NamedTuple):
 
 
 def _masters(optimizer: MegatronOptimizer) -> dict[Parameter, _Master]:
-    """What this rank's optimizers hold of each parameter; a distributed one holds nothing of some."""
+    """Return the part of each parameter in this rank's optimizers; a distributed optimizer may hold none of it."""
     found = {}
     for part in optimizer.chained_optimizers:  # type: ignore[attr-defined]
         inner: Any = part.optimizer
@@ -221,7 +221,7 @@ def begin_save(
 def _tensors(
     pieces: Sequence[_Piece], masters: dict[Parameter, _Master], applied_steps: int
 ) -> Iterator[ShardedTensor]:
-    """What this rank has of the state."""
+    """Return this rank's part of the state."""
     for piece in pieces:
         master = masters.get(piece.parameter)
         if master is None:  # other ranks of a distributed optimizer have it
@@ -276,7 +276,7 @@ def load_state(folder: Path, model: ResponseModel, optimizer: MegatronOptimizer 
 
 
 def _check_model(folder: Path, pieces: Sequence[_Piece], manifest: Manifest) -> None:
-    """See that the state is of this model, as a whole; a collective."""
+    """Check that the state belongs to this model; a collective."""
     problem = None
     for piece in pieces:
         found = manifest.tensors.get(piece.name)
@@ -295,7 +295,7 @@ def _check_model(folder: Path, pieces: Sequence[_Piece], manifest: Manifest) -> 
 
 
 def _check_optimizer(folder: Path, manifest: Manifest) -> None:
-    """See that the moments of every parameter are there; a collective."""
+    """Check that the state has the moments of every parameter; a collective."""
     problem = None
     try:
         stored = stored_tensors(folder)
@@ -311,7 +311,7 @@ def _check_optimizer(folder: Path, manifest: Manifest) -> None:
 
 
 def _weight_targets(pieces: Sequence[_Piece]) -> tuple[list[ShardedTensor], list[tuple[Parameter, Tensor]]]:
-    """Where weights are read to: float32 parameters themselves, and for others float32 tensors to be copied from."""
+    """Return the tensors to read weights into: float32 parameters themselves, float32 buffers for others."""
     targets: list[ShardedTensor] = []
     after = []
     for piece in pieces:

@@ -75,7 +75,7 @@ class MegatronTrain:
         return batch.routed_experts
 
     def _routing_metrics(self, batch: TrainBatch) -> dict[str, Metric]:
-        """Of the pass that was just made: what was replayed, and how far the routers' own choices have moved."""
+        """Return metrics of the last pass: replayed experts, and how many the routers would now choose otherwise."""
         routers, recorded = self._routers, batch.routed_experts
         if routers is None or recorded is None:
             return {}
@@ -97,7 +97,7 @@ class MegatronTrain:
         self._trainer.save(folder, asynchronous)
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete; see `MegatronTrainer.finish_save`."""
+        """Return whether the last `save` is complete; see `MegatronTrainer.finish_save`."""
         return self._trainer.finish_save(wait)
 
     def load(self, folder: Path) -> None:

@@ -135,7 +135,7 @@ class MegatronTrainer:
             save.finish()
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete (or nothing was begun), the same on every rank; a collective.
+        """Return whether the last `save` is complete (true if there was none), equal on all ranks; a collective.
 
         Args:
             wait: until it is.
@@ -187,7 +187,7 @@ def _wrap(model: ResponseModel) -> list[DistributedDataParallel]:
 
 
 def _reader(loss: Loss) -> Callable[[Tensor, MicroBatch], tuple[Tensor, _Report]]:
-    """Of one micro-batch: its share of the loss, to be differentiated, and the report."""
+    """Return the share of the loss of one micro-batch, with gradient, and its report."""
 
     def read(rows: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, _Report]:
         if micro_batch.batch is None:

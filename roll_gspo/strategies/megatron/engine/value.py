@@ -59,7 +59,7 @@ class MegatronValue:
         self._trainer.save(folder, asynchronous)
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Whether what `save` began is complete; see `MegatronTrainer.finish_save`."""
+        """Return whether the last `save` is complete; see `MegatronTrainer.finish_save`."""
         return self._trainer.finish_save(wait)
 
     def load(self, folder: Path) -> None:

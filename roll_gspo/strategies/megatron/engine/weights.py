@@ -152,7 +152,7 @@ class _Entry(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What travels together, and the memory that it needs: the same on every rank."""
+    """Buckets of an export and their memory, equal on every rank."""
 
     buckets: list[list[_Entry]]
     buffer_bytes: int
@@ -160,7 +160,7 @@ class _Plan(NamedTuple):
 
 
 def _travels(entry: _Entry) -> bool:
-    """Whether some rank has not all of a parameter."""
+    """Return whether some rank holds only a part of the parameter."""
     between_experts = entry.expert_rank is not None and expert_group().size() > 1
     return pipeline_group().size() > 1 or between_experts or _cutting_group(entry.name).size() > 1
 
@@ -212,13 +212,13 @@ def _whole_model(mine: list[list[tuple[str, Tensor]]]) -> list[_Entry]:
 
 
 def _expert_block(name: str) -> str | None:
-    """What the experts that lie in a row share; None for other parameters."""
+    """Return the common key of consecutive experts; None for other parameters."""
     match = _EXPERT.search(name)
     return None if match is None else name[: match.start()]
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    """What each rank of a group has."""
+    """All-gather the values of the ranks of a group."""
     if group.size() == 1:
         return [mine]
     found: list[Any] = [None] * group.size()
@@ -242,7 +242,7 @@ def _buckets(entries: Sequence[_Entry], limit: int) -> Iterator[list[_Entry]]:
 
 
 def _way(entry: _Entry) -> tuple[int, int | None, torch.dtype]:
-    """From where to where; and the dtype, for every parameter of a bucket to be aligned."""
+    """Return source, target and dtype; one dtype per bucket keeps its parameters aligned."""
     return entry.stage, entry.expert_rank, entry.dtype
 
 

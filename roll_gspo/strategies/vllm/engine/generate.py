@@ -88,7 +88,7 @@ class VllmGenerate:
         progress: Callable[[int, int], None] | None = None,
         finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
-        """See `GenerateStrategy`; results are in the order of `prompts`.
+        """Generate responses; results are in the order of `prompts`.
 
         In float32 a sample depends on its prompt, its seed and the weights only, not on what else is in the batch.
         A response ends at `max_model_len` too (`finish_reason` is `length`). With temperature 0 the
@@ -109,7 +109,7 @@ class VllmGenerate:
         return [completions[start : start + size] for start in range(0, len(completions), size)]
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """See `GenerateStrategy`; after an error the engine refuses to generate until an update succeeds."""
+        """Replace the weights in process; after an error the engine refuses to generate until an update succeeds."""
         _, transfer = self._open_engine()
         if isinstance(transfer, BroadcastTransfer):
             raise WeightTransferError("update_weights: the engine takes its weights over a wire; call receive")
@@ -117,11 +117,11 @@ class VllmGenerate:
             transfer.send(source, version)
 
     def connect(self, address: WeightBroadcastAddress) -> None:
-        """See `WeightReceiver`; `address.first_rank` is that of the engine's first worker."""
+        """Join a weight broadcast; `address.first_rank` is the rank of the engine's first worker."""
         self._broadcast_transfer().connect(address)
 
     def receive(self, version: int) -> None:
-        """See `WeightReceiver`; after an error the engine refuses to generate until a transfer succeeds."""
+        """Receive weights; after an error the engine refuses to generate until a transfer succeeds."""
         transfer = self._broadcast_transfer()
         with self._replacing_weights(version):
             transfer.receive(version)
@@ -226,7 +226,7 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
 
 
 def _worker_environment(config: VllmConfig) -> dict[str, str]:
-    """What `open_engine` sees to in this process, for worker processes."""
+    """Environment of worker processes, equal to what `open_engine` sets in this process."""
     if config.tensor_parallel_size == 1 or config.enforce_eager is False or not current_platform.is_cpu():
         return {}
     return {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
