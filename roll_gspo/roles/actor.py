@@ -104,7 +104,7 @@ class Actor(TrainedPolicy):
     def open_broadcast(
         self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES, checksum: bool = False
     ) -> WeightBroadcastAddress:
-        """Open a wire to generation engines in other processes; an older one is left.
+        """Open a weight broadcast to generation engines in other processes; closes an earlier one.
 
         Of several ranks it is asked of rank 0 alone, which sends: pieces of `bucket_bytes`, each with its `checksum`.
         """
@@ -114,7 +114,7 @@ class Actor(TrainedPolicy):
         return self._sender.address
 
     def send_weights(self, version: int) -> None:
-        """Send the live weights over the wire; ranks without one take part in the export.
+        """Broadcast the live weights; ranks without a sender only take part in the export.
 
         Raises:
             WeightTransferError: an engine did not take them.

@@ -128,7 +128,7 @@ class Replicas:
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Not the way to processes of their own: whoever holds the trainer's group sends, see `BroadcastSync`."""
         raise WeightTransferError(
-            f"{self.group.name}: weights of version {version} must come over the wire (BroadcastSync.push); engines in "
+            f"{self.group.name}: weights of version {version} must be sent by BroadcastSync.push; engines in "
             "other processes cannot read them here"
         )
 

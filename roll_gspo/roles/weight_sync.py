@@ -105,7 +105,7 @@ class BroadcastSync:
         self.push(self._generator.weights_version)
 
     def _connect(self) -> None:
-        """A new wire: its members are fixed once it is used."""
+        """Open a new broadcast, as its members are fixed after the first use."""
         group, width = self._replicas.group, self._workers_per_replica
         wanted = WeightBroadcastAddress(self._trainer.host(0), 0, 1 + group.size * width, timeout_s=self._timeout_s)
         address: WeightBroadcastAddress = self._trainer.call("open_broadcast", wanted, *self._pieces, rank=0)

@@ -188,7 +188,7 @@ class HfInfer:
             self.update_weights(weights, version)
 
     def shutdown(self) -> None:
-        """Free the model and leave the wire."""
+        """Free the model and leave the broadcast."""
         self._loaded = None
         if self._receiver is not None:
             self._receiver.close()

@@ -100,7 +100,7 @@ class Routers:
         self._num_experts = gpt.config.num_moe_experts or 0
 
     def prescribe(self, experts: Tensor | None) -> None:
-        """Set the experts of the next passes, [B, S, L, K]; -1 in all K of a token, or None, leaves the choice to routers.
+        """Set the experts of the next passes, [B, S, L, K]; -1 for all K of a token, or None, lets the router choose.
 
         Raises:
             TrainingError: the record is of another number of layers, or a row names no K different experts.

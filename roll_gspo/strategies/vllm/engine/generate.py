@@ -112,7 +112,7 @@ class VllmGenerate:
         """Replace the weights in process; after an error the engine refuses to generate until an update succeeds."""
         _, transfer = self._open_engine()
         if isinstance(transfer, BroadcastTransfer):
-            raise WeightTransferError("update_weights: the engine takes its weights over a wire; call receive")
+            raise WeightTransferError("update_weights: the engine receives its weights by broadcast; call receive")
         with self._replacing_weights(version):
             transfer.send(source, version)
 
