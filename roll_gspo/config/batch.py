@@ -26,6 +26,8 @@ class BatchConfig(Schema):
     """Rollouts of the whole run."""
     trace_groups: NonNegativeInt = 1
     """Groups per step to score again after the update, for the ratio of each token in the report."""
+    log_samples_every: NonNegativeInt = 10
+    """Steps between the tables of a few rollouts in trackers; 0: no tables."""
     val_prompt_length: PositiveInt | None = None
     """Longest prompt in validation, in tokens; null: `prompt_length`."""
     val_sequence_length: PositiveInt | None = None

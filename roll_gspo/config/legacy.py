@@ -167,6 +167,11 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "is_use_additional_prompts": Later("generation ahead of the batch (query_filter_config refills it)"),
     "enable_reference": Later("a reference without a KL term"),
     **dict.fromkeys(("profiler_timeline", "profiler_memory"), Later("profiling")),
+    **dict.fromkeys(
+        ("tracker_kwargs.api_key", "tracker_kwargs.login_kwargs"),
+        Later("a password in a file (set WANDB_API_KEY or SWANLAB_API_KEY in the environment)", (None,)),
+    ),
+    "tracker_kwargs.tags": Later("this place (write the top-level key tags)", (None,)),
     "rollout_mock": Later("record and replay of rollouts"),
     "rollout_dump_dir": Later("another folder for rollouts (they lie in the run's rollouts/)", (None,)),
     "save_logging_board_dir": Later("dumps of single tokens", (None,)),
@@ -224,7 +229,6 @@ LATER_VALUES: dict[str, dict[str, str]] = {
         "evaluate": "this name (write python -m roll_gspo.evaluate)",
         "agentic": "multi-turn rollouts",
     },
-    "track_with": dict.fromkeys(("wandb", "mlflow", "swanlab", "trackio"), "this tracker"),
 }
 
 

@@ -101,6 +101,10 @@ def _overridden_choices(
         if sources.set_by_option((key,)):
             continue  # a user's option may have another name than the function that it selects
         value, says = values[key], values[key]
+        if key == "track_with":
+            if (chosen,) == root.model_fields[key].default and group not in on_command_line:
+                continue  # base.yaml starts from it
+            value = says = "none" if value is None else str(value)
         if root.model_fields[key].default is None:  # `none` is the option that sets null
             if chosen == "none" and group not in on_command_line:
                 continue  # nobody chose it: base.yaml starts from it

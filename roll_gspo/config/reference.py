@@ -39,7 +39,7 @@ FLAT: dict[str, type[BaseModel]] = {"run": RunConfig, "batch": BatchConfig, "alg
 NAMED_BY_USER = {"rewards": ".DOMAIN", "parts": ".NAME"}
 READ_FROM_TEXT = {  # keys whose validator accepts more than their type
     "device_mapping": "devices or null",
-    **dict.fromkeys(("file_name", "tag_included", "sources"), "string or list of strings"),
+    **dict.fromkeys(("file_name", "tag_included", "sources", "track_with", "tags"), "string or list of strings"),
 }
 TABLE = re.compile(
     r"<!-- table: (?P<name>[\w.]+)(?: \((?P<keys>[^)]*)\))? -->\n(?P<rows>.*?)<!-- end of table -->", re.DOTALL

@@ -298,10 +298,3 @@ class WeightTransferConfig(Schema):
     """Size of a bucket of tensors in MiB: what sender and receivers hold beside the model."""
     timeout_s: PositiveFloat = 120.0
     """Seconds that one end waits for the other at any point."""
-
-
-class TrackerKwargs(Schema):
-    """Options of the tracker that `track_with` names."""
-
-    log_dir: str | None = None
-    """Folder of the TensorBoard files; null: `tensorboard/` of the run."""

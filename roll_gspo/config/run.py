@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_gspo.config.base import Problem, Schema
+from roll_gspo.config.base import Names, Problem, Schema
 from roll_gspo.config.data import Template
 from roll_gspo.config.pipelines import PipelineName
-from roll_gspo.config.roles import CheckpointConfig, TrackerKwargs, WarmStart, WeightTransferConfig
+from roll_gspo.config.roles import CheckpointConfig, WarmStart, WeightTransferConfig
+from roll_gspo.config.trackers import TrackerNames, broken_tracker_rules, tracker_options
 
 
 class RunConfig(Schema):
@@ -55,10 +56,13 @@ class RunConfig(Schema):
     """`true` resumes from the newest complete checkpoint of `exp_name`; a path resumes from that checkpoint."""
     checkpoint_config: CheckpointConfig = CheckpointConfig()
     """How checkpoints are kept."""
-    track_with: Literal["tensorboard", "stdout", "none"] = "tensorboard"
-    """Tracker beside `metrics.jsonl`, which is always written."""
-    tracker_kwargs: TrackerKwargs = TrackerKwargs()
-    """Options of the tracker."""
+    track_with: TrackerNames = ("tensorboard",)
+    """Trackers beside `metrics.jsonl`, which is always written: any of `tensorboard`, `wandb`, `mlflow`, `swanlab`,
+    `trackio`, `stdout`, the dotted path of your own, or `none`. `docs/tracking.md` describes them."""
+    tracker_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options of each tracker by its name (`wandb: {project: p}`), or those of the only tracker."""
+    tags: Names = ()
+    """Labels of the run in trackers."""
     system_envs: dict[str, str] = Field(default_factory=dict)
     """Environment variables, set before engines are imported."""
     num_gpus_per_node: NonNegativeInt = 8
@@ -68,9 +72,15 @@ class RunConfig(Schema):
     weight_transfer: WeightTransferConfig = WeightTransferConfig()
     """Transfer of new weights from the trainer to the engines."""
 
+    @property
+    def tracker_options(self) -> dict[str, dict[str, Any]]:
+        """Options of each tracker of `track_with`."""
+        return tracker_options(self.track_with, self.tracker_kwargs)
+
     def broken_rules(self) -> Iterator[Problem]:
-        """Yield a warm start of a model that is not builtin."""
+        """Yield what is wrong with the trackers and the warm start."""
         yield from super().broken_rules()
+        yield from broken_tracker_rules(self.track_with, self.tracker_kwargs)
         if self.warm_start and not self.pretrain.startswith("builtin:"):
             message = f"is for builtin: models, and pretrain is '{self.pretrain}'; set warm_start: null"
             yield Problem("warm_start", message, ("pretrain",))

@@ -20,8 +20,9 @@ from roll_gspo.pipelines.placement import execution_settings
 from roll_gspo.pipelines.run_folder import RunFolder, config_yaml
 from roll_gspo.pipelines.state import ACTOR, RunState
 from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
-from roll_gspo.tracking.base import build_trackers
+from roll_gspo.tracking.base import RunInfo
 from roll_gspo.tracking.console import Console
+from roll_gspo.tracking.trackers import build_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +109,20 @@ def resume(
 
 def make_output(config: AnyConfig, folder: RunFolder, console: Console, state: RunState[Any]) -> Output:
     """Build the writer of the run's folder, after `resume`. Metrics of steps that will be repeated are dropped."""
-    kwargs = config.tracker_kwargs.model_dump(exclude_none=True)
+    run = RunInfo(
+        folder=folder.path,
+        name=folder.path.name,
+        experiment=config.exp_name,
+        first_step=state.first_logged_step,
+        tags=config.tags,
+        config=config.model_dump(mode="json", exclude={"system_envs"}),  # environment variables may be secrets
+    )
     checkpoints = CheckpointStore(folder.checkpoints, config.checkpoint_config.max_ckpt_to_keep, state.best)
     state.best = checkpoints.best  # that of another folder is not kept here
     return Output(
         folder=folder.path,
         checkpoints=checkpoints,
-        trackers=build_trackers([config.track_with], folder.path, state.first_logged_step, kwargs),
+        trackers=build_trackers(config.track_with, run, config.tracker_options),
         console=console,
         config_text=config_yaml(config),
         save_hf_model=config.actor_train.training_args.save_hf_model,

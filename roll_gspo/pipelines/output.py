@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from roll_gspo.checkpoint import HF_EXPORT, Best, CheckpointStore
 from roll_gspo.pipelines.state import RunState
 from roll_gspo.report.page import write_report
 from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
-from roll_gspo.tracking.base import Trackers
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.live import VALIDATION_METRICS
+from roll_gspo.tracking.samples import Sample
+from roll_gspo.tracking.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class Output:
         """Log the metrics of a completed step to every tracker and the console."""
         self._trackers.log(step, metrics)
         self._console.step(step, metrics)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Send a few rollouts of a step to every tracker."""
+        self._trackers.log_samples(step, samples)
 
     def save(
         self, step: int, state: RunState[Any], roles: Mapping[str, TrainedRole[Any]], policy: TrainedPolicy
@@ -124,6 +129,10 @@ class Output:
         except Exception as error:
             logger.warning("no report.html (%s); python -m roll_gspo.report %s writes it", error, self._folder)
             return None
+
+    def finish(self, report: Path | None) -> None:
+        """Close the trackers of a run that ended in order, with its report."""
+        self._trackers.finish(report)
 
     def close(self) -> None:
         """Close the trackers. Calling it again does nothing."""

@@ -14,15 +14,17 @@ from roll_gspo.errors import DataError, MissingDependencyError
 from roll_gspo.models.tiny import BUILTIN
 from roll_gspo.pipelines.devices import model_of, roles_of
 from roll_gspo.pipelines.pretrain import check_model_name
+from roll_gspo.tracking.trackers import check_trackers
 
 
 def preflight(config: AnyConfig) -> None:
-    """See that engines, models and data files are there, before torch or anything of the run is loaded.
+    """See that engines, trackers, models and data files are there, before torch or anything of the run is loaded.
 
     Raises:
         MissingDependencyError, ConfigError, DataError: the first kind that has a problem, all of its kind.
     """
     check_engines(config)
+    check_trackers(config.track_with, config.tracker_options)
     check_models(config)
     check_data_files(config)
 

@@ -99,7 +99,7 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt) -> int:
 
 
 def _finish(output: Output, console: Console, interrupt: Interrupt, first_step: int, step: int, num_steps: int) -> int:
-    """Close the trackers, write the report, print how the run ended, and return the exit status.
+    """Write the report, close the trackers, print how the run ended, and return the exit status.
 
     Args:
         output, console, interrupt: of the run.
@@ -107,9 +107,10 @@ def _finish(output: Output, console: Console, interrupt: Interrupt, first_step: 
         step: the last completed step.
         num_steps: steps of the whole run.
     """
-    output.close()
     with console.stage("report"):
         report = output.report()
+    with console.stage("close trackers"):
+        output.finish(report)
     if report is not None:
         console.message(f"report: {report}")
     if interrupt.signal is None or step == num_steps:

@@ -1,111 +1,62 @@
-"""The Tracker protocol, the table of shipped trackers, and the one object that a pipeline logs to."""
+"""The Tracker protocol and what a tracker is given."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from roll_gspo.errors import ConfigError
-from roll_gspo.registry import Registry
-from roll_gspo.tracking.jsonl import JsonlTracker
+from roll_gspo.tracking.samples import Sample
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """The run that a tracker records.
+
+    Attributes:
+        folder: the run's output folder, which exists.
+        name: name of the run.
+        experiment: name of the experiment that the run belongs to.
+        first_step: the first step that this process logs. A tracker hides what an earlier process logged from this
+            step on, if its backend can.
+        tags: labels of the run.
+        config: the resolved configuration; JSON types only.
+        run_id: the `run_id` that this tracker had in an earlier process of the same run; None if there was none.
+    """
+
+    folder: Path
+    name: str
+    experiment: str
+    first_step: int = 1
+    tags: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str | None = None
 
 
 class Tracker(Protocol):
-    """Takes the figures of each step.
+    """A backend that records one run.
 
-    A tracker is built as `factory(folder, first_step, **tracker_kwargs)`: `folder` is the run's output
-    folder and `first_step` the first step this process will log; what an earlier process logged from
-    `first_step` on (after the checkpoint that is resumed) must not show up twice.
+    A tracker is built as `factory(run, **options)`: `run` is the `RunInfo`, and `options` are its block of
+    `tracker_kwargs`. Every call comes from one thread of its own, so a tracker may block. A tracker that raises is
+    dropped; training continues.
     """
 
+    run_id: str | None
+    """Id of the run in the backend; a resumed process finds it in `RunInfo.run_id`. None if the backend has none."""
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the figures of one finished step."""
+        """Record the metrics of one step."""
+        ...
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Record a few rollouts of one step. Called before `log` of that step."""
+        ...
+
+    def finish(self, report: Path | None) -> None:
+        """Record that the run ended in order, and its `report.html` if it could be written. `close` follows."""
         ...
 
     def close(self) -> None:
-        """Write out what is still held back; nothing is logged afterwards."""
+        """Flush and release the backend. A run that is closed without `finish` has failed."""
         ...
-
-
-TRACKERS = Registry(
-    "track_with",
-    {
-        "tensorboard": "roll_gspo.tracking.tensorboard:TensorBoardTracker",
-        "stdout": "roll_gspo.tracking.stdout:StdoutTracker",
-        "none": "roll_gspo.tracking.base:NullTracker",
-    },
-)
-
-
-class NullTracker:
-    """Only metrics.jsonl is wanted, which is always written."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        pass
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-class Trackers:
-    """metrics.jsonl, always, and whatever else was asked for.
-
-    A failing extra tracker (a full disk, a dead server) costs a warning and is left out from then on;
-    a failing metrics.jsonl is an error, for the run could not be resumed or reported.
-    """
-
-    def __init__(self, record: JsonlTracker, extra: Sequence[Tracker]) -> None:
-        self._record = record
-        self._extra = list(extra)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the figures of one finished step everywhere."""
-        self._record.log(step, metrics)
-        for tracker in list(self._extra):
-            try:
-                tracker.log(step, metrics)
-            except Exception as error:
-                self._extra.remove(tracker)
-                name = type(tracker).__name__
-                logger.warning("%s: step %d: %s; it is left out from now on", name, step, error)
-
-    def close(self) -> None:
-        """Close every tracker; metrics.jsonl last, whatever the others do."""
-        try:
-            for tracker in self._extra:
-                tracker.close()
-        finally:
-            self._record.close()
-
-
-def build_trackers(
-    names: Sequence[str], folder: Path, first_step: int = 1, tracker_kwargs: Mapping[str, Any] | None = None
-) -> Trackers:
-    """Open metrics.jsonl in `folder` and the trackers called `names`.
-
-    Args:
-        names: values of `track_with`.
-        folder: the run's output folder; made if missing.
-        first_step: first step that will be logged; later lines of an earlier process are dropped.
-        tracker_kwargs: the YAML block of that name, passed to the factories as it is.
-
-    Raises:
-        ConfigError: unknown name, or a keyword that the tracker does not take.
-        MissingDependencyError: the tracker's package is not installed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    extra: list[Tracker] = []
-    for name in names:
-        factory = TRACKERS.load(name)
-        try:
-            extra.append(factory(folder, first_step, **(tracker_kwargs or {})))
-        except TypeError as error:
-            raise ConfigError(f"tracker_kwargs: {error} (track_with: {name})") from error
-    return Trackers(JsonlTracker(folder / "metrics.jsonl", first_step), extra)

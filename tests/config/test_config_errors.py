@@ -176,8 +176,8 @@ def test_group_choice_that_the_body_overrides_is_refused(tmp_path: Path) -> None
 
 
 def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
-    assert load_config("example_gspo", "track_with=none").config.track_with == "none"
-    assert load_config("example_gspo", "tracker=stdout").config.track_with == "stdout"
+    assert load_config("example_gspo", "track_with=none").config.track_with == ()
+    assert load_config("example_gspo", "tracker=stdout").config.track_with == ("stdout",)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_flat_yaml_of_roll_that_asks_for_too_much_names_all_of_it() -> None:
     problems = problems_of("roll_example_refused", config_dir=HERE)
     assert [problem.key for problem in problems] == [
         *("adv_estimator", "max_ckpt_to_keep", "pg_variant", "async_generation_ratio", "norm_mean_type"),
-        *("norm_std_type", "track_with", "token_level_loss", "train_infer_correction.is_weight"),
+        *("norm_std_type", "tracker_kwargs.api_key", "token_level_loss", "train_infer_correction.is_weight"),
         *(
             "actor_train.worker_cls",
             "actor_train.data_args.template",

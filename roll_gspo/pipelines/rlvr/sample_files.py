@@ -13,6 +13,7 @@ from roll_gspo.pipelines.rlvr.sample_records import response_values, rollout_rec
 from roll_gspo.pipelines.rlvr.validation import ScoredBatch, validation_records
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.tracking.rollouts import RolloutWriter, UpdatedRecord
+from roll_gspo.tracking.samples import SampleTable
 
 
 class SampleFiles:
@@ -36,6 +37,7 @@ class SampleFiles:
         domains: Sequence[str],
         results: Sequence[RewardResult],
         batch: TrainBatch,
+        table: SampleTable | None = None,
     ) -> None:
         """Write every sample of the step.
 
@@ -43,8 +45,10 @@ class SampleFiles:
             step: of the rollout.
             rollouts, domains, results: the samples, and the reward block and the result of each.
             batch: the training batch that was built from them.
+            table: collects the samples for trackers.
         """
-        self._rollouts.write(step, rollout_records(rollouts, domains, results, self._decode, batch))
+        records = rollout_records(rollouts, domains, results, self._decode, batch)
+        self._rollouts.write(step, records if table is None else table.collect(records))
 
     def write_validation(self, step: int, batches: Iterable[ScoredBatch]) -> None:
         """Write every validation sample, batch by batch."""

@@ -28,6 +28,7 @@ from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.pipelines.step_loop import Steps
 from roll_gspo.strategies.base import TokenScores
+from roll_gspo.tracking.samples import SampleTable
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,10 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         metrics |= figures | statistics
         with stage("log"):  # before the update, which may fail and names samples of this file
             domains = components.rewards.domains(rollouts.prompts)
-            self.components.samples.write_rollouts(step, rollouts, domains, collected.results, batch)
+            table = SampleTable() if self._logs_samples(step) else None
+            components.samples.write_rollouts(step, rollouts, domains, collected.results, batch, table)
+            if table is not None:
+                components.output.log_samples(step, table.spread())
         if components.critic is not None:
             with stage("update_critic") as progress:
                 metrics |= components.critic.update(batch, step, progress)
@@ -63,6 +67,10 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             with stage("trace"):
                 self._trace(step, collected)
         return metrics | components.state.metrics() | {"data/prompts_dropped": float(components.num_prompts_dropped)}
+
+    def _logs_samples(self, step: int) -> bool:
+        every = self.config.log_samples_every
+        return every > 0 and step % every == 0
 
     def _trace(self, step: int, collected: Collected) -> None:
         """Score a few samples again, for the ratio of each token that the report shows."""
