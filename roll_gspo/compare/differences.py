@@ -16,7 +16,7 @@ Config = Mapping[str, object]
 IGNORED_KEYS = frozenset(
     {
         *("seed", "exp_name", "run_name", "output_dir", "logging_dir", "resume_from_checkpoint", "checkpoint_config"),
-        *("track_with", "tracker_kwargs", "tags", "log_samples_every"),
+        *("track_with", "tracker_kwargs", "tags", "log_samples_every", "profiler"),
     }
 )
 _MISSING = "—"

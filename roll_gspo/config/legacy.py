@@ -28,7 +28,7 @@ IGNORED: dict[str, str] = {
     "model_update_buffer_size_mb": "weight_transfer.bucket_mb decides",
     "checkpoint_config.type": "checkpoints are folders on a file system",
     "checkpoint_config.async_upload": "checkpoints are written in place and renamed when complete",
-    "profiler_output_dir": ALONE.format("profiler_timeline or profiler_memory"),
+    "profiler_output_dir": "traces go to profile/ of the run",
     "otlp_output_dir": ALONE.format("OpenTelemetry tracing"),
     "offload_nccl": OVERWRITTEN,
     # rollout scheduling: how fast, not what
@@ -166,7 +166,9 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "user_defined_rollout_loop_cls": Later("rollout loops of your own", (None,)),
     "is_use_additional_prompts": Later("generation ahead of the batch (query_filter_config refills it)"),
     "enable_reference": Later("a reference without a KL term"),
-    **dict.fromkeys(("profiler_timeline", "profiler_memory"), Later("profiling")),
+    **dict.fromkeys(
+        ("profiler_timeline", "profiler_memory"), Later("this form (write profiler: {torch: {steps: [3, 5]}})")
+    ),
     **dict.fromkeys(
         ("tracker_kwargs.api_key", "tracker_kwargs.login_kwargs"),
         Later("a password in a file (set WANDB_API_KEY or SWANLAB_API_KEY in the environment)", (None,)),

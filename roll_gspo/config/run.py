@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from roll_gspo.config.base import Names, Problem, Schema
 from roll_gspo.config.data import Template
 from roll_gspo.config.pipelines import PipelineName
+from roll_gspo.config.profiler import ProfilerConfig
 from roll_gspo.config.roles import CheckpointConfig, WarmStart, WeightTransferConfig
 from roll_gspo.config.trackers import TrackerNames, broken_tracker_rules, tracker_options
 
@@ -63,6 +64,8 @@ class RunConfig(Schema):
     """Options of each tracker by its name (`wandb: {project: p}`), or those of the only tracker."""
     tags: Names = ()
     """Labels of the run in trackers."""
+    profiler: ProfilerConfig | None = None
+    """Steps to profile; traces go to `profile/` of the run."""
     system_envs: dict[str, str] = Field(default_factory=dict)
     """Environment variables, set before engines are imported."""
     num_gpus_per_node: NonNegativeInt = 8

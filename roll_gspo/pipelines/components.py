@@ -19,6 +19,7 @@ from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.placement import execution_settings
 from roll_gspo.pipelines.run_folder import RunFolder, config_yaml
 from roll_gspo.pipelines.state import ACTOR, RunState
+from roll_gspo.pipelines.step_profiler import StepProfiler
 from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
 from roll_gspo.tracking.base import RunInfo
 from roll_gspo.tracking.console import Console
@@ -34,6 +35,7 @@ class RunComponents:
         actor_train: the policy that is trained.
         state: the run's progress; a checkpoint holds it.
         output: writes below the run's folder.
+        profiler: profiles a window of steps.
         num_steps: training steps of the whole run.
     """
 
@@ -41,6 +43,7 @@ class RunComponents:
     actor_train: TrainedPolicy
     state: RunState[Any]
     output: Output
+    profiler: StepProfiler
     num_steps: int
 
     @property

@@ -26,6 +26,7 @@ from roll_gspo.pipelines.factories import (
 )
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.generator import Generator
+from roll_gspo.roles.profiled import Profilable
 from roll_gspo.roles.replicas import Replicas
 from roll_gspo.roles.weight_sync import BroadcastSync, InProcessSync, WeightSync
 
@@ -58,11 +59,11 @@ class InProcessPlacement:
 
     def start_generator(
         self, config: ExperimentConfig, checkpoint: Path, pad_token_id: int, actor: Actor
-    ) -> tuple[Generator, WeightSync]:
-        """Build the generation engine. It reads the trainer's tensors."""
+    ) -> tuple[Generator, Profilable, WeightSync]:
+        """Build the generation engine, which is profiled as a whole. It reads the trainer's tensors."""
         make = partial(make_generator, config, checkpoint, pad_token_id)
         generator = self._executor.start("actor_infer", make)
-        return generator, InProcessSync(actor, generator)
+        return generator, generator, InProcessSync(actor, generator)
 
 
 class ClusterPlacement:
@@ -84,8 +85,8 @@ class ClusterPlacement:
 
     def start_generator(
         self, config: ExperimentConfig, checkpoint: Path, pad_token_id: int, actor: Actor
-    ) -> tuple[Generator, WeightSync]:
-        """Build one generation engine per worker of `actor_infer`. Weights are broadcast to them."""
+    ) -> tuple[Generator, Profilable, WeightSync]:
+        """Build one generation engine per worker, each of which is profiled. Weights are broadcast to them."""
         devices = worker_devices(config, config.actor_infer)
         make = partial(make_replica, config, checkpoint)
         group = self._executor.start_group("actor_infer", make, devices, one_world=False)
@@ -101,7 +102,7 @@ class ClusterPlacement:
             bucket_bytes=transfer.bucket_mb << 20,
             checksum=transfer.checksum,
         )
-        return generator, weights
+        return generator, replicas, weights
 
 
 def placement_of(config: AnyConfig, executor: Executor) -> InProcessPlacement | ClusterPlacement:

@@ -73,7 +73,8 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt) -> int:
     stopping = interrupt.requested
     while state.step < num_steps and not stopping:
         step = state.step + 1
-        metrics = steps.train_step(step)
+        with components.profiler.step(step):
+            metrics = steps.train_step(step)
         state.step = step
         is_last, is_best = step == num_steps, False
         if is_last or step % config.eval_steps == 0:

@@ -12,6 +12,7 @@ from roll_gspo.report.html_page import asset, html_page, plural, warning_list, w
 from roll_gspo.report.numbers import format_count, format_duration, format_number
 from roll_gspo.report.run_folder import SCORE, VALIDATION, Points, RunFolder, read_run
 from roll_gspo.report.samples import samples_section
+from roll_gspo.report.traces import traces_section
 from roll_gspo.report.warnings import run_warnings
 
 _FIRST_AND_LAST = 5
@@ -49,6 +50,7 @@ def render(run: RunFolder) -> str:
             ("Profiler traces", _profiles(run)),
             ("Samples", browser_section(embed_samples(run.rollout_files), samples_section(run.rollouts))),
             ("All other metrics", other_metrics_section(run, plotter)),
+            ("Profiler", traces_section(run.traces)),
             ("Plan and configuration", _texts(run)),
         ),
         style=asset("browser.css"),

@@ -13,6 +13,7 @@ from roll_gspo.algorithms.policy_loss import policy_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
+from roll_gspo.roles.profiled import profiled
 from roll_gspo.roles.trained import TrainedPolicy
 from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult, WeightSource
 from roll_gspo.strategies.micro_batches import MicroBatching
@@ -61,10 +62,12 @@ class Actor(TrainedPolicy):
             seed=seed,
         )
 
+    @profiled
     def score(self, sequences: Sequences) -> TokenScores:
         """Log-probabilities of the response tokens under the current policy, and its entropies."""
         return self._strategy.score(sequences, entropy=True)
 
+    @profiled
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
         """Train on a whole rollout; returns the metrics, averaged over its optimizer steps.
 

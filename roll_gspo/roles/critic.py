@@ -11,6 +11,7 @@ from roll_gspo.algorithms.value_loss import ValueLossSettings, value_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
+from roll_gspo.roles.profiled import profiled
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.strategies.base import UpdateResult, ValueStrategy
 from roll_gspo.strategies.micro_batches import MicroBatching
@@ -51,10 +52,12 @@ class Critic(TrainedRole[ValueStrategy]):
             seed=seed,
         )
 
+    @profiled
     def values(self, sequences: Sequences) -> Tensor:
         """[B, T] float32: the return expected in the state that each response token was sampled in; 0 where masked."""
         return self._strategy.values(sequences)
 
+    @profiled
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
         """Train on a whole rollout with `returns`; returns the metrics, averaged over its optimizer steps.
 

@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
+from roll_gspo.roles.profiled import ProfiledRole, profiled
 from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightSource
 
 
-class Generator:
+class Generator(ProfiledRole):
     """`actor_infer`.
 
     Args:
@@ -24,6 +25,7 @@ class Generator:
         self._seed = seed
         self.weights_version = -1
 
+    @profiled
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from roll_gspo.tracking.profiler import TraceTarget, record_trace
 
@@ -14,18 +14,25 @@ ReturnT = TypeVar("ReturnT")
 RoleT = TypeVar("RoleT", bound="ProfiledRole")
 
 
-class ProfiledRole:
-    """A role that records a trace of each call of a `@profiled` method while a target is set."""
+class Profilable(Protocol):
+    """A role in this process or in others."""
+
+    def profile(self, target: TraceTarget | None) -> None:
+        """Record a trace of each call of a `@profiled` method; None stops recording."""
+        ...
+
+
+class ProfiledRole(Profilable):
+    """A role whose `@profiled` methods record a trace of each call while a target is set."""
 
     _target: TraceTarget | None = None
     _num_calls = 0
 
     def profile(self, target: TraceTarget | None) -> None:
-        """Record the calls of one step; None stops recording."""
         self._target, self._num_calls = target, 0
 
     def next_trace(self, method: str) -> Path | None:
-        """Return the file for the trace of the next call, or None if none is to be recorded."""
+        """Return the file for the trace of a call that begins, None if it is not recorded."""
         if self._target is None:
             return None
         self._num_calls += 1

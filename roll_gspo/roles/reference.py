@@ -5,15 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from roll_gspo.batch import Sequences
+from roll_gspo.roles.profiled import ProfiledRole, profiled
 from roll_gspo.strategies.base import ScoringStrategy
 
 
-class Reference:
+class Reference(ProfiledRole):
     """`reference`."""
 
     def __init__(self, strategy: ScoringStrategy) -> None:
         self._strategy = strategy
 
+    @profiled
     def log_probs(self, sequences: Sequences) -> Tensor:
         """[B, T] log-probabilities of the response tokens."""
         return self._strategy.score(sequences).log_probs

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from roll_gspo.batch import Completion
 from roll_gspo.errors import WeightTransferError, WorkerDiedError, WorkerHungError
 from roll_gspo.execution.base import Pending, Progress, WorkerGroup, wait_first
+from roll_gspo.roles.profiled import ProfiledRole, profiled
 from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightReceiver, WeightSource
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
+from roll_gspo.tracking.profiler import TraceTarget
 
 logger = logging.getLogger(__name__)
 _CHUNKS_PER_REPLICA = 4  # fewer let the others wait for the slowest, more decode too few samples together
@@ -28,12 +30,13 @@ class _Engine(GenerateStrategy, WeightReceiver, Protocol):
     """The engine of a replica: generates and receives weights."""
 
 
-class Replica:
+class Replica(ProfiledRole):
     """One engine, in the process that it has for itself."""
 
     def __init__(self, engine: _Engine) -> None:
         self._engine = engine
 
+    @profiled
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -124,6 +127,11 @@ class Replicas:
                 done = sum(map(len, answers)) * sampling.num_samples + sum(p.progress[0] for p in running)
                 progress(done, len(prompts) * sampling.num_samples)
         return [group for chunk in sorted(answers, key=lambda c: c.start) for group in answers[chunk]]
+
+    def profile(self, target: TraceTarget | None) -> None:
+        """Let every replica record traces, as the rank that it has in the group."""
+        for rank in range(self.group.size):
+            self.group.call("profile", target and replace(target, rank=rank), rank=rank)
 
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Not the way to processes of their own: whoever holds the trainer's group sends, see `BroadcastSync`."""

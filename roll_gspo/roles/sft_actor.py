@@ -11,6 +11,7 @@ from roll_gspo.algorithms.sft_loss import negative_log_likelihood, sft_loss
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
+from roll_gspo.roles.profiled import profiled
 from roll_gspo.roles.trained import TrainedPolicy
 from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult
 from roll_gspo.strategies.micro_batches import MicroBatching
@@ -45,6 +46,7 @@ class SftActor(TrainedPolicy):
             samples_of="the training data (rows counted from 0)",
         )
 
+    @profiled
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
         """One optimizer step; returns its metrics.
 

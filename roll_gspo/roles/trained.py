@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from roll_gspo.roles.profiled import ProfiledRole
 from roll_gspo.strategies.base import Checkpointable, TrainStrategy
 
 StrategyT = TypeVar("StrategyT", bound=Checkpointable)
 
 
-class TrainedRole(Generic[StrategyT]):
+class TrainedRole(ProfiledRole, Generic[StrategyT]):
     """A role whose engine trains a model.
 
     Args:

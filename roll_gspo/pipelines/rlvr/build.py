@@ -27,6 +27,7 @@ from roll_gspo.pipelines.settings import (
     query_filter_settings,
     sampling,
 )
+from roll_gspo.pipelines.step_profiler import StepProfiler
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
@@ -130,6 +131,7 @@ def _start_roles(
         experience=experience_settings(config),
         state=state,
         output=make_output(config, folder, console, state),
+        profiler=StepProfiler(config, folder.path, models.profiled),
         sampling=training,
         validation=new_validation(config, data.validation, data.stop_ids, rewards) if config.validation else None,
         num_steps=config.max_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from roll_gspo.pipelines.state import ACTOR
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
+from roll_gspo.roles.profiled import Profilable
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.roles.weight_sync import WeightSync
@@ -34,6 +36,7 @@ class Models:
         reference, critic: None if no KL term or no estimator needs them.
         actor_infer: the policy that generates.
         weights: sends the weights of `actor_train` to `actor_infer`.
+        profiled: what the profiler records, by the name of the role.
     """
 
     actor_train: Actor
@@ -41,6 +44,7 @@ class Models:
     critic: Critic | None
     actor_infer: Generator
     weights: WeightSync
+    profiled: Mapping[str, Profilable]
 
 
 def trained_roles_of(actor: Actor, critic: Critic | None) -> dict[str, TrainedRole[Any]]:
@@ -70,8 +74,10 @@ def start_models(
             own = _checkpoint_of(config, config.critic, checkpoint, console)
             critic = placement.start("critic", config.critic, partial(make_critic, config, own))
     with console.stage("start actor_infer"):
-        generator, weights = placement.start_generator(config, checkpoint, pad_token_id, actor)
-    return Models(actor, reference, critic, generator, weights)
+        generator, engines, weights = placement.start_generator(config, checkpoint, pad_token_id, actor)
+    roles = {"actor_train": actor, "reference": reference, "critic": critic, "actor_infer": engines}
+    profiled = {name: role for name, role in roles.items() if role is not None}
+    return Models(actor, reference, critic, generator, weights, profiled)
 
 
 def _checkpoint_of(

@@ -40,6 +40,7 @@ from roll_gspo.pipelines.placement import placement_of
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.state import ACTOR, RunState
+from roll_gspo.pipelines.step_profiler import StepProfiler
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.tracking.console import Console
 
@@ -103,6 +104,7 @@ def build_components(config: SftConfig, folder: RunFolder, console: Console) -> 
         actor_train=actor,
         state=state,
         output=make_output(config, folder, console, state),
+        profiler=StepProfiler(config, folder.path, {"actor_train": actor}),
         validation=validation,
         pad_token_id=tokenizer.pad_token_id,
         num_steps=num_steps,
