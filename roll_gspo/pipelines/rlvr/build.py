@@ -51,7 +51,7 @@ class RlvrComponents(RunComponents):
         collector: generates and scores the samples of a step.
         samples: writes the samples into files.
         experience: settings of the advantages.
-        sampling: of the training responses.
+        sampling: sampling settings of the training responses.
         validation: the held-out prompts, if there are any.
         num_prompts_dropped: training prompts longer than `prompt_length`.
     """
@@ -87,7 +87,8 @@ def build_components(config: ExperimentConfig, folder: RunFolder, console: Conso
         datasets = read_datasets(config)
     executor = start_executor(config, console)
     try:
-        with console.stage("start rewards"):  # before the model, which may take minutes: a wrong reward fails at once
+        # Loading the model may take minutes. Rewards start first, so that a wrong reward fails at once.
+        with console.stage("start rewards"):
             rewards = executor.start("rewards", lambda: RewardManager(config.rewards))
             rewards.check({"id": r.id, "domain": r.domain, "tag": r.tag} for r in datasets.train + datasets.validation)
         checkpoint = prepare_checkpoint(config, model_of(config, config.actor_train), console)

@@ -1,4 +1,4 @@
-"""The samples of one step: generated, judged and, with dynamic sampling, replaced until every group teaches."""
+"""The samples of one step: generated, scored and, with dynamic sampling, replaced until every group passes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ Stage = Callable[[str], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class Collected:
-    """A judged rollout.
+    """A scored rollout.
 
     Attributes:
         rollouts: the samples that the step trains on.
-        results: of the reward workers, one a sample.
-        metrics: of everything that was generated for it, dropped groups included.
+        results: reward results, one per sample.
+        metrics: metrics over all generated samples, dropped groups included.
     """
 
     rollouts: Rollouts
@@ -48,12 +48,12 @@ class Collected:
 
     @property
     def scores(self) -> Tensor:
-        """[B] float32; 0 where `valid` is false."""
+        """Scores [B] float32; 0 for samples whose reward failed."""
         return torch.tensor([result.score for result in self.results])
 
     @property
     def valid(self) -> Tensor:
-        """[B] bool: the reward did not fail; the others are to be left out of everything."""
+        """Mask [B] bool of the samples whose reward succeeded. All others are excluded from every computation."""
         return torch.tensor([result.failed is None for result in self.results])
 
 
@@ -72,16 +72,16 @@ class _Group:
 
 
 class Collector:
-    """Generates and judges the samples of a step.
+    """Generate and score the samples of a step.
 
     Args:
-        sampler: of the training prompts.
-        generator, judge: the roles.
-        sampling: how responses are sampled.
-        text_of: the response as the rewards see it.
-        num_prompts: groups of a full batch.
-        query_filters: which groups are dropped and replaced, by domain; all groups of other domains stay.
-        max_rounds: generations a step at most; groups that are still missing then are filled with dropped ones.
+        sampler: draws the training prompts.
+        generator, judge: the generation engine and the reward manager.
+        sampling: sampling settings of the responses.
+        text_of: returns the response text that rewards score.
+        num_prompts: number of groups in a full batch.
+        query_filters: filter by domain that drops groups. Domains without a filter keep all groups.
+        max_rounds: maximum generation rounds per step. Dropped groups fill a batch that is still incomplete.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Collector:
         self._max_rounds = max_rounds
 
     def collect(self, step: int, stage: Stage) -> Collected:
-        """A full batch for `step`; every generation is drawn from seeds that step and round decide."""
+        """Return a full batch for `step`. Step and round determine the seeds of every generation."""
         kept: list[_Group] = []
         dropped: list[_Group] = []
         rounds = 0
@@ -129,7 +129,7 @@ class Collector:
     def _generate(
         self, prompts: Sequence[Prompt], purpose: str, stage: Stage
     ) -> tuple[Rollouts, list[RewardResult], RewardTime]:
-        """Samples of the prompts with their results; each is scored as soon as it is there."""
+        """Generate samples and return them with their results. Each sample is scored as soon as it completes."""
         with self._judge.open() as scoring:
 
             def submit(number: int, sample: int, completion: Completion) -> None:
@@ -143,7 +143,7 @@ class Collector:
             return rollouts, results, scoring.time
 
     def judge(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:
-        """What the reward workers say, one result a sample."""
+        """Score the rollouts; return one result per sample."""
         return self._judge.score(rollouts, [self._text_of(c) for c in rollouts.completions], progress)
 
     def _batch(self, step: int, kept: list[_Group], dropped: list[_Group], rounds: int, time: RewardTime) -> Collected:
@@ -168,7 +168,7 @@ class Collector:
         return Collected(rollouts, tuple(result for group in used for result in group.results), metrics)
 
     def _groups(self, rollouts: Rollouts, results: Sequence[RewardResult]) -> list[_Group]:
-        """The samples of each prompt, in the order of the prompts."""
+        """Return the samples of each prompt, in the order of the prompts."""
         found: dict[int, list[int]] = {}
         for sample, group in enumerate(rollouts.group_ids.tolist()):
             found.setdefault(group, []).append(sample)
@@ -179,7 +179,7 @@ class Collector:
         ]
 
     def _metrics(self, step: int, groups: Sequence[_Group], time: RewardTime) -> dict[str, float]:
-        """Cost and quality of everything that was generated; and a warning where it looks wrong."""
+        """Return metrics over all generated samples. Warn if rewards look broken."""
         results = [result for group in groups for result in group.results]
         domains = [group.domain for group in groups for _ in group.results]
         lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
@@ -196,7 +196,7 @@ class Collector:
 
 
 def _passes(group: _Group, query_filter: QueryFilterSettings) -> bool:
-    """Whether the group's scores teach something; samples whose reward failed have none."""
+    """Return whether the group passes the filter. Samples whose reward failed are ignored."""
     scores = torch.tensor([result.score for result in group.results if result.failed is None])
     if len(scores) < min(2, len(group.results)):
         return False

@@ -1,4 +1,4 @@
-"""The prompts of a run: the configured files, or a generated task; and the order in which they are drawn."""
+"""The prompts of a run, from configured files or a generated task, and the order in which they are drawn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHARES = "actor_train.data_args.domain_interleave_probs"
 
 @dataclass(frozen=True)
 class Datasets:
-    """Rows as read; tokenized once the tokenizer is there."""
+    """Training and validation rows before tokenization."""
 
     train: list[DataRow]
     validation: list[DataRow]
@@ -61,13 +61,13 @@ def _labels(row: DataRow) -> dict[str, str]:
 
 
 def domains_of(config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The reward block that judges each row.
+    """Return the reward block that scores each row.
 
     Args:
-        rows: with `id`, `domain` and `tag`.
+        rows: rows with `id`, `domain` and `tag`.
 
     Raises:
-        DataError: a row has none.
+        DataError: a row has no reward block.
     """
     router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
     router.check(rows)
@@ -75,12 +75,12 @@ def domains_of(config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> l
 
 
 def check_shares(shares: Mapping[str, float], domains: Sequence[str], data: str) -> None:
-    """See that shares and data name the same domains.
+    """Check that shares and data name the same domains.
 
     Args:
-        shares: as configured.
-        domains: of each row.
-        data: what the rows are called.
+        shares: configured share of each domain.
+        domains: domain of each row.
+        data: name of the data in error messages.
 
     Raises:
         DataError: a domain of the data has no share, or one with a share has no row.
@@ -100,7 +100,7 @@ def check_shares(shares: Mapping[str, float], domains: Sequence[str], data: str)
 
 
 def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler[Prompt]:
-    """Draws the training prompts: by the shares of their domains, or from one shuffled list.
+    """Build the sampler of training prompts: by domain shares, or from one shuffled list.
 
     Raises:
         DataError: all prompts of a domain with a share were too long.
@@ -118,7 +118,7 @@ def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler
 
 
 def read_validation(block: ValidationConfig) -> list[DataRow]:
-    """The validation rows, only those of `sources` where the block names some.
+    """Read the validation rows; only those of `sources` if the block sets it.
 
     Raises:
         DataError: names the YAML key, the file and the line; or a source that no row has.
@@ -126,7 +126,7 @@ def read_validation(block: ValidationConfig) -> list[DataRow]:
     args, where = block.data_args, "validation.data_args.file_name"
     if not block.sources:
         return _rows(args, where, "validation")
-    rows = _rows(args.model_copy(update={"num_rows": None}), where, "validation")  # `num_rows` of those that stay
+    rows = _rows(args.model_copy(update={"num_rows": None}), where, "validation")  # `num_rows` applies after filtering
     labels = [group_of({**row.extra, "domain": row.domain, "tag": row.tag}, block.group_by) for row in rows]
     if unknown := [name for name in block.sources if name not in labels]:
         raise DataError(
@@ -137,13 +137,13 @@ def read_validation(block: ValidationConfig) -> list[DataRow]:
 
 
 def group_of(row: Mapping[str, Any], group_by: str) -> str:
-    """What `validation.group_by` makes of a row's columns."""
+    """Return the validation group of a row."""
     columns = ("source", "tag", "domain") if group_by == "source" else (group_by,)
     return next((str(row[name]) for name in columns if row.get(name)), UNLABELLED)
 
 
 def _check_difficulty(rows: list[DataRow]) -> None:
-    """`difficulty_loss_weight` reads the difficulty of every row, 0 (easy) to 1 (hard), as a number or its text."""
+    """Check that every row has a difficulty from 0 (easy) to 1 (hard), as a number or numeric string."""
     for row in rows:
         try:
             usable = math.isfinite(float(row.extra["difficulty"]))
@@ -159,10 +159,10 @@ def _check_difficulty(rows: list[DataRow]) -> None:
 def tokenize(
     config: ExperimentConfig, args: DataArgs, rows: list[DataRow], tokenizer: Any, prompt_length: int
 ) -> tuple[Prompt, ...]:
-    """Prompts that fit into `prompt_length`.
+    """Tokenize rows and drop prompts longer than `prompt_length`.
 
     Raises:
-        DataError: the chat template cannot be used, or none fits.
+        DataError: the chat template cannot be used, or no prompt fits.
     """
     domains = domains_of(config, [_labels(row) for row in rows])
     where, chat = ", ".join(args.file_name), chat_format(config, args)

@@ -1,4 +1,4 @@
-"""From judged rollouts to what actor and critic train on, with the metrics of both."""
+"""Conversion of scored rollouts into training batches of actor and critic, with metrics."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from roll_gspo.pipelines.rlvr.state import RlvrState
 
 @dataclass(frozen=True)
 class ExperienceSettings:
-    """The choices between a judged rollout and its training batch.
+    """Settings that turn a scored rollout into a training batch.
 
     Attributes:
-        advantages: from scores to advantages.
-        masks: which samples the loss sees.
-        response_length: the longest response, in tokens.
-        length_loss_weight, difficulty_loss_weight: weigh samples by length, by the `difficulty` of their row.
-        overlong_buffer_length: tokens before `response_length` in which the score falls; None: it does not.
-        overlong_penalty_factor: how far it falls.
+        advantages: settings of the advantage estimator.
+        masks: settings that mask samples from the loss.
+        response_length: maximum response length in tokens.
+        length_loss_weight, difficulty_loss_weight: weight samples by length, or by the `difficulty` of their row.
+        overlong_buffer_length: number of tokens before `response_length` in which the score falls; None disables it.
+        overlong_penalty_factor: largest reduction of the score.
     """
 
     advantages: AdvantageSettings
@@ -50,13 +50,13 @@ class ExperienceSettings:
 
 @dataclass(frozen=True)
 class TokenScoring:
-    """What the models say of a rollout's tokens.
+    """Log-probs, values and routed experts of a rollout's tokens.
 
     Attributes:
-        old_log_probs: [B, T] of the policy that the ratio is taken against.
-        ref_log_probs: [B, T] of the reference, or None.
-        values: [B, T] of the critic, or None.
-        routed_experts: [B, S, L, K] that routers replay or are compared with, or None.
+        old_log_probs: log-probs [B, T] of the old policy, the denominator of the ratio.
+        ref_log_probs: log-probs [B, T] of the reference, or None.
+        values: predictions [B, T] of the critic, or None.
+        routed_experts: experts [B, S, L, K] for replay or comparison, or None.
     """
 
     old_log_probs: Tensor
@@ -68,9 +68,9 @@ class TokenScoring:
 def train_batch(
     collected: Collected, scoring: TokenScoring, settings: ExperienceSettings, state: RlvrState
 ) -> tuple[TrainBatch, dict[str, float]]:
-    """Advantages of a rollout and the batch that carries them; `state` takes in its scores and its KL.
+    """Build the training batch of a rollout and its metrics. Update the running statistics in `state`.
 
-    Samples whose reward failed are masked from the loss, have advantage 0, and all else is as if they were not there.
+    Samples whose reward failed are masked from the loss and have advantage 0. Every statistic excludes them.
     """
     rollouts = collected.rollouts
     valid = collected.valid
@@ -107,7 +107,7 @@ def train_batch(
 
 
 def _kept(collected: Collected, settings: ExperienceSettings) -> Tensor:
-    """[B] bool: the loss sees this sample."""
+    """Return a mask [B] bool of the samples that enter the loss."""
     valid, group_ids = collected.valid, collected.rollouts.group_ids
     truncated = torch.tensor([c.finish_reason == "length" for c in collected.rollouts.completions])
     kept = comparable_samples(valid, group_ids) if settings.advantages.compares_groups else valid.clone()
@@ -124,7 +124,7 @@ def _estimated(
     kl_coef: float,
     state: RlvrState,
 ) -> Estimated:
-    """Advantages and returns [B, T] of the samples that have a score, as of a rollout without the others (0 there)."""
+    """Estimate advantages and returns [B, T] from the samples that have a score; both are 0 for the others."""
     valid = collected.valid
 
     def present(values: Tensor | None) -> Tensor | None:
@@ -152,7 +152,7 @@ def _estimated(
 
 
 def _shaped_scores(collected: Collected, settings: ExperienceSettings) -> tuple[Tensor, dict[str, float]]:
-    """[B] scores, less the penalty of responses that come near the limit."""
+    """Return scores [B], reduced for responses near the length limit, and the metric of the penalty."""
     scores = collected.scores
     if settings.overlong_buffer_length is None:
         return scores, {}
@@ -179,24 +179,24 @@ def _weights(rollouts: Rollouts, kept: Tensor, settings: ExperienceSettings) -> 
 
 
 def difficulties(prompts: Sequence[Prompt]) -> Tensor:
-    """[B] float32 `difficulty` of the rows that samples come from; every row was seen to have one at the start."""
+    """Return the `difficulty` [B] float32 of each row. The check at startup ensures that every row has one."""
     return torch.tensor([float(prompt.row["difficulty"]) for prompt in prompts])
 
 
 def mismatch(rollouts: Rollouts, old_log_probs: Tensor) -> dict[str, float]:
-    """How far the trainer's log-probs are from the generation engine's on the same tokens and weights."""
+    """Return the mismatch of log-probs between trainer and generation engine on the same tokens and weights."""
     return to_floats(mismatch_metrics(old_log_probs, rollouts.rollout_log_probs, rollouts.sequences.response_mask))
 
 
 def entropy_metrics(rollouts: Rollouts, entropy: Tensor | None) -> dict[str, float]:
-    """Mean entropy of the policy over the rollout's response tokens; `entropy` [B, T]."""
+    """Return the mean of `entropy` [B, T] over response tokens; empty if `entropy` is None."""
     if entropy is None:
         return {}
     return to_floats({"actor/entropy": mean_of(entropy, rollouts.sequences.response_mask)})
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Lengths and truncation of the samples that the step trains on."""
+    """Return length and truncation metrics of the samples that the step trains on."""
     lengths = rollouts.sequences.response_mask.sum(-1)
     truncated = sum(c.finish_reason == "length" for c in rollouts.completions)
     return {
@@ -210,7 +210,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
 
 
 def routing_metrics(rollouts: Rollouts, routed_experts: Tensor | None) -> dict[str, float]:
-    """How far the trainer's experts [B, S, L, K] are from the generation engine's, where both are known."""
+    """Return the difference between trainer and engine experts [B, S, L, K]; empty unless both are known."""
     if routed_experts is None or rollouts.routed_experts is None:
         return {}
     positions = rollouts.sequences.predicting_mask

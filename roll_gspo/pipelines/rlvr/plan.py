@@ -1,4 +1,4 @@
-"""The plan of reinforcement learning: the rows between its roles and its memory, and what the model cannot hold."""
+"""Plan rows of reinforcement learning, and sequences that exceed the context of the model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _updates_text(config: ExperimentConfig) -> str:
 
 
 def _ratio_text(config: ExperimentConfig) -> str:
-    """Name ratio, policy loss, aggregation and estimator, each with the values that it declares to read."""
+    """Return ratio, policy loss, aggregation and estimator, each with the settings that it reads."""
     parts = [_selected_text(config, "importance_sampling"), _selected_text(config, "policy_loss")]
     if config.clip_range is not None:
         low, high = config.clip_range
@@ -63,7 +63,7 @@ def _selected_text(config: ExperimentConfig, key: str) -> str:
 
 
 def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
-    """What is left out, replaced, punished or weighed; nothing where nothing is switched on."""
+    """Yield the enabled filters, penalties, masks and weights of samples."""
     filters = {domain: _filter_text(block) for domain, block in config.query_filters.items()}
     one = len(set(filters.values())) == 1 and len(filters) == len(config.rewards)
     for domain, kept in [("", next(iter(filters.values())))] if one else filters.items():
@@ -92,7 +92,7 @@ def _filter_text(query_filter: QueryFilterConfig) -> str:
 
 
 def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
-    """What is done about trainer and engine not being the same; nothing where nothing is switched on."""
+    """Yield the enabled corrections of the mismatch between trainer and engine."""
     correction, replay = config.train_infer_correction, config.actor_train.router_replay
     if correction is not None:
         bounds = f"[{correction.lower_bound:g}, {correction.upper_bound:g}]"
@@ -123,11 +123,11 @@ def _log_probs_text(config: ExperimentConfig) -> str:
 
 
 def context_problems(config: ExperimentConfig, model: str | None = None) -> Iterator[str]:
-    """Sequences that are longer than the model's context.
+    """Yield sequence lengths that exceed the model's context.
 
     Args:
         config: the whole configuration.
-        model: name or folder, where it is not the one that training starts from.
+        model: name or folder, if it is not the model that training starts from.
     """
     name = model or model_of(config, config.actor_train)
     context = context_length_of(name)

@@ -1,4 +1,4 @@
-"""Says aloud when rewards look broken, which a loss curve would not show."""
+"""Warnings about rewards that look broken. A loss curve does not reveal them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FAILED_SHARE = 0.5
 
 
 class RewardAlarm:
-    """Warns of domains whose scores are all equal in `FEW_STEPS` steps on end, or where most samples fail.
+    """Warn about domains in which all scores are equal for `FEW_STEPS` consecutive steps, or most rewards fail.
 
-    What goes on is told again when it has lasted twice as long. A resumed run counts from its start.
+    The warning repeats each time that the number of steps doubles. A resumed run counts from its start.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class RewardAlarm:
         self._failing: Counter[str] = Counter()
 
     def check(self, step: int, domains: Sequence[str], results: Sequence[RewardResult]) -> None:
-        """Look at all samples of a step; `domains` and `results` are one a sample."""
+        """Check all samples of a step; `domains` and `results` have one entry per sample."""
         by_domain: dict[str, list[RewardResult]] = {}
         for domain, result in zip(domains, results, strict=True):
             by_domain.setdefault(domain, []).append(result)
@@ -61,6 +61,6 @@ class RewardAlarm:
 
 
 def _is_due(count: int, first: int) -> bool:
-    """At `first`, and each time that the count has doubled."""
+    """Return whether `count` is `first` times a power of two."""
     times, rest = divmod(count, first)
     return not rest and times & (times - 1) == 0 and times > 0

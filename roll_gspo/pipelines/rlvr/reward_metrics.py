@@ -1,4 +1,4 @@
-"""What reward workers said, as figures: of all samples, by domain and by component."""
+"""Metrics of reward results: over all samples, per domain and per component."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from roll_gspo.rewards.base import RewardResult
 
 
 def score_mean(results: Sequence[RewardResult]) -> float:
-    """Of the samples that have a score; 0 of none."""
+    """Return the mean score over samples whose reward succeeded; 0 if none did."""
     scores = [result.score for result in results if result.failed is None]
     return sum(scores) / len(scores) if scores else 0.0
 
 
 def num_failed(results: Sequence[RewardResult]) -> int:
-    """Samples without a score."""
+    """Return the number of samples whose reward failed."""
     return sum(result.failed is not None for result in results)
 
 
@@ -25,12 +25,12 @@ def domain_metrics(
     lengths: Sequence[int],
     family: str = "domain",
 ) -> dict[str, float]:
-    """`<family>/<name>/{num_samples,failed,score_mean,response_length_mean}`, nothing where there is one domain only.
+    """Return `<family>/<name>/{num_samples,failed,score_mean,response_length_mean}`; empty for a single domain.
 
     Args:
-        names: of all domains of the run; means of one without samples are left out.
-        domains, results, lengths: of each sample; lengths in tokens.
-        family: what the names begin with.
+        names: all domains of the run. A domain without samples gets no means.
+        domains, results, lengths: domain, reward result and response length in tokens of each sample.
+        family: prefix of the metric names.
     """
     found: dict[str, float] = {}
     for name in names if len(names) > 1 else ():
@@ -47,7 +47,7 @@ def domain_metrics(
 
 
 def component_metrics(results: Sequence[RewardResult], family: str = "reward/component") -> dict[str, float]:
-    """`<family>/<component>`: the mean over the samples whose verdict has it."""
+    """Return `<family>/<component>`: the mean over the samples whose reward result has the component."""
     parts: dict[str, list[float]] = {}
     for result in results:
         for name, value in result.components.items():
@@ -56,5 +56,5 @@ def component_metrics(results: Sequence[RewardResult], family: str = "reward/com
 
 
 def count_by_domain(names: Sequence[str], domains: Sequence[str], quantity: str) -> Mapping[str, float]:
-    """`domain/<name>/<quantity>`: how often each occurs; nothing where there is one domain only."""
+    """Return `domain/<name>/<quantity>`: the count of each domain; empty for a single domain."""
     return {f"domain/{name}/{quantity}": float(domains.count(name)) for name in names if len(names) > 1}

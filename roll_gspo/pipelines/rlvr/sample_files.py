@@ -21,7 +21,7 @@ class SampleFiles:
 
     Args:
         folder: the run's folder.
-        decode: from token ids to text.
+        decode: converts token ids to text.
         first_step: files of this step and later come from an earlier process and are removed.
     """
 
@@ -42,7 +42,7 @@ class SampleFiles:
         """Write every sample of the step.
 
         Args:
-            step: of the rollout.
+            step: step of the rollout.
             rollouts, domains, results: the samples, and the reward block and the result of each.
             batch: the training batch that was built from them.
             table: collects the samples for trackers.

@@ -25,9 +25,9 @@ def rollout_records(
 
     Args:
         rollouts, domains, results: the samples, and the reward block and the result of each.
-        decode: from token ids to text.
+        decode: converts token ids to text.
         trained: the training batch that was built from them; None in validation.
-        first_group: number of the first group, if a file gets several batches.
+        first_group: index of the first group, if a file receives several batches.
     """
     mask = rollouts.sequences.response_mask
     token_texts = TokenTexts(decode)

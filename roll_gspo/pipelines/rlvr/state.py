@@ -16,7 +16,7 @@ class RlvrState(RunState[Prompt]):
     """`RunState` with the running statistics of rewards and KL.
 
     Attributes:
-        step, sampler, best: see `RunState`.
+        step, sampler, best: attributes of `RunState`.
         running_moments: moments of all scores.
         kl_controller: controller of the token-level KL coefficient, None if that KL is off.
     """

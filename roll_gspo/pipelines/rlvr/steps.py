@@ -1,7 +1,7 @@
 """Reinforcement learning from verifiable rewards: the training loop.
 
-sample prompts -> generate groups -> score (and replace groups that teach nothing) -> log-probs (reference, old),
-values -> advantages -> critic and policy updates -> hand the weights to the generation engine -> validate, log, save
+sample prompts -> generate groups -> score (and replace groups that fail the filter) -> log-probs (reference, old),
+values -> advantages -> critic and policy updates -> send weights to the generation engine -> validate, log, save
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         with stage("advantages"):
             batch, statistics = train_batch(collected, scoring, components.experience, components.state)
         metrics |= figures | statistics
-        with stage("log"):  # before the update, which may fail and names samples of this file
+        with stage("log"):  # Write before the update: its error messages refer to samples in this file.
             domains = components.rewards.domains(rollouts.prompts)
             table = SampleTable() if self._logs_samples(step) else None
             components.samples.write_rollouts(step, rollouts, domains, collected.results, batch, table)
@@ -73,14 +73,14 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         return every > 0 and step % every == 0
 
     def _trace(self, step: int, collected: Collected) -> None:
-        """Score a few samples again, for the ratio of each token that the report shows."""
+        """Score a few samples after the update. The report shows the ratio of each token."""
         rows = traced_samples(collected.rollouts, collected.results, self.config.trace_groups)
         traced = collected.rollouts.sequences.rows(rows)
         log_probs = self.components.actor_train.score(traced).log_probs
         self.components.samples.write_updated(step, rows, log_probs, traced.response_mask)
 
     def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
-        """What reference, critic and trainer say of the sampled tokens, before any update."""
+        """Score the sampled tokens with reference, critic and trainer before any update."""
         components, stage = self.components, self.console.stage
         ref_log_probs = values = None
         if components.reference is not None:
@@ -97,9 +97,9 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         return TokenScoring(old_log_probs, ref_log_probs, values, routed_experts), metrics
 
     def _old_log_probs(self, rollouts: Rollouts) -> tuple[torch.Tensor, TokenScores | None, dict[str, float]]:
-        """Of the policy that the ratio is taken against, and all that the trainer said if it was asked.
+        """Return the old log-probs, the trainer's scores if they were computed, and metrics.
 
-        The first rollout also shows whether the engines agree.
+        The first rollout also checks that trainer and generation engine agree.
         """
         recompute = self.config.enable_old_logprobs_recompute
         if not recompute and self._checked_transfer:
@@ -109,13 +109,13 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             dtypes = (role.model_args.dtype for role in (self.config.actor_train, self.config.actor_infer))
             check_transfer(rollouts, own.log_probs, self.components.sampling, *dtypes)
             self._checked_transfer = True
-        if not recompute:  # then the first mini-batch of every step measures the mismatch
+        if not recompute:  # The first mini-batch of every step measures the mismatch instead.
             return rollouts.rollout_log_probs, None, {}
         metrics = mismatch(rollouts, own.log_probs) | entropy_metrics(rollouts, own.entropy)
         return own.log_probs, own, metrics | routing_metrics(rollouts, own.routed_experts)
 
     def _update_policy(self, batch: TrainBatch, step: int, lowest: float, highest: float) -> dict[str, float]:
-        """Train the actor and hand on its weights, or say why there is nothing to learn from.
+        """Update the actor and send its weights to the generation engine. Warn if the update is skipped.
 
         `lowest` and `highest` are the scores of the rollout's worst and best samples.
         """
@@ -137,7 +137,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         return metrics
 
     def validate(self, step: int) -> dict[str, float]:
-        """Figures of the current policy on the held-out prompts, whose samples are written as they come."""
+        """Return validation metrics of the current policy. Samples are written batch by batch."""
         components, validation = self.components, self.components.validation
         if validation is None:
             return {}

@@ -1,4 +1,4 @@
-"""Do trainer and generation engine compute the same policy? Asked once, of the first rollout."""
+"""Check on the first rollout that trainer and generation engine compute the same policy."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from roll_gspo.strategies.base import Sampling
 
 logger = logging.getLogger(__name__)
 
-# Mean |difference| of log-probs (nats). Right weights differ by rounding: measured about 1e-5 in float32 and
-# 1e-2 in bfloat16; one stale tensor of a trained model moves them by far more than these bounds.
+# Mean |difference| of log-probs (nats). With equal weights it is rounding error: measured about 1e-5 in float32 and
+# 1e-2 in bfloat16. One stale tensor of a trained model exceeds these bounds by far.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
 
 
 def check_transfer(rollouts: Rollouts, trainer_log_probs: Tensor, sampling: Sampling, *dtypes: str) -> None:
-    """Compare the log-probs of the rollout's tokens as the two engines see them.
+    """Compare the log-probs of the rollout's tokens from trainer and generation engine.
 
-    `dtypes` are those that the two compute in. With top-p or top-k the engine's log-probs are of a truncated
-    distribution, and there is nothing to compare.
+    `dtypes` are the compute dtypes of the two. With top-p or top-k the check is skipped, because the engine's
+    log-probs belong to a truncated distribution.
 
     Raises:
         WeightTransferError: they differ by more than rounding explains.

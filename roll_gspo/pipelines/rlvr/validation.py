@@ -1,7 +1,7 @@
-"""Held-out prompts: generated, judged, and summed up in figures that can be quoted.
+"""Validation: generate and score held-out prompts, and summarize them in metrics.
 
-The prompt is the unit of every figure: samples of a prompt are averaged first, intervals are over prompts. Samples
-whose reward failed are left out and counted; a prompt with fewer than k others has no pass@k and maj@k.
+Every metric first averages the samples of a prompt, then the prompts. Confidence intervals are over prompts. Samples
+whose reward failed are excluded and counted. A prompt with fewer than k scored samples has no pass@k and maj@k.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ TOTALS = tuple(
     f"validation/{name}"
     for name in ("score_mean", "num_samples", "failed", "response_length_mean", "truncated_fraction")
 )
-PURPOSE = "validation"  # of the seeds: every validation of a run draws the same
+PURPOSE = "validation"  # Purpose of the seeds: every validation of a run draws the same samples.
 
 
 class SampleScorer(Protocol):
-    """Whoever judges validation samples."""
+    """Callable that scores validation samples."""
 
     def __call__(self, rollouts: Rollouts) -> Sequence[RewardResult]:
-        """One result a sample."""
+        """Return one result per sample."""
         ...
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What is validated.
+    """Held-out prompts and the settings of their evaluation.
 
     Attributes:
-        config: the block.
-        prompts: held-out ones.
-        sampling: how they are answered.
-        domains: which reward block judges each of some prompts.
+        config: the `validation` block.
+        prompts: held-out prompts.
+        sampling: sampling settings of the responses.
+        domains: returns the reward block of each given prompt.
     """
 
     config: ValidationConfig
@@ -57,7 +57,7 @@ class Validation:
     domains: Callable[[Iterable[Prompt]], list[str]]
 
     def judged(self, generator: Generator, judge: SampleScorer, progress: Progress) -> Iterator[ScoredBatch]:
-        """Generate and judge `batch_size` prompts at a time; how many are taken at once changes no sample."""
+        """Generate and score `batch_size` prompts at a time. The batch size does not change the samples."""
         size = self.config.batch_size or len(self.prompts)
         total = len(self.prompts) * self.sampling.num_samples
         for first in range(0, len(self.prompts), size):
@@ -73,11 +73,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Some prompts with their samples.
+    """A batch of prompts with their scored samples.
 
     Attributes:
-        rollouts, results, domains: the samples, and of each its result and the reward block that judged it.
-        first: number of the first prompt.
+        rollouts, results, domains: the samples, and the result and reward block of each.
+        first: index of the first prompt.
     """
 
     rollouts: Rollouts
@@ -87,20 +87,20 @@ class ScoredBatch:
 
 
 def validation_records(batch: ScoredBatch, decode: Callable[[Sequence[int]], str]) -> Iterator[RolloutRecord]:
-    """The samples as they are written; there is no advantage."""
+    """Yield the records of a batch. They have no advantages."""
     return rollout_records(batch.rollouts, batch.domains, batch.results, decode, first_group=batch.first)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The samples of one prompt, as its figures see them.
+    """Scores, answers and lengths of the samples of one prompt.
 
     Attributes:
-        group: what its figures go to.
-        scores, answers: of the samples whose reward did not fail.
-        num_failed: of the others.
-        lengths: response tokens of every sample.
-        num_truncated: responses that ended at the limit.
+        group: group of the prompt in the metrics.
+        scores, answers: scores and answers of the samples whose reward succeeded.
+        num_failed: number of samples whose reward failed.
+        lengths: response length of every sample in tokens.
+        num_truncated: number of responses that reached the length limit.
     """
 
     group: str
@@ -112,7 +112,7 @@ class Answers:
 
 
 def answers_of(batch: ScoredBatch, group_by: str) -> list[Answers]:
-    """Of every prompt of a batch, in order."""
+    """Return the `Answers` of every prompt of a batch, in order."""
     found: dict[int, list[int]] = {}
     for sample, prompt in enumerate(batch.rollouts.group_ids.tolist()):
         found.setdefault(prompt, []).append(sample)
@@ -135,24 +135,24 @@ def answers_of(batch: ScoredBatch, group_by: str) -> list[Answers]:
 
 def _label(row: Mapping[str, object], group_by: str) -> str:
     label = group_of(row, group_by)
-    return f"{group_by}_{ALL}" if label == ALL else label  # the name of the figures over all prompts
+    return f"{group_by}_{ALL}" if label == ALL else label  # `ALL` names the metrics over all prompts
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one group of prompts, or of all.
+    """Metrics of one group of prompts, or of all prompts.
 
     Attributes:
-        group: its name.
-        num_prompts: how many.
-        num_samples: samples a prompt.
-        num_scored, num_failed: samples of all prompts whose reward answered, and did not.
-        score_mean: over scored samples; NaN without any.
-        average: avg@n, the mean over prompts; None where nothing was scored.
+        group: name of the group.
+        num_prompts: number of prompts.
+        num_samples: number of samples per prompt.
+        num_scored, num_failed: number of samples whose reward succeeded, and failed.
+        score_mean: mean score over scored samples; NaN if there are none.
+        average: avg@n, the mean over prompts; None if no sample was scored.
         pass_at: pass@k by k.
-        maj_at: maj@k by k; empty where no sample has an answer, e.g. because the reward tells none.
-        response_length_mean: tokens.
-        truncated_fraction: responses that ended at the length limit.
+        maj_at: maj@k by k; empty if no sample has an answer, e.g. because the reward extracts none.
+        response_length_mean: mean response length in tokens.
+        truncated_fraction: fraction of responses that reached the length limit.
     """
 
     group: str
@@ -169,7 +169,7 @@ class Summary:
 
     @property
     def estimates(self) -> dict[str, Estimate]:
-        """Every figure that has an interval, by its name: `avg@8`, `pass@1`, ..."""
+        """Estimates with a confidence interval, by name: `avg@8`, `pass@1`, ..."""
         return {
             **({f"avg@{self.num_samples}": self.average} if self.average is not None else {}),
             **{f"pass@{k}": figure for k, figure in self.pass_at.items()},
@@ -178,7 +178,7 @@ class Summary:
 
 
 def summaries(answers: Sequence[Answers], config: ValidationConfig) -> list[Summary]:
-    """One for each group, in the order of the data, and one over all prompts."""
+    """Return one summary per group in the order of the data, then one over all prompts."""
     groups: dict[str, list[Answers]] = {}
     for prompt in answers:
         groups.setdefault(prompt.group, []).append(prompt)
@@ -221,17 +221,17 @@ def _passes(prompt: Answers, k: int, correct_score: float) -> float:
 
 
 def metric_names(prompts: Iterable[Prompt], config: ValidationConfig) -> list[str]:
-    """Every name that `validation_metrics` may give for these prompts, also where there will be nothing to average."""
+    """Return every name that `validation_metrics` can return for these prompts, even if no sample is scored."""
     groups = [*dict.fromkeys(_label(prompt.row, config.group_by) for prompt in prompts), ALL]
     kinds = [f"avg@{config.num_samples}", *(f"{kind}@{k}" for k in config.attempts for kind in ("pass", "maj"))]
     return [*TOTALS, *(f"validation/{group}/{kind}" for group in groups for kind in kinds)]
 
 
 def check_keep_best(keep: str | None, prompts: Iterable[Prompt], config: ValidationConfig) -> None:
-    """See that `keep_best` is a figure of these prompts, before a run has spent steps on it.
+    """Check before training that `keep_best` names a validation metric of these prompts.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: `keep_best` names no metric of these prompts.
     """
     known = metric_names(prompts, config)
     if keep is not None and keep not in known:
@@ -239,7 +239,7 @@ def check_keep_best(keep: str | None, prompts: Iterable[Prompt], config: Validat
 
 
 def validation_metrics(figures: Sequence[Summary]) -> dict[str, float]:
-    """What the trackers get: every estimate of every group, and the limits of the average's interval."""
+    """Return metrics for the trackers: all estimates of every group and the confidence interval of the average."""
     total = figures[-1]
     values = (
         *(total.score_mean, float(total.num_scored), float(total.num_failed)),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.declarations import RATIOS
 
-TOKEN_SCALE_CLIP = 0.01  # ratios of single tokens move by tenths, those of sequences by thousandths
+TOKEN_SCALE_CLIP = 0.01  # token ratios vary by tenths, sequence ratios by thousandths
 
 
 def rlvr_warnings(config: ExperimentConfig) -> Iterator[str]:
