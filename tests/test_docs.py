@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from commands import SIZES, spawn
+from commands import REWARD, REWARD_MODULE, SIZES, metrics_of, spawn
 from composed import load_config
 from forked_command import train
 
@@ -77,6 +77,7 @@ def test_file_names_are_unique() -> None:
 @pytest.mark.parametrize("name", sorted(name for name in files() if name.endswith(".yaml")))
 def test_documented_configuration_is_valid(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
     path = folder / name
     assert load_config(path.stem, config_dir=path.parent).config
 
@@ -105,6 +106,21 @@ def test_documented_reward_scores_a_run(folder: Path, pretrained: Path) -> None:
     rows = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
     assert {row["score"] for row in rows} <= {0.0, 1.0} and not any(row["failed"] for row in rows)
     assert all(row["score"] == float(len(row["response"].removesuffix("<|end|>")) < 20) for row in rows)
+
+
+@pytest.mark.e2e
+def test_documented_functions_train_a_run(folder: Path, pretrained: Path) -> None:
+    (documented,) = [c for c in commands() if "my_losses.soft_clip" in c]
+    arguments = shlex.split(documented)[3:]
+    (folder / "my_reward.py").write_text(REWARD_MODULE)  # its scores differ within a group
+    reward = f"rewards.column_addition.worker_cls={REWARD}"
+    sizes = (*SIZES, "max_steps=2", f"pretrain={pretrained}", "strategy=hf", reward, "output_dir=functions")
+    outcome = spawn(*arguments, *sizes, folder=folder)
+    assert outcome.code == 0, outcome.err
+    (run,) = (folder / "functions/example_grpo").iterdir()
+    metrics = metrics_of(run)
+    assert len(metrics) >= 2 and metrics[-1]["actor/grad_norm"] > 0
+    assert "soft_clip (leak 0.2)" in (run / "plan.txt").read_text(encoding="utf-8")
 
 
 def anchors(page: Path) -> set[str]:
