@@ -43,16 +43,15 @@ class SwanlabTracker(Tracker):
         mode: Any = None,
         logdir: str | None = None,
     ) -> None:
-        settings = swanlab.Settings(
-            interactive=False,
-            terminal={"proxy_type": "none"},  # the console has its own view of the run
-        )
+        quiet: dict[str, Any] = {"interactive": False, "terminal": {"proxy_type": "none"}}  # the console shows the run
+        settings = swanlab.Settings(**quiet)
+        chosen: Any = mode or os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "offline")
         self._run = swanlab.init(
             project=project or run.experiment,
             workspace=workspace,
             name=experiment_name or run.name,
             description=description,
-            mode=mode or os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "offline"),
+            mode=chosen,
             log_dir=logdir or str(run.folder / "swanlab"),
             id=run.run_id,
             resume="allow",

@@ -49,6 +49,7 @@ class WandbTracker(Tracker):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         quiet = {"console": "off", "silent": True, **(settings or {})}  # the console has its own view of the run
+        chosen: Any = mode or default_mode()
         self._run = wandb.init(
             project=project or run.experiment,
             entity=entity,
@@ -56,7 +57,7 @@ class WandbTracker(Tracker):
             group=group,
             job_type=job_type,
             notes=notes,
-            mode=mode or default_mode(),
+            mode=chosen,
             dir=log_dir or run.folder,
             id=run.run_id,
             resume="allow" if run.run_id else None,
