@@ -77,7 +77,7 @@ def shipped(installed: str, checkout: str) -> Path:
 
 
 def shipped_folders() -> list[Path]:
-    """Where `--config-name` and the config groups are found."""
+    """Hydra search path of the shipped configurations and config groups."""
     return [shipped("examples", "examples/docs_examples"), shipped("conf", "conf")]
 
 
@@ -175,7 +175,7 @@ def with_composed(
 
 
 def composition_problem(error: Exception, names: list[str]) -> str:
-    """What kept Hydra from composing, in this package's words; `names` are the shipped configurations."""
+    """Describe a composition error of Hydra; `names` are the shipped configurations."""
     if isinstance(error, RollGspoError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -271,7 +271,7 @@ def _job(composed: DictConfig, arguments: list[str], sweep: Sweep) -> None:
 
 
 def exit_status(command: Callable[[], int], after_full_disk: str) -> int:
-    """What `command` returns, or the status of its error, which is printed: see `main`.
+    """Run `command` and return its exit status; print an error and return its status (see `main`).
 
     Args:
         command: loads what Hydra composed and does the work.
@@ -344,7 +344,7 @@ def run(loaded: Loaded) -> int:
 
 
 def set_environment(system_envs: dict[str, str]) -> None:
-    """What must stand in the environment before torch or an engine is imported; the user's own values win."""
+    """Set the environment variables that torch and engines read on import; the user's values have precedence."""
     os.environ.update(system_envs)
     defaults = {
         # Waiting OpenMP threads must sleep: on few cores they would take the time of those that work.

@@ -71,7 +71,7 @@ def combinations(estimator: str) -> Iterator[Choice]:
 
 
 def lines_of(error: ValidationError) -> list[str]:
-    """What the rules say, one text a line."""
+    """Return the broken rules, one per line."""
     return [line for detail in error.errors() for line in str(detail.get("ctx", {}).get("error", detail)).splitlines()]
 
 

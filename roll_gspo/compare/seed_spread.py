@@ -66,7 +66,7 @@ class SeedSpread:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How steps are averaged into points.
+    """Averaging of steps into points.
 
     Attributes:
         bucket: number of steps that are averaged into one point.

@@ -35,7 +35,7 @@ class Generator(ProfiledRole):
         finished: SampleFinished | None = None,
         first: int = 0,
     ) -> Rollouts:
-        """Sample `sampling.num_samples` responses a prompt.
+        """Sample `sampling.num_samples` responses per prompt.
 
         Args:
             purpose: e.g. `step 12`; with the run's seed it decides every sample, so that a resumed run repeats them.

@@ -1,4 +1,4 @@
-"""Generation on several engines, each in a process of its own, as if they were one.
+"""Generation on several engines, each in a separate process, behind the interface of one.
 
 A sample depends on its prompt, its seed and the weights only, so how prompts are dealt out changes nothing; and what a
 lost engine was asked is asked of another one.
@@ -134,7 +134,7 @@ class Replicas:
             self.group.call("profile", target and replace(target, rank=rank), rank=rank)
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Not the way to processes of their own: whoever holds the trainer's group sends, see `BroadcastSync`."""
+        """Raise an error: weights of engines in other processes are sent by `BroadcastSync`."""
         raise WeightTransferError(
             f"{self.group.name}: weights of version {version} must be sent by BroadcastSync.push; engines in "
             "other processes cannot read them here"
@@ -159,7 +159,7 @@ class Replicas:
         return bool(lost)
 
     def shutdown(self) -> None:
-        """See `GenerateStrategy`."""
+        """Close all replicas."""
         self.group.close()
 
     def _complete(self) -> bool:

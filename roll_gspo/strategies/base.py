@@ -228,7 +228,7 @@ class GenerateStrategy(Protocol):
         progress: Callable[[int, int], None] | None = None,
         finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
-        """Sample `num_samples` responses a prompt; sample j of prompt i is drawn with seed `seeds[i] + j`.
+        """Sample `num_samples` responses per prompt; sample j of prompt i is drawn with seed `seeds[i] + j`.
 
         Log-probabilities are those of the distribution sampled from (temperature, top-p, top-k applied).
         `progress` is called with (finished samples, all samples). `finished` is called for every sample once, in any

@@ -106,7 +106,7 @@ def score_in_micro_batches(
         forward: scores one piece (the caller turns gradients off).
     """
     width = sequences.response_mask.shape[1]
-    order = sequences.lengths.argsort(stable=True)  # next to samples of their own length they need the least padding
+    order = sequences.lengths.argsort(stable=True)  # samples of similar length need the least padding
     parts = [forward(sequences.rows(index)) for index in order.split(micro_batch_size)]
     back = order.argsort().cpu()
     log_probs = pad_rows([part.log_probs.cpu() for part in parts], width)[back]

@@ -15,12 +15,12 @@ PartT = TypeVar("PartT")
 
 
 def split_samples(lengths: Tensor, size: int, max_tokens: int | None = None, packed: bool = False) -> list[Tensor]:
-    """Indices of the samples of each micro-batch; next to samples of their own length they need the least padding.
+    """Return the sample indices of each micro-batch. Samples of similar length share one, which minimises padding.
 
     Args:
         lengths: [B] tokens of each sample.
         size: samples of a micro-batch, where `max_tokens` is None.
-        max_tokens: of a micro-batch, its padding included; a longer sample is one of its own.
+        max_tokens: limit per micro-batch, padding included; a longer sample forms a micro-batch alone.
         packed: samples are packed, there is no padding.
     """
     order = lengths.argsort(stable=True)

@@ -1,1 +1,1 @@
-"""Where figures go while a run lives: metrics.jsonl, rollout dumps, trackers, the console and run.log."""
+"""Outputs during a run: metrics.jsonl, rollout files, trackers, the console and run.log."""

@@ -1,4 +1,4 @@
-"""One tracker in a thread of its own, so that it can neither block nor stop the training."""
+"""One tracker in a separate thread, so that it can neither block nor stop the training."""
 
 from __future__ import annotations
 

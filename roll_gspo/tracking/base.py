@@ -38,7 +38,7 @@ class Tracker(Protocol):
     """A backend that records one run.
 
     A tracker is built as `factory(run, **options)`: `run` is the `RunInfo`, and `options` are its block of
-    `tracker_kwargs`. Every call comes from one thread of its own, so a tracker may block. A tracker that raises is
+    `tracker_kwargs`. All calls come from one separate thread, so a tracker may block. A tracker that raises is
     dropped; training continues.
     """
 

@@ -33,7 +33,7 @@ class Console:
     """Show, time and log what a run does; use it as a context manager around the whole run.
 
     On a terminal one panel updates in place and all other output appears above it. Elsewhere there is a
-    line a step, a line for each finished start-up stage, and every `interval_s` a line about a stage that
+    line per step, a line for each finished start-up stage, and every `interval_s` a line about a stage that
     is still going on. Python logging goes to `run.log` in full.
 
     Args:
@@ -154,7 +154,7 @@ class Console:
         logger.info("%s", text)
 
     def warning(self, text: str) -> None:
-        """As `message`, marked as a warning."""
+        """Print a warning."""
         logger.warning("%s", text)
 
     def _remember(self, step: int, metrics: Mapping[str, float]) -> None:

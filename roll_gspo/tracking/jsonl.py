@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonlTracker:
-    """Append a line a step; on resuming, continue the file seamlessly.
+    """Append a line per step; on resuming, continue the file seamlessly.
 
     Args:
         path: of the file; its folder must exist.

@@ -1,4 +1,4 @@
-"""What the console shows of a run: its state, the panel of a terminal, the line of a log."""
+"""State of a run for the console, drawn as a terminal panel or as log lines."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RunView:
 
     @property
     def headline_label(self) -> str:
-        """What the headline metric is called in a line."""
+        """Name of the headline metric in a log line."""
         return "loss" if self.headline.endswith("loss") else "reward"
 
     @property
@@ -122,7 +122,7 @@ def step_line(view: RunView) -> str:
 
 
 def stage_line(view: RunView, stage: Stage, now: float) -> str:
-    """What is going on, how far it is, and for how long."""
+    """Add the current stage, its progress and its duration."""
     where = f"step {view.steps_done + 1}/{view.num_steps}" if view.stepping else "start"
     if view.stepping and view.steps_done >= view.num_steps:
         where = "end"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class MetricInfo(NamedTuple):
-    """What a name stands for.
+    """Description of a metric.
 
     Attributes:
         meaning: one sentence.
@@ -67,10 +67,10 @@ METRICS: dict[str, MetricInfo] = {
             "ratio",
             _TOKENS,
         ),
-        "actor/approx_kl": ("KL(old policy || current policy), k3 estimate.", "nats a token", _TOKENS),
+        "actor/approx_kl": ("KL(old policy || current policy), k3 estimate.", "nats per token", _TOKENS),
         "actor/kl_ref": (
             "KL of the current policy to the frozen reference, estimated as `kl_loss_type` says.",
-            "nats a token",
+            "nats per token",
             _TOKENS,
         ),
         "actor/entropy": (
@@ -119,7 +119,7 @@ METRICS: dict[str, MetricInfo] = {
         "critic/skipped_updates": ("Optimizer steps of the critic that were skipped.", "optimizer steps", _SUM),
         "sft/loss": (
             "Negative log-likelihood of the tokens to imitate.",
-            "nats a token",
+            "nats per token",
             "mean over tokens to imitate",
         ),
         "sft/num_tokens": ("Tokens that were imitated.", "tokens", _SUM),
@@ -138,7 +138,7 @@ METRICS: dict[str, MetricInfo] = {
             "nats",
             "max over response tokens",
         ),
-        "mismatch/kl": ("KL(generation engine || trainer), k3 estimate.", "nats a token", _TOKENS),
+        "mismatch/kl": ("KL(generation engine || trainer), k3 estimate.", "nats per token", _TOKENS),
         "mismatch/ess": (
             "Effective sample size of the weights trainer / generation engine; 1 is a perfect match.",
             "fraction",
@@ -172,7 +172,7 @@ METRICS: dict[str, MetricInfo] = {
         "reward/mean": ("Reward: the score after `reward_norm` and `reward_clip`.", "reward", _SAMPLES),
         "reward/kl": (
             "KL of the old policy to the reference, by `kl_penalty`; what an adaptive `kl/coef` follows.",
-            "nats a token",
+            "nats per token",
             _TOKENS,
         ),
         "reward/failed": (
@@ -223,7 +223,7 @@ METRICS: dict[str, MetricInfo] = {
             "score",
             _SAMPLES,
         ),
-        "rollout/tokens_per_s": ("Response tokens a second of `time/generate`.", "tokens/s", _STEP),
+        "rollout/tokens_per_s": ("Response tokens per second of `time/generate`.", "tokens/s", _STEP),
         "rollout/weights_version": ("Version of the weights that sampled the rollout.", "version", _STEP),
         "sampling/rounds": ("Generations until the batch was full (`query_filter_config`).", "generations", _STEP),
         "sampling/prompts": ("Prompts used up for the batch.", "prompts", _SUM),
@@ -264,7 +264,7 @@ METRICS: dict[str, MetricInfo] = {
         ),
         "validation/loss": (
             "With `pipeline: sft`: negative log-likelihood of the held-out tokens.",
-            "nats a token",
+            "nats per token",
             "mean over tokens to imitate",
         ),
         "validation/perplexity": ("exp of `validation/loss`.", "1", "value of the validation set"),
@@ -305,7 +305,7 @@ METRIC_PATTERNS: dict[str, MetricInfo] = {
             "score",
             _SAMPLES,
         ),
-        "validation/<group>/avg@<n>": ("Score, n samples a prompt.", "score", _PROMPTS),
+        "validation/<group>/avg@<n>": ("Score, n samples per prompt.", "score", _PROMPTS),
         "validation/<group>/avg@<n>_low": ("Lower end of its 95 % confidence interval.", "score", _PROMPTS),
         "validation/<group>/avg@<n>_high": ("Upper end of its 95 % confidence interval.", "score", _PROMPTS),
         "validation/<group>/pass@<k>": ("Chance that one of k samples is correct.", "fraction", _PROMPTS),
@@ -315,7 +315,7 @@ METRIC_PATTERNS: dict[str, MetricInfo] = {
 
 
 def metric_info(name: str) -> MetricInfo | None:
-    """What a name stands for, also one that depends on the data; None for a name that is not known."""
+    """Return the description of a metric, including names that depend on the data; None if unknown."""
     if name in METRICS:
         return METRICS[name]
     for pattern, info in METRIC_PATTERNS.items():

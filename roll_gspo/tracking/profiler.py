@@ -19,7 +19,7 @@ TRACES = "profile"
 
 @dataclass(frozen=True)
 class TraceTarget:
-    """Where the traces of one step of a role go.
+    """Destination of the traces of one step of a role.
 
     Attributes:
         folder: created with the first trace.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRESS_LOGGER = "roll_gspo.progress"
-"""What the console shows in its own way; handlers of the screen leave it out."""
+"""Marks records that the console formats itself; screen handlers skip them."""
 
 
 class CallbackHandler(logging.Handler):

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class SwanlabTracker(Tracker):
     """Log to a SwanLab run.
 
-    Offline, each process of a resumed run has a folder of its own; all carry the same run id, so that
+    Offline, each process of a resumed run has a separate folder; all carry the same run id, so that
     `swanlab sync --id ID` puts them into one run. SwanLab drops metrics of steps that its run has already.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named stages that add up to the step, to the last microsecond."""
+"""Timing of a step by named stages, which add up exactly to the time of the step."""
 
 from __future__ import annotations
 

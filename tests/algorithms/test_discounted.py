@@ -13,7 +13,7 @@ DISCOUNTS = [1.0, 1 - 1e-7, 0.999, 0.95, 0.5, 0.2, 1e-3, 0.0]
 
 
 def discounted_returns(rewards, mask, gamma):
-    """What callers do: rewards are 0 where masked, and so is what they keep."""
+    """Zero rewards and results where masked, like the callers."""
     return torch.where(mask, discounted.discounted_returns(torch.where(mask, rewards, 0.0), mask, gamma), 0.0)
 
 

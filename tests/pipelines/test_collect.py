@@ -42,7 +42,7 @@ class Numbered(Generator):
     """A generator whose samples begin with their number; their tokens are those of the engine."""
 
     def generate(self, prompts, sampling, purpose, progress=None, finished=None):
-        """See `Generator`."""
+        """Generate responses."""
         assert finished is not None
         rollouts = super().generate(prompts, sampling, purpose, progress)
         for sample, completion in enumerate(rollouts.completions):

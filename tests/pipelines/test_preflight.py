@@ -1,4 +1,4 @@
-"""What is found wrong before anything is loaded; tests/e2e/test_bad_input.py has the rest, from the command line."""
+"""Checks before anything is loaded; tests/e2e/test_bad_input.py tests them from the command line."""
 
 from __future__ import annotations
 

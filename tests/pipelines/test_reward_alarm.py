@@ -9,7 +9,7 @@ from roll_gspo.tracking.names import metric_info
 
 
 def told(caplog: pytest.LogCaptureFixture, alarm: RewardAlarm, step: int, **scores: list[float | None]) -> list[str]:
-    """What is said of a step; None is a sample that failed."""
+    """Return the warnings of a step; None is a failed sample."""
     caplog.clear()
     domains = [domain for domain, found in scores.items() for _ in found]
     results = [

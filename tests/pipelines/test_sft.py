@@ -31,7 +31,7 @@ RUNS = Path("out/example_sft")
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """What is the same for the same seed."""
+    """Return the metrics that a seed determines."""
     return [{k: v for k, v in row.items() if k != "sft/tokens_per_s"} for row in computed(run)]
 
 

@@ -1,4 +1,4 @@
-"""Figures of validation: groups, failed rewards, several samples a prompt, and the best checkpoint in a run."""
+"""Figures of validation: groups, failed rewards, several samples per prompt, and the best checkpoint in a run."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def value_loss(errors: list[Row], mode: str, response_length: int) -> float:
 
 
 def explained_variance(values: Row, returns: Row) -> float:
-    """Of flat lists of valid tokens."""
+    """Compute GAE on flat lists of valid tokens."""
     error = mean_std([r - v for r, v in zip(returns, values, strict=True)])[1] if returns else 0.0
     spread = mean_std(returns)[1] if returns else 0.0
     return 1 - error**2 / spread**2 if spread else 0.0

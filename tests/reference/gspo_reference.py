@@ -129,7 +129,7 @@ def normalised(scores: list[float], groups: list[int], norm: str | None, form: s
 
 
 def baseline(i: int, totals: list[float], groups: list[int], estimator: str) -> float:
-    """What sample i is compared with: the mean of its group, for `rloo` without itself."""
+    """Return the baseline of sample i: the mean of its group, for `rloo` without itself."""
     peers = [j for j, group in enumerate(groups) if group == groups[i] and (estimator != "rloo" or j != i)]
     return math.fsum(totals[j] for j in peers) / len(peers) if peers else totals[i]
 

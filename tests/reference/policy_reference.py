@@ -17,7 +17,7 @@ Row = list[float]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is chosen; the names of the YAML."""
+    """The choices, with the names of the YAML."""
 
     importance_sampling: str
     policy_loss: str = "clip"

@@ -1,4 +1,4 @@
-"""What a megatron state refuses, with whom it can be read, and how parameters are cut into boxes."""
+"""Megatron states: rejected states, readers, and the split of parameters into boxes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def engine_of(folder: Path, **config: Any) -> Any:
 
 @pytest.fixture
 def state(checkpoint: Checkpoints, tmp_path: Path) -> Path:
-    """Of `llama` after a step."""
+    """State of `llama` after a step."""
     folder = tmp_path / "state"
     folder.mkdir()
     engine = engine_of(checkpoint("llama"))

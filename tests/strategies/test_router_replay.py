@@ -115,7 +115,7 @@ def test_replaying_what_the_routers_choose_anyway_changes_nothing(checkpoint: Ch
     ids=["plain", "recomputed"],
 )
 def test_forced_experts_are_those_that_are_computed(checkpoint: Checkpoints, config: MegatronConfig) -> None:
-    """With one pair of experts for every token the others get no gradient, and the router's own shift shows."""
+    """One pair of experts for every token leaves the others without gradient and shows the shift of the router."""
     replaying = engine(checkpoint, config=config, replay_routing=True)
     batch = replace(train_batch(), routed_experts=forced(sequences()))
     before = weights_of(replaying)
@@ -183,7 +183,7 @@ def test_row_that_names_no_two_experts_is_refused(checkpoint: Checkpoints, row: 
 
 
 def test_layer_that_does_not_replay_is_named(checkpoint: Checkpoints) -> None:
-    """What a megatron-core that no longer asks for the experts would do."""
+    """Simulate a megatron-core that no longer requests the experts."""
     replaying = engine(checkpoint, replay_routing=True)
     routers = [m for m in replaying._model.chunks[0].modules() if m.__class__.__name__ == "TopKRouter"]
     batch = replace(train_batch(), routed_experts=replaying.score(sequences()).routed_experts)
@@ -298,7 +298,7 @@ def test_vllm_records_requests_that_were_preempted(tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 def test_experts_that_vllm_returns_itself_must_be_of_every_token() -> None:
-    """What it does on CUDA; here only the answer is looked at, in vLLM's own types."""
+    """Test the CUDA path on vLLM's result types only."""
     import numpy as np
     from vllm.outputs import CompletionOutput, RequestOutput
 

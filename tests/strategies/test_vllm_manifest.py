@@ -1,4 +1,4 @@
-"""What a full model consists of, read from checkpoint headers, and how tensors differ from it."""
+"""Expected tensors of a model, read from checkpoint headers, and differences from them."""
 
 from __future__ import annotations
 

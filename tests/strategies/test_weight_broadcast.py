@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.flo
 
 
 def tensors(seed: int) -> list[tuple[str, Tensor]]:
-    """Of all dtypes; small, larger than a bucket, rows larger than a bucket, strided, empty, without dimensions."""
+    """Return tensors of all dtypes: small, larger than a bucket, with rows larger than one, strided, empty, scalar."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(3, 5), (), (0, 4), (700,), (2, 600), (40, 9, 3), (1,)]
     made = []

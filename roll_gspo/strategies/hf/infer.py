@@ -84,7 +84,7 @@ class HfInfer:
         progress: Callable[[int, int], None] | None = None,
         finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
-        """Sample `num_samples` responses a prompt, `generate_batch_size` rows at a time.
+        """Sample `num_samples` responses per prompt, `generate_batch_size` rows at a time.
 
         The model's own end-of-sequence tokens end a response beside `sampling.stop_token_ids`. Greedy decoding
         reports log-probabilities at temperature 1.

@@ -135,7 +135,7 @@ class Routers:
         return sum(wanted)
 
     def chosen(self, batch_size: int, width: int) -> Tensor:
-        """[B, S, L, K] int16, what the routers chose of their own in the last pass, paddings included."""
+        """Return the experts that the routers chose in the last pass, [B, S, L, K] int16, padding included."""
         layers = [layer.chosen for layer in self._layers if layer.chosen is not None]
         if len(layers) != len(self._layers):
             raise TrainingError(

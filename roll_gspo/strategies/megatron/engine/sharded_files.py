@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_gspo.errors import CheckpointError
 
-FORMAT = 2  # raise when older code could not read what is written; 1 was a plain file a rank
+FORMAT = 2  # raise when older code could not read what is written; 1 was a plain file per rank
 MANIFEST = "manifest.json"
 _EARLIER = "rank_000.pt"
 _READ_BYTES = 1 << 20
@@ -120,7 +120,7 @@ class ShardedSave:
             results = self._writer.write_data(self._plan, self._planner).value() if self._plan.items else []
             names = {result.storage_data.relative_path for result in results}
             self._part = _Part(results, {name: _measure(self._folder / name) for name in names})
-        except Exception as error:  # torch reports a full disk with errors of its own
+        except Exception as error:  # torch reports a full disk with other exception types
             self._part = _Part(error=_cause(error))
 
     def finish(self) -> None:

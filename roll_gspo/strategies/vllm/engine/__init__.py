@@ -9,7 +9,7 @@ import os
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# By default vLLM binds each worker process on CPUs to a NUMA node of its own, and fails where there are fewer.
+# By default vLLM binds each worker process on CPUs to a separate NUMA node, and fails if there are fewer.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # vLLM configures its logger only when an engine is built; what it says before that follows the same level.
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())

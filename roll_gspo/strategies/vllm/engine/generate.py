@@ -265,7 +265,7 @@ def _run(
     progress: Callable[[int, int], None] | None,
     on_finished: SampleFinished | None,
 ) -> list[Completion]:
-    """All samples as requests of their own (vLLM splits `n` samples into such anyway), flat."""
+    """Return one request per sample, flat (vLLM splits `n` samples into such requests anyway)."""
     samples = [(list(p), seed + j) for p, seed in zip(prompts, seeds, strict=True) for j in range(sampling.num_samples)]
     request_ids = llm.enqueue(
         [{"prompt_token_ids": prompt} for prompt, _ in samples],
