@@ -2,7 +2,7 @@
 
     python -m roll_gspo.evaluate --config-name example_gspo [ckpt=PATH] [out=FOLDER] [validation=math] [key=value ...]
 
-Nothing heavy (torch, vllm) is imported before the configuration is known to be right.
+torch and vllm are imported only after the configuration is validated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OWN = ("ckpt", "out")
 
 
 def main() -> None:
-    """Console entry point; exit status as of `roll_gspo.run.main`."""
+    """Console entry point. The exit status is the same as in `roll_gspo.run.main`."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def run(loaded: Loaded, ckpt: str | None = None, out: str | None = None, dry_run: bool = False) -> int:
-    """Print the plan, evaluate, and print the table; the process's exit code."""
+    """Print the plan, evaluate, print the table, and return the exit status."""
     from roll_gspo.pipelines.evaluated import check_evaluation, evaluation_plan, find_evaluated
 
     config = loaded.config

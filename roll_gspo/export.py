@@ -1,8 +1,8 @@
-"""`python -m roll_gspo.export CHECKPOINT OUT`: the policy of a checkpoint as a Hugging Face folder.
+"""Export the policy of a checkpoint as a Hugging Face folder: `python -m roll_gspo.export CHECKPOINT OUT`.
 
-One process reads the state of `actor_train`, whatever layout wrote it, and writes config, safetensors and tokenizer.
-The folder is then loaded with transformers, and the log-probabilities of fixed token sequences are compared with those
-of the engine that trained it: OUT appears only if they agree.
+One process reads the state of `actor_train` from any layout and writes config, safetensors and tokenizer. It then
+loads the folder with transformers and compares log-probs of fixed token sequences with the training engine. OUT is
+created only if they agree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from roll_gspo.strategies.base import ModelSetup, TrainedModel
 
 NUM_SEQUENCES, PROMPT_LENGTH, RESPONSE_LENGTH = 4, 8, 24
-# largest difference of a log-probability in nats: rounding of sums, and of bfloat16 weights and activations
+# Maximum log-prob difference in nats. It allows rounding of sums and of bfloat16 weights and activations.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
 
 
@@ -38,16 +38,16 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
     """Write the policy of a checkpoint in Hugging Face layout and verify it.
 
     Args:
-        checkpoint: its folder, or a run's (then its newest).
-        out: does not exist yet.
-        model: gives architecture and tokenizer, as `pretrain` does; None: the run's own.
+        checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
+        out: folder of the export; must not exist.
+        model: model that gives architecture and tokenizer, like `pretrain`; None selects the run's model.
 
     Returns:
         The largest difference between log-probabilities of transformers and of the training engine, in nats.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another model; or what was written computes
-            something else.
+        CheckpointError: the checkpoint is missing, damaged or from another model, or the export computes different
+            log-probs.
         ConfigError: the run's configuration or model cannot be used here, or `out` exists.
     """
     from roll_gspo.pipelines.pretrain import prepare_checkpoint
@@ -68,7 +68,7 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
         trained.save_hf(aside)
         difference = _difference(trained, aside, _setup(config, source).dtype)
         tolerance = TOLERANCE[config.actor_train.model_args.dtype]
-        if not difference <= tolerance:  # NaN too
+        if not difference <= tolerance:  # also rejects NaN
             raise CheckpointError(
                 f"{out}: transformers computes other log-probabilities than the training engine (largest difference "
                 f"{difference:.3g} nats, {tolerance:g} are rounding); nothing was exported: please report this"
@@ -107,12 +107,12 @@ def _trained(config: AnyConfig, source: Path, folder: Path) -> TrainedModel:
     from roll_gspo.pipelines.settings import optimizer_setup
 
     role = config.actor_train
-    optimizer = optimizer_setup(config, role.training_args, total_steps=1)  # no step is taken
+    optimizer = optimizer_setup(config, role.training_args, total_steps=1)  # no optimizer step is taken
     return role.strategy_args.load_trained(_setup(config, source), optimizer, folder)
 
 
 def _difference(trained: TrainedModel, exported: Path, dtype: torch.dtype) -> float:
-    """Between what the engine and transformers say of the same tokens."""
+    """Return the largest log-prob difference between the engine and transformers on the same tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +131,7 @@ def _difference(trained: TrainedModel, exported: Path, dtype: torch.dtype) -> fl
 
 
 def main() -> int:
-    """Export and print the largest difference; 2 where there is something to mend first, 1 where it failed."""
+    """Export and print the largest difference. Return 2 if the input must be fixed, 1 if the export failed."""
     parser = argparse.ArgumentParser(
         prog="python -m roll_gspo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,7 +2,7 @@
 
     python -m roll_gspo.run --config-name example_gspo [key=value ...] [--dry-run] [--multirun] [--cfg job]
 
-Nothing heavy (torch, vllm, megatron) is imported before the configuration is known to be right.
+torch, vllm and megatron are imported only after the configuration is validated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from roll_gspo.registry import did_you_mean, is_dotted_path
 from roll_gspo.sweep import Sweep, job_command, parse_jobs, swept_keys
 
 PACKAGE = Path(__file__).resolve().parent
-# Hydra's own output folders and log files would litter the user's: a run has its folder already.
+# Disable the output folders and log files of Hydra, because a run already has a folder.
 HYDRA_DEFAULTS = {
     "hydra.run.dir": ".",
     "hydra.output_subdir": "null",
@@ -53,9 +53,9 @@ FLAGS_WITH_VALUE = (
     *("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p", "--experimental-rerun"),
 )
-# The options of `importance_sampling` bring a clip range, which a policy loss without one must not have.
+# The options of `importance_sampling` set a clip range. A policy loss without clipping must not have one.
 NO_CLIP_RANGE = {"use_pg_clip_range": False, "pg_clip_low": None, "pg_clip_high": None}
-# What is to be mended before anything can start, and where.
+# Errors that the user must fix before a run can start, and the place of each.
 TO_MEND = {ConfigError: "configuration", DataError: "data", MissingDependencyError: "installation"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 USAGE = """usage: roll-gspo --config-name NAME [key=value ...] [--dry-run] [--multirun [--jobs N]] [--cfg job]
@@ -71,7 +71,7 @@ USAGE = """usage: roll-gspo --config-name NAME [key=value ...] [--dry-run] [--mu
 
 
 def shipped(installed: str, checkout: str) -> Path:
-    """A folder of shipped YAML: inside the wheel, else in the checkout (site-packages may hold a stranger's conf/)."""
+    """Return a folder of shipped YAML: in the wheel, else in the checkout (site-packages may hold another conf/)."""
     candidates = (PACKAGE / installed, PACKAGE.parent / checkout)
     return next(folder for folder in candidates if folder.is_dir())
 
@@ -82,7 +82,7 @@ def shipped_folders() -> list[Path]:
 
 
 class ShippedConfigs(SearchPathPlugin):
-    """Puts the shipped folders, and the functions of the user, behind the user's folders on Hydra's search path."""
+    """Append the shipped folders and user functions to Hydra's search path, after the user's folders."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in shipped_folders():
@@ -92,7 +92,7 @@ class ShippedConfigs(SearchPathPlugin):
 
 
 class FunctionOptions(ConfigSource):
-    """Makes the dotted path of a user's function an option of its group, e.g. `policy_loss=my_losses.gated`."""
+    """Accept the dotted path of a function as an option of its group, e.g. `policy_loss=my_losses.gated`."""
 
     @staticmethod
     def scheme() -> str:
@@ -123,8 +123,8 @@ class FunctionOptions(ConfigSource):
 def main() -> None:
     """Console entry point.
 
-    Exits 0 on success; 2 where there is something to mend before anything can start (configuration, data, a package
-    that is not installed); 1 where a run failed; 128 + signal, e.g. 130 after Ctrl-C, where it was stopped.
+    The exit status is 0 on success and 1 if the run failed. It is 2 if configuration, data or installed packages must
+    be fixed first, and 128 + signal if the run was stopped, e.g. 130 after Ctrl-C.
     """
     arguments = sys.argv[1:]
     names = sorted(file.stem for file in shipped_folders()[0].glob("*.yaml"))
@@ -144,15 +144,15 @@ def main() -> None:
 def with_composed(
     arguments: list[str], use: Callable[[DictConfig], None], finish: Callable[[], None] = lambda: None
 ) -> None:
-    """Compose what the command line says, `use` it (once for each job of a --multirun), and `finish`.
+    """Compose the configuration of the command line, call `use` (once per job of a --multirun), then `finish`.
 
     Raises:
-        SystemExit: it cannot be composed, for which the reason is printed (status 2); or `use` or `finish` raised it.
+        SystemExit: composition failed and the reason was printed (status 2), or `use` or `finish` raised it.
     """
     names = sorted(file.stem for file in shipped_folders()[0].glob("*.yaml"))
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # modules of the user, also with the console script
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's exceptions through: they are worded below
+        sys.path.append(os.getcwd())  # makes user modules importable with the console script
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise: `composition_problem` words the errors
     Plugins.instance().register(ShippedConfigs)
     started: list[bool] = []
 
@@ -160,7 +160,7 @@ def with_composed(
         started.append(True)
         use(composed)
 
-    job.__module__ = "__main__"  # else Hydra takes the folders of this package, e.g. execution/, for config groups
+    job.__module__ = "__main__"  # else Hydra uses package folders, e.g. execution/, as config groups
     with tempfile.TemporaryDirectory() as scratch:
         try:
             sys.argv[1:] = hydra_arguments(arguments, scratch)
@@ -202,11 +202,10 @@ def composition_problem(error: Exception, names: list[str]) -> str:
 
 
 def hydra_arguments(arguments: list[str], scratch: str) -> list[str]:
-    """Command-line arguments as Hydra takes them.
+    """Convert command-line arguments to Hydra's syntax.
 
-    Hydra refuses `key=value` for a key that no YAML file mentions, although the schema knows it (or knows better
-    what was meant), so plain keys become `++key=value`; config groups stay as they are. What Hydra itself writes
-    in a --multirun goes to the folder `scratch`.
+    Hydra rejects `key=value` for a key that no YAML file mentions, even if the schema knows it. Plain keys therefore
+    become `++key=value`, and config groups are unchanged. Files that Hydra writes in a --multirun go to `scratch`.
     """
     groups = _config_groups(arguments)
     flags, overrides = flags_and_overrides(arguments)
@@ -217,7 +216,7 @@ def hydra_arguments(arguments: list[str], scratch: str) -> list[str]:
 
 
 def flags_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """`--flag [value]` apart from `key=value`: Hydra's parser refuses overrides before and after a flag."""
+    """Split `--flag [value]` from `key=value`, because Hydra rejects overrides on both sides of a flag."""
     flags: list[str] = []
     overrides: list[str] = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
@@ -234,7 +233,7 @@ def _is_plain_override(argument: str, groups: set[str]) -> bool:
 
 
 def _null_as_option(argument: str, groups: set[str]) -> str:
-    """`reward_norm=null`, which Hydra refuses for a group, as the option `none` that sets its key to null."""
+    """Convert `reward_norm=null`, which Hydra rejects for a group, to the option `none`, which sets null."""
     group, _, value = argument.partition("=")
     if value != "null" or group not in groups:
         return argument
@@ -274,8 +273,8 @@ def exit_status(command: Callable[[], int], after_full_disk: str) -> int:
     """Run `command` and return its exit status; print an error and return its status (see `main`).
 
     Args:
-        command: loads what Hydra composed and does the work.
-        after_full_disk: what to do once there is room again.
+        command: loads the composed configuration and runs.
+        after_full_disk: advice for the time after disk space is freed.
     """
     try:
         code = command()
@@ -302,14 +301,14 @@ def _report_failure(text: str) -> int:
 
 
 def report_problems(lines: list[str], place: str = "configuration") -> None:
-    """Print what is to be mended, one line each, and where."""
+    """Print one line per problem, and the place of the problems."""
     print(f"roll_gspo: {len(lines)} problem{'s' * (len(lines) > 1)} in the {place}", file=sys.stderr)
     print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
     _traceback_if_asked()
 
 
 def load_composed(composed: DictConfig) -> Loaded:
-    """Validate what Hydra composed for this job."""
+    """Validate the composed configuration of this job."""
     info = HydraConfig.get()
     if info.job.config_name is None:
         raise ConfigError("--config-name: missing; say which configuration to run (roll-gspo --help lists them)")
@@ -324,7 +323,7 @@ def load_composed(composed: DictConfig) -> Loaded:
 
 
 def run(loaded: Loaded) -> int:
-    """Print the plan, then run the pipeline; the process's exit code."""
+    """Print the plan, run the pipeline, and return the exit status."""
     from roll_gspo.pipelines.pipeline import pipeline_of
     from roll_gspo.pipelines.plan import make_plan
     from roll_gspo.pipelines.preflight import preflight
@@ -347,10 +346,10 @@ def set_environment(system_envs: dict[str, str]) -> None:
     """Set the environment variables that torch and engines read on import; the user's values have precedence."""
     os.environ.update(system_envs)
     defaults = {
-        # Waiting OpenMP threads must sleep: on few cores they would take the time of those that work.
+        # Waiting OpenMP threads must sleep: on few cores, spinning threads slow down working ones.
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # notes on NUMA binding and the like, which nobody can act on
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # hides messages on NUMA binding that need no action
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",

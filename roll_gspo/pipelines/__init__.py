@@ -1,1 +1,1 @@
-"""Training loops: what all of them share, and one folder per pipeline."""
+"""Training loops: shared code, and one folder per pipeline."""

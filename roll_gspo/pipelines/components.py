@@ -48,12 +48,12 @@ class RunComponents:
 
     @property
     def trained_roles(self) -> dict[str, TrainedRole[Any]]:
-        """The roles whose state a checkpoint holds, by the name of their folder in it."""
+        """Roles whose state a checkpoint holds, by the name of their folder in it."""
         return {ACTOR: self.actor_train}
 
 
 def start_executor(config: AnyConfig, console: Console) -> Executor:
-    """Start what `execution` names; its roles are started with it."""
+    """Start the executor that `execution` selects. It starts the roles."""
     with console.stage("start ray") if config.execution == "ray" else nullcontext():
         return EXECUTORS.load(config.execution)(execution_settings(config))
 
@@ -106,7 +106,7 @@ def resume(
         state.load(source)
         keep = config.checkpoint_config
         if state.best is not None and (state.best.metric, state.best.mode) != (keep.keep_best, keep.keep_best_mode):
-            state.best = None  # another metric decides now
+            state.best = None  # the metric of `keep_best` has changed
     console.message(f"resumed after step {state.step} from {source}")
 
 
@@ -121,7 +121,7 @@ def make_output(config: AnyConfig, folder: RunFolder, console: Console, state: R
         config=config.model_dump(mode="json", exclude={"system_envs"}),  # environment variables may be secrets
     )
     checkpoints = CheckpointStore(folder.checkpoints, config.checkpoint_config.max_ckpt_to_keep, state.best)
-    state.best = checkpoints.best  # that of another folder is not kept here
+    state.best = checkpoints.best  # the best checkpoint of another folder is not kept here
     return Output(
         folder=folder.path,
         checkpoints=checkpoints,

@@ -1,4 +1,4 @@
-"""What all pipelines read from a `data_args` block: shipped tasks, chat templates, the fingerprint of the data."""
+"""Shared readers of `data_args` blocks: shipped tasks, chat templates, the fingerprint of the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def builtin_task(args: SourceArgs, where: str) -> str | None:
     """Return the shipped task that `file_name` names, None if it names files.
 
     Raises:
-        DataError: there is no such task, or files are named beside it.
+        DataError: the task does not exist, or `file_name` also names files.
     """
     if not any(name.startswith(BUILTIN) for name in args.file_name):
         return None
@@ -41,7 +41,7 @@ def check_tags(config: RunConfig, tags: set[str]) -> None:
     """Check that `tag_to_template` names tags of the data.
 
     Raises:
-        DataError: it names a tag that no row has.
+        DataError: `tag_to_template` names a tag that no row has.
     """
     if unknown := [tag for tag in config.tag_to_template if tag not in tags]:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The devices of every role in the plan: layouts, and what cannot run on them (no torch)."""
+"""The devices of every role in the plan: layouts, and reasons why they cannot run (no torch)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def roles_of(config: AnyConfig) -> dict[str, Role]:
 
 
 def model_of(config: AnyConfig, role: Role) -> str:
-    """Return name or folder of the model that a role holds; `actor_infer` has that of the trainer."""
+    """Return name or folder of the model that a role holds; `actor_infer` uses the trainer's model."""
     block = config.actor_train if isinstance(role, ActorInferConfig) else role
     return block.model_args.model_name_or_path or config.pretrain
 
 
 def devices_of(role: Role) -> tuple[int, ...]:
-    """Return the devices of a role; without a mapping those of one worker, from 0."""
+    """Return the devices of a role. Without a mapping, they are the devices of one worker, from 0."""
     return role.device_mapping or tuple(range(role.strategy_args.devices_per_worker))
 
 
@@ -64,7 +64,7 @@ def device_problems(config: AnyConfig, on_cuda: bool | None) -> list[str]:
 
 
 def _local_problems(roles: dict[str, Role]) -> list[str]:
-    """Return what needs more than the one process of `execution: local`."""
+    """Return settings that need more than the one process of `execution: local`."""
     problems = []
     for name, role in roles.items():
         devices = role.device_mapping
@@ -104,7 +104,7 @@ def _node_problems(config: AnyConfig, roles: dict[str, Role]) -> Iterator[str]:
 
 
 def colocated(config: AnyConfig) -> list[str]:
-    """Roles that would share GPUs. On machines without GPUs they may: device numbers are worker slots there."""
+    """Return roles that would share GPUs. Without GPUs, sharing is allowed: device numbers are worker slots."""
     problems = []
     for (first, one), (second, other) in combinations(roles_of(config).items(), 2):
         if shared := sorted(set(devices_of(one)) & set(devices_of(other))):
@@ -119,7 +119,7 @@ def colocated(config: AnyConfig) -> list[str]:
 
 
 def _worker_problems(config: AnyConfig, name: str, role: Role) -> Iterator[str]:
-    """Yield a number of devices that does not fit the workers of an engine."""
+    """Yield a problem if the number of devices does not fit the workers of the engine."""
     args, devices = role.strategy_args, devices_of(role)
     size, per_node, key = args.devices_per_worker, devices_per_node(config), f"{name}.device_mapping"
     if not (args.is_distributed or isinstance(role, ActorInferConfig)) and len(devices) > 1:
@@ -148,7 +148,7 @@ def _sizes_text(role: Role) -> str:
 
 
 def _engine_problems(config: AnyConfig, name: str, role: Role, on_cuda: bool | None) -> Iterator[str]:
-    """Yield why the engine cannot run the model of a role in this layout."""
+    """Yield reasons why the engine cannot run the role's model in this layout."""
     model, num_devices = model_of(config, role), len(devices_of(role))
     try:
         for problem in role.strategy_args.layout_problems(model, num_devices, on_cuda):

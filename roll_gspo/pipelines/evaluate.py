@@ -1,4 +1,4 @@
-"""Evaluation alone: generator and rewards, no trainer; a table of figures and the samples behind it."""
+"""Evaluation without training: generate, score, and write a table of metrics and the samples."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ TABLE, SAMPLES = "evaluation.md", "validation"
 
 
 def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
-    """Sample and judge the validation prompts; write table, figures and samples into `evaluated.out`.
+    """Sample and score the validation prompts; write table, metrics and samples into `evaluated.out`.
 
     Returns:
-        The figures of every group, and of all prompts last.
+        The metrics of every group, then of all prompts.
 
     Raises:
         DataError, ConfigError: the data, the model or a reward cannot be used.
@@ -47,7 +47,7 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
     (evaluated.out / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
     started = time.perf_counter()
     with Console("evaluation", 1, evaluated.out) as console:
-        assert config.validation is not None  # the plan refuses it
+        assert config.validation is not None  # the plan rejects a missing block
         with console.stage("read data"):
             rows = read_validation(config.validation)
         with console.stage("start rewards"):
@@ -68,7 +68,7 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
 
 
 def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> RewardManager:
-    """The reward blocks that these rows need; those of the training data alone are not started."""
+    """Build the reward manager with only the reward blocks that these rows need."""
     columns = [{"id": row.id, "domain": row.domain, "tag": row.tag} for row in rows]
     router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
     router.check(columns)
@@ -85,7 +85,7 @@ def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> RewardManager:
 def _sample(
     config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], judge: RewardManager, console: Console
 ) -> tuple[list[Answers], list[str]]:
-    """The samples of every prompt, and why rewards failed."""
+    """Return the samples of every prompt, and the reasons of failed rewards."""
     assert config.validation is not None
     checkpoint = prepare_checkpoint(config, evaluated.model, console, evaluated.key)
     with console.stage("tokenize prompts"):
@@ -119,7 +119,7 @@ def _sample(
 
 
 def _say_what_is_missing(rows: Sequence[DataRow], prompts: Sequence[Prompt], console: Console) -> None:
-    """A benchmark without its longest prompts is another benchmark."""
+    """Warn if long prompts were dropped, because the result is not comparable to the full benchmark."""
     if len(prompts) < len(rows):
         console.warning(
             f"{len(rows) - len(prompts)} of {len(rows)} prompts were too long and are not in these figures; raise "
@@ -155,7 +155,7 @@ def _document(config: ExperimentConfig, evaluated: Evaluated, figures: Sequence[
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replace non-finite floats by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -164,7 +164,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    """Complete or not at all."""
+    """Write the file atomically."""
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -174,7 +174,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def table(figures: Sequence[Summary]) -> str:
-    """The figures as a Markdown table whose columns line up; — where there is nothing to average."""
+    """Return the metrics as an aligned Markdown table; — marks values that are not available."""
     names = list(dict.fromkeys(name for summary in figures for name in summary.estimates))
     head = ["group", "prompts", *(f"{n} [95 %]" if n.startswith("avg") else n for n in names)]
     head += ["length", "truncated", "failed"]

@@ -1,4 +1,4 @@
-"""Which model an evaluation takes, and what it will do with it: checked before torch or an engine is imported."""
+"""The model and the plan of an evaluation, checked before torch or an engine is imported."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ REPORT = "evaluation.json"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What is evaluated, and where the result goes.
+    """The model to evaluate and the folder of the result.
 
     Attributes:
         model: name or folder in Hugging Face layout.
-        key: what named it.
-        step: of the checkpoint, 0 for a model that is none.
+        key: configuration key or option that names the model.
+        step: step of the checkpoint; 0 for a model without one.
         out: folder of the result.
     """
 
@@ -39,15 +39,15 @@ class Evaluated:
 
 
 def find_evaluated(config: ExperimentConfig, ckpt: str | None, out: str | None) -> Evaluated:
-    """The model that `ckpt` names: a run (its newest checkpoint), a checkpoint, or a Hugging Face folder or name.
+    """Find the model of `ckpt`: a run (its newest checkpoint), a checkpoint, or a Hugging Face folder or name.
 
     Args:
-        config: without `ckpt` it is the model that its training starts from.
-        ckpt: what the command line gave.
-        out: likewise; None: a new folder beside the runs.
+        config: gives the model if `ckpt` is None: the one that training starts from.
+        ckpt: the value on the command line, or None.
+        out: the value on the command line; None selects a new folder beside the runs.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be loaded for inference; or `out` holds a result.
+        ConfigError: the model does not exist or cannot be loaded for inference, or `out` already holds a result.
     """
     if ckpt is None:
         model, key, step = model_of(config, config.actor_train), "pretrain", 0
@@ -65,7 +65,7 @@ def find_evaluated(config: ExperimentConfig, ckpt: str | None, out: str | None) 
 
 
 def _of_checkpoint(path: Path) -> tuple[str, int] | None:
-    """The exported policy of a run or checkpoint and its step; None where the path is a model itself, or no path."""
+    """Return the exported policy of a run or checkpoint and its step; None if the path is not a checkpoint."""
     if not path.exists() or (path / "config.json").is_file():
         return None
     try:
@@ -82,10 +82,10 @@ def _of_checkpoint(path: Path) -> tuple[str, int] | None:
 
 
 def evaluation_plan(config: ExperimentConfig, evaluated: Evaluated) -> Plan:
-    """What will be done.
+    """Make the plan of the evaluation.
 
     Raises:
-        ConfigError: there is nothing to evaluate on.
+        ConfigError: the configuration has no validation data.
     """
     block = config.validation
     if block is None:
@@ -116,10 +116,10 @@ def _metrics_text(block: ValidationConfig) -> str:
 
 
 def check_evaluation(config: ExperimentConfig, plan: Plan) -> None:
-    """See that engine and data files are there and the plan can be run.
+    """Check that engine and data files exist and that the plan can run.
 
     Raises:
-        ConfigError, MissingDependencyError, DataError: they are not.
+        ConfigError, MissingDependencyError, DataError: a check fails.
     """
     if plan.not_runnable:
         raise ConfigError("\n".join(plan.not_runnable))

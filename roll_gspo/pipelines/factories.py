@@ -1,4 +1,4 @@
-"""What each role is made of. Workers of other processes call these too, so the arguments must pickle."""
+"""Factories of the roles. Worker processes call them too, so the arguments must be picklable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from roll_gspo.strategies.base import GenerationSetup, TrainStrategy
 
 
 def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
-    """`actor_train`, or one rank of it."""
+    """Build `actor_train`, or one rank of it."""
     return Actor(
         _train_strategy(config, checkpoint, config.num_updates),
         policy_loss_settings(config),
@@ -39,7 +39,7 @@ def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
 
 
 def make_sft_actor(config: SftConfig, checkpoint: Path, num_steps: int) -> SftActor:
-    """`actor_train` with `pipeline: sft`, or one rank of it, for a run of `num_steps` optimizer steps."""
+    """Build `actor_train` of `pipeline: sft`, or one rank of it, for a run of `num_steps` optimizer steps."""
     return SftActor(
         _train_strategy(config, checkpoint, num_steps),
         mini_batch_size=config.mini_batch_size,
@@ -49,7 +49,7 @@ def make_sft_actor(config: SftConfig, checkpoint: Path, num_steps: int) -> SftAc
 
 
 def _train_strategy(config: AnyConfig, checkpoint: Path, num_updates: int) -> TrainStrategy:
-    """The engine of `actor_train`."""
+    """Build the engine of `actor_train`."""
     role = config.actor_train
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
@@ -59,9 +59,9 @@ def _train_strategy(config: AnyConfig, checkpoint: Path, num_updates: int) -> Tr
 
 
 def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
-    """`critic`, or one rank of it."""
+    """Build `critic`, or one rank of it."""
     role = config.critic
-    assert role is not None  # the schema demands the block where the estimator needs a critic
+    assert role is not None  # the schema requires the block if the estimator needs a critic
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     optimizer = optimizer_setup(config, role.training_args, config.critic_updates_per_rollout * config.max_steps)
@@ -77,9 +77,9 @@ def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
 
 
 def make_reference(config: ExperimentConfig, checkpoint: Path) -> Reference:
-    """`reference`, or one rank of it."""
+    """Build `reference`, or one rank of it."""
     role = config.reference
-    assert role is not None  # the schema demands the block where a KL term is on
+    assert role is not None  # the schema requires the block if a KL term is on
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     return Reference(role.strategy_args.build_scorer(setup))

@@ -1,4 +1,4 @@
-"""Ctrl-C (and SIGTERM) between steps: the step in progress is finished and saved; a second one stops at once."""
+"""Handling of Ctrl-C and SIGTERM: finish and save the current step. A second signal stops at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupt:
-    """Whether the user has asked to stop, and by which signal."""
+    """Record of the signal by which the user asked to stop."""
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self._notify = notify
@@ -18,22 +18,22 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
-        """A signal came; the step in progress is the last."""
+        """True after a signal: the current step is the last."""
         return self.signal is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Record the first signal; raise KeyboardInterrupt on the second."""
         if self.requested:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        # A signal may come while this very thread is writing to the stream, which then refuses a second writer.
+        # A signal may arrive while this thread writes to the stream. A reentrant write raises RuntimeError.
         with suppress(RuntimeError):
             self._notify(f"{self.signal.name}: finishing this step and saving; once more stops at once")
 
 
 @contextmanager
 def graceful_interrupt(notify: Callable[[str], None]) -> Iterator[Interrupt]:
-    """Within, SIGINT and SIGTERM are only remembered the first time."""
+    """Record the first SIGINT or SIGTERM inside the context instead of stopping."""
     interrupt = Interrupt(notify)
     if threading.current_thread() is not threading.main_thread():
         yield interrupt

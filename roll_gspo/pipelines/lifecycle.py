@@ -24,7 +24,7 @@ def run_training(pipeline: Pipeline[ConfigT], config: ConfigT, plan_text: str) -
     Args:
         pipeline: builds and trains.
         config: the whole configuration.
-        plan_text: is written into the run's folder.
+        plan_text: text of the plan, written into the run's folder.
 
     Raises:
         WorkerError: workers were lost more than `max_restarts` times.
@@ -36,7 +36,7 @@ def run_training(pipeline: Pipeline[ConfigT], config: ConfigT, plan_text: str) -
             return _run_once(pipeline, config, folder)
         except WorkerError as error:
             elsewhere = isinstance(config.resume_from_checkpoint, str) and not complete_checkpoints(folder.checkpoints)
-            if restarts == config.max_restarts or elsewhere:  # its only checkpoint is that of another run
+            if restarts == config.max_restarts or elsewhere:  # the only checkpoint belongs to another run
                 raise type(error)(f"{error}; {_way_out(config, folder)}") from error
             restarts += 1
             logger.warning("restart %d of %d, from the last checkpoint: %s", restarts, config.max_restarts, error)

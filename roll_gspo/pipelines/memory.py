@@ -19,7 +19,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a run.
+    """Estimated memory of a run in bytes.
 
     Attributes:
         of_roles: bytes on each device of a role, in the order of its `device_mapping`.
@@ -38,7 +38,7 @@ class Memory:
 
 
 def memory_of(config: AnyConfig) -> Memory | None:
-    """Estimate the memory of a run, without activations, KV caches and CUDA's own; None if a size is not known yet."""
+    """Estimate memory without activations, KV caches and the CUDA context; None if a size is not known yet."""
     of_roles, of_devices = {}, defaultdict[int, float](float)
     for name, role in roles_of(config).items():
         amounts = _of_role(config, role)
@@ -53,7 +53,7 @@ def memory_of(config: AnyConfig) -> Memory | None:
 
 
 def memory_texts(config: AnyConfig) -> list[str]:
-    """Return the rows of the plan."""
+    """Return the memory rows of the plan."""
     memory = memory_of(config)
     if memory is None:
         return ["unknown: the model is not here yet"]

@@ -1,4 +1,4 @@
-"""What every run writes: metrics, checkpoints, report."""
+"""The output of a run: metrics, checkpoints, report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Output:
         console: the live view.
         config_text: `config.yaml`, kept in every checkpoint.
         save_hf_model: export the policy in Hugging Face layout with every checkpoint.
-        asynchronous: train on while a checkpoint is written.
+        asynchronous: continue training while a checkpoint is written.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The registry entry of a pipeline: what the command needs of it before and after torch is imported."""
+"""Base class of pipelines: the interface that the command uses before and after importing torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 class Pipeline(Generic[ConfigT]):
-    """What differs between pipelines. `pipeline: NAME` selects a subclass, by a shipped name or its dotted path.
+    """Base class of pipelines. `pipeline: NAME` selects a subclass by a shipped name or its dotted path.
 
     The module of a subclass must not import torch: the plan and configuration errors need the class.
 

@@ -16,7 +16,7 @@ from roll_gspo.pipelines.warnings import execution_warnings
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         title: the first line.
@@ -95,7 +95,7 @@ def _intervals_text(config: AnyConfig) -> str:
 
 
 def _replay_problems(config: AnyConfig, size: ModelSize | None) -> Iterator[str]:
-    """Yield routing replay of a model without routers."""
+    """Yield a problem if routing replay is set for a model without routers."""
     replay = config.actor_train.router_replay
     is_dense = size is not None and size.source != "from its name" and not size.num_expert_parameters
     if (replay.mode != "disable" or replay.record) and is_dense:

@@ -1,4 +1,4 @@
-"""What can be found wrong before any engine is imported."""
+"""Checks that run before any engine is imported."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from roll_gspo.tracking.trackers import check_trackers
 
 
 def preflight(config: AnyConfig) -> None:
-    """See that engines, trackers, models and data files are there, before torch or anything of the run is loaded.
+    """Check that engines, trackers, models and data files exist, before torch is imported.
 
     Raises:
-        MissingDependencyError, ConfigError, DataError: the first kind that has a problem, all of its kind.
+        MissingDependencyError, ConfigError, DataError: the first kind with a problem; lists all problems of that kind.
     """
     check_engines(config)
     check_trackers(config.track_with, config.tracker_options)
@@ -30,7 +30,7 @@ def preflight(config: AnyConfig) -> None:
 
 
 def check_engines(config: AnyConfig) -> None:
-    """See that the packages of every configured engine, and of the executor, are installed.
+    """Check that the packages of every configured engine and of the executor are installed.
 
     Raises:
         MissingDependencyError: lists each missing one with its `pip install` line.
@@ -56,19 +56,19 @@ def missing_engine(role: str, args: StrategyArgs) -> str | None:
 
 
 def check_models(config: AnyConfig) -> None:
-    """See that no role names a model that cannot exist; a name on the Hugging Face hub is not looked up.
+    """Check that every role's model exists. Names on the Hugging Face hub are not looked up.
 
     Raises:
-        ConfigError: an unknown `builtin:` name, or a folder that is not there or holds no model.
+        ConfigError: a `builtin:` name is unknown, or a folder is missing or holds no model.
     """
     for role in roles_of(config).values():
         check_model_name(model_of(config, role))
 
 
 def check_data_files(config: AnyConfig) -> None:
-    """See that every data file and chat template is there; what is in it is seen when it is read.
+    """Check that every data file and chat template exists. Their contents are checked when they are read.
 
-    A name on the Hugging Face hub is not looked up.
+    Names on the Hugging Face hub are not looked up.
 
     Raises:
         DataError: lists each missing one with the key that names it.
@@ -81,7 +81,7 @@ def check_data_files(config: AnyConfig) -> None:
 
 
 def check_files(config: AnyConfig, blocks: Mapping[str, SourceArgs]) -> None:
-    """See that files and chat templates of `data_args` blocks, by the key that names the files, are there.
+    """Check that files and chat templates of `data_args` blocks exist. `blocks` maps the key of the files to a block.
 
     Raises:
         DataError: lists each missing one.

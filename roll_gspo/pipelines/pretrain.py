@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from: a local folder, a download, or a tiny model made on the spot."""
+"""The checkpoint that a run starts from: a local folder, a download, or a tiny generated model."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from roll_gspo.models import tiny
 from roll_gspo.registry import did_you_mean
 from roll_gspo.tracking.console import Console
 
-MAKER_VERSION = 1  # raise when the recipe below changes what it makes
+MAKER_VERSION = 1  # increment when the recipe below produces a different model
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def prepare_checkpoint(config: RunConfig, name: str, console: Console, key: str = "pretrain") -> Path:
-    """A folder in Hugging Face layout (config.json, safetensors, tokenizer) for a `pretrain` or `model_name_or_path`.
+    """Return a folder in Hugging Face layout (config.json, safetensors, tokenizer) for a model name.
 
     Args:
-        config: says how a `builtin:` model is made, and where.
-        name: of the model.
-        console: shows what takes long.
-        key: what the name was given for.
+        config: settings and location of a `builtin:` model.
+        name: value of `pretrain` or `model_name_or_path`.
+        console: shows the progress of slow stages.
+        key: configuration key that holds the name.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be downloaded.
+        ConfigError: the model does not exist or cannot be downloaded.
     """
     check_model_name(name, key)
     if name.startswith(tiny.BUILTIN):
@@ -43,10 +43,10 @@ def prepare_checkpoint(config: RunConfig, name: str, console: Console, key: str 
 
 
 def check_model_name(name: str, key: str = "pretrain") -> None:
-    """See that `name` can be a model: a `builtin:` one, a folder with one, or a name `organisation/model` on the hub.
+    """Check that `name` is a `builtin:` model, a model folder, or `organisation/model` on the hub.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: `name` is none of these.
     """
     local = Path(name)
     if name.startswith(tiny.BUILTIN):

@@ -1,4 +1,4 @@
-"""The folder of a run: where it lies, what is written into it first, and which checkpoint it goes on from."""
+"""The folder of a run: its location, its first files, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes.
+    """Paths of a run.
 
     Attributes:
         path: the run's own folder.
         checkpoints: its checkpoints.
-        log_folder: of `run.log`.
-        resumed_from: the checkpoint to go on from, or None.
+        log_folder: folder of `run.log`.
+        resumed_from: the checkpoint to resume from, or None.
     """
 
     path: Path
@@ -33,14 +33,14 @@ class RunFolder:
 
 
 def open_run_folder(config: RunConfig, plan_text: str) -> RunFolder:
-    """Make the folder, or find that of the run to be resumed, and write `config.yaml` and `plan.txt` into it.
+    """Create or find the folder of the run, and write `config.yaml` and `plan.txt` into it.
 
-    `resume_from_checkpoint: true` goes on in the folder of the run whose checkpoint is newest; a path starts a
-    new folder, so that what the old run did afterwards stays as it is.
+    `resume_from_checkpoint: true` resumes in the folder of the run with the newest checkpoint. A path starts a
+    new folder, so that the later results of the old run are kept.
 
     Raises:
-        ConfigError: a folder cannot be written, or holds another run's results; or the checkpoint that was asked for
-            is not there or not complete.
+        ConfigError: a folder cannot be written or holds another run's results, or the requested checkpoint is missing
+            or incomplete.
     """
     experiment = Path(config.output_dir) / config.exp_name
     saved = Path(config.checkpoint_config.output_dir or config.output_dir) / config.exp_name
@@ -75,18 +75,18 @@ def open_run_folder(config: RunConfig, plan_text: str) -> RunFolder:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults included, as YAML that runs again."""
+    """Return the whole configuration, defaults included, as YAML that reproduces the run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def unused(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that does not exist: two runs may start in one second."""
+    """Return the first of path, path-2, path-3, ... that does not exist. Two runs may start in the same second."""
     candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 1000))
     return path if not path.exists() else next(c for c in candidates if not c.exists())
 
 
 def _refuse_to_overwrite(folder: RunFolder) -> None:
-    """The trackers drop what a folder holds from the first new step on: right for the run that is resumed only."""
+    """Reject a folder with results, because trackers drop metrics from the first new step on. Resuming is allowed."""
     source = folder.resumed_from
     goes_on = source is not None and source.folder.parent.resolve() == folder.checkpoints.resolve()
     if not goes_on and (folder.path / METRICS).exists():
@@ -97,10 +97,10 @@ def _refuse_to_overwrite(folder: RunFolder) -> None:
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Make it, and see that it can be written.
+    """Create `folder` and check that it is writable.
 
     Raises:
-        ConfigError: it cannot; names `key`, which gave it.
+        ConfigError: the folder is not writable; the message names `key`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

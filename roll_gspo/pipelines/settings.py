@@ -87,7 +87,7 @@ def value_loss_settings(config: ExperimentConfig) -> ValueLossSettings:
 
 
 def experience_settings(config: ExperimentConfig) -> ExperienceSettings:
-    """Build the settings from a scored rollout to its training batch."""
+    """Build the settings that turn a scored rollout into a training batch."""
     return settings_from(
         ExperienceSettings,
         config,

@@ -34,7 +34,7 @@ class RunState(Generic[ItemT]):
 
     @property
     def first_logged_step(self) -> int:
-        """The first step that this process logs. Without a completed step it is 0, the validation before training."""
+        """First step that this process logs; 0, the validation before training, if no step is completed."""
         return self.step + 1 if self.step else 0
 
     def state_dict(self) -> dict[str, Any]:

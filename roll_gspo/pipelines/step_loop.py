@@ -14,15 +14,15 @@ from roll_gspo.tracking.memory import rss_mb
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 ComponentsT = TypeVar("ComponentsT", bound=RunComponents)
-SIGNALLED = 128  # plus the signal's number is a shell's exit status: 130 after Ctrl-C
+SIGNALLED = 128  # shell exit status is this plus the signal number: 130 after Ctrl-C
 
 
 class Steps(Generic[ConfigT, ComponentsT]):
-    """What a pipeline does inside the loop of `run_steps`. Subclasses implement `train_step`.
+    """The stages of a pipeline inside the loop of `run_steps`. Subclasses implement `train_step`.
 
     Args:
         config: the whole configuration.
-        components: what the steps work with; `run_steps` uses those of `RunComponents`.
+        components: components of the run; `run_steps` uses the fields of `RunComponents`.
         console: the live view; it times the stages of a step.
     """
 
@@ -86,7 +86,7 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt) -> int:
         # Log before saving: if the run is killed in between, it resumes from the previous checkpoint and logs the
         # step again.
         output.log(step, metrics | costs)
-        stopping = interrupt.requested  # read once, so that a run that stops has saved
+        stopping = interrupt.requested  # Read once, so that a run that stops has saved.
         if is_last or stopping or is_best or step % config.save_steps == 0:
             with console.stage("save"):
                 output.save(step, state, components.trained_roles, components.actor_train)
@@ -103,10 +103,10 @@ def _finish(output: Output, console: Console, interrupt: Interrupt, first_step: 
     """Write the report, close the trackers, print how the run ended, and return the exit status.
 
     Args:
-        output, console, interrupt: of the run.
+        output, console, interrupt: components of the run.
         first_step: the first step of this process.
         step: the last completed step.
-        num_steps: steps of the whole run.
+        num_steps: number of steps of the whole run.
     """
     with console.stage("report"):
         report = output.report()

@@ -72,7 +72,7 @@ class RlvrComponents(RunComponents):
 
     @property
     def trained_roles(self) -> dict[str, TrainedRole[Any]]:
-        """The roles whose state a checkpoint holds, by the name of their folder in it."""
+        """Roles whose state a checkpoint holds, by the name of their folder in it."""
         return trained_roles_of(self.actor_train, self.critic)
 
 

@@ -1,4 +1,4 @@
-"""`pipeline: rlvr`."""
+"""Registry entry of `pipeline: rlvr`."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class SftComponents(RunComponents):
 
     Attributes:
         validation: the held-out sequences.
-        pad_token_id: fills up batches.
-        num_dropped: training sequences longer than `sequence_length`.
+        pad_token_id: token that pads batches.
+        num_dropped: number of training sequences longer than `sequence_length`.
     """
 
     actor_train: SftActor
@@ -113,7 +113,7 @@ def build_components(config: SftConfig, folder: RunFolder, console: Console) -> 
 
 
 def sequences_of(samples: Sequence[ChatSample], pad_token_id: int) -> tuple[Sequences, Tensor]:
-    """One batch of all samples, and the row [B] of each."""
+    """Return one batch of all samples, and the row [B] of each."""
     sequences = Sequences.collate(
         [sample.prompt_ids for sample in samples],
         [sample.response_ids for sample in samples],
@@ -145,7 +145,7 @@ def _tokenized(config: SftConfig, args: SftDataArgs, rows: list[Conversation], t
 
 
 def _check_ends(config: SftConfig, samples: ChatSamples, tokenizer: Any, checkpoint: Path) -> None:
-    """A model that never learns to end its turn, or ends it with a token that stops no generation, never stops."""
+    """Warn if the model cannot learn to stop: turns have no end token, or generation does not stop at it."""
     stops = stop_ids(config, [config.actor_train.data_args], tokenizer, checkpoint)
     if not samples.end_token_ids:
         logger.warning(

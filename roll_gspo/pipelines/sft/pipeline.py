@@ -1,4 +1,4 @@
-"""`pipeline: sft`."""
+"""Registry entry of `pipeline: sft`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from roll_gspo.pipelines.step_loop import Steps
 class SftSteps(Steps[SftConfig, SftComponents]):
     """The steps of supervised fine-tuning."""
 
-    _num_tokens = 0  # of the last mini-batch, prompts included
+    _num_tokens = 0  # tokens of the last mini-batch, prompts included
 
     def train_step(self, step: int) -> dict[str, float]:
         """Take one optimizer step on the next mini-batch."""
@@ -50,6 +50,6 @@ class SftSteps(Steps[SftConfig, SftComponents]):
         return {"sft/tokens_per_s": self._num_tokens / times["time/update"]}
 
     def finish(self, step: int) -> None:
-        """Print where the exported model lies."""
+        """Print the path of the exported model."""
         if (model := self.components.output.hf_model(step)) is not None:
             self.console.message(f"model: {model}; a run starts from it with pretrain={model} warm_start=null")
