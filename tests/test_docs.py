@@ -138,6 +138,13 @@ def test_links_have_targets(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_modules_exist(page: Path) -> None:
+    parts = "|".join(folder.name for folder in (ROOT / "roll_gspo").iterdir() if folder.is_dir())
+    named = re.findall(rf"(?<![\w/])((?:{parts})/[\w/]+\.py)\b", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if "NAME" not in name and not (ROOT / "roll_gspo" / name).is_file()]
+
+
 def test_named_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {t for _, text in blocks("bash") for t in re.findall(r"^make ([a-z]+)", text, re.MULTILINE)}
