@@ -1,1 +1,1 @@
-"""What a run may say: pydantic schema over composed YAML. Never imports torch."""
+"""Configuration of a run: a pydantic schema over composed YAML. It never imports torch."""

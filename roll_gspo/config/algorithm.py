@@ -1,4 +1,4 @@
-"""The algorithm's own keys, flat at the top level of the YAML, and the rules between them."""
+"""Keys of the algorithm, flat at the top level of the YAML, and the rules between them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def _alternatives(names: list[str]) -> str:
 
 
 class AlgorithmConfig(Schema):
-    """What is optimised, exactly; `docs/algorithms.md` has the formulas."""
+    """Settings of the objective. `docs/algorithms.md` has the formulas."""
 
     adv_estimator: Annotated[str, Selects(ADVANTAGE_ESTIMATORS)] = "reinforce"
-    """From rewards to advantages; an estimator with a critic needs the block `critic`."""
+    """Estimator that turns rewards into advantages. An estimator that uses a critic needs the block `critic`."""
     adv_estimator_args: Arguments
     """Keyword arguments of your own `adv_estimator`."""
     importance_sampling: Annotated[str, Selects(RATIOS)] = "token"
@@ -41,22 +41,22 @@ class AlgorithmConfig(Schema):
     importance_sampling_args: Arguments
     """Keyword arguments of your own `importance_sampling`."""
     policy_loss: Annotated[str, Selects(POLICY_LOSSES)] = "clip"
-    """From ratio and advantage to the loss of a token."""
+    """Loss per token as a function of ratio and advantage."""
     policy_loss_args: Arguments
     """Keyword arguments of your own `policy_loss`."""
     loss_agg_mode: LossAggMode = "seq-mean-token-mean"
-    """How token losses become one number, with denominators over the whole mini-batch."""
+    """Aggregation of token losses into one loss. Denominators span the whole mini-batch."""
     ppo_epochs: PositiveInt = 1
-    """Passes over a rollout."""
+    """Passes over each rollout."""
 
     pg_clip: ClipFraction = 0.2
     """Symmetric clip range of the ratio, used unless `use_pg_clip_range`."""
     use_pg_clip_range: bool = False
     """Clip to [1 - pg_clip_low, 1 + pg_clip_high] instead of 1 ± pg_clip."""
     pg_clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Lower clip range, 1 for no lower bound; acts with `use_pg_clip_range` only."""
+    """Lower clip range; 1 means no lower bound. Used only with `use_pg_clip_range`."""
     pg_clip_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper clip range; acts with `use_pg_clip_range` only."""
+    """Upper clip range. Used only with `use_pg_clip_range`."""
     dual_clip_loss: bool = False
     """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage."""
     dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
@@ -64,51 +64,51 @@ class AlgorithmConfig(Schema):
     sapo_tau_positive: PositiveFloat = 1.0
     """Temperature of SAPO's gate for positive advantages."""
     sapo_tau_negative: PositiveFloat = 1.05
-    """Temperature of SAPO's gate for negative advantages: higher closes it sooner."""
+    """Temperature of SAPO's gate for negative advantages. A higher value closes the gate sooner."""
 
     reward_norm: RewardNorm | None = None
-    """Normalise scores over their group, the batch or all of the run; null: not at all."""
+    """Normalise scores over their group, the batch or the whole run; null: no normalisation."""
     reward_shift: bool = False
-    """With `reward_norm`: subtract the mean only."""
+    """Subtract the mean without dividing by the standard deviation. Needs `reward_norm`."""
     reward_scale: bool = False
-    """With `reward_norm`: divide by the standard deviation only."""
+    """Divide by the standard deviation without subtracting the mean. Needs `reward_norm`."""
     reward_clip: PositiveFloat | None = None
-    """Clamp rewards to ± this, after normalisation."""
+    """Clamp rewards to ± this value after normalisation."""
     overlong_buffer_length: PositiveInt | None = None
-    """Punish responses softly in the last this many tokens before `response_length` (DAPO); null: not at all."""
+    """Number of tokens before `response_length` with a soft length penalty (DAPO); null: no penalty."""
     overlong_penalty_factor: PositiveFloat = 1.0
-    """Punishment of a response at `response_length`; acts with `overlong_buffer_length` only."""
+    """Penalty of a response at `response_length`. Used only with `overlong_buffer_length`."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount per token."""
+    """Discount factor per token."""
     lambd: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """lambda of GAE: 0 relies on the critic, 1 on the rewards."""
+    """Lambda of GAE: 0 relies on the critic, 1 on the rewards."""
     value_clip: PositiveFloat | None = None
-    """Keep the critic's values within ± this of those at the start of the step."""
+    """Clip the critic's values to ± this range around its values at the start of the step."""
     critic_warmup: NonNegativeInt = 0
-    """Rollouts at the start of the run in which only the critic trains."""
+    """Number of rollouts at the start of the run that train only the critic."""
     whiten_advantages: bool = False
-    """Zero mean and unit variance of advantages over all valid tokens of the batch (reinforce_plus_plus and
-    reinforce_plus_plus_baseline do this by themselves; here it changes nothing more)."""
+    """Normalise advantages to zero mean and unit variance over all valid tokens of the batch. It has no further effect
+    with reinforce_plus_plus and reinforce_plus_plus_baseline, which already do this."""
     advantage_clip: PositiveFloat | None = None
-    """Clamp advantages to ± this."""
+    """Clamp advantages to ± this value."""
 
     max_len_mask: bool = False
-    """Leave responses that were cut at `response_length` out of the loss."""
+    """Exclude responses that were truncated at `response_length` from the loss."""
     difficulty_mask: bool = False
-    """Leave groups out of the loss whose mean score is not between the two thresholds."""
+    """Exclude groups from the loss if their mean score is not between the two thresholds."""
     difficulty_low_threshold: float = 0.0
-    """Groups with a mean score at or below this are too hard; acts with `difficulty_mask` only."""
+    """Groups with a mean score at or below this are too hard. Used only with `difficulty_mask`."""
     difficulty_high_threshold: float = 1.0
-    """Groups with a mean score at or above this are too easy; acts with `difficulty_mask` only."""
+    """Groups with a mean score at or above this are too easy. Used only with `difficulty_mask`."""
     length_loss_weight: bool = False
-    """Weigh short responses more: from 1.5 for the shortest of a rollout to 0.5 for the longest."""
+    """Give short responses more weight: from 1.5 for the shortest of a rollout to 0.5 for the longest."""
     difficulty_loss_weight: bool = False
-    """Weigh hard prompts more: from 0.5 to 2 by the `difficulty` (0 to 1) of the data row, which all rows then need."""
+    """Give hard prompts more weight: from 0.5 to 2 by `difficulty` (0 to 1), a column that every data row needs."""
     query_filter_config: QueryFilterConfig | None = None
-    """Dynamic sampling: drop groups that teach nothing and generate others in their place; null: off. The same key in a
-    block of `rewards` decides for that domain."""
+    """Dynamic sampling: drop groups without a learning signal and generate others in their place; null: off. The same
+    key in a block of `rewards` overrides this one for that domain."""
     max_sampling_rounds: PositiveInt = 10
-    """Generations a step at most, before dropped groups fill the batch; acts with `query_filter_config` only."""
+    """Maximum generations per step before dropped groups fill the batch. Used only with `query_filter_config`."""
 
     use_kl_loss: bool = False
     """Add `kl_loss_coef` times the divergence from the reference model to the loss."""
@@ -119,60 +119,60 @@ class AlgorithmConfig(Schema):
     add_token_level_kl: bool = False
     """Subtract beta times the divergence from the reference model from the reward of every token."""
     init_kl_coef: PositiveFloat | None = None
-    """beta at the start; acts with `add_token_level_kl` only."""
+    """Initial beta. Used only with `add_token_level_kl`."""
     target_kl: PositiveFloat | None = None
-    """Adapt beta towards this divergence a token; null keeps it fixed."""
+    """Divergence per token that an adaptive beta targets; null keeps beta fixed."""
     kl_horizon: PositiveInt = 10000
-    """How slowly an adaptive beta moves, in samples."""
+    """Horizon of the adaptive beta in samples; a larger value adapts more slowly."""
     kl_penalty: KlEstimator = "kl"
     """Estimator of the token-level KL."""
     entropy_loss_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 
     enable_old_logprobs_recompute: bool = True
-    """Old log-probs from the trainer before its first update; false: the generation engine's own."""
+    """Compute old log-probs with the trainer before its first update; false: use those of the generation engine."""
     train_infer_correction: Annotated[TrainInferCorrectionConfig | None, BeforeValidator(_none_if_empty)] = None
-    """Weigh the loss by the trainer's probability over that of the engine that sampled; null: off."""
+    """Weight the loss by the ratio of trainer to generation-engine probabilities; null: off."""
     max_grad_norm: PositiveFloat = 1.0
     """Clip the gradient to this norm."""
     max_consecutive_skipped_steps: PositiveInt = 3
-    """Stop after this many optimizer steps in a row that were skipped as not finite."""
+    """Stop after this many consecutive optimizer steps were skipped because of non-finite values."""
 
     @property
     def clip_range(self) -> tuple[float, float] | None:
-        """(low, high) around 1 that the ratio is clipped to; None where the objective has no clip."""
+        """Clip range (low, high) of the ratio around 1; None if the objective does not clip."""
         if not POLICY_LOSSES.declaration(self.policy_loss).needs_clip_range:
             return None
         if self.use_pg_clip_range:
-            assert self.pg_clip_low is not None and self.pg_clip_high is not None  # held by the rules below
+            assert self.pg_clip_low is not None and self.pg_clip_high is not None  # checked by _broken_clip_rules
             return self.pg_clip_low, self.pg_clip_high
         return self.pg_clip, self.pg_clip
 
     @property
     def effective_dual_clip_ratio(self) -> float | None:
-        """Constant of the dual clip, or None where it is off."""
+        """Constant of the dual clip; None if it is off."""
         if not self.dual_clip_loss:
             return None
         return self.dual_clip_ratio or 1 + 2 * self.pg_clip
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any quantity of the loss or the reward reads reference log-probs."""
+        """True if the loss or the reward uses reference log-probs."""
         needed_by_loss = POLICY_LOSSES.declaration(self.policy_loss).needs_reference
         return self.use_kl_loss or self.add_token_level_kl or needed_by_loss
 
     @property
     def needs_critic(self) -> bool:
-        """Whether advantages read a critic's values."""
+        """True if the advantage estimator uses a critic's values."""
         return ADVANTAGE_ESTIMATORS.declaration(self.adv_estimator).needs_critic
 
     @property
     def filters_groups(self) -> bool:
-        """Whether dynamic sampling is on."""
+        """True if dynamic sampling is on."""
         return self.query_filter_config is not None and self.query_filter_config.type != "no_filter"
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Yield switches without their keys, keys without their switch, and switches that exclude each other."""
+        """Yield switches without required keys, keys without their switch, and mutually exclusive switches."""
         yield from super().broken_rules()
         yield from self._broken_function_rules()
         yield from self._broken_clip_rules()
@@ -202,7 +202,7 @@ class AlgorithmConfig(Schema):
             )
 
     def _keys_without_effect(self) -> Iterator[Problem]:
-        """Yield keys that differ from their default although nothing reads them."""
+        """Yield keys that differ from their default but have no effect."""
         declarations = [functions.declaration(self.__dict__[key]) for key, functions in EXTENSIBLE.items()]
         read = {key for declared in declarations for key in declared.keys}
         for selector, functions in EXTENSIBLE.items():

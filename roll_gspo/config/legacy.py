@@ -1,6 +1,6 @@
-"""Keys of ROLL that mean nothing here, or that a later version will honour. Every other unknown key is an error.
+"""ROLL keys that are ignored, or that are not supported yet. Every other unknown key is an error.
 
-The tables hold dotted key paths; `*.` at the start stands for any role, `rewards.*` for any reward domain.
+The tables hold dotted key paths; a leading `*.` matches any role, and `rewards.*` any reward domain.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ IGNORED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Later:
-    """A feature that this version lacks; `off` are the values that do not ask for it."""
+    """A feature that is not supported yet. Values in `off` do not request it."""
 
     feature: str
     off: tuple[Any, ...] = (None, False)
@@ -234,14 +234,14 @@ LATER_VALUES: dict[str, dict[str, str]] = {
 }
 
 
-# (role, phase) of `use_dynamic_batching_in_*`, which becomes its budget `max_tokens_per_microbatch_in_*` or nothing.
+# (role, phase) of `use_dynamic_batching_in_*`. The switch is replaced by `max_tokens_per_microbatch_in_*` if it is on.
 DYNAMIC_BATCHING = (
     *(("actor_train", "train"), ("actor_train", "infer")),
     *(("critic", "train"), ("critic", "infer")),
     ("reference", "infer"),
 )
 
-# Keys that ROLL's own files carry although nothing reads them there: (the key that would, its value).
+# Keys that ROLL's example files set without effect, with the (key, value) that would make them effective.
 IGNORED_WITHOUT: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(("value_clip", "lambd"), ("adv_estimator", "gae")),
     **dict.fromkeys(("difficulty_low_threshold", "difficulty_high_threshold"), ("difficulty_mask", True)),
@@ -250,18 +250,18 @@ IGNORED_WITHOUT: dict[str, tuple[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sifted:
-    """A configuration without ROLL's foreign keys, the warnings they give, and what is refused."""
+    """A configuration without ignored and unsupported ROLL keys, with the warnings and problems of those keys."""
 
     values: dict[str, Any]
     warnings: tuple[tuple[str, str], ...]
-    """(key path, why it is ignored)"""
+    """Pairs of key path and reason why the key is ignored."""
     refusals: tuple[Problem, ...]
 
 
 def sift(values: dict[str, Any]) -> Sifted:
     """Take the keys of both tables out of composed YAML.
 
-    An ignored key gives a warning; one that asks for a missing feature is refused, unless its value says 'off'.
+    An ignored key gives a warning. A key of an unsupported feature is a problem, unless its value is 'off'.
     """
     warnings: list[tuple[str, str]] = []
     refusals: list[Problem] = []
@@ -293,7 +293,7 @@ def sift(values: dict[str, Any]) -> Sifted:
 def _without_switches(
     values: dict[str, Any], warnings: list[tuple[str, str]], refusals: list[Problem]
 ) -> dict[str, Any]:
-    """Dynamic batching has a switch and a budget in ROLL; here the budget is the switch."""
+    """Remove the switches of dynamic batching. ROLL has a switch and a budget; here, the budget alone turns it on."""
     values = dict(values)
     for role, phase in DYNAMIC_BATCHING:
         switch, budget = f"use_dynamic_batching_in_{phase}", f"max_tokens_per_microbatch_in_{phase}"
@@ -310,7 +310,7 @@ def _without_switches(
 
 
 def reader_text(key: str, value: Any) -> str:
-    """Why a key of `IGNORED_WITHOUT` is ignored where `key` has another value."""
+    """Return why a key of `IGNORED_WITHOUT` is ignored if `key` has another value."""
     return f"it acts with {key}: {'true' if value is True else value} only"
 
 
@@ -318,8 +318,8 @@ def _without_reader(values: dict[str, Any], path: str) -> str | None:
     if path not in IGNORED_WITHOUT:
         return None
     key, value = IGNORED_WITHOUT[path]
-    says_nothing = values[path] == AlgorithmConfig.model_fields[path].default  # as in a run's own config.yaml
-    # Of a user's function the schema knows whether it reads the key.
+    says_nothing = values[path] == AlgorithmConfig.model_fields[path].default  # a run's config.yaml lists them
+    # The schema checks whether a user's function reads the key.
     is_read = values.get(key) == value or (key in EXTENSIBLE and is_dotted_path(str(values.get(key))))
     return None if says_nothing or is_read else reader_text(key, value)
 
@@ -329,7 +329,7 @@ def _is_fit_to_print(key: str, value: Any) -> bool:
 
 
 def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
-    """A block is off where its switch is, or else everything in it."""
+    """Return whether a value is off. A block is off if its switch is, or without a switch, if all its values are."""
     if isinstance(value, dict):
         switches = [value[key] for key in ("enable", "enabled") if key in value]
         return all(_is_off(item, off) for item in switches or value.values())

@@ -1,4 +1,4 @@
-"""Composed YAML in, one frozen `ExperimentConfig` or `SftConfig` out; every problem is reported at once."""
+"""Validation of composed YAML into a frozen `ExperimentConfig` or `SftConfig`. All problems are reported at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from roll_gspo.registry import did_you_mean
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid configuration and what the user should know about it."""
+    """A valid configuration and its warnings."""
 
     config: AnyConfig
     warnings: tuple[str, ...]
@@ -36,12 +36,12 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     """Validate a composed configuration.
 
     Args:
-        composed: what Hydra composed, interpolations unresolved.
-        sources: where its keys were written, for the error messages.
-        choices: option chosen of each config group, as Hydra recorded it.
+        composed: configuration that Hydra composed, with unresolved interpolations.
+        sources: file and line of its keys, for error messages.
+        choices: chosen option per config group, as Hydra recorded it.
 
     Raises:
-        ConfigError: its message has one line a problem: where, key path, what is wrong, what to do.
+        ConfigError: if there are problems. The message has one line per problem: location, key path, problem and fix.
     """
     values = _resolved(composed, sources)
     sifted = sift(values)
@@ -59,7 +59,7 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
 
 
 def _ignored(warnings: tuple[tuple[str, str], ...], sources: Sources) -> Iterator[str]:
-    """One warning for each reason, not for each key: ROLL's own examples carry dozens."""
+    """Yield one warning per reason. One per key would be too many: ROLL's examples contain dozens of ignored keys."""
     keys: dict[str, list[str]] = {}
     for path, reason in warnings:
         where = sources.locate(tuple(path.split("."))).removesuffix(": ")
@@ -82,14 +82,14 @@ def _resolved(composed: DictConfig, sources: Sources) -> dict[str, Any]:
 
 
 def _by_line(problem: str) -> list[str | int]:
-    """Sorts `file:9` before `file:10`."""
+    """Return a sort key that places `file:9` before `file:10`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", problem)]
 
 
 def _overridden_choices(
     values: Mapping[str, Any], root: type[BaseModel], choices: Mapping[str, str], sources: Sources
 ) -> list[str]:
-    """A group option that a later line of the body overrides would be ignored silently: refuse it."""
+    """Return a problem per group option that a later line overrides, since it would be ignored silently."""
     problems = []
     on_command_line = {o.lstrip("+").partition("=")[0] for o in sources.overrides}
     for group, chosen in choices.items():
@@ -97,7 +97,7 @@ def _overridden_choices(
         if key not in root.model_fields or key not in values:
             continue  # the group sets several keys
         if key != group and key in on_command_line:
-            continue  # the command line says it with the key itself
+            continue  # the command line sets the key directly
         if sources.set_by_option((key,)):
             continue  # a user's option may have another name than the function that it selects
         value, says = values[key], values[key]
@@ -107,7 +107,7 @@ def _overridden_choices(
             value = says = "none" if value is None else str(value)
         if root.model_fields[key].default is None:  # `none` is the option that sets null
             if chosen == "none" and group not in on_command_line:
-                continue  # nobody chose it: base.yaml starts from it
+                continue  # the default of base.yaml, not a choice of the user
             value, says = ("none", "null") if value is None else (value, value)
         if isinstance(value, str) and value != chosen:
             problems.append(
@@ -139,7 +139,7 @@ def _problems_of(
 
 
 def _is_near(extra: Any, missing: Any) -> bool:
-    """Whether the unknown key `extra` is the `missing` one, misspelt: one line says both."""
+    """Return whether the unknown key `extra` is probably a misspelling of the `missing` one."""
     same_block = extra["loc"][:-1] == missing["loc"][:-1]
     return same_block and bool(did_you_mean(str(extra["loc"][-1]), [str(missing["loc"][-1])]))
 
@@ -151,7 +151,7 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 
 def _wrong_value(path: tuple[str, ...], detail: dict[str, Any]) -> str:
-    """Return what is wrong with the value of a key."""
+    """Return the message for an invalid value."""
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if isinstance(value, str) and value in LATER_VALUES.get(".".join(path), {}):
         return f"not supported yet: {LATER_VALUES['.'.join(path)][value]} ('{value}')"
@@ -183,7 +183,7 @@ def known_keys(path: Sequence[int | str], values: Any = None, root: type[BaseMod
     """Return the keys of the block at a path.
 
     Args:
-        path: keys from the root; one that the user chose (a reward domain) stays in the block of its parent.
+        path: keys from the root. A key that the user chose, e.g. a reward domain, selects the block of its parent.
         values: the composed configuration, whose `strategy_name` selects the class of a `strategy_args` block.
         root: schema of the whole configuration.
     """

@@ -1,6 +1,6 @@
-"""Keys that only another pipeline reads: taken out where a group's option brings them, refused where a user wrote them.
+"""Keys of other pipelines: removed if a group option sets them, refused if the user wrote them.
 
-`model=qwen2.5_7b` or `strategy=hf` say what belongs to a model or an engine in every pipeline, and each takes its part.
+Options such as `model=qwen2.5_7b` or `strategy=hf` contain the keys of all pipelines. Each pipeline reads its own keys.
 """
 
 from __future__ import annotations

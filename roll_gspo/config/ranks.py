@@ -1,4 +1,4 @@
-"""How many ranks a role has, and how many of them hold one copy of its model."""
+"""Number of ranks of a role, and rules for splitting them into copies of its model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from roll_gspo.config.suggestions import nearest_multiples
 
 
 def broken_dtype_rules(role: str, block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[Problem]:
-    """Yield a number format that no engine computes in."""
+    """Yield a number format that no engine supports."""
     if block.model_args.dtype == "fp16":
         yield Problem(f"{role}.model_args.dtype", "fp16 is not supported yet; set bf16 or fp32")
 
 
 def broken_rank_rules(role: str, block: PolicyConfig | CriticConfig) -> Iterator[Problem]:
-    """Yield a number of ranks that does not hold whole copies of the model."""
+    """Yield a number of ranks that is not a multiple of the ranks per model copy."""
     ranks, copy = num_ranks(block), block.strategy_args.model_parallel_size
     if ranks % copy:
         sizes = block.strategy_args.model_parallel_sizes
@@ -30,10 +30,10 @@ def broken_rank_rules(role: str, block: PolicyConfig | CriticConfig) -> Iterator
 
 
 def num_ranks(block: PolicyConfig | CriticConfig) -> int:
-    """Return the ranks of a trained role."""
+    """Return the number of ranks of a trained role."""
     return len(block.device_mapping or (0,))
 
 
 def data_parallel_size(block: PolicyConfig | CriticConfig) -> int:
-    """Return the copies of a trained model."""
+    """Return the number of data-parallel copies of a trained model."""
     return num_ranks(block) // block.strategy_args.model_parallel_size

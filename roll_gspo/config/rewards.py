@@ -1,4 +1,4 @@
-"""The blocks of `rewards`: one worker, or a composition of several."""
+"""Blocks of `rewards`: one worker, or a combination of several."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ RewardWorker = Annotated[str, AfterValidator(resolve_reward)]
 
 
 class RewardPart(Schema):
-    """One of the rewards that a block combines; parts have no parts."""
+    """One of the rewards that a block combines. Parts cannot be nested."""
 
     worker_cls: RewardWorker
-    """As in the block."""
+    """A shipped reward, or the dotted path of your own."""
     worker_args: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the worker."""
     weight: FiniteFloat | None = None
-    """Factor of the part's score in a sum; null: 1. Neither the gate itself nor the parts of a `min` have one."""
+    """Factor of the part's score in a sum; null: 1. The gate itself and the parts of a `min` have no weight."""
     threshold: FiniteFloat | None = None
-    """What the score of a gate, the first part of `combine: gate`, must reach; null: 1."""
+    """Minimum score to pass the gate, which is the first part of `combine: gate`; null: 1."""
 
 
 class RewardConfig(Schema):
-    """One reward domain: rows of this `domain`, or with one of these tags, are judged by this worker."""
+    """One reward domain. Its worker scores rows of this `domain` and rows with one of `tag_included`."""
 
     worker_cls: RewardWorker | None = None
     """A shipped reward such as `math_rule` (the page Rewards lists all), or the dotted path of your own
@@ -38,21 +38,20 @@ class RewardConfig(Schema):
     """Keyword arguments of the worker."""
     reward_type: Literal["soft", "hard", "loose", "strict"] | None = None
     """Argument of `ifeval` (`soft`: the share of followed instructions; `hard`: all or nothing), `crossthinkqa`
-    (`loose`, `soft`, `strict`) or a worker of yours that takes it; null: the worker's default."""
+    (`loose`, `soft`, `strict`) or your own worker; null: the worker's default."""
     format_pattern: str | None = None
-    """Argument of `format`, or of a worker of yours that takes it: a named form or a regular expression; null: the
-    worker's default."""
+    """Argument of `format` or your own worker: a named form or a regular expression; null: the worker's default."""
     combine: Literal["weighted_sum", "gate", "min"] | None = None
-    """How the `parts` make one score: `weighted_sum` is the sum of weight × score; `gate` is that sum over all parts
-    but the first where the first reaches its `threshold`, else `else_score`, and then the others are not evaluated;
-    `min` is the lowest score."""
+    """Combination of the `parts` into one score. `weighted_sum` is the sum of weight × score. `gate` is that sum over
+    all parts but the first if the first reaches its `threshold`. Otherwise it is `else_score`, and the other parts are
+    not evaluated. `min` is the lowest score."""
     parts: dict[str, RewardPart] = Field(default_factory=dict)
-    """Two or more rewards by a name of your choice, evaluated in this order in one process."""
+    """Two or more rewards, keyed by a name of your choice. One process evaluates them in this order."""
     else_score: FiniteFloat = 0.0
-    """Score of what does not pass the gate of `combine: gate`."""
+    """Score of samples that do not pass the gate of `combine: gate`."""
     judge_model_type: Literal["api", "inference"] | None = None
-    """ROLL's name for where the model of `llm_judge` runs: `api` is an endpoint (`judge_api_url`), `inference` a vLLM
-    server of our own (`worker_args.engine`)."""
+    """ROLL's name for the location of the `llm_judge` model: `api` is an endpoint (`judge_api_url`), `inference` a vLLM
+    server that the run starts (`worker_args.engine`)."""
     judge_model_name: str | None = None
     """ROLL's name of `worker_args.model` (of `worker_args.engine.model` with `judge_model_type: inference`)."""
     judge_api_url: str | None = None
@@ -60,44 +59,44 @@ class RewardConfig(Schema):
     judge_prompt: str | None = None
     """ROLL's name of `worker_args.prompt`: a template or the path of one."""
     tag_included: Names = ()
-    """Tags of the data rows that belong here, beside those whose domain has this block's name."""
+    """Tags of data rows that belong to this domain, in addition to rows whose domain is the name of this block."""
     world_size: PositiveInt | None = None
-    """Worker processes; null: half as many as the machine has CPU cores, 8 at most."""
+    """Worker processes; null: half the CPU cores, at most 8."""
     infer_batch_size: PositiveInt = 16
-    """Samples that a worker is sent at once, at most; a worker that scores in batches (`score_batch`) gets them
-    together. What one of them does wrong fails that one alone, in batches too; a wrong number of scores fails all."""
+    """Maximum samples per request to a worker. A worker with `score_batch` scores them together. An error of one sample
+    fails only that sample, also in batches. A wrong number of scores fails the whole batch."""
     timeout_s: PositiveFloat = 10.0
-    """Seconds that one sample, all parts together, may take before it is marked failed and its worker replaced; where
-    nothing is said, 330 with an `llm_judge` and 120 with a `reward_model`. A batch of n may take n times as long, and
-    if it does not end by then, each of its samples is scored again alone."""
+    """Time limit per sample in seconds, over all parts. After it, the sample is marked failed and its worker replaced.
+    If omitted, the limit is 330 with an `llm_judge` and 120 with a `reward_model`. A batch of n samples has n times the
+    limit. If it exceeds that, each of its samples is scored again alone."""
     start_timeout_s: PositiveFloat = 120.0
-    """Seconds that a worker process may take to start, with the model that it loads."""
+    """Time limit in seconds for the start of a worker process, including the model that it loads."""
     max_memory_mb: PositiveInt | None = None
-    """MiB that a worker process may allocate (libraries included, code not); a sample that needs more fails. null: no
-    limit; where the machine runs out of memory the kernel ends a worker rather than the training."""
+    """Memory limit of a worker process in MiB (including libraries, excluding code). A sample that needs more fails.
+    null: no limit. If the machine runs out of memory, the kernel kills a worker before the training process."""
     query_filter_config: QueryFilterConfig | None = None
-    """Which groups of this domain dynamic sampling drops; null: those of the top-level `query_filter_config`."""
+    """Query filter of this domain for dynamic sampling; null: the top-level `query_filter_config`."""
 
     @property
     def num_workers(self) -> int:
-        """`world_size`, or what it stands for on this machine."""
+        """Number of worker processes: `world_size`, or its default on this machine."""
         return self.world_size or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
     @property
     def workers(self) -> dict[str, str]:
-        """Every worker that the block names, by the key path at which it does."""
+        """Workers of the block by key path."""
         single = {"worker_cls": self.worker_cls} if self.worker_cls is not None else {}
         return single | {f"parts.{name}.worker_cls": part.worker_cls for name, part in self.parts.items()}
 
     @property
     def arguments(self) -> dict[str, JsonValue]:
-        """`worker_args`, and the keys beside them that are arguments."""
+        """Keyword arguments of the worker: `worker_args` and the block keys that are arguments."""
         named = {key: value for key, value in self._named_arguments.items() if value is not None}
         return self.worker_args | self._judge_arguments | named
 
     @property
     def title(self) -> str:
-        """In one line of the plan."""
+        """Name of the worker, or the combination with its parts, for the plan."""
         parts = ", ".join(f"{name} {part.worker_cls}" for name, part in self.parts.items())
         return self.worker_cls or f"{self.combine} of {parts}"
 
@@ -113,7 +112,7 @@ class RewardConfig(Schema):
         return {**values, "timeout_s": max(timeouts)} if timeouts else values
 
     def broken_rules(self) -> Iterator[Problem]:
-        """One worker or parts, and no key without effect."""
+        """Yield a missing or ambiguous worker, wrong parts, and keys without effect."""
         yield from super().broken_rules()
         if self.worker_cls is None and not self.parts:
             yield Problem("worker_cls", "missing; name a worker, or give parts and combine", ("parts",))

@@ -21,12 +21,12 @@ UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelArgs(Schema):
-    """Which model a role holds."""
+    """Model of a role."""
 
     model_name_or_path: str | None = None
-    """Hugging Face name or folder; null: `pretrain`."""
+    """Hugging Face name or local folder; null: `pretrain`."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of parameters and activations; CPU runs want `fp32`."""
+    """Number format of parameters and activations. Use `fp32` on CPUs."""
 
 
 class TrainingArgs(Schema):
@@ -39,13 +39,13 @@ class TrainingArgs(Schema):
     learning_rate: PositiveFloat
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes from its peak to `min_learning_rate` at the last step."""
+    """Schedule of the learning rate from its peak to `min_learning_rate` at the last step."""
     min_learning_rate: NonNegativeFloat = 0.0
     """Learning rate at the end of a decay."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     warmup_ratio: UnitInterval = 0.0
-    """Warm-up as a share of all optimizer steps; used where `warmup_steps` is 0."""
+    """Warm-up as a share of all optimizer steps. Used if `warmup_steps` is 0."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     adam_beta1: UnitInterval = 0.9
@@ -53,21 +53,21 @@ class TrainingArgs(Schema):
     adam_beta2: UnitInterval = 0.999
     """Decay of the second moment."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Constant that is added to the square root of the second moment."""
     per_device_train_batch_size: PositiveInt = 1
     """Samples in one forward and backward pass (a micro-batch)."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches in one optimizer step."""
     save_hf_model: bool = True
-    """Beside each checkpoint, export the actor in Hugging Face layout."""
+    """Export the actor in Hugging Face layout beside each checkpoint."""
 
     @property
     def mini_batch_size_per_rank(self) -> int:
-        """Samples that one rank contributes to an optimizer step."""
+        """Samples per rank and optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Yield a schedule that rises at its end, and keys of a schedule that is not chosen."""
+        """Yield an end learning rate above the peak, and keys that the chosen schedule does not use."""
         yield from super().broken_rules()
         if self.min_learning_rate > self.learning_rate:
             peak, end = self.learning_rate, self.min_learning_rate
@@ -80,46 +80,46 @@ class TrainingArgs(Schema):
 
 
 class GeneratingArgs(Schema):
-    """How responses are sampled."""
+    """Sampling parameters of responses."""
 
     temperature: NonNegativeFloat = 1.0
     """Softmax temperature; 0 is greedy (validation only)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Keep the smallest set of tokens with this mass."""
+    """Probability mass of nucleus sampling: keep the smallest set of tokens that reaches it."""
     top_k: Annotated[int, Field(ge=-1)] = 0
-    """Keep this many tokens; 0 or -1 keeps all."""
+    """Number of most likely tokens to keep; 0 or -1 keeps all."""
     max_new_tokens: PositiveInt | None = None
-    """Limit of a response; null: `response_length`, and any other value than that is refused for training."""
+    """Maximum tokens per response; null: `response_length`. Training accepts no other value."""
     num_return_sequences: PositiveInt | None = None
-    """Samples a prompt; null: the group size in training, 1 in validation."""
+    """Samples per prompt; null: the group size in training, 1 in validation."""
 
 
 class RouterReplayConfig(Schema):
-    """Which experts of a mixture of experts an update uses; without replay the router decides anew in every pass."""
+    """Experts that an update of a mixture of experts uses. Without replay, the router chooses them in every pass."""
 
     mode: Literal["disable", "R2", "R3"] = "disable"
-    """`R2` replays the experts that the trainer chose for the old log-probs, `R3` those that vLLM chose while sampling;
-    `disable`: none."""
+    """`R2` replays the experts that the trainer chose for the old log-probs. `R3` replays those that vLLM chose while
+    sampling. `disable` replays none."""
     record: bool = False
-    """Have vLLM tell the experts it chose, and log how many the trainer chooses otherwise (`routing/*`)."""
+    """Record the experts that vLLM chose, and log how often the trainer chooses others (`routing/*`)."""
 
     @property
     def reads_rollout(self) -> bool:
-        """Whether the experts that the generation engine chose are needed."""
+        """True if the experts that the generation engine chose are needed."""
         return self.record or self.mode == "R3"
 
 
 class PolicyConfig(Schema):
-    """The policy that is trained, whatever on."""
+    """A trained policy, independent of its training data."""
 
     training_args: TrainingArgs
     """Optimizer and mini-batches."""
     strategy_args: SerializeAsAny[TrainStrategyArgs]
-    """Engine."""
+    """Engine and its options."""
     model_args: ModelArgs = ModelArgs()
     """Model."""
     device_mapping: DeviceMapping = None
-    """Devices, one rank each; null: one rank on what this machine has."""
+    """Devices, one rank each; null: one rank on the default device."""
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass of the old log-probs."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
@@ -127,12 +127,13 @@ class PolicyConfig(Schema):
     supports it."""
     max_tokens_per_microbatch_in_train: PositiveInt | None = None
     """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
-    `per_device_train_batch_size` samples. Optimizer steps and results stay the same; a longer sample goes alone."""
+    `per_device_train_batch_size` samples. Optimizer steps and results do not change. A sample that exceeds the limit
+    forms its own micro-batch."""
     router_replay: RouterReplayConfig = RouterReplayConfig()
-    """Replay of recorded experts; for mixtures of experts, if the engine supports it."""
+    """Replay of recorded experts in mixtures of experts, if the engine supports it."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """What only one engine, or only some layouts, do."""
+        """Yield settings that this role's engine or layout does not support."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
         replay, args = self.router_replay, self.strategy_args
@@ -160,16 +161,16 @@ class ActorTrainConfig(PolicyConfig):
 
 
 class CriticConfig(Schema):
-    """The model of values that `adv_estimator: gae` needs; built only there."""
+    """The critic, which predicts values for `adv_estimator: gae`. Other estimators do not build it."""
 
     training_args: TrainingArgs
     """Optimizer and mini-batches."""
     strategy_args: SerializeAsAny[TrainStrategyArgs]
-    """Engine."""
+    """Engine and its options."""
     model_args: ModelArgs = ModelArgs()
-    """Model whose last layer becomes a value head."""
+    """Model whose output layer is replaced by a value head."""
     device_mapping: DeviceMapping = None
-    """Devices, one rank each; null: one rank on what this machine has."""
+    """Devices, one rank each; null: one rank on the default device."""
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass of the values."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
@@ -177,10 +178,11 @@ class CriticConfig(Schema):
     supports it."""
     max_tokens_per_microbatch_in_train: PositiveInt | None = None
     """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
-    `per_device_train_batch_size` samples. Optimizer steps and results stay the same; a longer sample goes alone."""
+    `per_device_train_batch_size` samples. Optimizer steps and results do not change. A sample that exceeds the limit
+    forms its own micro-batch."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """What only one engine does."""
+        """Yield settings that the engine does not support, and an engine without a value head."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
         if not self.strategy_args.has_value_head:
@@ -195,24 +197,24 @@ class ActorInferConfig(Schema):
     """The policy that generates."""
 
     strategy_args: SerializeAsAny[GenerateStrategyArgs]
-    """Engine."""
+    """Engine and its options."""
     generating_args: GeneratingArgs = GeneratingArgs()
     """Sampling of training responses."""
     model_args: ModelArgs = ModelArgs()
     """Model."""
     device_mapping: DeviceMapping = None
-    """Devices; null: one engine on what this machine has."""
+    """Devices; null: one engine on the default device."""
 
 
 class ReferenceConfig(Schema):
-    """The frozen policy that KL terms are taken against; built only where one is switched on."""
+    """The frozen policy for KL terms. It is built only if a KL term is on."""
 
     strategy_args: SerializeAsAny[ScoreStrategyArgs]
-    """Engine."""
+    """Engine and its options."""
     model_args: ModelArgs = ModelArgs()
     """Model."""
     device_mapping: DeviceMapping = None
-    """Devices; null: one rank on what this machine has."""
+    """Devices; null: one rank on the default device."""
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
@@ -220,7 +222,7 @@ class ReferenceConfig(Schema):
     supports it."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """What only a generating engine does."""
+        """Yield settings that an engine cannot use for scoring."""
         yield from super().broken_rules()
         yield from _token_budget_rules(self)
         for problem in self.strategy_args.scoring_problems():
@@ -228,7 +230,7 @@ class ReferenceConfig(Schema):
 
 
 def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[Problem]:
-    """Yield a token budget of forward passes with an engine that splits by samples only."""
+    """Yield a token budget that the engine does not support."""
     budget, args = block.max_tokens_per_microbatch_in_infer, block.strategy_args
     if budget is not None and not args.supports_token_budget:
         able = shipped_engines(StrategyArgs, lambda engine: engine.supports_token_budget)
@@ -237,7 +239,7 @@ def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) ->
 
 
 def _not_supported(key: str, value: str, args: StrategyArgs, able: Iterable[str], fix: str) -> Problem:
-    """Return the problem of a key that this engine does not support, with the shipped engines that do."""
+    """Return the problem of an unsupported key. The message lists the shipped engines that support it."""
     message = f"{value} is not supported by {args.strategy_name} (it is by {', '.join(able)}); {fix}"
     return Problem(key, message, ("strategy_args.strategy_name",))
 
@@ -246,41 +248,41 @@ Role = PolicyConfig | ActorInferConfig | ReferenceConfig | CriticConfig
 
 
 class WarmStart(Schema):
-    """Supervised start of a `builtin:` model on demonstrations of a task; cached in `output_dir`."""
+    """Supervised warm start of a `builtin:` model on demonstrations of a task. It is cached in `output_dir`."""
 
     steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt = 32
-    """Demonstrations a step."""
+    """Demonstrations per step."""
     learning_rate: PositiveFloat = 2e-3
-    """Peak learning rate of AdamW, cosine decay."""
+    """Peak learning rate of AdamW with cosine decay."""
     demonstrations: Literal["builtin:column_addition", "builtin:multi_domain"] = "builtin:column_addition"
-    """The task that is demonstrated."""
+    """Task of the demonstrations."""
     slip_probability: UnitInterval = 0.25
-    """Chance that the demonstrator errs, in a column or with the response to another prompt: what leaves reinforcement
-    learning something to do."""
+    """Probability of an error in a demonstration: a wrong column, or the response to another prompt. Errors leave room
+    for reinforcement learning to improve the model."""
     seed: int = 0
-    """Of weights and demonstrations; the same start serves every `seed` of a comparison."""
+    """Seed of weights and demonstrations. Runs of a comparison with different `seed` share one warm start."""
 
 
 class CheckpointConfig(Schema):
-    """How checkpoints are kept."""
+    """Settings of checkpoints."""
 
     output_dir: str | None = None
     """Folder of the checkpoints; null: `checkpoints/` of the run."""
     max_ckpt_to_keep: NonNegativeInt = 2
-    """Older ones are deleted, but for the best one; 0 keeps all."""
+    """Number of recent checkpoints to keep besides the best one; 0 keeps all."""
     keep_best: str | None = None
-    """A figure of the validation, e.g. `validation/score_mean` or `validation/aime2024/avg@32`: a validation that is
-    better than all before it is followed by a checkpoint, which stays until a better one is complete;
+    """Validation metric that selects the best checkpoint, e.g. `validation/score_mean` or `validation/aime2024/avg@32`.
+    A validation with a new best value saves a checkpoint. It is kept until a better one is complete, and
     `checkpoints/best.json` names it."""
     keep_best_mode: Literal["max", "min"] = "max"
-    """Which values of `keep_best` are better."""
+    """Direction in which `keep_best` improves."""
     async_save: bool = False
-    """Go on with the next step while a checkpoint is written; it counts once it is complete."""
+    """Continue with the next step while a checkpoint is written. The checkpoint is valid once it is complete."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Only what validation measures tells a good policy."""
+        """Yield a `keep_best` that is no validation metric, and a mode without `keep_best`."""
         yield from super().broken_rules()
         if self.keep_best is not None and not self.keep_best.startswith("validation/"):
             message = f"'{self.keep_best}' is no metric of the validation; give one, e.g. validation/score_mean"
@@ -290,11 +292,11 @@ class CheckpointConfig(Schema):
 
 
 class WeightTransferConfig(Schema):
-    """How new weights travel from the trainer to the engines with `execution: ray`."""
+    """Settings of the weight transfer from the trainer to the engines with `execution: ray`."""
 
     checksum: bool = False
-    """Compare checksums of every bucket on arrival."""
+    """Compare the checksum of every received bucket."""
     bucket_mb: PositiveInt = 16
-    """Size of a bucket of tensors in MiB: what sender and receivers hold beside the model."""
+    """Size of a tensor bucket in MiB. Sender and receivers allocate one in addition to the model."""
     timeout_s: PositiveFloat = 120.0
-    """Seconds that one end waits for the other at any point."""
+    """Seconds that sender and receivers wait for each other at any point."""

@@ -1,4 +1,4 @@
-"""Blocks that decide which samples are trained on and how much: dynamic sampling, correction of the engine mismatch."""
+"""Blocks that select and weight training samples: dynamic sampling and correction of the engine mismatch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from roll_gspo.config.base import Problem, Schema, used_only_with
 
 
 class TrainInferCorrectionConfig(Schema):
-    """Weights for the difference between the trainer's and the generation engine's probabilities."""
+    """Importance weights that correct the mismatch between trainer and generation-engine probabilities."""
 
     level: Literal["token", "geometric", "sequence"]
-    """Of which the weight is the ratio: each token, the geometric mean of a response, or its product."""
+    """Level of the weight: the ratio of each token, or its geometric mean or product over a response."""
     mode: Literal["truncate", "mask"]
-    """What a weight outside the bounds becomes: the bound, or 0."""
+    """Treatment of a weight outside the bounds: `truncate` sets it to the bound, `mask` to 0."""
     lower_bound: NonNegativeFloat = 0.0
-    """Least weight."""
+    """Lower bound of the weight."""
     upper_bound: PositiveFloat = 2.0
-    """Greatest weight."""
+    """Upper bound of the weight."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """The bounds leave room."""
+        """Yield bounds that are not in ascending order."""
         yield from super().broken_rules()
         if self.lower_bound >= self.upper_bound:
             message = f"{self.lower_bound:g} is not below upper_bound {self.upper_bound:g}; lower it"
@@ -34,7 +34,7 @@ class FilterArgs(Schema):
     """Thresholds of a query filter."""
 
     std_threshold: NonNegativeFloat = 0.0
-    """`std_filter` drops groups whose scores deviate by this or less."""
+    """`std_filter` drops groups whose scores have a standard deviation of at most this."""
     threshold_down: float | None = None
     """`mean_filter` drops groups with a mean score at or below this."""
     threshold_up: float | None = None
@@ -42,15 +42,15 @@ class FilterArgs(Schema):
 
 
 class QueryFilterConfig(Schema):
-    """Which groups dynamic sampling drops."""
+    """Filter that selects the groups that dynamic sampling drops."""
 
     type: Literal["no_filter", "std_filter", "mean_filter"]
-    """By the spread of a group's scores, by their mean, or none."""
+    """Criterion: `std_filter` uses the spread of a group's scores, `mean_filter` their mean. `no_filter` drops none."""
     filter_args: FilterArgs = FilterArgs()
-    """Thresholds."""
+    """Thresholds of the filter."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Each filter has its own thresholds."""
+        """Yield thresholds that the filter does not use or that it lacks, and an empty range."""
         yield from super().broken_rules()
         args = self.filter_args
         if args.std_threshold and self.type != "std_filter":

@@ -1,4 +1,4 @@
-"""Engines: the registry of `strategy_name`, and the base classes by which an engine states what it can do.
+"""Engines: the registry of `strategy_name`, and base classes that declare the features of an engine.
 
 An engine is one class of `strategy_args` per `strategy_name`. The class subclasses `TrainStrategyArgs`,
 `ScoreStrategyArgs` or `GenerateStrategyArgs`, declares its options as fields, and builds the strategies of
@@ -42,20 +42,20 @@ class Requirement(NamedTuple):
 
 
 class DeviceParameters(NamedTuple):
-    """What one device holds: the number of parameters, and of those whose optimizer state it holds."""
+    """Number of parameters on one device, and number of those with optimizer state on it."""
 
     weights: float
     optimizer: float
 
 
 class StrategyArgs(Schema):
-    """What every engine states. The defaults are those of an engine that computes on one device.
+    """Base class of all engines. Its defaults describe an engine that computes on one device.
 
     Keys in problems and in `model_parallel_sizes` are relative to the `strategy_args` block.
     """
 
     strategy_name: str
-    """Engine: a shipped name, or the dotted path of a class of yours."""
+    """Engine: a shipped name, or the dotted path of your own class."""
 
     requirement: ClassVar[Requirement | None] = None
     """The package that must be installed; None if there is none."""
@@ -76,12 +76,12 @@ class StrategyArgs(Schema):
 
     @property
     def model_parallel_sizes(self) -> dict[str, int]:
-        """The keys that split one copy of the model over devices, with their values; the product is its devices."""
+        """Keys that split one model copy over devices, with their values. Their product is the number of devices."""
         return {}
 
     @property
     def model_parallel_size(self) -> int:
-        """Devices that hold one copy of the model together."""
+        """Number of devices that hold one copy of the model."""
         return math.prod(self.model_parallel_sizes.values())
 
     @property
@@ -123,12 +123,12 @@ class TrainStrategyArgs(StrategyArgs):
 
     @property
     def packs_samples(self) -> bool:
-        """True if the samples of a micro-batch lie one after the other, without padding."""
+        """True if micro-batches use the packed layout, without padding."""
         return False
 
     @property
     def replay_conflicts(self) -> dict[str, str]:
-        """The keys, with their values, with which routing replay does not work."""
+        """Keys that conflict with routing replay, with their values."""
         return {}
 
     @abstractmethod
@@ -149,8 +149,8 @@ class TrainStrategyArgs(StrategyArgs):
 
         Args:
             model: a `ModelSetup`.
-            optimizer: an `OptimizerSetup`; no step is made.
-            folder: where `TrainStrategy.save` of any layout wrote.
+            optimizer: an `OptimizerSetup`. No optimizer step is made.
+            folder: folder that `TrainStrategy.save` wrote with any layout.
         """
         strategy = self.build_train(model, optimizer)
         strategy.load(folder)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from roll_gspo.algorithms.query_filter import QueryFilterSettings, kept_groups
 
-# Group 4: mean 0.5; group -1: all wrong; group 8: all right, in an order of their own; group 3: alone.
+# Group 4: mean 0.5; group -1: all wrong; group 8: all right; group 3: one sample. Groups are not sorted.
 SCORES = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
 GROUPS = torch.tensor([4, -1, 8, 4, -1, 8, 3])
 

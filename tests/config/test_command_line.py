@@ -1,4 +1,4 @@
-"""The command in a process of its own, in an empty folder, where importing an engine is forbidden."""
+"""The command in a separate process and an empty folder. Importing an engine is forbidden."""
 
 from __future__ import annotations
 

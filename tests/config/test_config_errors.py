@@ -1,4 +1,4 @@
-"""What a wrong configuration is answered with: every problem, where it is written, and the way out."""
+"""Error messages of invalid configurations: every problem, its location and its fix."""
 
 from __future__ import annotations
 

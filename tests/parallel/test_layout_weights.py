@@ -136,7 +136,7 @@ def test_every_rank_hears_of_a_disk_that_is_full(ranks: Ranks, folders: dict[str
 
 
 def test_fused_experts_are_cut_like_others(ranks: Ranks, folders: dict[str, Path], tmp_path: Path) -> None:
-    """As transformers 5 keeps them in memory; some write them so."""
+    """Fused experts: transformers 5 keeps them in memory like this, and some checkpoints store them like this."""
     fused = {name: tensor.detach().clone() for name, tensor in build_model("qwen3_moe").named_parameters()}
     save_file(fused, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folders["qwen3_moe"] / "config.json").read_text())

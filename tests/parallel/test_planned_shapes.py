@@ -80,7 +80,7 @@ CASES: dict[str, tuple[dict[str, Any], MegatronConfig, int]] = {
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, list[Built]]:
-    """What megatron builds, in a process of its own: it would not fit beside other groups."""
+    """Build the models with megatron in a separate process, since their groups conflict with those of other tests."""
     jobs = [(Architecture.from_config(model), layout, world_size) for model, layout, world_size in CASES.values()]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return dict(zip(CASES, pool.submit(build_all, jobs).result(timeout=240), strict=True))

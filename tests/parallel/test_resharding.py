@@ -62,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class States:
-    """What each layout saved, made when it is first asked for."""
+    """Saved states per layout, created on first use."""
 
     def __init__(self, folder: Path, models: dict[str, Path], ranks: Ranks) -> None:
         self._folder, self._models, self._ranks = folder, models, ranks
@@ -124,7 +124,7 @@ def test_bfloat16_state_keeps_its_masters_in_another_layout(
 def test_critic_goes_on_in_another_layout(
     models: dict[str, Path], tmp_path: Path, ranks: Ranks, writer: str, reader: str, dtype: torch.dtype
 ) -> None:
-    """With its value head, which stays float32 beside bfloat16."""
+    """The critic keeps its value head in float32 beside bfloat16 weights."""
     world_size, layout = LAYOUTS[writer]
     state = tmp_path / "state"
     want = ranks.run(world_size, saved, models["dense"], layout, state, dtype, True)[0]

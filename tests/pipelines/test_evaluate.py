@@ -1,4 +1,4 @@
-"""python -m roll_gspo.evaluate on plain transformers: the figures of the run itself, benchmarks, what is refused."""
+"""python -m roll_gspo.evaluate on plain transformers: the same metrics as in the run, benchmarks, and refused input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def evaluate(
 
 
 def written(folder: Path) -> dict[str, dict[str, object]]:
-    """The figures of evaluation.json by group."""
+    """Return the metrics of evaluation.json by group."""
     return {figures["group"]: figures for figures in json.loads((folder / "evaluation.json").read_text())["figures"]}
 
 

@@ -60,7 +60,7 @@ def test_token_level_kl_lowers_rewards_and_is_told_to_the_controller() -> None:
     settings = replace(GRPO, advantages=with_kl)
     tokens = TokenScoring(old, ref_log_probs=old - mask * 0.2)
     batch, metrics = train_batch(collected(1.0, 1.0, 1.0, 1.0), tokens, settings, state(controller))
-    # 0.2 nats a token, times 0.5, taken from the reward to go: 1 - 0.1 for each token that is left
+    # 0.2 nats per token, times 0.5, subtracted from the reward-to-go: 1 - 0.1 per remaining token
     assert batch.advantages[2].tolist() == pytest.approx([0.7, 0.8, 0.9])
     assert metrics["kl/coef"] == 0.5 and metrics["reward/kl"] == pytest.approx(0.2)
     assert controller.kl_coef == pytest.approx(0.5 * (1 + 0.2 * 4 / 8)), "far above its target: as fast as it may"

@@ -1,4 +1,4 @@
-"""vLLM engines in processes of their own that take their weights from here."""
+"""vLLM engines in separate processes that receive their weights from the test process."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """The decoder drops the first space, and bytes are tokens of their own: as in Llama 2."""
+    """Build a tokenizer like that of Llama 2: the decoder drops the first space, and bytes are separate tokens."""
     pieces = ["<unk>", "</s>", "▁a", "▁", "b", "▁▁", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(pieces)}, [], byte_fallback=True))
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
