@@ -12,7 +12,6 @@ from roll_gspo.report.html_page import asset, html_page, plural, warning_list, w
 from roll_gspo.report.numbers import format_count, format_duration, format_number
 from roll_gspo.report.run_folder import SCORE, VALIDATION, Points, RunFolder, read_run
 from roll_gspo.report.samples import samples_section
-from roll_gspo.report.traces import traces_section
 from roll_gspo.report.warnings import run_warnings
 
 _FIRST_AND_LAST = 5
@@ -47,10 +46,9 @@ def render(run: RunFolder) -> str:
             ("Warnings", _warnings(run)),
             ("Curves", curves_section(run, plotter)),
             ("Stage times", stage_times_section(run, plotter)),
-            ("Profiler traces", _profiles(run)),
             ("Samples", browser_section(embed_samples(run.rollout_files), samples_section(run.rollouts))),
             ("All other metrics", other_metrics_section(run, plotter)),
-            ("Profiler", traces_section(run.traces)),
+            ("Profiler traces", _traces(run)),
             ("Plan and configuration", _texts(run)),
         ),
         style=asset("browser.css"),
@@ -106,13 +104,14 @@ def _warnings(run: RunFolder) -> str:
     return warning_list(run_warnings(run)) + _collapsed(summary, "\n".join(run.log_warnings))
 
 
-def _profiles(run: RunFolder) -> str:
-    """Return relative links to the profiler traces in the run's folder."""
-    if not run.profiles:
+def _traces(run: RunFolder) -> str:
+    """Return links to the profiler traces, relative to the run's folder; empty if there are none."""
+    if not run.traces:
         return ""
-    links = ", ".join(f'<a href="{quote(path)}">{escape(path)}</a>' for path in run.profiles)
+    links = "".join(f'<li><a href="{quote(path)}">{escape(path)}</a></li>' for path in run.traces)
     return (
-        f'<p class="facts">{links}. Open a trace in <code>ui.perfetto.dev</code> or <code>chrome://tracing</code>.</p>'
+        f"<details><summary>{plural(len(run.traces), 'trace')}</summary><p>Open a trace in https://ui.perfetto.dev or "
+        f"chrome://tracing.</p><ul>{links}</ul></details>"
     )
 
 

@@ -65,8 +65,7 @@ class RunFolder:
         rollout_files: files of all steps, in order.
         config, plan: texts; empty if the file is missing.
         log_warnings: the latest warnings and errors of run.log.
-        traces: names of the files in `profile/`.
-        profiles: profiler traces, relative to the folder.
+        traces: profiler traces, relative to the folder.
     """
 
     name: str
@@ -77,7 +76,6 @@ class RunFolder:
     plan: str
     log_warnings: list[str]
     traces: list[str]
-    profiles: list[str]
 
     @cached_property
     def steps(self) -> list[int]:
@@ -129,8 +127,7 @@ def read_run(folder: Path, num_rollouts: int = 4) -> RunFolder:
         config=config,
         plan=_text(folder / "plan.txt"),
         log_warnings=_log_warnings(folder / "run.log"),
-        traces=sorted(path.name for path in (folder / "profile").glob("*.json.gz")),
-        profiles=sorted(path.relative_to(folder).as_posix() for path in folder.glob("profile/*.json.gz")),
+        traces=sorted(path.relative_to(folder).as_posix() for path in folder.glob("profile/*.json.gz")),
     )
 
 
