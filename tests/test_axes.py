@@ -75,7 +75,14 @@ def lines_of(error: ValidationError) -> list[str]:
     return [line for detail in error.errors() for line in str(detail.get("ctx", {}).get("error", detail)).splitlines()]
 
 
-@pytest.mark.parametrize("estimator", OPTIONS["adv_estimator"])
+# One estimator per kind of declaration: none, compares groups, needs a critic. The others run with `long`.
+IN_EVERY_RUN = ("reinforce", "grpo", "gae")
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.long) for name in OPTIONS["adv_estimator"]],
+)
 def test_every_combination_of_the_axes_has_a_plan_or_a_reason(estimator: str) -> None:
     parts = fragments()
     base = load_config("base").config

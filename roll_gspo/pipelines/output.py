@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from roll_gspo.tracking.samples import Sample
 from roll_gspo.tracking.trackers import Trackers
 
 logger = logging.getLogger(__name__)
+REPORT_INTERVAL_S = 60.0  # a report takes about a second: not after every checkpoint of a fast run
 
 
 class Output:
@@ -51,6 +53,7 @@ class Output:
         self._save_hf_model = save_hf_model
         self._asynchronous = asynchronous
         self._saving: tuple[int, Best | None, list[TrainedRole[Any]]] | None = None
+        self._reported_at = time.monotonic()
 
     def before_training(self, metrics: Mapping[str, float]) -> None:
         """Log the validation of the initial policy as step 0, if there is one."""
@@ -71,7 +74,7 @@ class Output:
     def save(
         self, step: int, state: RunState[Any], roles: Mapping[str, TrainedRole[Any]], policy: TrainedPolicy
     ) -> None:
-        """Write a checkpoint of the run, then the report.
+        """Write a checkpoint of the run, then the report if the last one is older than `REPORT_INTERVAL_S`.
 
         With asynchronous saving the checkpoint is complete only after `finish_save`.
 
@@ -97,7 +100,8 @@ class Output:
                 role.save(folder / name, self._asynchronous)
         self._saving = step, state.best, list(roles.values())
         self.finish_save(wait=not self._asynchronous)
-        self.report()
+        if time.monotonic() - self._reported_at >= REPORT_INTERVAL_S:
+            self.report()
 
     def finish_save(self, wait: bool = True) -> None:
         """Complete the checkpoint that is being written, if any, once its files are written.
@@ -124,6 +128,7 @@ class Output:
 
     def report(self) -> Path | None:
         """Write the report of the run up to now and return its path; None if it fails, which does not end the run."""
+        self._reported_at = time.monotonic()
         try:
             return write_report(self._folder)
         except Exception as error:

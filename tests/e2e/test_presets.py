@@ -15,9 +15,9 @@ from roll_gspo.tracking.names import metric_info
 pytestmark = [pytest.mark.e2e, pytest.mark.megatron, pytest.mark.vllm, pytest.mark.slow]
 
 OTHERS = {"example_sft", "example_multi_domain"}  # another pipeline, another task
-# One example per stage that differs: group-normalised GSPO, a critic, dynamic sampling, a weighted objective. Policy
+# One example per stage that differs: group-normalised GSPO, a critic, dynamic sampling. Policy
 # losses and estimators of the other presets run on transformers in tests/pipelines/test_rlvr.py, and here with `long`.
-IN_EVERY_RUN = {"example_gspo_paper", "example_ppo", "example_dapo", "example_cispo"}
+IN_EVERY_RUN = {"example_gspo_paper", "example_ppo", "example_dapo"}
 EXAMPLES = sorted({file.stem for file in shipped_folders()[0].glob("example_*.yaml")} - OTHERS)
 PPO = ("critic.training_args.per_device_train_batch_size=8", "critic.training_args.gradient_accumulation_steps=1")
 
