@@ -22,9 +22,10 @@ from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import score_in_micro_batches
+from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 
 
-class HfTrain:
+class HfTrain(TrainerCheckpoints[HfTrainer]):
     """`TrainStrategy` of a checkpoint, on one device.
 
     Parameters are float32; with `dtype` bfloat16 the passes run under autocast and exported weights are bfloat16.
@@ -57,22 +58,6 @@ class HfTrain:
     def weights(self) -> WeightSource:
         """The live weights under checkpoint names, in the setup's dtype."""
         return HfWeights(self._model, self._setup.dtype)
-
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write parameters, optimizer state, applied steps and RNG states into one file."""
-        self._trainer.save(folder, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete; block until it is if `wait`."""
-        return self._trainer.finish_save(wait)
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote.
-
-        Raises:
-            CheckpointError: there is none, or it is of another model.
-        """
-        self._trainer.load(folder)
 
     def save_hf(self, folder: Path) -> None:
         """Write the model in Hugging Face layout; config and tokenizer come from the source checkpoint."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,10 +14,11 @@ from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.model import load_model, predicting_rows
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import place
+from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 from roll_gspo.strategies.value_head import ValueHead, values_in_micro_batches
 
 
-class HfValue:
+class HfValue(TrainerCheckpoints[HfTrainer]):
     """`ValueStrategy` of a checkpoint, on one device; a `ValueHead` replaces the output layer.
 
     Where input and output embeddings are tied, the input keeps the tensor.
@@ -54,19 +54,3 @@ class HfValue:
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
         """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
         return self._trainer.update(micro_batches, lambda batch: loss(self._forward(batch.sequences), batch))
-
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write parameters, value head, optimizer state, applied steps and RNG states into one file."""
-        self._trainer.save(folder, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete; block until it is if `wait`."""
-        return self._trainer.finish_save(wait)
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote.
-
-        Raises:
-            CheckpointError: there is none, or it is of another model.
-        """
-        self._trainer.load(folder)

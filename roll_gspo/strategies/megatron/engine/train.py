@@ -28,9 +28,10 @@ from roll_gspo.strategies.megatron.engine.router_replay import Routers
 from roll_gspo.strategies.megatron.engine.scores import chosen_experts, score, scores_of_rows
 from roll_gspo.strategies.megatron.engine.trainer import MegatronTrainer
 from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
+from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 
 
-class MegatronTrain:
+class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
     """`TrainStrategy` of a checkpoint.
 
     Args:
@@ -91,22 +92,6 @@ class MegatronTrain:
     def weights(self) -> WeightSource:
         """The live weights under checkpoint names."""
         return MegatronWeights(self._model.chunks, self._model.architecture)
-
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write parameters, optimizer state, applied steps and RNG states; see `MegatronTrainer.save`."""
-        self._trainer.save(folder, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete; see `MegatronTrainer.finish_save`."""
-        return self._trainer.finish_save(wait)
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, with this layout or another.
-
-        Raises:
-            CheckpointError: there is none, it is damaged, or it is of another model.
-        """
-        self._trainer.load(folder)
 
     def save_hf(self, folder: Path) -> None:
         """Write the model in Hugging Face layout; config and tokenizer come from the source checkpoint.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -18,10 +17,11 @@ from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel, build_model
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.trainer import MegatronTrainer
+from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 from roll_gspo.strategies.value_head import ValueHead
 
 
-class MegatronValue:
+class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
     """`ValueStrategy` of a checkpoint; a `ValueHead` replaces the output layer.
 
     Raises:
@@ -53,22 +53,6 @@ class MegatronValue:
         assert self._head is not None  # rows are there on the last pipeline stage only
         # the layer's own forward hands out the rows, see ResponseModel
         return packed_layout.place(ValueHead.forward(self._head, rows)[:, 0])
-
-    def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write parameters, value head, optimizer state, applied steps and RNG states; see `MegatronTrainer.save`."""
-        self._trainer.save(folder, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete; see `MegatronTrainer.finish_save`."""
-        return self._trainer.finish_save(wait)
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, with this layout or another.
-
-        Raises:
-            CheckpointError: there is none, it is damaged, or it is of another model.
-        """
-        self._trainer.load(folder)
 
 
 def _with_value_head(model: ResponseModel) -> tuple[ResponseModel, ValueHead | None]:
