@@ -17,7 +17,7 @@ from roll_gspo.strategies.base import UpdateResult
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.micro_batches import MicroBatching
 
-Figures = list[tuple[float, float, float]]
+UpdateNumbers = list[tuple[float, float, float]]
 OPTIMIZER = optimizer_setup(learning_rate=1e-3)
 
 
@@ -36,7 +36,7 @@ def trained(
     after = engine.score(sequences(), entropy=True)
     return {
         "scores": [before.log_probs, before.entropy, after.log_probs, after.entropy],
-        "figures": _figures(results),
+        "updates": _update_numbers(results),
         "metrics": [to_floats(r.metrics) for r in results],
         "weights": {name: tensor.clone() for name, tensor in engine.weights()},
     }
@@ -54,7 +54,7 @@ def valued(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
         )
         for step in range(3)
     ]
-    return {"scores": [engine.values(sequences())], "figures": _figures(results), "metrics": []}
+    return {"scores": [engine.values(sequences())], "updates": _update_numbers(results), "metrics": []}
 
 
 def imitated(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def imitated(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
         engine, mini_batch_size=len(batch), micro_batching=MicroBatching(2), max_consecutive_skipped_steps=1
     )
     metrics = [actor.update(batch, step, lambda done, total: None) for step in range(2)]
-    return {"scores": [engine.score(batch.sequences).log_probs], "figures": [], "metrics": metrics}
+    return {"scores": [engine.score(batch.sequences).log_probs], "updates": [], "metrics": metrics}
 
 
 def squared_error(values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
@@ -91,10 +91,10 @@ def replayed(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "scores": [experts],
-        "figures": _figures(results),
+        "updates": _update_numbers(results),
         "metrics": [to_floats(r.metrics) for r in results],
     }
 
 
-def _figures(results: list[UpdateResult]) -> Figures:
+def _update_numbers(results: list[UpdateResult]) -> UpdateNumbers:
     return [(r.loss, r.grad_norm, r.learning_rate) for r in results]

@@ -16,7 +16,7 @@ from roll_gspo.errors import CheckpointError
 from roll_gspo.strategies.megatron.config import MegatronConfig
 
 Layout = dict[str, Any]
-Figures = list[tuple[float, float, float]]
+UpdateNumbers = list[tuple[float, float, float]]
 BEFORE, AFTER = range(2), range(2, 4)
 
 
@@ -27,7 +27,7 @@ def engine_of(folder: Path, layout: Layout, dtype: torch.dtype = torch.float32, 
     return made(model_setup(folder, dtype), OPTIMIZER, MegatronConfig(**layout))
 
 
-def steps(engine: Any, numbers: range, critic: bool = False) -> Figures:
+def steps(engine: Any, numbers: range, critic: bool = False) -> UpdateNumbers:
     if critic:
         results = [engine.update(value_batch(number).split(2), squared_error) for number in numbers]
     else:
@@ -58,7 +58,7 @@ def saved(
     resumed.load(state)
     assert torch.equal(torch.rand(3), draw)
     again = _result(resumed, steps(resumed, AFTER, critic), critic)
-    assert again["figures"] == undisturbed
+    assert again["updates"] == undisturbed
     assert again["weights"].keys() == result["weights"].keys()
     assert all(torch.equal(again["weights"][name], weight) for name, weight in result["weights"].items())
     return result
@@ -100,7 +100,7 @@ def refused(model: Path, layout: Layout, state: Path) -> str:
     return "loaded"
 
 
-def failing_save(model: Path, layout: Layout, folder: Path, asynchronous: bool) -> tuple[str, str, Figures]:
+def failing_save(model: Path, layout: Layout, folder: Path, asynchronous: bool) -> tuple[str, str, UpdateNumbers]:
     """Fail a save on rank 1 at 20 kB, then save again; return the errors and the steps in between."""
     engine = engine_of(model, layout)
     steps(engine, BEFORE)
@@ -109,11 +109,11 @@ def failing_save(model: Path, layout: Layout, folder: Path, asynchronous: bool) 
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     first = second = "saved"
-    figures = []
+    numbers = []
     try:
         try:
             engine.save(folder / "first", asynchronous)
-            figures = steps(engine, AFTER)
+            numbers = steps(engine, AFTER)
             engine.finish_save()
         except CheckpointError as error:
             first = str(error)
@@ -125,7 +125,7 @@ def failing_save(model: Path, layout: Layout, folder: Path, asynchronous: bool) 
         engine.finish_save()
     except CheckpointError as error:
         second = str(error)
-    return first, second, figures
+    return first, second, numbers
 
 
 def timed_save(model: Path, layout: Layout, folder: Path) -> list[float]:
@@ -148,9 +148,9 @@ def made(folder: Path) -> None:
     dist.barrier()
 
 
-def _result(engine: Any, figures: Figures, critic: bool) -> dict[str, Any]:
+def _result(engine: Any, numbers: UpdateNumbers, critic: bool) -> dict[str, Any]:
     if critic:
         weights = {"values": engine.values(sequences())}
     else:
         weights = {name: tensor.clone() for name, tensor in engine.weights()}
-    return {"figures": figures, "weights": weights}
+    return {"updates": numbers, "weights": weights}

@@ -2,7 +2,7 @@
 
     python tracker_sessions.py TRACKER FOLDER
 
-Run it in a process of its own: the libraries keep global state. It fails if a Python library opens a connection to
+Run it in a separate process: the libraries keep global state. It fails if a Python library opens a connection to
 another machine.
 """
 

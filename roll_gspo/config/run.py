@@ -56,7 +56,7 @@ class RunConfig(Schema):
     resume_from_checkpoint: bool | str = False
     """`true` resumes from the newest complete checkpoint of `exp_name`; a path resumes from that checkpoint."""
     checkpoint_config: CheckpointConfig = CheckpointConfig()
-    """How checkpoints are kept."""
+    """Checkpoint settings."""
     track_with: TrackerNames = ("tensorboard",)
     """Trackers beside `metrics.jsonl`, which is always written: any of `tensorboard`, `wandb`, `mlflow`, `swanlab`,
     `trackio`, `stdout`, the dotted path of your own, or `none`. `docs/tracking.md` describes them."""

@@ -112,7 +112,7 @@ def colocated(config: AnyConfig) -> list[str]:
             count = len(devices_of(other))
             problems.append(
                 f"{second}.device_mapping: shares device(s) {ranges(tuple(shared))} with {first}; on GPUs each role "
-                "needs devices of its own, for engines do not sleep and trainers are not offloaded; set it to e.g. "
+                "needs separate devices, because engines do not sleep and trainers are not offloaded; set it to e.g. "
                 f"{ranges(tuple(range(free, free + count)))}"
             )
     return problems

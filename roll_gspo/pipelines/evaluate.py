@@ -122,7 +122,7 @@ def _say_what_is_missing(rows: Sequence[DataRow], prompts: Sequence[Prompt], con
     """Warn if long prompts were dropped, because the result is not comparable to the full benchmark."""
     if len(prompts) < len(rows):
         console.warning(
-            f"{len(rows) - len(prompts)} of {len(rows)} prompts were too long and are not in these figures; raise "
+            f"{len(rows) - len(prompts)} of {len(rows)} prompts were too long and are not in these metrics; raise "
             "val_prompt_length"
         )
 

@@ -103,7 +103,7 @@ def evaluation_plan(config: ExperimentConfig, evaluated: Evaluated) -> Plan:
             f"{block.num_samples} sample(s) a prompt, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; "
             f"prompt ≤ {config.validation_prompt_length}, response ≤ {config.validation_response_length} tokens",
         ),
-        ("figures", _metrics_text(block)),
+        ("metrics", _metrics_text(block)),
         ("output", str(evaluated.out)),
     )
     title = f"roll_gspo {roll_gspo.__version__}: evaluation"

@@ -59,7 +59,7 @@ def memory_texts(config: AnyConfig) -> list[str]:
         return ["unknown: the model is not here yet"]
     fullest = max(memory.of_devices.values())
     texts = [
-        f"about {fullest / GIB:.3g} GiB a device for weights, gradients and optimizer; activations and KV cache come "
+        f"about {fullest / GIB:.3g} GiB per device for weights, gradients and optimizer; activations and KV cache come "
         "on top"
     ]
     if len(memory.of_devices) > 1:

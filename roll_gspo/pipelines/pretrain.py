@@ -97,7 +97,7 @@ def _builtin(config: RunConfig, name: str, console: Console) -> Path:
     if warm is not None:
         with console.stage("warm start") as progress:
             loss = _warm_start(model, tokenizer, warm, progress)
-        console.message(f"warm start: {warm.steps} steps, loss {loss:.3f} nats a token")
+        console.message(f"warm start: {warm.steps} steps, loss {loss:.3f} nats per token")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     tiny.save(model, tokenizer, aside)
     (aside / "made_by.json").write_text(json.dumps({"warm_start": warm.model_dump() if warm else None}))

@@ -70,7 +70,7 @@ class RewardManager:
         return Scoring(self._pools)
 
     def request(self, prompt: Prompt, response: str) -> tuple[str, RewardRequest]:
-        """The domain that judges a sample, and what its reward is asked; `response` has no special tokens."""
+        """Return the domain of a sample and the request for its reward; `response` has no special tokens."""
         row = {name: value for name, value in prompt.row.items() if name not in COLUMNS_OF_REQUEST}
         return self._router.domain_of(prompt.row), RewardRequest(prompt.text, response, prompt.row["ground_truth"], row)
 

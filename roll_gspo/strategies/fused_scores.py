@@ -35,7 +35,7 @@ class _Options(NamedTuple):
 class _Scores(torch.autograd.Function):
     """(hidden [N, H], weight [V_local, H], tokens [N]) -> log-probability and entropy (or None), both [N].
 
-    Keeps its inputs and two numbers a token; the backward pass computes the logits again.
+    Keeps its inputs and two numbers per token; the backward pass computes the logits again.
     """
 
     @staticmethod

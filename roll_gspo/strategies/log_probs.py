@@ -21,7 +21,7 @@ _CHUNK_LOGITS = 2**24
 class _ChosenTokens(torch.autograd.Function):
     """(logits [N, V], tokens [N]) -> log-probability and entropy [N], float32.
 
-    Keeps the logits and two numbers a token; softmax is recomputed chunk by chunk in the backward pass, so no float32
+    Keeps the logits and two numbers per token; softmax is recomputed chunk by chunk in the backward pass, so no float32
     [N, V] tensor ever exists beside bfloat16 logits.
     """
 

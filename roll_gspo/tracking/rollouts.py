@@ -15,13 +15,13 @@ from typing import Any
 
 from roll_gspo.tracking.jsonl import json_line
 
-Figures = tuple[float | None, ...]
+TokenValues = tuple[float | None, ...]
 """One figure a response token, to six significant digits; None where it is not finite."""
 
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """One sample. Non-finite figures are written as null.
+    """One sample. Non-finite values are written as null.
 
     Attributes:
         prompt: text as it was sent to the engine.
@@ -60,9 +60,9 @@ class RolloutRecord:
     answer: str | None
     components: Mapping[str, float]
     response_tokens: tuple[str, ...]
-    rollout_log_probs: Figures
-    old_log_probs: Figures
-    advantages: Figures
+    rollout_log_probs: TokenValues
+    old_log_probs: TokenValues
+    advantages: TokenValues
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class UpdatedRecord:
     """
 
     sample: int
-    log_probs: Figures
+    log_probs: TokenValues
 
 
-def compact(values: Iterable[float]) -> Figures:
-    """Figures that are short to write: single precision has hardly more digits."""
+def compact(values: Iterable[float]) -> TokenValues:
+    """Round values to the digits of single precision, which are short to write."""
     return tuple(float(f"{value:.6g}") if math.isfinite(value) else None for value in values)
 
 

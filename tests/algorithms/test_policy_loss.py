@@ -270,7 +270,7 @@ def test_policy_loss_sample_weights_multiply_the_pg_loss_alone(mode):
     assert figures["actor/pg_loss"] == pytest.approx(3 * plain["actor/pg_loss"])
     changed = {"actor/pg_loss", "actor/total_loss"}
     assert all(figures[name] == plain[name] == metrics[name] for name in plain.keys() - changed)
-    # The weights of the samples are independent: each scales the gradient of its own pg loss.
+    # The weights of the samples are independent: each scales the gradient of its pg loss.
     without = replace(chosen, kl_loss_coef=0.0, entropy_loss_coef=0.0)
     others = loss_and_gradient(case, chosen)[1] - loss_and_gradient(case, without)[1]
     expected = others + (tripled - others) / 3 * weights[:, None]

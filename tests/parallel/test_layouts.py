@@ -76,7 +76,7 @@ def alone(folders: dict[str, Path], ranks: Ranks) -> dict[str, dict[str, Any]]:
 def check_same(got: dict[str, Any], want: dict[str, Any], rel: float = 1e-5, score: float = 1e-4) -> None:
     for mine, other in zip(got["scores"], want["scores"], strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=score)
-    for step, (mine, other) in enumerate(zip(got["figures"], want["figures"], strict=True)):
+    for step, (mine, other) in enumerate(zip(got["updates"], want["updates"], strict=True)):
         assert mine == pytest.approx(other, rel=rel, abs=1e-6), step
     for mine, other in zip(got["metrics"], want["metrics"], strict=True):
         assert mine == pytest.approx(other, rel=rel)

@@ -92,7 +92,7 @@ def states(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], ra
 
 
 def check_goes_on(got: dict[str, Any], want: dict[str, Any], rel: float = 1e-5) -> None:
-    for mine, other in zip(got["figures"], want["figures"], strict=True):
+    for mine, other in zip(got["updates"], want["updates"], strict=True):
         assert mine == pytest.approx(other, rel=rel, abs=1e-6)
     for name, weight in want["weights"].items():
         torch.testing.assert_close(got["weights"][name], weight, rtol=0, atol=rel)
@@ -167,7 +167,7 @@ def test_asynchronous_save_holds_the_state_of_its_moment(
     state = tmp_path / "state"
     got = ranks.run(world_size, saved, models[kind], layout, state, torch.float32, False, True)[0]
     same, want = states.of(kind, name)
-    assert got["figures"] == want["figures"]
+    assert got["updates"] == want["updates"]
     (mine,), (other,) = ranks.run(1, whole_tensors, state), ranks.run(1, whole_tensors, same)
     assert all(torch.equal(mine[key], tensor) for key, tensor in other.items())
 
@@ -177,10 +177,10 @@ def test_save_that_fails_on_one_rank_fails_on_all_and_can_be_repeated(
     models: dict[str, Path], tmp_path: Path, ranks: Ranks, asynchronous: bool
 ) -> None:
     answers = ranks.run(2, failing_save, models["dense"], {TP: 2}, tmp_path, asynchronous)
-    for first, second, figures in answers:
+    for first, second, numbers in answers:
         assert first.startswith(f"{tmp_path / 'first'}: cannot be written (rank 1: [Errno 27] File too large")
         assert second == "saved"
-        assert bool(figures) == asynchronous
+        assert bool(numbers) == asynchronous
     assert not (tmp_path / "first/manifest.json").exists()
 
 

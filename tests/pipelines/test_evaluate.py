@@ -50,9 +50,7 @@ def written(folder: Path) -> dict[str, dict[str, object]]:
     return {figures["group"]: figures for figures in json.loads((folder / "evaluation.json").read_text())["figures"]}
 
 
-def test_checkpoint_has_the_figures_that_its_run_had(
-    command: Command, evaluate: Command, small: tuple[str, ...]
-) -> None:
+def test_checkpoint_has_the_metrics_of_its_run(command: Command, evaluate: Command, small: tuple[str, ...]) -> None:
     extra = ("validation.generating_args.num_return_sequences=2", "max_steps=2", "run_name=run")
     trained = command("--config-name", "example_gspo", "strategy=hf", *small, *extra)
     assert trained.code == 0, trained.out + trained.err

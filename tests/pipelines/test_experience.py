@@ -150,7 +150,7 @@ def with_failures(*scores: float | None) -> Collected:
     return Collected(rollouts(), tuple(results), {})
 
 
-def test_sample_whose_group_failed_has_nobody_to_be_compared_with() -> None:
+def test_sample_whose_group_failed_is_masked() -> None:
     batch, metrics = train_batch(with_failures(3.0, None, 1.0, 0.0), scoring(), GRPO, state())
     assert batch.response_mask.any(-1).tolist() == [False, False, True, True]
     assert not batch.advantages[:2].any() and batch.advantages[2, 0] > 0 > batch.advantages[3, 0]
@@ -158,7 +158,7 @@ def test_sample_whose_group_failed_has_nobody_to_be_compared_with() -> None:
     assert metrics["reward/score_mean"] == pytest.approx(4 / 3), "but it has a score"
     alone = replace(GRPO, advantages=AdvantageSettings("reinforce"))
     batch, _ = train_batch(with_failures(3.0, None, 1.0, 0.0), scoring(), alone, state())
-    assert batch.advantages[:, 0].tolist() == [3.0, 0.0, 1.0, 0.0], "where nobody is compared it trains"
+    assert batch.advantages[:, 0].tolist() == [3.0, 0.0, 1.0, 0.0], "it trains if no samples are compared"
     assert batch.response_mask.any(-1).tolist() == [True, False, True, True]
 
 

@@ -73,14 +73,14 @@ def test_one_update_a_rollout_is_warned_of() -> None:
     overrides = ("actor_train.training_args.gradient_accumulation_steps=8", "loss_agg_mode=seq-mean-token-mean")
     plan = plan_of("example_gspo", *overrides)
     (warning,) = plan.warnings
-    assert warning.startswith("one optimizer step a rollout") and "the ratio is 1" in warning
+    assert warning.startswith("one optimizer step per rollout") and "the ratio is 1" in warning
     assert plan_of("example_gspo", *overrides, "ppo_epochs=2").warnings == ()
 
 
 def test_one_update_a_rollout_with_the_engines_log_probs_measures_the_engines() -> None:
     overrides = ("actor_train.training_args.gradient_accumulation_steps=8", "old_log_probs=rollout")
     (warning,) = plan_of("example_grpo", *overrides).warnings
-    assert warning.startswith("one optimizer step a rollout with enable_old_logprobs_recompute: false")
+    assert warning.startswith("one optimizer step per rollout with enable_old_logprobs_recompute: false")
     assert plan_of("example_grpo", "old_log_probs=rollout").warnings == ()
 
 
@@ -146,7 +146,7 @@ def test_truncated_sampling_with_the_engines_log_probs_is_warned_of(key: str, va
 def test_optimizer_steps_are_counted(overrides: tuple[str, ...], mini_batch: int, a_rollout: int) -> None:
     text = row(plan_of("example_gspo", "max_steps=60", *overrides), "updates")
     assert f"mini-batches of {mini_batch} (" in text
-    assert text.endswith(f"{a_rollout} optimizer steps a rollout, {60 * a_rollout} in all")
+    assert text.endswith(f"{a_rollout} optimizer steps per rollout, {60 * a_rollout} in all")
 
 
 def test_unused_reference_is_not_built() -> None:
@@ -244,7 +244,7 @@ def test_text_has_every_row_warning_and_refusal() -> None:
 def test_dynamic_batching_is_shown() -> None:
     plan = plan_of("example_gspo", "actor_train.max_tokens_per_microbatch_in_train=512")
     assert "mini-batches of 64 (64 in micro-batches of up to 512 tokens × DP 1)" in row(plan, "updates")
-    assert "4 optimizer steps a rollout, 320 in all" in row(plan, "updates")
+    assert "4 optimizer steps per rollout, 320 in all" in row(plan, "updates")
 
 
 def test_devices_that_are_not_contiguous_are_listed() -> None:
@@ -255,7 +255,7 @@ def test_devices_that_are_not_contiguous_are_listed() -> None:
 def test_critic_has_a_row_where_it_is_built() -> None:
     plan = plan_of("example_ppo", "critic_warmup=5")
     assert "critic       megatron_train  this machine, TP 1" in row(plan, "roles")
-    assert row(plan, "updates").endswith("4 optimizer steps a rollout, 300 in all"), "75 of 80 rollouts"
+    assert row(plan, "updates").endswith("4 optimizer steps per rollout, 300 in all"), "75 of 80 rollouts"
     assert "80 steps (5 of the critic alone)" in row(plan, "run")
     assert "critic" not in row(plan_of("example_gspo"), "roles")
 
@@ -286,7 +286,7 @@ def test_objective_is_shown_with_what_bounds_it(example: str, text: str) -> None
     [
         (("query_filter=std_filter",), "samples", "groups whose scores deviate by more than 0 stay"),
         (("query_filter=mean_filter", "max_sampling_rounds=3"), "samples", "between 0.1 and 0.9 stay, others are"),
-        (("query_filter=mean_filter", "max_sampling_rounds=3"), "samples", "; 3 generations a step at most"),
+        (("query_filter=mean_filter", "max_sampling_rounds=3"), "samples", "; at most 3 generations per step"),
         (("overlong_buffer_length=8",), "samples", "responses over 40 tokens lose up to 1 of their score"),
         (("max_len_mask=true",), "samples", "not in the loss: responses cut at the limit"),
         (("difficulty_mask=true",), "samples", "not in the loss: groups with a mean score outside (0, 1)"),

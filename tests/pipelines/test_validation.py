@@ -1,4 +1,4 @@
-"""Figures of validation: groups, failed rewards, several samples per prompt, and the best checkpoint in a run."""
+"""Metrics of validation: groups, failed rewards, several samples per prompt, and the best checkpoint in a run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_no_majority_without_answers_and_correct_is_a_score() -> None:
     assert all_group.group == "all"
     from roll_gspo.pipelines.rlvr.validation import _label
 
-    assert _label({"source": "all"}, "source") == "source_all", "no data can take the place of the figures over all"
+    assert _label({"source": "all"}, "source") == "source_all", "no group can replace the metrics over all"
 
 
 def test_sources_are_taken_before_rows_are_counted(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_samples_are_decided_by_seed_and_purpose(checkpoint: Path) -> None:
     assert step_1 == tokens(generator(checkpoint), "step 1"), "a resumed run samples the same"
     assert step_1 != tokens(generator(checkpoint), "step 2")
     assert step_1 != tokens(generator(checkpoint, seed=1), "step 1")
-    assert len(set(step_1)) == 6, "every sample has a seed of its own"
+    assert len(set(step_1)) == 6, "every sample has a different seed"
 
 
 def test_rollouts_carry_groups_log_probs_and_version(checkpoint: Path) -> None:

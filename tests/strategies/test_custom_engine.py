@@ -37,7 +37,7 @@ def arguments(workplace: Path, small: tuple[str, ...], monkeypatch: pytest.Monke
 def test_plan_names_a_custom_engine(command: Command, arguments: tuple[str, ...]) -> None:
     outcome = command(*arguments, "--dry-run")
     assert outcome.code == 0, outcome.err
-    assert "my_engine.args.SgdTrainArgs" in outcome.out and "GiB a device" in outcome.out
+    assert "my_engine.args.SgdTrainArgs" in outcome.out and "GiB per device" in outcome.out
     assert "my_engine.strategies" not in sys.modules, "the plan imports no torch"
 
 

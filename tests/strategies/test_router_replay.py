@@ -131,7 +131,7 @@ def test_forced_experts_are_those_that_are_computed(checkpoint: Checkpoints, con
     touched = {name.split(".experts.")[1].split(".")[0] for name in changed - decayed_only if ".experts." in name}
     assert touched == {"0", "3"}
     assert any(name.endswith("mlp.gate.weight") for name in changed), "the gate learns through the replayed experts"
-    assert 0 < to_floats(result.metrics)["routing/update_shift"] < 1, "what they would have chosen of their own"
+    assert 0 < to_floats(result.metrics)["routing/update_shift"] < 1, "the choices without replay"
 
 
 def test_replay_holds_the_old_experts_after_the_weights_have_changed(checkpoint: Checkpoints) -> None:

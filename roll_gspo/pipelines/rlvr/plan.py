@@ -37,7 +37,7 @@ def _rollout_text(config: ExperimentConfig) -> str:
 def _updates_text(config: ExperimentConfig) -> str:
     return (
         f"{config.samples_per_rollout} samples × {config.ppo_epochs} epoch(s) → {mini_batch_text(config)} → "
-        f"{config.updates_per_rollout} optimizer steps a rollout, {config.num_updates} in all"
+        f"{config.updates_per_rollout} optimizer steps per rollout, {config.num_updates} in all"
     )
 
 
@@ -68,7 +68,8 @@ def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
     one = len(set(filters.values())) == 1 and len(filters) == len(config.rewards)
     for domain, kept in [("", next(iter(filters.values())))] if one else filters.items():
         whose = f"{domain}: groups" if domain else "groups"
-        yield f"{whose} whose {kept} stay, others are replaced; {config.max_sampling_rounds} generations a step at most"
+        limit = f"at most {config.max_sampling_rounds} generations per step"
+        yield f"{whose} whose {kept} stay, others are replaced; {limit}"
     if config.overlong_buffer_length is not None:
         first = config.max_response_length - config.overlong_buffer_length
         yield f"responses over {first} tokens lose up to {config.overlong_penalty_factor:g} of their score"
@@ -108,7 +109,7 @@ def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
 
 def _rewards_text(config: ExperimentConfig) -> str:
     return "; ".join(
-        f"{name}: {r.title} × {r.num_workers}, {r.timeout_s:g} s a sample" for name, r in config.rewards.items()
+        f"{name}: {r.title} × {r.num_workers}, {r.timeout_s:g} s per sample" for name, r in config.rewards.items()
     )
 
 

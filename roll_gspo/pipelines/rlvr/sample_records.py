@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.rewards.base import RewardResult
-from roll_gspo.tracking.rollouts import Figures, RolloutRecord, compact
+from roll_gspo.tracking.rollouts import RolloutRecord, TokenValues, compact
 from roll_gspo.tracking.token_texts import TokenTexts
 
 
@@ -56,6 +56,6 @@ def rollout_records(
         )
 
 
-def response_values(values: Tensor, mask: Tensor, row: int) -> Figures:
+def response_values(values: Tensor, mask: Tensor, row: int) -> TokenValues:
     """Return the values of one sample's response tokens; `values` and `mask` are [B, T]."""
     return compact(values[row][mask[row]].tolist())

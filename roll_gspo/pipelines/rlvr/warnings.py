@@ -26,12 +26,12 @@ def _of_one_update(config: ExperimentConfig) -> Iterator[str]:
     way_out = "lower actor_train.training_args.gradient_accumulation_steps"
     if config.enable_old_logprobs_recompute:
         yield (
-            "one optimizer step a rollout: old and current policy are the same, the ratio is 1 and neither clip nor "
+            "one optimizer step per rollout: old and current policy are the same, the ratio is 1 and neither clip nor "
             f"importance_sampling does anything; {way_out}"
         )
     else:
         yield (
-            "one optimizer step a rollout with enable_old_logprobs_recompute: false: the ratio says how far trainer "
+            "one optimizer step per rollout with enable_old_logprobs_recompute: false: the ratio says how far trainer "
             f"and engine differ, not how far the policy moved; {way_out}"
         )
 

@@ -1,6 +1,6 @@
 """The steps of supervised fine-tuning.
 
-sample a mini-batch -> one optimizer step on the assistant's tokens -> validate, log, save
+draw a mini-batch -> one optimizer step on the assistant's tokens -> validate, log, save
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class MegatronConfig(Schema):
     pipeline_model_parallel_size: PositiveInt = 1
     """Ranks that share the stack of layers."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
-    """Interleaved pipeline chunks a rank."""
+    """Interleaved pipeline chunks per rank."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence."""
     expert_model_parallel_size: PositiveInt = 1

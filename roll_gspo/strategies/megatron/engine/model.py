@@ -289,13 +289,13 @@ class ResponseModel:
 
     @torch.no_grad()
     def over_samples(self, sequences: Sequences, read: Callable[[Tensor, MicroBatch], list[Tensor]]) -> list[Tensor]:
-        """Read figures of every sample, without gradient: what `read` makes of micro-batches, put together on the CPU.
+        """Compute results of every sample without gradient: the outputs of `read`, put together on the CPU.
 
         Args:
-            read: -> figures [b, t, ...] of the samples of a micro-batch, 0 where there is nothing.
+            read: returns results [b, t, ...] for the samples of a micro-batch, 0 where masked.
 
         Returns:
-            Figures [B, T, ...] in the order given, complete on every rank.
+            Results [B, T, ...] in the given order, complete on every rank.
         """
         for module in self.wrapped:
             module.eval()
@@ -312,7 +312,7 @@ class ResponseModel:
 
 
 def _put_together(found: list[tuple[Tensor, list[Tensor]]], sequences: Sequences, device: torch.device) -> list[Tensor]:
-    """Figures of samples as every rank's whole: each sample is known to one rank of the world."""
+    """All-gather per-sample results. Each sample was computed on one rank; every rank gets the full batch."""
     shapes = [[(tuple(figure.shape[2:]), figure.dtype) for figure in figures] for _, figures in found[:1]]
     if dist.get_world_size() > 1:
         known: list[Any] = [None] * dist.get_world_size()

@@ -31,7 +31,7 @@ def initialize_parallel(config: MegatronConfig, seed: int) -> None:
         if _in_use() != _wanted(config):
             raise ConfigError(
                 f"strategy_config: a role of this process has the layout {_in_use()} (TP, PP, CP, EP), this one wants "
-                f"{_wanted(config)}; give each role processes of its own with execution: ray"
+                f"{_wanted(config)}; give each role separate processes with execution: ray"
             )
         return
     _check_world(config)

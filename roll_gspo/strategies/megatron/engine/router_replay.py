@@ -4,7 +4,7 @@ megatron-core asks an object on each router for the experts of a pass (its `moe_
 enters a list of the whole process, which actor, reference and critic would share, and while it replays it does not say
 what the router would have chosen; the objects here belong to one model.
 
-Legend: B samples, S positions, L layers with a router, K experts a token, E experts.
+Legend: B samples, S positions, L layers with a router, K experts per token, E experts.
 """
 
 from __future__ import annotations

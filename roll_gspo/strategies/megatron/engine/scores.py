@@ -1,6 +1,6 @@
 """Log-probabilities and entropies of response tokens under a megatron-core model.
 
-Legend: B samples, T response positions, S positions, N response tokens, L layers with a router, K experts a token.
+Legend: B samples, T response positions, S positions, N response tokens, L layers with a router, K experts per token.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _check_layout(tensor_parallel_size: int, record_routed_experts: bool, receiv
     if not receives_broadcast:
         raise ConfigError(
             f"strategy_config.tensor_parallel_size: {tensor_parallel_size} does not fit an engine inside the "
-            "trainer's process, which holds one device; set 1, or give the engine processes of its own (execution: ray)"
+            "trainer's process, which holds one device; set 1, or use separate processes (execution: ray)"
         )
     if record_routed_experts:
         raise ConfigError(
