@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.load import Loaded
 from roll_gspo.errors import ConfigError
+from roll_gspo.printable import printable
 from roll_gspo.run import exit_status, load_composed, report_problems, set_environment, with_composed
 
 USAGE = """usage: python -m roll_gspo.evaluate --config-name NAME [ckpt=PATH] [out=FOLDER] [key=value ...] [--dry-run]
@@ -64,14 +65,14 @@ def run(loaded: Loaded, ckpt: str | None = None, out: str | None = None, dry_run
         )
     evaluated = find_evaluated(config, ckpt or None, out or None)
     plan = evaluation_plan(config, evaluated)
-    print(plan.text(), flush=True)
+    print(printable(plan.text()), flush=True)
     if dry_run:
         return 0
     check_evaluation(config, plan)
     set_environment(config.system_envs)
     from roll_gspo.pipelines.evaluate import evaluate, table
 
-    print(f"\n{table(evaluate(config, evaluated))}\n\n{evaluated.out}", flush=True)
+    print(printable(f"\n{table(evaluate(config, evaluated))}\n\n{evaluated.out}"), flush=True)
     return 0
 
 

@@ -23,6 +23,7 @@ from roll_gspo.checkpoint import open_checkpoint
 from roll_gspo.config.pipelines import config_class
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.errors import CheckpointError, ConfigError, RollGspoError
+from roll_gspo.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +145,7 @@ def main() -> int:
     try:
         difference = export(arguments.checkpoint, arguments.out, arguments.model)
     except RollGspoError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     print(f"{arguments.out}: log-probabilities as trained (largest difference {difference:.2g} nats)")
     return 0

@@ -37,6 +37,7 @@ from roll_gspo.config.legacy import LATER_VALUES
 from roll_gspo.config.load import Loaded, load
 from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RollGspoError
+from roll_gspo.printable import printable
 from roll_gspo.registry import did_you_mean, is_dotted_path
 from roll_gspo.sweep import Sweep, job_command, parse_jobs, swept_keys
 
@@ -295,7 +296,7 @@ def exit_status(command: Callable[[], int], after_full_disk: str) -> int:
 
 
 def _report_failure(text: str) -> int:
-    print(f"roll_gspo: {text}", file=sys.stderr)
+    print(printable(f"roll_gspo: {text}"), file=sys.stderr)
     _traceback_if_asked()
     return 1
 
@@ -303,7 +304,7 @@ def _report_failure(text: str) -> int:
 def report_problems(lines: list[str], place: str = "configuration") -> None:
     """Print one line per problem, and the place of the problems."""
     print(f"roll_gspo: {len(lines)} problem{'s' * (len(lines) > 1)} in the {place}", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
+    print("\n".join(f"  {printable(line)}" for line in lines), file=sys.stderr)
     _traceback_if_asked()
 
 
@@ -330,7 +331,7 @@ def run(loaded: Loaded) -> int:
 
     config = loaded.config
     plan = make_plan(config, loaded.warnings)
-    print(plan.text(), flush=True)
+    print(printable(plan.text()), flush=True)
     if os.environ.get("ROLL_GSPO_DRY_RUN"):
         return 0
     if plan.not_runnable:

@@ -14,6 +14,8 @@ from typing import IO
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from roll_gspo.printable import printable, printable_line
+
 _POLL_S = 0.2
 _MAX_FAILED_LINES = 30
 
@@ -56,7 +58,7 @@ class Sweep:
         log = tempfile.TemporaryFile() if self._limit > 1 else None  # noqa: SIM115 - closed when the job ends
         environment = dict(os.environ)
         if log is not None:
-            print(f"started {name}", flush=True)
+            print(f"started {printable_line(name)}", flush=True)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._limit)))
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self._running.append(_Job(name, process, log, time.perf_counter()))
@@ -94,12 +96,12 @@ class Sweep:
             return
         seconds = time.perf_counter() - job.started
         result = f"FAILED (exit status {code})" if code else "finished"
-        print(f"{result} {job.name} after {seconds:.0f} s", flush=True)
+        print(f"{result} {printable_line(job.name)} after {seconds:.0f} s", flush=True)
         job.log.seek(0)
         output = job.log.read().decode(errors="replace").splitlines()
         job.log.close()
         if code or os.environ.get("ROLL_GSPO_DRY_RUN"):
-            print("\n".join(output[-_MAX_FAILED_LINES:] if code else output), flush=True)
+            print(printable("\n".join(output[-_MAX_FAILED_LINES:] if code else output)), flush=True)
 
 
 def job_command(flags: list[str], overrides: list[str], swept: set[str], number: int) -> tuple[list[str], str]:

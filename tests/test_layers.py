@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "roll_gspo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(("errors", "registry", "declarations", "metrics", "batch"), 0),
+    **dict.fromkeys(("errors", "printable", "registry", "declarations", "metrics", "batch"), 0),
     **dict.fromkeys(("config", "algorithms", "sandbox"), 1),
     **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
@@ -24,11 +24,11 @@ LAYERS = {
     **dict.fromkeys(("run", "export"), 6),
     "evaluate": 7,
 }
-BOTTOM = ("metrics", "batch", "declarations", "registry", "errors")  # each may import later ones
+BOTTOM = ("metrics", "batch", "declarations", "registry", "printable", "errors")  # each may import later ones
 ALLOWED = {  # stricter than their layer
-    "config": ("declarations", "registry", "errors"),
+    "config": ("declarations", "registry", "printable", "errors"),
     "algorithms": ("batch", "declarations", "metrics", "errors"),
-    "compare": ("report", "errors"),
+    "compare": ("report", "printable", "errors"),
     "sandbox": ("errors",),
 }
 ENGINES = {

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from roll_gspo.compare.page import Comparison, write_comparison
 from roll_gspo.errors import RollGspoError
+from roll_gspo.printable import printable
 
 _PIPE_WIDTH = 160
 
@@ -29,10 +30,10 @@ def main() -> int:
     try:
         written = write_comparison(arguments.folders, arguments.out)
     except RollGspoError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{error}; --out FOLDER writes elsewhere", file=sys.stderr)
+        print(printable(f"{error}; --out FOLDER writes elsewhere"), file=sys.stderr)
         return 2
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     console.print(final_values(written))

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import yaml
 
+from roll_gspo.printable import printable_line
+
 Config = Mapping[str, object]
 """A run's config.yaml: nested, with all defaults."""
 
@@ -67,7 +69,7 @@ def group_labels(configs: Sequence[Config]) -> list[str]:
         namesakes = [other for other, other_name in zip(configs, names, strict=True) if other_name == name]
         keys = _distinguishing_keys(config, namesakes)
         parts = keys if keys and len(namesakes) == len(configs) else [name, *keys]
-        found.append(", ".join(parts))
+        found.append(printable_line(", ".join(parts)))
     counts, seen = Counter(found), Counter()
     for i, label in enumerate(found):
         if counts[label] > 1:

@@ -11,6 +11,7 @@ import yaml
 
 from roll_gspo.compare.differences import Config, config_identity, group_labels
 from roll_gspo.errors import DataError
+from roll_gspo.printable import printable_line
 from roll_gspo.report.html_page import plural
 from roll_gspo.report.run_folder import Points, RunFolder, read_run
 
@@ -34,7 +35,7 @@ class Run:
     @property
     def seed(self) -> str:
         """The configured seed."""
-        return str(self.config.get("seed", "unknown"))
+        return printable_line(str(self.config.get("seed", "unknown")))
 
     @property
     def last_step(self) -> int:

@@ -7,13 +7,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from io import TextIOWrapper
 from pathlib import Path
 
 from roll_gspo.data.check import ERROR, WARNING, Checker, FileReport, Finding, prompt_places, summarize_lengths
 from roll_gspo.data.rows import Columns, DataRow, ReadOptions, check_dataset_options
 from roll_gspo.data.templates import NATIVE, chat_template, check_tokenizer
 from roll_gspo.errors import DataError, MissingDependencyError
+from roll_gspo.printable import printable, printable_line
 
 MAX_FINDINGS = 20  # printed per file
 MAX_NAMES = 12  # domains, tags or sources printed per file
@@ -26,8 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 without errors, 1 with errors, 2 if the command line is wrong or a package is missing.
     """
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # data may contain lone surrogates
     args = _parser().parse_args(arguments)
     columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
     options = ReadOptions(columns, args.dataset_config, args.split)
@@ -37,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         against = prompt_places(args.against, options) if args.against else {}
         reports = Checker(options, num_tokens, against).check(args.files)
     except (DataError, MissingDependencyError) as error:
-        print(f"roll_gspo.data: {error}", file=sys.stderr)
+        print(printable(f"roll_gspo.data: {error}"), file=sys.stderr)
         return 2
     errors, warnings = (sum(report.num_findings(level) for report in reports) for level in (ERROR, WARNING))
     if args.json:
         print(json.dumps({"errors": errors, "warnings": warnings, "files": [r.as_json() for r in reports]}, indent=1))
     else:
         for report in reports:
-            print("\n".join(_lines(report)), end="\n\n")
+            print("\n".join(map(printable_line, _lines(report))), end="\n\n")
         print(_summary(errors, warnings, sum(report.num_usable for report in reports)))
     return 1 if errors or (args.strict and warnings) else 0
 

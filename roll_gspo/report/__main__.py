@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from roll_gspo.errors import RollGspoError
+from roll_gspo.printable import printable
 from roll_gspo.report.page import write_report
 
 
@@ -17,7 +18,7 @@ def main() -> int:
     try:
         print(write_report(parser.parse_args().run_folder))
     except RollGspoError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     return 0
 

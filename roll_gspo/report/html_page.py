@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from roll_gspo.printable import printable
 from roll_gspo.report.style import theme_css
 
 _HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ def html_page(title: str, subtitle: str, sections: Iterable[tuple[str, str]], st
 def write_page(path: Path, page: str) -> Path:
     """Write a page atomically and return its path."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")  # texts of a run may hold half a character
+    temporary.write_text(printable(page), encoding="utf-8")
     temporary.replace(path)
     return path
 

@@ -61,6 +61,7 @@ _STYLE: dict[Any, Any] = {  # matplotlib declares its keys as one long Literal
     "figure.facecolor": CARD,
     "savefig.facecolor": CARD,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of runs and metrics may hold dollar signs
 }
 _LOCK = threading.RLock()
 _STEPS = [1, 2, 5, 10]

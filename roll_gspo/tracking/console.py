@@ -17,6 +17,7 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from roll_gspo.printable import printable, printable_line
 from roll_gspo.tracking.jsonl import read_metrics
 from roll_gspo.tracking.live import VALIDATION_METRICS, RunView, Stage, duration, panel, stage_line, step_line
 from roll_gspo.tracking.run_log import PROGRESS_LOGGER, run_logging
@@ -104,7 +105,7 @@ class Console:
         Yields:
             a function that takes (done, total) and may be called from any thread.
         """
-        stage = Stage(name, time.perf_counter())
+        stage = Stage(printable_line(name), time.perf_counter())
 
         def progress(done: int, total: int) -> None:
             stage.done, stage.total = done, total
@@ -116,7 +117,7 @@ class Console:
         finally:
             self._view.stages.remove(stage)
         if not self._view.stepping:
-            self._line(f"{name}: {duration(time.perf_counter() - stage.started)}")
+            self._line(f"{stage.name}: {duration(time.perf_counter() - stage.started)}")
 
     def start_steps(self, first_step: int = 1, num_steps: int | None = None) -> None:
         """Start-up is over: step times count from here, and a resumed run shows what came before.
@@ -174,7 +175,7 @@ class Console:
         prefix = "warning: " if level == logging.WARNING else "error: " if level >= logging.ERROR else ""
         # Without a terminal nothing may be wrapped: a line is a line for grep.
         soft_wrap = self._live is None
-        self._rich.print(Text(prefix + text, style=style), soft_wrap=soft_wrap)
+        self._rich.print(Text(prefix + printable(text), style=style), soft_wrap=soft_wrap)
         self._rich.file.flush()
 
     def _panel(self) -> RenderableType:

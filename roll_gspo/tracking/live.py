@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from roll_gspo.printable import printable_line
+
 ETA_STEPS = 10
 SPARKLINE_WIDTH = 32
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -150,9 +152,13 @@ def panel(view: RunView, now: float) -> RenderableType:
         figures.append(f"[dim]step[/] {duration(view.durations[-1])}")
     if figures:
         parts.append(Text.from_markup("   ".join(figures)))
-    title = f"[bold]{escape(view.name)}[/] [dim]→ {escape(str(view.output))}[/]"
+    title = f"[bold]{_markup(view.name)}[/] [dim]→ {_markup(str(view.output))}[/]"
     border = "red" if view.ended and view.ended != "finished" else "cyan"
     return Panel(Group(*parts), title=title, title_align="left", border_style=border)
+
+
+def _markup(text: str) -> str:
+    return escape(printable_line(text))
 
 
 def _add_steps(grid: Table, view: RunView, now: float) -> None:

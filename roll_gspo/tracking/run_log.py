@@ -7,8 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from roll_gspo.printable import printable
+
 PROGRESS_LOGGER = "roll_gspo.progress"
 """Marks records that the console formats itself; screen handlers skip them."""
+
+
+class PrintableFormatter(logging.Formatter):
+    """Format records without control characters. A lone surrogate would make the file handler drop the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        return printable(super().format(record))
 
 
 class CallbackHandler(logging.Handler):
@@ -40,7 +50,7 @@ def run_logging(path: Path, show: Callable[[str, int], None]) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file, CallbackHandler(show)]
     root, own = logging.getLogger(), logging.getLogger("roll_gspo")
     aside = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]

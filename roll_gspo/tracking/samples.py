@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+from roll_gspo.printable import printable
 from roll_gspo.tracking.rollouts import RolloutRecord
 
 SAMPLES_PER_STEP = 4
@@ -13,7 +14,7 @@ SAMPLES_PER_STEP = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout.
+    """One rollout. Its texts are printable: some trackers refuse or drop a table with a lone surrogate.
 
     Attributes:
         score: of the reward workers, before any normalization.
@@ -81,9 +82,13 @@ def _sample(record: RolloutRecord) -> Sample:
         advantage=record.advantage,
         num_tokens=len(record.response_token_ids),
         finish_reason=record.finish_reason,
-        domain=record.domain,
-        ground_truth=record.ground_truth,
-        answer=record.answer,
-        prompt=record.prompt,
-        response=record.response,
+        domain=_printable(record.domain),
+        ground_truth=_printable(record.ground_truth),
+        answer=_printable(record.answer),
+        prompt=printable(record.prompt),
+        response=printable(record.response),
     )
+
+
+def _printable(text: str | None) -> str | None:
+    return None if text is None else printable(text)

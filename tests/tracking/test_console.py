@@ -105,7 +105,7 @@ def test_console_resumed_run_knows_its_history(tmp_path: Path) -> None:
         assert console._view.steps_done == 3
 
 
-LIVE = """
+LIVE = r"""
 import logging, sys, time
 from pathlib import Path
 from roll_gspo.tracking.console import Console
@@ -119,6 +119,7 @@ with Console("my [run]", 4, Path(sys.argv[1])) as console:
             time.sleep(0.3)
         if step == 2:
             logging.getLogger("roll_gspo").warning("above the panel")
+            console.warning("row \x1b]0;owned\x07\x1b[2J\u202e\ud800")
             print("a bare print")
         console.step(step, {"rollout/score_mean": step / 10, **console.timings()})
 """
@@ -152,6 +153,8 @@ def test_console_on_a_terminal_updates_one_panel_in_place(tmp_path: Path) -> Non
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
     assert text.count("warning: above the panel\r\n") == 1
     assert text.count("a bare print\r\n") == 1
+    assert r"warning: row \x1b]0;owned\x07\x1b[2J\u202e\ud800" in text
+    assert "\x1b]" not in written and "\x07" not in written and "\x1b[2J" not in written
     final = text[text.rindex("╭") :]
     assert "my [run]" in final
     assert "4 of 4 done" in final
