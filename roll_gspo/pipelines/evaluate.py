@@ -16,7 +16,7 @@ from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.data.rows import DataRow
 from roll_gspo.errors import RewardError
-from roll_gspo.pipelines.components import load_tokenizer, stop_ids
+from roll_gspo.pipelines.components import load_tokenizer, response_text, stop_ids
 from roll_gspo.pipelines.evaluated import REPORT, Evaluated
 from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
@@ -92,7 +92,8 @@ def _sample(
         tokenizer = load_tokenizer(checkpoint)
         block = config.validation.data_args
         prompts = tokenize(config, block, rows, tokenizer, config.validation_prompt_length)
-    validation = new_validation(config, prompts, stop_ids(config, [block], tokenizer, checkpoint), judge)
+    stops = stop_ids(config, [block], tokenizer, checkpoint)
+    validation = new_validation(config, prompts, stops, judge)
     with console.stage("start actor_infer"):
         generator = make_evaluated(config, checkpoint, tokenizer.pad_token_id)
         generator.weights_version = evaluated.step
@@ -100,8 +101,7 @@ def _sample(
     failures: list[str] = []
 
     def judged(rollouts: Rollouts) -> list[RewardResult]:
-        texts = [tokenizer.decode(list(c.token_ids), skip_special_tokens=True) for c in rollouts.completions]
-        return judge.score(rollouts, texts)
+        return judge.score(rollouts, [response_text(tokenizer, c.token_ids, stops) for c in rollouts.completions])
 
     def records() -> Iterator[RolloutRecord]:
         with console.stage("evaluate") as progress:

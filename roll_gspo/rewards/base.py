@@ -13,7 +13,7 @@ class RewardRequest:
 
     Attributes:
         prompt: text of the prompt, with the chat template applied.
-        response: text of the response, without special tokens.
+        response: text of the response with special tokens such as `<think>`, without end-of-sequence and padding.
         ground_truth: expected answer of the data row.
         row: other columns of the data row (`id`, `domain`, `tag` and the columns of the data file).
     """

@@ -12,9 +12,9 @@ from typing import Any
 
 from roll_gspo.rewards.base import RewardOutput
 from roll_gspo.rewards.code_cases import CallCase, InvalidCasesError, StdinCase, UnitTests, parse_cases
+from roll_gspo.rewards.final_answer import text_after_thinking
 from roll_gspo.sandbox import Limits, Outcome, Program, Sandbox
 
-_THINKING_END = "</think>"
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#-]*)", re.MULTILINE)
 _PYTHON = {"python", "python3", "py"}
 _MIN_TIME_S = 0.05
@@ -23,7 +23,7 @@ _MIN_TIME_S = 0.05
 class CodeSandbox:
     """Score 1 if the program in the response passes all test cases of the row, else 0; or the fraction that passes.
 
-    The program is the last Python code block after the last `</think>`, else the last code block of any language. For
+    The program is the last Python code block after the thinking, else the last code block of any language. For
     the formats of test cases see `code_cases`. Each case runs in a separate process without network, files, other
     processes or environment variables. The expected output never enters that process. Unit tests run in another
     process.
@@ -74,9 +74,10 @@ class CodeSandbox:
         except InvalidCasesError as error:
             raise ValueError(f"code_sandbox: row '{row.get('id', '?')}': {error}") from None
         deadline = time.monotonic() + self._total_s
+        answer = text_after_thinking(prompt, response)
         if isinstance(cases[0], UnitTests):
-            return self._run_unit_tests(cases[0], response, deadline, row)
-        source = extract_program(response, self._allow_bare)
+            return self._run_unit_tests(cases[0], answer, deadline, row)
+        source = extract_program(answer, self._allow_bare)
         if source is None:
             return self._output([], len(cases), compiled=False)
         with self._sandbox.start(source) as program:
@@ -97,17 +98,18 @@ class CodeSandbox:
         value = _parse_stdout(outcome)
         return value is not _NO_VALUE and any(same_value(value, wanted, self._tolerance) for wanted in case.expected)
 
-    def _run_unit_tests(self, cases: UnitTests, response: str, deadline: float, row: Mapping[str, Any]) -> RewardOutput:
+    def _run_unit_tests(self, cases: UnitTests, answer: str, deadline: float, row: Mapping[str, Any]) -> RewardOutput:
         """Run unit tests. All tests of a row share one process, so that a test that hangs also fails the later ones."""
         sources = cases.sources[: self._max_cases]
+        if not answer.strip():
+            return self._output([], len(sources), compiled=False)
         with self._sandbox.start("") as test_program:
             compiled = True
             if cases.tests_text:
-                text = response.rpartition(_THINKING_END)[2]
-                texts = [source.replace("{response}", repr(text)) for source in sources]
+                texts = [source.replace("{response}", repr(answer)) for source in sources]
                 outcome = test_program.run_standalone_tests(texts, max(_MIN_TIME_S, deadline - time.monotonic()))
             else:
-                source = extract_program(response, self._allow_bare)
+                source = extract_program(answer, self._allow_bare)
                 if source is None:
                     return self._output([], len(sources), compiled=False)
                 with self._sandbox.start(cases.prefix + "\n" + source if cases.prefix else source) as program:
@@ -131,14 +133,13 @@ class CodeSandbox:
         return RewardOutput(pass_rate if self._partial else float(pass_rate == 1), components=components)
 
 
-def extract_program(response: str, allow_bare: bool = False) -> str | None:
-    """Return the last Python code block after the last `</think>`, else the last code block, else None.
+def extract_program(answer: str, allow_bare: bool = False) -> str | None:
+    """Return the last Python code block, else the last code block, else None.
 
     Args:
-        response: text of the response.
+        answer: text after the thinking.
         allow_bare: if True, return the whole text if it has no code block.
     """
-    answer = response.rpartition(_THINKING_END)[2]
     blocks = _code_blocks(answer)
     chosen = [text for language, text in blocks if language in _PYTHON] or [text for _, text in blocks]
     if chosen:

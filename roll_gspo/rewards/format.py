@@ -10,7 +10,13 @@ from typing import Any
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import did_you_mean
 from roll_gspo.rewards.base import RewardOutput
-from roll_gspo.rewards.final_answer import count_boxes, last_boxed, strip_thinking
+from roll_gspo.rewards.final_answer import (
+    THINKING_START,
+    count_boxes,
+    last_boxed,
+    opens_thinking,
+    text_after_thinking,
+)
 
 _REGEX_CHARACTERS = re.compile(r"[\\^$.|?*+()\[\]{}<>\s]")
 
@@ -41,7 +47,7 @@ PATTERNS: dict[str, _Form] = {
     ),
     "think": _Form(lambda text: _THINK_TEXT.fullmatch(text) is not None, ("<think>", "</think>")),
     "boxed": _Form(
-        lambda text: count_boxes(text := strip_thinking(text)) == 1 and bool((last_boxed(text) or "").strip())
+        lambda text: count_boxes(text := text_after_thinking("", text)) == 1 and bool((last_boxed(text) or "").strip())
     ),
 }
 
@@ -82,7 +88,7 @@ class Format:
         self._partial_credit = partial_credit
 
     def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
-        prefix = "<think>" if prompt.rstrip().endswith("<think>") else ""
+        prefix = THINKING_START if opens_thinking(prompt) else ""
         text = (prefix + response).strip()
         if self._form.matches(text):
             return RewardOutput(1.0)

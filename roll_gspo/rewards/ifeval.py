@@ -16,7 +16,7 @@ from roll_gspo.registry import did_you_mean
 from roll_gspo.rewards import ifeval_layout as layout
 from roll_gspo.rewards import ifeval_words as words
 from roll_gspo.rewards.base import RewardOutput
-from roll_gspo.rewards.final_answer import strip_thinking
+from roll_gspo.rewards.final_answer import text_after_thinking
 
 REWARD_TYPES = SHIPPED_REWARDS["ifeval"].block_arguments["reward_type"]
 
@@ -124,7 +124,7 @@ class IfEval:
         words.detect_language("Load the model now, so that its load time does not count against the first sample.")
 
     def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
-        answer = strip_thinking(response).strip()
+        answer = text_after_thinking(prompt, response).strip()
         texts = [text for text in (_loose_texts(answer) if self._loose else [answer]) if text.strip()]
         followed: dict[str, list[bool]] = {}
         for name, check, arguments in _instructions(ground_truth, row):

@@ -11,7 +11,7 @@ from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 
 from roll_gspo.rewards.base import RewardOutput
-from roll_gspo.rewards.final_answer import count_boxes, last_boxed, strip_thinking
+from roll_gspo.rewards.final_answer import count_boxes, last_boxed, text_after_thinking
 from roll_gspo.rewards.math_normalization import candidate_answers, canonical_text
 
 _DELIMITED = re.compile(r"\\boxed|(?<!\\)\$[^$]+(?<!\\)\$")  # an escaped dollar is a currency sign
@@ -51,7 +51,7 @@ class MathRule:
     def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
         gold, gold_text = self._gold(ground_truth)
         parsed: list[Any] = []
-        for text in _final_answers(response):
+        for text in _final_answers(text_after_thinking(prompt, response)):
             answer = self._parse(text)
             if self._equal(gold, answer):
                 return RewardOutput(1.0, gold_text)
@@ -92,13 +92,13 @@ class MathRule:
         return False
 
 
-def _final_answers(response: str) -> list[str]:
+def _final_answers(answer: str) -> list[str]:
     """Return the texts to parse, in order.
 
     The last box is tried before the whole text, because math-verify would combine a box and its later correction to a
     set.
     """
-    answer = _SPACE_AT_END.sub("", strip_thinking(response))
+    answer = _SPACE_AT_END.sub("", answer)
     answer = _SEPARATED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), answer)
     box = last_boxed(answer)
     if box is None or not box.strip():

@@ -8,7 +8,7 @@ from typing import Any
 
 from roll_gspo.errors import ConfigError
 from roll_gspo.rewards.base import RewardOutput
-from roll_gspo.rewards.final_answer import last_boxed, strip_thinking
+from roll_gspo.rewards.final_answer import last_boxed, text_after_thinking
 
 # Scores of (correct boxed, correct unboxed, wrong boxed, wrong unboxed), from ROLL.
 REWARD_TYPES = {
@@ -80,7 +80,7 @@ class MultipleChoiceBoxed:
 
     def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
         expected = _parse_ground_truth(ground_truth)
-        letters, is_boxed = _parse_response(response)
+        letters, is_boxed = _parse_response(text_after_thinking(prompt, response))
         letters = letters if is_boxed or self._answer_phrase else None
         return RewardOutput(float(letters == expected), letters)
 
@@ -112,7 +112,7 @@ class CrossThinkQa:
 
     def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> RewardOutput:
         expected = _parse_ground_truth(ground_truth)
-        letters, is_boxed = _parse_response(response)
+        letters, is_boxed = _parse_response(text_after_thinking(prompt, response))
         return RewardOutput(self._scores[2 * (letters != expected) + (not is_boxed)], letters)
 
 
@@ -123,9 +123,8 @@ def _parse_ground_truth(ground_truth: str) -> str:
     return letters
 
 
-def _parse_response(response: str) -> tuple[str | None, bool]:
+def _parse_response(answer: str) -> tuple[str | None, bool]:
     """Return (option letters or None, True if they are boxed)."""
-    answer = strip_thinking(response)
     box = last_boxed(answer)
     if box is not None:
         return option_letters(box), True

@@ -70,7 +70,7 @@ class RewardManager:
         return Scoring(self._pools)
 
     def request(self, prompt: Prompt, response: str) -> tuple[str, RewardRequest]:
-        """Return the domain of a sample and the request for its reward; `response` has no special tokens."""
+        """Return the domain of a sample and the request for its reward. `response` comes from `response_text`."""
         row = {name: value for name, value in prompt.row.items() if name not in COLUMNS_OF_REQUEST}
         return self._router.domain_of(prompt.row), RewardRequest(prompt.text, response, prompt.row["ground_truth"], row)
 
@@ -80,7 +80,7 @@ class RewardManager:
         """One result a sample, in order.
 
         Args:
-            responses: the text of every sample, without special tokens.
+            responses: text of each sample, from `response_text`.
         """
         with self.open() as scoring:
             for index, (prompt, response) in enumerate(zip(rollouts.prompts, responses, strict=True)):

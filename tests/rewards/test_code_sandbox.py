@@ -42,9 +42,6 @@ def score(reward: CodeSandbox, source: str, test_cases, **row) -> float:
     [
         ("```python\na\n```", "a\n"),
         ("```python\na\n```\nand better\n```py\nb\n```\nprints\n```\n3\n```", "b\n"),
-        ("<think>\n```python\na\n```\n</think>\n```\nb\n```", "b\n"),
-        ("<think>\n```python\na\n```", "a\n"),
-        ("<think>\n```python\na\n```\n</think> none", None),
         ("~~~~python3 title\nx = '''```'''\n~~~~", "x = '''```'''\n"),
         ("1. so:\n   ```Python\n   if a:\n       b\n   ```", "if a:\n    b\n"),
         ("~~~\n```\na\n```", "a\n"),
@@ -54,12 +51,12 @@ def score(reward: CodeSandbox, source: str, test_cases, **row) -> float:
         ("", None),
     ],
 )
-def test_program_is_the_last_python_block_after_the_thinking(response, program):
+def test_program_is_the_last_python_block(response, program):
     assert extract_program(response) == program
 
 
 def test_allow_bare_extracts_a_program_without_code_block():
-    assert extract_program("<think>x</think>print(1)", allow_bare=True) == "print(1)"
+    assert extract_program("print(1)", allow_bare=True) == "print(1)"
     assert extract_program("``` print(1)", allow_bare=True) is None
 
 

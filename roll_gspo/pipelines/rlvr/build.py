@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.batch import Prompt
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.execution.base import Executor
-from roll_gspo.pipelines.components import RunComponents, load_tokenizer, make_output, resume, start_executor, stop_ids
+from roll_gspo.pipelines.components import (
+    RunComponents,
+    load_tokenizer,
+    make_output,
+    response_text,
+    resume,
+    start_executor,
+    stop_ids,
+)
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.rlvr.collect import Collector
@@ -127,7 +136,7 @@ def _start_roles(
         reference=models.reference,
         critic=models.critic,
         rewards=rewards,
-        collector=_collector(config, state, models.actor_infer, rewards, training, data.tokenizer),
+        collector=_collector(config, state, models.actor_infer, rewards, training, data.tokenizer, data.stop_ids),
         samples=SampleFiles(folder.path, lambda ids: data.tokenizer.decode(list(ids)), state.first_logged_step),
         experience=experience_settings(config),
         state=state,
@@ -181,13 +190,14 @@ def _collector(
     rewards: RewardManager,
     training: Sampling,
     tokenizer: Any,
+    stop_ids: Sequence[int] = (),
 ) -> Collector:
     return Collector(
         state.sampler,
         generator,
         rewards,
         training,
-        lambda completion: tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
+        lambda completion: response_text(tokenizer, completion.token_ids, stop_ids),
         num_prompts=config.rollout_batch_size,
         query_filters=query_filter_settings(config),
         max_rounds=config.max_sampling_rounds,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from roll_gspo.errors import ConfigError, RewardError
+from roll_gspo.rewards.final_answer import text_after_thinking
 from roll_gspo.rewards.llm_judge.cache import AnswerCache
 from roll_gspo.rewards.llm_judge.client import Answer, ChatClient, RetryPolicy
 from roll_gspo.rewards.llm_judge.parsing import make_parser
@@ -20,6 +21,8 @@ _RESERVED_PARAMETERS = ("model", "messages", "stream", "n")
 
 class LlmJudge:
     """Score a response with a language model, by one chat completion per sample.
+
+    A response without text after the thinking scores 0 without a request.
 
     Args:
         base_url: URL of an OpenAI-compatible endpoint, e.g. `https://host/v1`. Alternatively, omit it and `model` and
@@ -90,6 +93,8 @@ class LlmJudge:
         self._cache = None if cache_dir is None else AnswerCache(cache_dir)
 
     def __call__(self, prompt: str, response: str, ground_truth: str, **row: Any) -> float:
+        if not text_after_thinking(prompt, response).strip():
+            return 0.0
         messages = [{"role": "user", "content": self._prompt.render(prompt, response, ground_truth, row)}]
         if self._system_prompt:
             messages.insert(0, {"role": "system", "content": self._system_prompt})

@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable
 
 from roll_gspo.errors import ConfigError
+from roll_gspo.rewards.final_answer import text_after_thinking
 
 Parser = Callable[[str], float | None]
 """Function that maps a judge's answer to a score, or to None if it has no verdict."""
 
-_THINKING = re.compile(r"^.*</think>", re.DOTALL)
 _SCORE = re.compile(
     r"\bscore[\s*_`\"']*(?:[:=]|\bis\b)[\s*_`\"'\[(<]*(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE
 )
@@ -47,12 +47,7 @@ def make_parser(name: str) -> Parser:
     parse = named.get(name) or (_json_parser(name.removeprefix(_JSON)) if name.startswith(_JSON) else None)
     if parse is None:
         parse = _regex_parser(name)
-    return lambda answer: _finite(parse(_without_thinking(answer)))
-
-
-def _without_thinking(answer: str) -> str:
-    visible = _THINKING.sub("", answer)
-    return "" if "<think>" in visible else visible  # the thinking was not closed
+    return lambda answer: _finite(parse(text_after_thinking("", answer)))
 
 
 def _finite(score: float | None) -> float | None:
