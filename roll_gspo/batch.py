@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,14 +74,15 @@ class Sequences:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    @property
+    # Cached: every piece of the samples reads the lengths, so that splitting takes linear time.
+    @cached_property
     def response_lengths(self) -> Tensor:
         """[B] number of response positions up to the last token, gaps included."""
         mask = self.response_mask
         ends = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return torch.where(mask, ends, 0).amax(-1)
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """[B] length of prompt plus response, without padding."""
         return self.prompt_lengths + self.response_lengths

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roll_gspo.batch import Completion, Prompt, Rollouts, Sequences, TrainBatch, pad_rows
+from roll_gspo.strategies.base import TokenScores
+from roll_gspo.strategies.log_probs import score_in_micro_batches
 
 PAD = 0
 
@@ -80,6 +85,37 @@ def test_split_gives_every_sample_once_with_its_own_values(with_reference: bool)
     together = pad_rows([part.old_log_probs for part in parts], 3)
     mask = batch.response_mask
     assert torch.equal(together[mask], batch.old_log_probs[mask])
+
+
+class WrittenElements(TorchDispatchMode):
+    """Count the elements that operators write; views write none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and func._schema.returns[0].alias_info is None:
+            self.count += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("scoring", [True, False])
+def test_splitting_twice_the_samples_is_twice_the_work(scoring: bool, size: int) -> None:
+    def work(num_samples: int) -> int:
+        s = Sequences.collate([[1]] * num_samples, [[5] * 99] * num_samples, PAD)
+        values = torch.zeros(s.response_mask.shape)
+        batch = TrainBatch(s, torch.arange(num_samples), values, values, values)
+        with WrittenElements() as written:
+            if scoring:
+                score_in_micro_batches(s, size, lambda part: TokenScores(torch.zeros(part.response_mask.shape), None))
+            else:
+                batch.split(size)
+        return written.count
+
+    assert work(128) / work(64) == pytest.approx(2, rel=0.02)
 
 
 def test_batch_moves_as_a_whole() -> None:
