@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from pydantic import ValidationError
 
 from roll_gspo.checkpoint import open_checkpoint
 from roll_gspo.config.pipelines import config_class
@@ -85,11 +84,13 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
 def _config(folder: Path) -> AnyConfig:
     path = folder / "config.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("no mapping of keys")
         return config_class(values).model_validate(values)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a checkpoint of a run") from error
-    except (ValidationError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(
             f"{path}: is not a configuration of this version ({first}); use the one that wrote it"

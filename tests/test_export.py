@@ -93,4 +93,8 @@ def test_export_reads_a_checkpoint_of_two_ranks_and_reports_errors(
         (folder / "state.json").write_text("{}")
     code, _, err = export("bare", "out_of_nothing")
     assert code == 1 and "config.yaml: cannot be read (No such file or directory)" in err
-    assert not Path("out_of_nothing").exists()
+    for planted in (b"!!python/object/apply:os.mkdir [touched]", b"\x80\x04N.", b"- a list"):
+        (config := Path("bare/checkpoints/step_000001/config.yaml")).write_bytes(planted)
+        code, _, err = export("bare", "out_of_nothing")
+        assert code == 2 and err.startswith(f"{config}: is not a configuration of this version")
+    assert not Path("out_of_nothing").exists() and not Path("touched").exists()

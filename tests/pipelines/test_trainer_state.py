@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -40,4 +41,7 @@ def test_other_data_or_a_torn_file_is_an_error(tmp_path: Path) -> None:
         state(9).load(tmp_path)
     (tmp_path / FILE).write_text('{"step": 1')
     with pytest.raises(CheckpointError, match="cannot be read"):
+        state().load(tmp_path)
+    (tmp_path / FILE).write_bytes(pickle.dumps(state().state_dict()))
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / FILE}: cannot be read"):
         state().load(tmp_path)

@@ -16,6 +16,7 @@ from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
+from roll_gspo.strategies.restricted_load import load_restricted, unreadable
 from roll_gspo.strategies.schedule import learning_rate
 
 _STATE_FILE = "hf_train.pt"
@@ -137,7 +138,13 @@ class HfTrainer:
         path = folder / _STATE_FILE
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; the checkpoint is of another strategy or incomplete")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_restricted(path)
+        try:
+            self._restore(state, path)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise unreadable(path, error) from error
+
+    def _restore(self, state: Any, path: Path) -> None:
         parameters = dict(self._module.named_parameters())
         if {n: p.shape for n, p in parameters.items()} != {n: p.shape for n, p in state["parameters"].items()}:
             raise CheckpointError(f"{path}: parameters of another model; use the configuration that wrote it")

@@ -29,11 +29,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.storage import WriteResult
 
 from roll_gspo.errors import CheckpointError
+from roll_gspo.strategies.megatron.engine.untrusted import check_contents, check_tensor_files, read_index
 
 FORMAT = 2  # raise when older code could not read what is written; 1 was a plain file per rank
 MANIFEST = "manifest.json"
@@ -167,6 +168,7 @@ def open_state(folder: Path) -> Manifest:
         mine = sorted(files.items())[dist.get_rank() :: dist.get_world_size()]
         for name, file in mine:
             _check_file(folder / name, file)
+        check_contents(folder, files)
     except CheckpointError as error:
         problem = str(error)
     agree(problem)
@@ -186,7 +188,8 @@ def read_tensors(folder: Path, tensors: Sequence[ShardedTensor]) -> Any:
     try:
         pieces = {f"{number}": tensor for number, tensor in enumerate(tensors)}
         loaded: Any = dist_checkpointing.load(pieces, str(folder), validate_access_integrity=False)
-    except Exception as error:  # torch wraps what happened on any rank
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        check_tensor_files(folder)
         raise CheckpointError(f"{folder}: cannot be read ({_cause(error)}); choose another checkpoint") from error
     return {name: value for name, value in loaded.items() if name not in pieces}
 
@@ -197,11 +200,7 @@ def stored_tensors(folder: Path) -> set[str]:
     Raises:
         CheckpointError: the index cannot be read.
     """
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except Exception as error:
-        raise CheckpointError(f"{folder / '.metadata'}: cannot be read ({error}); choose another checkpoint") from error
-    return {key for key, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
+    return set(read_index(folder).state_dict_metadata)
 
 
 def agree(problem: str | None) -> None:
