@@ -22,6 +22,7 @@ FILE_KEYS = (
     "domain",
     "file_domains",
     "on_bad_row",
+    "drop_last_answer",
 )
 SHARES_TOLERANCE = 0.005  # accepts rounding such as three times 0.333, but not 0.98
 
@@ -49,9 +50,11 @@ class SourceArgs(Schema):
     split: str | None = None
     """Split of `datasets` names without one after `:`; null: the only split."""
     num_rows: PositiveInt | None = None
-    """Maximum number of rows to use or generate, in file order; null: all."""
+    """Maximum number of rows to use, in file order, or number of rows to generate. Null: all rows of files, and 4,096
+    generated ones (256 for validation)."""
     messages: str | None = None
-    """Column of the conversation; null: `messages`, if the row has it."""
+    """Column of the conversation; null: `messages`, if the row has it. In all keys that name a column, a dotted name is
+    a path into nested objects."""
     prompt: str | None = None
     """Column of the prompt, plain text or a conversation; null: `prompt` or `question`. The chat template is applied.
     ROLL applies none: `template: plain` does the same."""
@@ -86,7 +89,11 @@ class DataArgs(SourceArgs):
     """Data files of prompts."""
 
     ground_truth: str | None = None
-    """Column of the expected answer; null: `ground_truth`, or the part of `answer` after `####`."""
+    """Column of the expected answer; null: `ground_truth`, the part of `answer` after `####`, or
+    `reward_model.ground_truth`."""
+    drop_last_answer: bool = False
+    """Remove the assistant's messages at the end of a conversation, which the model is to write. Without it, such rows
+    are malformed."""
     file_domains: dict[str, str] = Field(default_factory=dict)
     """Maps an entry of `file_name` to the domain of its rows without domain and tag."""
     domain: str | None = None

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from roll_gspo.data.check import ERROR, WARNING, Checker, FileReport, Finding, prompt_places, summarize_lengths
-from roll_gspo.data.rows import Columns, DataRow, ReadOptions, check_dataset_options
-from roll_gspo.data.templates import NATIVE, chat_template, check_tokenizer
+from roll_gspo.data.messages import Columns
+from roll_gspo.data.rendering import check_tokenizer, render
+from roll_gspo.data.rows import DataRow, ReadOptions, check_dataset_options
+from roll_gspo.data.templates import NATIVE, chat_template
 from roll_gspo.errors import DataError, MissingDependencyError
 from roll_gspo.printable import printable, printable_line
 
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(arguments)
     columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
-    options = ReadOptions(columns, args.dataset_config, args.split)
+    options = ReadOptions(columns, args.dataset_config, args.split, drop_last_answer=args.drop_last_answer)
     try:
         check_dataset_options(args.files, "FILE", options)
         num_tokens = _token_counter(args.tokenizer, args.template) if args.tokenizer else None
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for key in ("messages", "prompt", "ground_truth", "dataset_config", "split"):
         check.add_argument(f"--{key}", metavar="NAME", help=f"see data_args.{key}")
     check.add_argument("--tag", default="tag", metavar="NAME", help="see data_args.tag")
+    check.add_argument("--drop_last_answer", action="store_true", help="see data_args.drop_last_answer")
     return parser
 
 
@@ -76,10 +79,8 @@ def _token_counter(folder: str, template_name: str) -> Callable[[DataRow], int]:
     check_tokenizer(template, tokenizer)
 
     def num_tokens(row: DataRow) -> int:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in row.messages], chat_template=template.source, add_generation_prompt=True, tokenize=False
-        )
-        return len(tokenizer(str(text), add_special_tokens=template.as_text)["input_ids"])
+        text = render(tokenizer, template, row.messages, row.tools, row.place, prompt=True)
+        return len(tokenizer(text, add_special_tokens=template.as_text)["input_ids"])
 
     return num_tokens
 

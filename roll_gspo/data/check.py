@@ -10,14 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from roll_gspo.data.files import RawRow, abbreviate, parse_json
-from roll_gspo.data.rows import Columns, DataRow, Problem, ReadOptions, parse_row, raw_rows, source_names
+from roll_gspo.data.messages import PROMPT_COLUMNS, Columns, Problem, lookup
+from roll_gspo.data.rows import (
+    ANSWER_COLUMNS,
+    ANSWER_SUBSTITUTES,
+    DataRow,
+    ReadOptions,
+    parse_row,
+    raw_rows,
+    source_names,
+)
 from roll_gspo.errors import DataError
 
 ERROR, WARNING = "error", "warning"
 MAX_PLACES = 5  # places kept per finding; all are counted
 KEY = "FILE"
-PROMPT_COLUMNS = ("messages", "prompt", "question")
-ANSWER_COLUMNS = ("ground_truth", "answer")
 
 
 @dataclass
@@ -118,7 +125,8 @@ class Checker:
 
     Args:
         options: columns and splits.
-        num_tokens: function that returns the number of tokens of a prompt, or None. It may raise any exception.
+        num_tokens: function that returns the number of tokens of a prompt, or None. It raises a `DataError` if the
+            chat template rejects the row.
         against: places by prompt of other files, which must not share a prompt with these.
     """
 
@@ -160,7 +168,7 @@ class Checker:
         return report
 
     def _check_item(self, item: RawRow, source: str, report: FileReport, formats: dict[tuple[str, str], str]) -> None:
-        row, problems = parse_row(item, self._options.columns, source)
+        row, problems = parse_row(item, self._options, source)
         if isinstance(item.value, dict):
             _count_columns(item.value, report)
         for problem in problems:
@@ -193,10 +201,9 @@ class Checker:
             return
         try:
             report.tokens.append(self._num_tokens(row))
-        except Exception as error:  # templates raise arbitrary exceptions
-            roles = ", ".join(m["role"] for m in row.messages)
-            fix = "use another template, or remove the message"
-            yield ERROR, Problem("rejected by the chat template", f"roles {roles}: {error}", fix)
+        except DataError as error:
+            detail = str(error).removeprefix(f"{row.place}: ")
+            yield ERROR, Problem("rejected by the chat template", detail, "see the detail")
 
 
 def prompt_key(row: DataRow) -> str:
@@ -214,24 +221,21 @@ def prompt_places(file_names: Sequence[str], options: ReadOptions) -> dict[str, 
     places: dict[str, str] = {}
     for name in file_names:
         for item in raw_rows(name, "--against", options):
-            row, _ = parse_row(item, options.columns)
+            row, _ = parse_row(item, options)
             if row is not None:
                 places.setdefault(prompt_key(row), item.place)
     return places
 
 
 def _value_problems(row: DataRow) -> Iterator[tuple[str, Problem]]:
-    if not row.ground_truth.strip():
+    if not row.ground_truth.strip() and not any(row.extra.get(name) for name in ANSWER_SUBSTITUTES):
         fix = "add it, unless the reward of the row needs none (LLM judge, reward model)"
         yield WARNING, Problem("empty ground truth", "ground_truth is empty", fix)
     roles = [m["role"] for m in row.messages]
     if "system" in roles[1:]:
         fix = "put it first; most chat templates reject it elsewhere"
         yield WARNING, Problem("system message is not first", f"roles {', '.join(roles)}", fix)
-    if roles[-1] == "assistant":
-        fix = "end with a user message; the model writes the next message"
-        yield WARNING, Problem("conversation ends with the assistant", f"roles {', '.join(roles)}", fix)
-    if any(not m["content"].strip() for m in row.messages):
+    if any(not m["content"].strip() and len(m) == 2 for m in row.messages):
         yield WARNING, Problem("empty message", f"roles {', '.join(roles)}", "add its content, or remove it")
     yield from _test_case_problems(row.extra.get("test_cases"))
 
@@ -256,9 +260,9 @@ def _format(value: dict[str, Any], columns: Columns) -> tuple[str, str]:
     """Return the columns of the prompt and of the answer."""
     configured = columns.messages or columns.prompt
     prompts = (configured,) if configured else PROMPT_COLUMNS
-    answers = (columns.ground_truth,) if columns.ground_truth else ANSWER_COLUMNS
-    prompt, answer = (next(c for c in known if value.get(c) is not None) for known in (prompts, answers))
-    return prompt, answer
+    answers = (columns.ground_truth,) if columns.ground_truth else (*ANSWER_COLUMNS, *ANSWER_SUBSTITUTES)
+    prompt, answer = ([c for c in known if lookup(value, c) is not None] for known in (prompts, answers))
+    return prompt[0], answer[0]
 
 
 def _count_columns(value: dict[str, Any], report: FileReport) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from roll_gspo.data import column_addition
 from roll_gspo.data.files import RawRow, abbreviate
+from roll_gspo.data.messages import Columns, Message, Problem, parse_messages, pop_messages, read_tools, take
 from roll_gspo.data.prompts import ChatFormat, load_templates
-from roll_gspo.data.rows import Columns, Problem, ReadOptions, as_text, pop_messages, read_parsed, row_columns
+from roll_gspo.data.rendering import Tools, apply_template, render
+from roll_gspo.data.rows import ReadOptions, as_text, read_parsed, row_columns
 from roll_gspo.data.templates import ChatTemplate
 from roll_gspo.errors import DataError
 
 logger = logging.getLogger(__name__)
 RESPONSE_COLUMNS = ("response", "completion", "answer")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+LABELS = ("id", "domain", "source")  # columns that describe a row and are not part of its conversation
 
-Messages = tuple[dict[str, str], ...]
-Turns = Sequence[Mapping[str, str]]
+Turns = Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class Conversation:
 
     Attributes:
         place: `file:line`, for error messages.
-        messages: messages ({role, content}); the last one is from the assistant.
+        messages: messages ({role, content, ...}); the last one is from the assistant.
         tag: label that selects the chat template; empty if the row has none.
+        tools: schemas of the functions that the model may call.
     """
 
     place: str
-    messages: Messages
+    messages: tuple[Message, ...]
     tag: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def read_conversations(
     """Read conversations: `messages` with assistant turns, or a prompt and a response.
 
     The prompt is the column `prompt` or `question`, or `messages` that end with a user message. The response is the
-    column `response`, `completion` or `answer`.
+    column `response`, `completion` or `answer`. A warning names the columns that are not read.
 
     Args:
         file_names, key, on_bad_row, options: see `read_rows`.
@@ -88,13 +93,17 @@ def read_conversations(
     Raises:
         DataError: a file is missing or empty, or a row is malformed; the message has file and line.
     """
-    read_options = options or ReadOptions()
+    read_options, unread = options or ReadOptions(), Counter[str]()
 
     def parse(item: RawRow, _: str) -> tuple[Conversation | None, tuple[Problem, ...]]:
-        parsed = _parse_conversation(item, read_options.columns)
+        parsed = _parse_conversation(item, read_options.columns, unread)
         return (parsed, ()) if isinstance(parsed, Conversation) else (None, (parsed,))
 
-    return read_parsed(file_names, key, on_bad_row, read_options, parse)
+    conversations = read_parsed(file_names, key, on_bad_row, read_options, parse)
+    if unread:
+        listed = ", ".join(f"{name} ({count} rows)" for name, count in unread.items())
+        logger.warning("%s: columns that are not part of a conversation are not read: %s", key, listed)
+    return conversations
 
 
 def generate_conversations(num_rows: int, seed: int, split: str) -> list[Conversation]:
@@ -107,22 +116,23 @@ def generate_conversations(num_rows: int, seed: int, split: str) -> list[Convers
     return conversations
 
 
-def _parse_conversation(item: RawRow, columns: Columns) -> Conversation | Problem:
+def _parse_conversation(item: RawRow, columns: Columns, unread: Counter[str]) -> Conversation | Problem:
+    """Return the conversation of a row, and count the columns that are not read."""
     rest = row_columns(item.value)
     if isinstance(rest, Problem):
         return rest
     found = ", ".join(rest)
-    # Other keys of messages, such as tool calls, would not be rendered, so rows with them are rejected.
-    messages, problems = pop_messages(rest, columns, found, forbid_extra_keys=True)
+    messages, problems = pop_messages(rest, columns, found)
     if problems:
         return problems[0]
     if messages[-1]["role"] != "assistant":
-        name = next((name for name in RESPONSE_COLUMNS if rest.get(name) is not None), None)
-        if name is not None:
-            if not isinstance(rest[name], str):
-                detail = f"{name} must be a string, got {abbreviate(rest[name])}"
-                return Problem("response: not a string", detail, "write a string")
-            messages = (*messages, {"role": "assistant", "content": rest[name]})
+        response = _pop_response(rest)
+        if isinstance(response, Problem):
+            return response
+        messages = (*messages, *response)
+    tools = read_tools(rest)
+    if isinstance(tools, Problem):
+        return tools
     turns = [number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"]
     if not turns:
         expected = f"expected an assistant message, or a column {', '.join(RESPONSE_COLUMNS)}"
@@ -130,9 +140,26 @@ def _parse_conversation(item: RawRow, columns: Columns) -> Conversation | Proble
     if turns[0] == 1:
         detail = "message 1 is from the assistant, so there is no prompt before it"
         return Problem("no prompt before the response", detail, "add a user message before it")
-    if empty := [number for number in turns if not messages[number - 1]["content"]]:
+    if empty := [number for number in turns if not messages[number - 1]["content"] and len(messages[number - 1]) == 2]:
         return Problem("empty response", f"message {empty[0]} is from the assistant and empty", "add its content")
-    return Conversation(item.place, messages[: turns[-1]], as_text(rest.get(columns.tag)))
+    tag = as_text(take(rest, columns.tag))
+    unread.update(name for name, value in rest.items() if value is not None and name not in (*LABELS, "tools"))
+    return Conversation(item.place, messages[: turns[-1]], tag, tools)
+
+
+def _pop_response(rest: dict[str, Any]) -> tuple[Message, ...] | Problem:
+    """Remove and return the messages of the response column; none if there is no such column."""
+    name = next((name for name in RESPONSE_COLUMNS if rest.get(name) is not None), None)
+    if name is None:
+        return ()
+    value = rest.pop(name)
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    elif not isinstance(value, list):
+        detail = f"{name} must be a string or a list of messages, got {abbreviate(value)}"
+        return Problem("response: not a string", detail, "write a string")
+    messages, problems = parse_messages(value)
+    return problems[0] if problems else messages
 
 
 def make_samples(
@@ -165,8 +192,9 @@ def make_samples(
     for row, conversation in enumerate(conversations):
         encoder = encoders[chat.tag_templates.get(conversation.tag, chat.template)]
         messages = chat.with_system(conversation.messages, "")
+        encoder.check(messages, conversation)
         for part in _prefixes(messages) if separate_turns else [messages]:
-            token_ids, spans = encoder.encode(part, conversation.place, separate_turns)
+            token_ids, spans = encoder.encode(part, conversation, separate_turns)
             ends |= {token_ids[end - 1] for _, end in spans} & encoder.special_ids
             sample = _make_sample(row, token_ids, spans, conversation.place)
             if len(sample) > sequence_length:
@@ -204,49 +232,63 @@ class _TurnEncoder:
     def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._has_generation_tags = GENERATION_TAG.search(str(template.source or tokenizer.chat_template)) is not None
         self.special_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         if template.end_of_turn is not None:
             self.special_ids.add(tokenizer.convert_tokens_to_ids(template.end_of_turn))
 
-    def encode(self, messages: Turns, place: str, last_only: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def check(self, messages: Turns, row: Conversation) -> None:
+        """Check that the template renders everything of the conversation.
+
+        Raises:
+            DataError: the template rejects the conversation, or drops a part of it.
+        """
+        render(self._tokenizer, self._template, messages, row.tools, row.place, prompt=False)
+
+    def encode(self, messages: Turns, row: Conversation, last_only: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Return (token ids, spans), where a span is (start, end) of the tokens in the loss of an assistant turn.
 
         Args:
-            messages: conversation.
-            place: `file:line`, for error messages.
+            messages: the conversation or the start of it, with its system prompt.
+            row: the row, for its tools and error messages.
             last_only: if True, only the span of the last turn is returned.
         """
-        find_turns = self._turns_by_tags if self._has_generation_tags else self._turns_by_prefixes
-        token_ids, spans = find_turns(messages, place, last_only)
+        find_turns = self._turns_by_tags if self._has_generation_tags(row.tools) else self._turns_by_prefixes
+        token_ids, spans = find_turns(messages, row, last_only)
         return token_ids, [(start, self._strip_trailing(token_ids, start, end)) for start, end in spans]
 
+    def _has_generation_tags(self, tools: Tools) -> bool:
+        source = self._template.source or self._tokenizer.get_chat_template(tools=list(tools) or None)
+        return GENERATION_TAG.search(source) is not None
+
     def _turns_by_prefixes(
-        self, messages: Turns, place: str, last_only: bool
+        self, messages: Turns, row: Conversation, last_only: bool
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Find each turn by encoding the conversation up to and including it."""
-        whole, spans, last = self._encode(messages, place), [], len(messages) - 1
+        whole, spans, last = self._encode(messages, row), [], len(messages) - 1
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         for number in [last] if last_only else turns:
-            before = self._encode(messages[:number], place, add_generation_prompt=True)
-            until = whole if number == last else self._encode(messages[: number + 1], place)
+            before = self._encode(messages[:number], row, add_generation_prompt=True)
+            until = whole if number == last else self._encode(messages[: number + 1], row)
             if whole[: len(before)] != before or whole[: len(until)] != until or len(until) <= len(before):
                 raise DataError(
-                    f"{place}: the chat template renders the conversation up to messages[{number}] differently than as "
-                    "a prefix of the whole, so the tokens of this turn cannot be located; set "
+                    f"{row.place}: the chat template renders the conversation up to messages[{number}] differently "
+                    "than as a prefix of the whole, so the tokens of this turn cannot be located; set "
                     "data_args.multi_turn: separate, or mark them in the template with {% generation %}"
                 )
             spans.append((len(before), len(until)))
         return whole, spans
 
-    def _turns_by_tags(self, messages: Turns, place: str, last_only: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def _turns_by_tags(
+        self, messages: Turns, row: Conversation, last_only: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Find the turns by the `generation` tags of the template."""
-        encoded = self._apply(messages, place, return_assistant_tokens_mask=True)
+        encoded = self._apply(messages, row, return_assistant_tokens_mask=True)
         token_ids, mask = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
         edges = [position for position in range(len(mask) - 1) if bool(mask[position]) != bool(mask[position + 1])]
         if not edges:
             raise DataError(
-                f"{place}: the chat template marks no token of this row with {{% generation %}}; correct the template"
+                f"{row.place}: the chat template marks no token of this row with {{% generation %}}; correct the "
+                "template"
             )
         spans = list(zip(edges[::2], edges[1::2], strict=True))
         return token_ids, spans[-1:] if last_only else spans
@@ -258,22 +300,18 @@ class _TurnEncoder:
             return end
         return last + 1
 
-    def _encode(self, messages: Turns, place: str, add_generation_prompt: bool = False) -> list[int]:
-        return list(self._apply(messages, place, add_generation_prompt=add_generation_prompt)["input_ids"])
+    def _encode(self, messages: Turns, row: Conversation, add_generation_prompt: bool = False) -> list[int]:
+        return list(self._apply(messages, row, add_generation_prompt=add_generation_prompt)["input_ids"])
 
-    def _apply(self, messages: Turns, place: str, **options: bool) -> Any:
+    def _apply(self, messages: Turns, row: Conversation, **options: bool) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages],
-                chat_template=self._template.source,
-                tokenize=True,
-                return_dict=True,
-                **options,
+            return apply_template(
+                self._tokenizer, self._template, messages, row.tools, tokenize=True, return_dict=True, **options
             )
         except Exception as error:  # templates raise arbitrary exceptions, e.g. for unknown roles
             roles = ", ".join(m["role"] for m in messages)
             raise DataError(
-                f"{place}: the chat template rejects the roles {roles} ({error}); correct the row or use another "
+                f"{row.place}: the chat template rejects the roles {roles} ({error}); correct the row or use another "
                 "template"
             ) from error
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from roll_gspo.batch import Prompt
+from roll_gspo.data.messages import Message
+from roll_gspo.data.rendering import Tools, check_tokenizer, render
 from roll_gspo.data.rows import DataRow
-from roll_gspo.data.templates import NATIVE, TEMPLATES, ChatTemplate, chat_template, check_tokenizer
+from roll_gspo.data.templates import NATIVE, TEMPLATES, ChatTemplate, chat_template
 from roll_gspo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class ChatFormat:
         """
         return {name: chat_template(name) for name in (self.template, *self.tag_templates.values())}
 
-    def with_system(self, messages: Sequence[Mapping[str, str]], domain: str) -> Sequence[Mapping[str, str]]:
+    def with_system(self, messages: Sequence[Message], domain: str) -> Sequence[Message]:
         """Return the messages, with the system prompt of the domain if they have no system message."""
         content = self.domain_system_prompts.get(domain, self.system_prompt)
         if content is None or messages[0]["role"] == "system":
@@ -49,18 +51,29 @@ class ChatFormat:
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], template: ChatTemplate = TEMPLATES[NATIVE]
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: ChatTemplate = TEMPLATES[NATIVE],
+    tools: Tools = (),
+    place: str = "prompt",
 ) -> list[int]:
-    """Return the token ids of a conversation, including the generation prompt."""
-    conversation = [dict(m) for m in messages]
-    if template.as_text:
-        text = tokenizer.apply_chat_template(conversation, chat_template=template.source, tokenize=False)
-        ids = list(tokenizer(text)["input_ids"])
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    encoded = tokenizer.apply_chat_template(
-        conversation, chat_template=template.source, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+    """Return the token ids of a conversation, including the generation prompt.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        messages: conversation.
+        template: chat template.
+        tools: schemas of the functions that the model may call.
+        place: `file:line`, for error messages.
+
+    Raises:
+        DataError: the template rejects the conversation, or drops a part of it.
+    """
+    text = render(tokenizer, template, messages, tools, place, prompt=True)
+    ids = list(tokenizer(text, add_special_tokens=template.as_text)["input_ids"])
+    if template.as_text and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        return ids[:-1]
+    return ids
 
 
 def end_of_turn_ids(tokenizer: Any, chat: ChatFormat) -> set[int]:
@@ -99,7 +112,8 @@ def make_prompts(
     dropped_by_domain: Counter[str] = Counter()
     for row, domain in zip(rows, domains, strict=True):
         template = templates[chat.tag_templates.get(row.tag, chat.template)]
-        token_ids = _encode_row(row, chat.with_system(row.messages, domain), tokenizer, template, key)
+        messages = chat.with_system(row.messages, domain)
+        token_ids = encode_chat(tokenizer, messages, template, row.tools, row.place or f"{key}: row {row.id!r}")
         if len(token_ids) > prompt_length:
             dropped.append(len(token_ids))
             dropped_by_domain[domain] += 1
@@ -144,19 +158,6 @@ def load_templates(chat: ChatFormat, tokenizer: Any, key: str) -> dict[str, Chat
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
     return templates
-
-
-def _encode_row(
-    row: DataRow, messages: Sequence[Mapping[str, str]], tokenizer: Any, template: ChatTemplate, key: str
-) -> list[int]:
-    try:
-        return encode_chat(tokenizer, messages, template)
-    except Exception as error:  # templates raise arbitrary exceptions, e.g. for unknown roles
-        roles = ", ".join(m["role"] for m in messages)
-        raise DataError(
-            f"{key}: row '{row.id}': the chat template rejects the roles {roles} ({error}); correct the row or use "
-            "another template"
-        ) from error
 
 
 def _domain_counts(dropped: Counter[str], all_rows: Counter[str]) -> str:

@@ -10,18 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from roll_gspo.data.files import RawRow, abbreviate, parse_json, read_file
+from roll_gspo.data.files import RawRow, abbreviate, read_file
 from roll_gspo.data.hf_datasets import parse_dataset_name, read_dataset
+from roll_gspo.data.messages import (
+    Columns,
+    Message,
+    Problem,
+    ends_with_answer,
+    pop_messages,
+    read_tools,
+    take,
+    without_last_answer,
+)
 from roll_gspo.errors import DataError
-from roll_gspo.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
-ROLES = ("system", "user", "assistant", "tool")
 GSM8K_SEPARATOR = "####"
 RESERVED_COLUMNS = ("prompt", "response")  # arguments of every reward, so columns with these names are dropped
 RowT = TypeVar("RowT")
-_ANSWER_SUBSTITUTES = ("instruction_id_list", "test_cases")  # rows with one of these need no ground truth
-_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
+ANSWER_COLUMNS = ("ground_truth", "answer", "reward_model.ground_truth")  # the last one is verl's
+ANSWER_SUBSTITUTES = ("instruction_id_list", "test_cases")  # rows with one of these need no ground truth
 
 
 @dataclass(frozen=True)
@@ -30,35 +38,22 @@ class DataRow:
 
     Attributes:
         id: id of the row, or `file:line` if it has none.
-        messages: messages ({role, content}) of the conversation.
+        messages: messages ({role, content, ...}) of the conversation.
         ground_truth: expected answer; empty if the row has an empty one or needs none.
         domain, tag: labels that select the reward; empty if the row has none.
         extra: other columns. They always include `source`, which defaults to the name of the file.
+        tools: schemas of the functions that the model may call.
+        place: `file:line`, for error messages.
     """
 
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     ground_truth: str
     domain: str = ""
     tag: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of columns; None for the default names.
-
-    Attributes:
-        messages: column of the conversation.
-        prompt: column of the prompt, which is a text or a conversation.
-        ground_truth: column of the expected answer, which is used unchanged.
-        tag: column of the tag.
-    """
-
-    messages: str | None = None
-    prompt: str | None = None
-    ground_truth: str | None = None
-    tag: str = "tag"
+    tools: tuple[Mapping[str, Any], ...] = ()
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,26 +64,14 @@ class ReadOptions:
         columns: names of the columns.
         dataset_config, split: configuration and split of datasets whose name has none.
         file_domains: domain by file name, for rows with neither domain nor tag.
+        drop_last_answer: remove the assistant's messages at the end of a conversation instead of refusing the row.
     """
 
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     dataset_config: str | None = None
     split: str | None = None
     file_domains: Mapping[str, str] = field(default_factory=dict)
-
-
-class Problem(NamedTuple):
-    """A problem of a row.
-
-    Attributes:
-        kind: kind of the problem, with the same text for all rows.
-        detail: description with the values of the row.
-        fix: how to fix it.
-    """
-
-    kind: str
-    detail: str
-    fix: str
+    drop_last_answer: bool = False
 
 
 class Parsed(NamedTuple):
@@ -119,10 +102,10 @@ def read_rows(
 
     def parse(item: RawRow, file_name: str) -> Parsed:
         domain = read_options.file_domains.get(file_name, "")
-        return parse_row(item, read_options.columns, sources[file_name], domain)
+        return parse_row(item, read_options, sources[file_name], domain)
 
-    fix = "correct the row (python -m roll_gspo.data check {} lists all problems)"
-    return read_parsed(file_names, key, on_bad_row, read_options, parse, fix)
+    hint = " (python -m roll_gspo.data check {} lists all problems)"
+    return read_parsed(file_names, key, on_bad_row, read_options, parse, hint)
 
 
 def read_parsed(
@@ -131,14 +114,14 @@ def read_parsed(
     on_bad_row: str,
     options: ReadOptions,
     parse: Callable[[RawRow, str], tuple[RowT | None, tuple[Problem, ...]]],
-    fix: str = "correct the row",
+    hint: str = "",
 ) -> list[RowT]:
     """Read all rows in order and parse them with a function.
 
     Args:
         file_names, key, on_bad_row, options: see `read_rows`.
         parse: function that maps a raw row and the name of its file to (row, no problems) or (None, problems).
-        fix: advice in the error message of a malformed row; `{}` is replaced by the file.
+        hint: end of the error message of a malformed row; `{}` is replaced by the file.
 
     Raises:
         DataError, MissingDependencyError: see `read_rows`.
@@ -155,7 +138,8 @@ def read_parsed(
                 continue
             text = f"{item.place}: {problems[0].detail}"
             if on_bad_row == "error":
-                raise DataError(f"{text}; {fix.format(file_name)}, or set on_bad_row: skip next to {key}")
+                fix = f"{problems[0].fix}, or set on_bad_row: skip next to {key}"
+                raise DataError(f"{text}; {fix}{hint.format(file_name)}")
             skipped.append(text)
         if skipped:
             logger.warning("%s: skipped %d malformed rows, first: %s", file_name, len(skipped), skipped[0])
@@ -194,29 +178,29 @@ def source_names(file_names: Sequence[str]) -> list[str]:
     return [stem if counts[stem] == 1 else name for stem, name in zip(stems, file_names, strict=True)]
 
 
-def parse_row(item: RawRow, columns: Columns, source: str = "", domain: str = "") -> Parsed:
+def parse_row(item: RawRow, options: ReadOptions, source: str = "", domain: str = "") -> Parsed:
     """Validate a raw row.
 
     Args:
         item: raw row.
-        columns: names of the columns.
+        options: names of the columns, and whether to drop an answer at the end of the conversation.
         source: default of the column `source`.
         domain: domain of a row with neither domain nor tag, and also its default `source`.
     """
     rest = row_columns(item.value)
     if isinstance(rest, Problem):
         return Parsed(None, (rest,))
-    found = ", ".join(rest)
-    messages, problems = pop_messages(rest, columns, found)
-    answer = _pop_answer(rest, columns, found)
-    if isinstance(answer, Problem):
-        problems = (*problems, answer)
-    if problems or isinstance(answer, Problem):
+    columns, found = options.columns, ", ".join(rest)
+    messages, problems = _pop_prompt(rest, options, found)
+    answer, tools = _pop_answer(rest, columns, found), read_tools(rest)
+    problems = (*problems, *(found for found in (answer, tools) if isinstance(found, Problem)))
+    if problems or isinstance(answer, Problem) or isinstance(tools, Problem):
         return Parsed(None, problems)
-    tag = as_text(rest.pop(columns.tag, None))
+    tag = as_text(take(rest, columns.tag))
     row_domain = as_text(rest.pop("domain", None))
     if rest.get("source") is None:
-        rest["source"] = source if tag or row_domain else domain or source
+        named = source if tag or row_domain else domain or source
+        rest["source"] = rest["data_source"] if isinstance(rest.get("data_source"), str) else named
     for name in RESERVED_COLUMNS:
         rest.pop(name, None)
     row = DataRow(
@@ -226,8 +210,26 @@ def parse_row(item: RawRow, columns: Columns, source: str = "", domain: str = ""
         domain=row_domain or ("" if tag else domain),
         tag=tag,
         extra=rest,
+        tools=tools,
+        place=item.place,
     )
     return Parsed(row, ())
+
+
+def _pop_prompt(
+    rest: dict[str, Any], options: ReadOptions, found: str
+) -> tuple[tuple[Message, ...], tuple[Problem, ...]]:
+    """Remove and return (messages, problems): a conversation that the model continues with an answer."""
+    messages, problems = pop_messages(rest, options.columns, found)
+    if problems:
+        return (), problems
+    if options.drop_last_answer:
+        messages = without_last_answer(messages)
+        if not messages:
+            detail = "all messages are from the assistant, so there is no prompt"
+            return (), (Problem("no prompt", detail, "add a user message"),)
+    problem = ends_with_answer(messages)
+    return (messages, ()) if problem is None else ((), (problem,))
 
 
 def row_columns(value: Any) -> dict[str, Any] | Problem:
@@ -243,90 +245,22 @@ def row_columns(value: Any) -> dict[str, Any] | Problem:
 def _pop_answer(rest: dict[str, Any], columns: Columns, found: str) -> str | Problem:
     """Remove and return the answer from the columns."""
     if columns.ground_truth is not None:
-        if (answer := rest.pop(columns.ground_truth, None)) is not None:
+        if (answer := take(rest, columns.ground_truth)) is not None:
             return as_text(answer)
         detail = f"no answer: expected column {columns.ground_truth}, found {found}"
         return Problem("no answer", detail, "add the column, or set data_args.ground_truth to its name")
-    answer = rest.get("ground_truth")
+    own, worked, nested = ANSWER_COLUMNS
+    answer = rest.pop(own, None)
     if answer is None:
-        answer = _final_answer(rest.pop("answer", None))
-    rest.pop("ground_truth", None)
+        answer = _final_answer(rest.pop(worked, None))
+    if answer is None:
+        answer = take(rest, nested)
     if answer is not None:
         return as_text(answer)
-    if any(rest.get(name) is not None for name in _ANSWER_SUBSTITUTES):
+    if any(rest.get(name) is not None for name in ANSWER_SUBSTITUTES):
         return ""
     detail = f"no answer: expected column ground_truth or answer (empty if there is none), found {found}"
     return Problem("no answer", detail, "add ground_truth, or set data_args.ground_truth to the name of the column")
-
-
-def pop_messages(
-    rest: dict[str, Any], columns: Columns, found: str, forbid_extra_keys: bool = False
-) -> tuple[tuple[dict[str, str], ...], tuple[Problem, ...]]:
-    """Remove and return the conversation from the columns of a row; a prompt becomes a user message.
-
-    Args:
-        rest: columns of the row, which are modified.
-        columns: names of the columns.
-        found: names of all columns of the row, for error messages.
-        forbid_extra_keys: if True, a message with other keys than role and content is a problem.
-
-    Returns:
-        (messages, problems), one of them empty.
-    """
-    conversation, texts = columns.messages or "messages", ("prompt", "question")
-    if columns.prompt is not None:
-        conversation, texts = "", (columns.prompt,)
-    elif columns.messages is not None:
-        texts = ()
-    value = rest.pop(conversation, None)
-    prompts = [rest.pop(name, None) for name in texts]
-    if value is None:
-        text = next((p for p in prompts if p is not None), None)
-        if isinstance(text, str) and text.strip():
-            return ({"role": "user", "content": text},), ()
-        if not isinstance(text, list):
-            expected = columns.prompt or columns.messages or "messages, prompt or question"
-            reason = "it is empty" if isinstance(text, str) else f"found {found}"
-            detail = f"no prompt: expected column {expected}, {reason}"
-            return (), (Problem("no prompt", detail, "add one, or set data_args.prompt to the name of the column"),)
-        value = text
-    if isinstance(value, str):  # data files of ROLL store the list as JSON
-        value = parse_json(value)
-        if isinstance(value, ValueError):
-            detail = f"messages must be a list of {{role, content}}, got a string that is not JSON ({value})"
-            return (), (Problem("messages: not valid JSON", detail, "write a list, or the JSON text of one"),)
-    if not isinstance(value, list) or not value:
-        detail = f"messages must be a list of {{role, content}}, got {abbreviate(value)}"
-        return (), (Problem("messages: not a list of messages", detail, "write [{role, content}, ...]"),)
-    problems = tuple(
-        p for number, m in enumerate(value, start=1) for p in _message_problems(m, number, forbid_extra_keys)
-    )
-    return () if problems else tuple({"role": m["role"], "content": m["content"]} for m in value), problems
-
-
-def _message_problems(message: Any, number: int, forbid_extra_keys: bool) -> Iterator[Problem]:
-    expected = f"messages must be a list of {{role, content}}, but message {number}"
-    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        fix = "rename from to role and value to content" if _is_share_gpt(message) else "write {role, content}"
-        yield Problem("messages: no role or content", f"{expected} is {abbreviate(message)}; {fix}", fix)
-        return
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        alias = _ROLE_ALIASES.get(str(role))
-        hint = f"; did you mean '{alias}'?" if alias else did_you_mean(str(role), list(ROLES))
-        detail = f"{expected} has the unknown role {abbreviate(role)} (known: {', '.join(ROLES)}){hint}"
-        yield Problem(f"messages: unknown role {abbreviate(role)}", detail, f"use one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        detail = f"{expected} has the content {abbreviate(content)}, not a string"
-        yield Problem("messages: content is not a string", detail, "write the content as one string")
-    others = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
-    if others and forbid_extra_keys:
-        detail = f"message {number} has {', '.join(others)}, but only role and content are read"
-        yield Problem("messages: keys besides role and content", detail, "move them into the content")
-
-
-def _is_share_gpt(message: Any) -> bool:
-    return isinstance(message, dict) and {"from", "value"} <= set(message)
 
 
 def _final_answer(answer: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from roll_gspo.errors import DataError
 from roll_gspo.registry import did_you_mean
@@ -128,25 +127,3 @@ def _check_jinja(source: str, path: Path) -> None:
         jinja2.Environment(extensions=[loopcontrols]).parse(text)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"template: {path}:{error.lineno}: invalid Jinja ({error.message}); correct it") from error
-
-
-def check_tokenizer(template: ChatTemplate, tokenizer: Any) -> None:
-    """Check that the tokenizer has the template, or the tokens of the template.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or lacks tokens of `template`.
-    """
-    if template.source is None:
-        if tokenizer.chat_template is None:
-            known = ", ".join(name for name in TEMPLATES if name != NATIVE)
-            raise DataError(
-                "the tokenizer has no chat template; set data_args.template to one "
-                f"({known}, or a .jinja file), or add chat_template to its tokenizer_config.json"
-            )
-        return
-    vocabulary = tokenizer.get_vocab()
-    if missing := [token for token in template.tokens if token not in vocabulary]:
-        raise DataError(
-            f"the chat template {template.name} needs the tokens {', '.join(missing)}, which the tokenizer lacks; use "
-            "the template of this model family, or native"
-        )

@@ -16,7 +16,7 @@ from roll_gspo.errors import DataError
 
 BUILTIN = "builtin:"
 TASKS = (column_addition.FILE_NAME, multi_domain.FILE_NAME)
-DEFAULT_GENERATED_ROWS = 4096
+NUM_GENERATED_ROWS = {"train": 4096, "validation": 256}  # of builtin:column_addition without num_rows
 DATA_SEED = 0  # generated rows are the same for every seed of a comparison
 
 

@@ -16,8 +16,9 @@ from roll_gspo.data.conversations import (
     make_samples,
     read_conversations,
 )
+from roll_gspo.data.messages import Columns
 from roll_gspo.data.prompts import ChatFormat, encode_chat
-from roll_gspo.data.rows import Columns, ReadOptions
+from roll_gspo.data.rows import ReadOptions
 from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 
@@ -95,13 +96,14 @@ def test_every_format_is_read_as_the_same_conversation(tmp_path: Path, row: dict
         ({"messages": messages(("user", "a"))}, "no response: "),
         ({"messages": messages(("assistant", "a"))}, "message 1 "),
         ({"messages": messages(("user", "a"), ("assistant", ""))}, "message 2 "),
-        ({"prompt": "a", "response": 5}, "response must be a string, got 5"),
+        ({"prompt": "a", "response": 5}, "response must be a string or a list of messages, got 5"),
         ({"messages": [{"role": "human", "content": "a"}]}, "messages must be a list of {role, content}"),
         (
             {"messages": [*messages(("user", "a")), {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
-            "message 2 has tool_calls",
+            "message 2 has the tool_calls [{}]",
         ),
-        ({"messages": json.dumps([{"role": "user", "content": "a", "name": "x"}])}, "message 1 has name"),
+        ({"prompt": "a", "response": [{"role": "assistant", "content": 1}]}, "has the content 1, not a string"),
+        ({"prompt": "a\ud83d", "response": "b"}, r"message 1 has \ud83d"),
     ],
 )
 def test_malformed_row_raises_with_file_and_line(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from roll_gspo.data.__main__ import main
+from roll_gspo.data.rows import read_rows
 from roll_gspo.models.tiny import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,9 @@ def test_every_problem_is_listed_with_line_and_fix(tmp_path, capsys):
         *({"prompt": "b", "answer": ""}, {**GOOD, "prompt": "c"}, {**GOOD, "id": "9", "prompt": " 1+1? "}),
         *({"prompt": "d", "answer": "1", "test_cases": "{'a'"}, {"prompt": "e", "answer": "1", "test_cases": 3}),
         {"prompt": "f", "answer": "1", "test_cases": "[]"},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}], "answer": "1"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": " "}], "answer": "1"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1"}], "answer": "1"},
+        *({"prompt": "g\ud83d", "answer": "1"}, {"prompt": "h", "answer": "1", "tools": ["search"]}),
     )
     path = write(tmp_path, *rows)
     assert findings_of(capsys, path) == {
@@ -58,19 +61,21 @@ def test_every_problem_is_listed_with_line_and_fix(tmp_path, capsys):
         "messages: unknown role 'bot'": ["rows.jsonl:6"],
         "messages: content is not a string": ["rows.jsonl:6"],
         "test_cases is not JSON": ["rows.jsonl:10", "rows.jsonl:11"],
+        "conversation ends with the assistant": ["rows.jsonl:14"],
+        "messages: lone surrogate": ["rows.jsonl:15"],
+        "tools: not a list of functions": ["rows.jsonl:16"],
         "empty ground truth": ["rows.jsonl:7"],
         "duplicate id": ["rows.jsonl:8"],
         "duplicate prompt": ["rows.jsonl:9"],
         "test_cases is empty": ["rows.jsonl:12"],
-        "conversation ends with the assistant": ["rows.jsonl:13"],
         "empty message": ["rows.jsonl:13"],
         "rows of several formats": ["rows.jsonl:1", "rows.jsonl:7", "rows.jsonl:13"],
     }
     assert main(["check", path]) == 1
     out = capsys.readouterr().out
-    assert "rows.jsonl: 13 rows (8 usable), 9 errors, 9 warnings\n" in out
+    assert "rows.jsonl: 16 rows (8 usable), 12 errors, 8 warnings\n" in out
     assert "  error: no answer (2 rows); add ground_truth" in out
-    assert f"    line 9: same prompt as {path}:1\n" in out and "\n9 errors: " in out
+    assert f"    line 9: same prompt as {path}:1\n" in out and "\n12 errors: " in out
 
 
 def test_only_the_first_places_of_a_finding_are_printed(tmp_path, capsys):
@@ -145,6 +150,47 @@ def test_column_names_are_options(tmp_path, capsys):
     assert main(["check", path]) == 1
     assert main(["check", path, "--prompt", "problem", "--ground_truth", "solution", "--tag", "kind"]) == 0
     assert "tags     sums 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"key": 1, "prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"n": None}]},
+        {"question": "x", "answer": None, "test_cases": [{"stdin": "1", "assert_code": None}]},
+        {"messages": None, "prompt": [{"role": "user", "content": "x", "name": None}], "ground_truth": 0},
+        {"prompt": "x", "reward_model": {"ground_truth": "1"}, "data_source": None, "id": None},
+    ],
+)
+def test_rows_that_a_run_accepts_have_no_findings(tmp_path, capsys, row):
+    path = write(tmp_path, row)
+    assert len(read_rows([path], "FILE")) == 1
+    assert main(["check", "--strict", path]) == 0
+    assert "1 rows, 0 errors, 0 warnings" in capsys.readouterr().out
+
+
+def test_answers_at_the_end_are_errors_or_dropped(tmp_path, capsys):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    path = write(tmp_path, {"messages": turns, "answer": "2"})
+    assert main(["check", path]) == 1
+    assert main(["check", path, "--drop_last_answer"]) == 0
+    assert "set data_args.drop_last_answer: true" in capsys.readouterr().out
+
+
+def test_control_characters_of_the_data_are_escaped(tmp_path, capsys):
+    labels = {"id": "\x1b[2J", "domain": "a\x1b[31mb\u202e", "tag": "t\r\n", "source": "\x07"}
+    row = {"prompt": "1+1?", "ground_truth": "2", **labels, "\x1b]0;title\x07": 1}
+    main(["check", write(tmp_path, row, {**row, "prompt": "2+2?"}, {**row, "prompt": 3})])
+    out = capsys.readouterr().out
+    for escaped in (r"id '\x1b[2J' is also", r"a\x1b[31mb\u202e 2", r"t\r\n 2", r"\x1b]0;title\x07"):
+        assert escaped in out
+    assert not [c for c in out if c != "\n" and not c.isprintable()]
+
+
+def test_parts_that_the_template_drops_are_errors(tmp_path, capsys):
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    path = write(tmp_path, {**GOOD, "tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert main(["check", path, "--tokenizer", str(tmp_path / "model")]) == 1
+    assert "line 1: the chat template does not render 'tools' of the row" in capsys.readouterr().out
 
 
 def test_lone_surrogate_in_a_label_is_printed(tmp_path):

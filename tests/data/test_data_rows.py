@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from roll_gspo.data.rows import Columns, DataRow, ReadOptions, read_rows
+from roll_gspo.data.messages import Columns
+from roll_gspo.data.rows import DataRow, ReadOptions, read_rows
 from roll_gspo.errors import DataError, MissingDependencyError
 
 KEY = "actor_train.data_args.file_name"
@@ -247,3 +248,44 @@ def test_file_domain_applies_to_rows_without_domain_and_tag(tmp_path):
     path = write(tmp_path, *lines)
     rows = read_rows([path], KEY, options=ReadOptions(file_domains={path: "math"}))
     assert [row.domain for row in rows] == ["math", "own", ""]
+
+
+VERL = {
+    "prompt": [{"role": "user", "content": "1+1?"}],
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+    "data_source": "openai/gsm8k",
+    "extra_info": {"index": 3, "level": "easy"},
+}
+
+
+def test_rows_of_verl_are_read(tmp_path):
+    (row,) = read_rows([write(tmp_path, json.dumps(VERL))], KEY)
+    assert (row.messages, row.ground_truth) == (tuple(VERL["prompt"]), "2")
+    assert row.extra == {**{k: v for k, v in VERL.items() if k != "prompt"}, "source": "openai/gsm8k"}
+
+
+def test_dotted_names_are_paths_into_objects(tmp_path):
+    nested = {"chat": {"turns": VERL["prompt"]}, "extra_info": VERL["extra_info"], "a.b": "2"}
+    path = write(tmp_path, json.dumps(nested))
+    (row,) = read_rows([path], KEY, options=ReadOptions(Columns("chat.turns", None, "a.b", "extra_info.level")))
+    assert (row.messages, row.ground_truth, row.tag) == (tuple(VERL["prompt"]), "2", "easy")
+    assert row.extra["extra_info"] == VERL["extra_info"]
+    with pytest.raises(DataError, match=r"no answer: expected column extra_info\.answer"):
+        read_rows([path], KEY, options=ReadOptions(Columns("chat.turns", None, "extra_info.answer")))
+
+
+def test_conversations_that_end_with_the_answer_are_refused_or_cut(tmp_path):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    path = write(tmp_path, json.dumps({"messages": turns, "ground_truth": "2"}))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*roles user, assistant.*drop_last_answer: true"):
+        read_rows([path], KEY)
+    (row,) = read_rows([path], KEY, options=ReadOptions(drop_last_answer=True))
+    assert row.messages == (turns[0],)
+    path = write(tmp_path, json.dumps({"messages": turns[1:], "ground_truth": "2"}))
+    with pytest.raises(DataError, match="all messages are from the assistant"):
+        read_rows([path], KEY, options=ReadOptions(drop_last_answer=True))
+
+
+def test_lone_surrogate_in_a_prompt_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: message 1 has \\udc00"):
+        read_rows([write(tmp_path, '{"prompt": "\\udc00x", "answer": "1"}')], KEY)

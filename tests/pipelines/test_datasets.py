@@ -10,10 +10,12 @@ from config_problems import problem_of
 
 from roll_gspo.batch import Prompt
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.sft import SftConfig
 from roll_gspo.data.sampler import Sampler
 from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import byte_tokenizer
 from roll_gspo.pipelines.rlvr.datasets import chat_format, make_sampler, read_datasets, tokenize
+from roll_gspo.pipelines.sft.build import read_data
 
 FILE = "actor_train.data_args.file_name"
 
@@ -34,6 +36,16 @@ def test_files_are_read_in_order_up_to_num_rows(tmp_path: Path) -> None:
     datasets = read_datasets(config)
     assert [row.messages[0]["content"] for row in datasets.train] == ["a0", "a1", "a2", "b0"]
     assert datasets.validation == []
+
+
+def test_files_are_used_whole_without_num_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "response": "y", "ground_truth": "1"}\n' * 5000)
+    files = (f"{FILE}={tmp_path}/a.jsonl", f"validation.data_args.file_name={tmp_path}/a.jsonl")
+    datasets = read_datasets(load_config("example_gspo", *files).config)
+    assert (len(datasets.train), len(datasets.validation)) == (5000, 5000)
+    config = load_config("example_sft", *files).config
+    assert isinstance(config, SftConfig)
+    assert len(read_data(config.actor_train.data_args, FILE, "train")) == 5000
 
 
 def test_generated_task_stands_alone() -> None:

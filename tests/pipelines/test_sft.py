@@ -126,7 +126,7 @@ def test_rows_in_a_named_template_and_the_best_checkpoint(command: Command, work
     rows = [{"query": "x", "response": "y", "kind": kind} for kind in ("told", "other")]
     (workplace / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workplace / "told.jinja").write_text(CHAT_TEMPLATE.replace("message['content']", "message['content'] + 'ZZ'"))
-    source = "{file_name: chat.jsonl, prompt: query, tag: kind, system_prompt: s, num_rows: null}"
+    source = "{file_name: chat.jsonl, prompt: query, tag: kind, system_prompt: s}"
     data = (f"actor_train.data_args={source}", f"validation.data_args={source}", "tag_to_template={told: told.jinja}")
     sizes = ("actor_train.training_args.per_device_train_batch_size=2", "max_steps=3", "eval_steps=1", "save_steps=9")
     keep = ("checkpoint_config.keep_best=validation/loss", "checkpoint_config.keep_best_mode=min")

@@ -13,13 +13,14 @@ from roll_gspo.config.data import DataArgs
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition, multi_domain
+from roll_gspo.data.messages import Columns
 from roll_gspo.data.prompts import make_prompts
-from roll_gspo.data.rows import Columns, DataRow, ReadOptions, read_rows
+from roll_gspo.data.rows import DataRow, ReadOptions, read_rows
 from roll_gspo.data.sampler import InterleavedSampler, PromptSampler, Sampler
 from roll_gspo.errors import DataError
 from roll_gspo.pipelines.data_sources import (
     DATA_SEED,
-    DEFAULT_GENERATED_ROWS,
+    NUM_GENERATED_ROWS,
     builtin_task,
     chat_format,
     check_tags,
@@ -174,8 +175,8 @@ def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:
     if task == multi_domain.FILE_NAME:
         return multi_domain.rows(split)[: args.num_rows]
     if task == column_addition.FILE_NAME:
-        return column_addition.rows(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
+        return column_addition.rows(args.num_rows or NUM_GENERATED_ROWS[split], DATA_SEED, split)
     columns = Columns(args.messages, args.prompt, args.ground_truth, args.tag)
     domains = dict.fromkeys(args.file_name, args.domain or "") | args.file_domains
-    reading = ReadOptions(columns, args.dataset_config, args.split, domains)
+    reading = ReadOptions(columns, args.dataset_config, args.split, domains, args.drop_last_answer)
     return read_rows(args.file_name, where, args.on_bad_row, reading)[: args.num_rows]

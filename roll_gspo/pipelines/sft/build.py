@@ -23,12 +23,13 @@ from roll_gspo.data.conversations import (
     make_samples,
     read_conversations,
 )
-from roll_gspo.data.rows import Columns, ReadOptions
+from roll_gspo.data.messages import Columns
+from roll_gspo.data.rows import ReadOptions
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.pipelines.components import RunComponents, load_tokenizer, make_output, resume, start_executor, stop_ids
 from roll_gspo.pipelines.data_sources import (
     DATA_SEED,
-    DEFAULT_GENERATED_ROWS,
+    NUM_GENERATED_ROWS,
     builtin_task,
     chat_format,
     check_tags,
@@ -72,10 +73,10 @@ def build_components(config: SftConfig, folder: RunFolder, console: Console) -> 
         ConfigError: the model or the engine does not allow a setting.
     """
     with console.stage("read data"):
-        train = _conversations(config.actor_train.data_args, "actor_train.data_args.file_name", "train")
+        train = read_data(config.actor_train.data_args, "actor_train.data_args.file_name", "train")
         held_out: list[Conversation] = []
         if config.validation is not None:
-            held_out = _conversations(config.validation.data_args, "validation.data_args.file_name", "validation")
+            held_out = read_data(config.validation.data_args, "validation.data_args.file_name", "validation")
         check_tags(config, {row.tag for row in (*train, *held_out)})
     checkpoint = prepare_checkpoint(config, model_of(config, config.actor_train), console)
     with console.stage("tokenize conversations"):
@@ -123,10 +124,20 @@ def sequences_of(samples: Sequence[ChatSample], pad_token_id: int) -> tuple[Sequ
     return sequences, torch.tensor([sample.row for sample in samples])
 
 
-def _conversations(args: SftDataArgs, where: str, split: str) -> list[Conversation]:
+def read_data(args: SftDataArgs, where: str, split: str) -> list[Conversation]:
+    """Read or generate the conversations of a `data_args` block.
+
+    Args:
+        args: files and columns.
+        where: YAML key of the files, for error messages.
+        split: `train` or `validation`, for generated conversations.
+
+    Raises:
+        DataError: names the YAML key, the file and the line.
+    """
     task = builtin_task(args, where)
     if task == column_addition.FILE_NAME:
-        return generate_conversations(args.num_rows or DEFAULT_GENERATED_ROWS, DATA_SEED, split)
+        return generate_conversations(args.num_rows or NUM_GENERATED_ROWS[split], DATA_SEED, split)
     if task == multi_domain.FILE_NAME:
         return read_conversations(multi_domain.files(split), where)[: args.num_rows]
     reading = ReadOptions(Columns(args.messages, args.prompt, tag=args.tag), args.dataset_config, args.split)
