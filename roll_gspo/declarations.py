@@ -58,6 +58,7 @@ class PolicyLoss(Declaration):
 
     Attributes:
         needs_clip_range: reads `settings.clip_range`.
+        clip_range: default (low, high) of the clip range, or None for that of the ratio.
         allows_dual_clip: `dual_clip_loss` may bound its result.
         needs_reference: reads `terms.ref_log_probs`; the reference model is built.
         own_ratio: how the loss computes the ratio of a whole response from the token ratios, or empty if it uses
@@ -66,6 +67,7 @@ class PolicyLoss(Declaration):
 
     inputs: ClassVar[str] = "terms, settings"
     needs_clip_range: bool = False
+    clip_range: tuple[float, float] | None = None
     allows_dual_clip: bool = False
     needs_reference: bool = False
     own_ratio: str = ""
@@ -87,10 +89,12 @@ class ImportanceRatio(Declaration):
     Attributes:
         scale: how far the ratio moves per update: `token` by tenths, `sequence` (a mean over tokens) by thousandths,
             empty if unknown. The plan warns of clip ranges that do not fit.
+        clip_range: default (low, high) of the clip range, or None if it has no default.
     """
 
     inputs: ClassVar[str] = "log_ratio, response_mask"
     scale: str = ""
+    clip_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

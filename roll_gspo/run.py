@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from roll_gspo.config import sources
 from roll_gspo.config.legacy import LATER_VALUES
 from roll_gspo.config.load import Loaded, load
-from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
+from roll_gspo.declarations import EXTENSIBLE
 from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RollGspoError
 from roll_gspo.printable import printable
 from roll_gspo.registry import did_you_mean, is_dotted_path
@@ -54,8 +54,6 @@ FLAGS_WITH_VALUE = (
     *("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp", "--cfg", "-c"),
     *("--package", "-p", "--experimental-rerun"),
 )
-# The options of `importance_sampling` set a clip range. A policy loss without clipping must not have one.
-NO_CLIP_RANGE = {"use_pg_clip_range": False, "pg_clip_low": None, "pg_clip_high": None}
 # Errors that the user must fix before a run can start, and the place of each.
 TO_MEND = {ConfigError: "configuration", DataError: "data", MissingDependencyError: "installation"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -101,10 +99,7 @@ class FunctionOptions(ConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         group, _, path = config_path.removesuffix(".yaml").partition("/")
-        keys: dict[str, Any] = {group: path}
-        if group == POLICY_LOSSES.kind and not POLICY_LOSSES.declaration(path).needs_clip_range:
-            keys |= NO_CLIP_RANGE
-        config = OmegaConf.create(keys)
+        config = OmegaConf.create({group: path})
         return ConfigResult(self.provider, f"{self.scheme()}://{config_path}", config, {"package": "_global_"})
 
     def is_config(self, config_path: str) -> bool:

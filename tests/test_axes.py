@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, EXTENSIBLE, POLICY_LOSSES
+from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.plan import make_plan
 from roll_gspo.run import run, shipped_folders
@@ -50,14 +50,11 @@ def files_of(choice: Choice) -> list[Any]:
 def fragments() -> dict[str, dict[str, dict[str, Any]]]:
     """Return axis -> option -> the keys that it sets, with interpolations resolved in base.yaml."""
     base = load_config("base").config.model_dump(mode="json")
-    critic = GROUPS / "combination" / "critic" / "gae-tiny_qwen3.yaml"
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for axis in AXES:
         for option in OPTIONS[axis]:
             (file,) = files_of({axis: option})
             keys = {str(key) for key in file}
-            if axis == "adv_estimator" and ADVANTAGE_ESTIMATORS.declaration(option).needs_critic:
-                file = OmegaConf.merge(file, OmegaConf.load(critic))
             whole = OmegaConf.to_container(OmegaConf.merge({"actor_train": base["actor_train"]}, file), resolve=True)
             assert isinstance(whole, dict)
             found.setdefault(axis, {})[option] = {str(k): v for k, v in whole.items() if k in keys}

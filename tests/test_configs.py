@@ -41,7 +41,7 @@ ALGORITHM_GROUPS: dict[str, set[str]] = {
 
 SFT, GROUPS_OF_SFT = "example_sft", ("data", "model", "strategy", "tracker")
 LAYOUTS = OPTIONS.pop("layout")  # a layout belongs to one model and strategy, which choose it
-assert OPTIONS.pop("combination") == [], "its files lie one level deeper, and other choices choose them"
+assert OPTIONS.pop("sft") == OPTIONS["model"], "every model has sizes of supervised fine-tuning"
 
 
 def is_refused(config: AnyConfig, group: str, option: str) -> str | None:

@@ -115,7 +115,7 @@ def dual_clip(loss: Tensor, advantages: Tensor, dual_clip_ratio: float) -> tuple
     return torch.where(bounded, bound, loss), bounded
 
 
-@PolicyLoss(needs_clip_range=True)
+@PolicyLoss(needs_clip_range=True, clip_range=(1.0, 4.0))
 def cispo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-sg[clip(ratio)] A log_prob` (MiniMax-M1, arXiv 2506.13585 eqs. 4 and 5): every token keeps a gradient.
 
@@ -128,7 +128,11 @@ def cispo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     return weight.mul_(terms.advantages).neg_() * terms.log_probs, clipped
 
 
-@PolicyLoss(needs_clip_range=True, own_ratio="the geometric mean of its clipped token ratios")
+@PolicyLoss(
+    needs_clip_range=True,
+    clip_range=(0.3297, 0.4918),  # 1 - e^-0.4 and e^0.4 - 1
+    own_ratio="the geometric mean of its clipped token ratios",
+)
 def gmpo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-A exp(sum_t c_it / n_i)`: minus the geometric mean of the clipped token ratios (arXiv 2507.20673 eq. 4).
 

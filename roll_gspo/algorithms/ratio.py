@@ -26,13 +26,13 @@ def clamped_log_ratio(log_probs: Tensor, old_log_probs: Tensor, response_mask: T
     return hardtanh(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)  # a clamp whose gradient is cheaper
 
 
-@ImportanceRatio(name="token", scale="token")
+@ImportanceRatio(name="token", scale="token", clip_range=(0.2, 0.27))
 def token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`r_it = exp(d_it)`: PPO and GRPO (eq. 3)."""
     return log_ratio.exp()
 
 
-@ImportanceRatio(name="seq", scale="sequence")
+@ImportanceRatio(name="seq", scale="sequence", clip_range=(3e-4, 4e-4))
 def sequence_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`s_i = exp(sum_t m_it d_it / n_i)` (GSPO, eq. 7), repeated on every valid token of sample i."""
     lengths = count_true(response_mask).clamp(min=1)
@@ -40,7 +40,7 @@ def sequence_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     return torch.where(response_mask, ratio_B1, 1.0)
 
 
-@ImportanceRatio(name="seq_token", scale="sequence")
+@ImportanceRatio(name="seq_token", scale="sequence", clip_range=(3e-4, 4e-4))
 def sequence_token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`s_it = sg[s_i] exp(log_probs_it - sg[log_probs_it])`: GSPO-token (eq. 14).
 
@@ -52,7 +52,7 @@ def sequence_token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     return torch.addcmul(sequence, sequence, log_ratio - log_ratio.detach())
 
 
-@ImportanceRatio(name="segment", scale="sequence")
+@ImportanceRatio(name="segment", scale="sequence", clip_range=(3e-4, 4e-4))
 def segment_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`sequence_ratio` of each contiguous run of the mask (one assistant turn)."""
     starts = torch.ones_like(response_mask)  # of runs, gaps included: their mean is 0 and their ratio 1

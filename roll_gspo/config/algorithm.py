@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Problem, Schema, used_only_with
+from roll_gspo.config.clip_range import ClipHigh, ClipLow, ClipRange, default_clip_range
 from roll_gspo.config.functions import Selects
 from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, EXTENSIBLE, POLICY_LOSSES, RATIOS
+from roll_gspo.errors import RollGspoError
+from roll_gspo.registry import did_you_mean
 
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RewardNorm = Literal["group", "batch", "running"]
@@ -26,6 +29,9 @@ def _none_if_empty(value: Any) -> Any:
 def _alternatives(names: list[str]) -> str:
     """Return `a, b or c`."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+AUTO = "auto"  # value of a switch that follows the policy loss
 
 
 class AlgorithmConfig(Schema):
@@ -52,13 +58,19 @@ class AlgorithmConfig(Schema):
     pg_clip: ClipFraction = 0.2
     """Symmetric clip range of the ratio, used unless `use_pg_clip_range`."""
     use_pg_clip_range: bool = False
-    """Clip to [1 - pg_clip_low, 1 + pg_clip_high] instead of 1 ± pg_clip."""
-    pg_clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Lower clip range; 1 means no lower bound. Used only with `use_pg_clip_range`."""
-    pg_clip_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper clip range. Used only with `use_pg_clip_range`."""
+    """Clip to [1 - pg_clip_low, 1 + pg_clip_high] instead of 1 ± pg_clip. `auto`: true if `policy_loss` has a clip
+    range. The options of `importance_sampling` set `auto`."""
+    pg_clip_low: ClipLow | None = None
+    """Lower clip range; 1 means no lower bound. Used only with `use_pg_clip_range`. Null: the range of `policy_loss`
+    (cispo, gmpo), else that of `pg_clip_ranges`, else that of `importance_sampling`."""
+    pg_clip_high: ClipHigh | None = None
+    """Upper clip range. Used only with `use_pg_clip_range`. Null: same rule as `pg_clip_low`."""
+    pg_clip_ranges: dict[str, ClipRange] = Field(default_factory=dict)
+    """Default clip ranges [low, high] by `importance_sampling`, e.g. `{token: [0.2, 0.28]}`. Presets set it, so that
+    their range applies to one level of the ratio only."""
     dual_clip_loss: bool = False
-    """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage."""
+    """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage. `auto`: true if
+    `policy_loss` allows it (clip)."""
     dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
     """Constant of the dual clip; null: 1 + 2 * pg_clip."""
     sapo_tau_positive: PositiveFloat = 1.0
@@ -75,7 +87,8 @@ class AlgorithmConfig(Schema):
     reward_clip: PositiveFloat | None = None
     """Clamp rewards to ± this value after normalisation."""
     overlong_buffer_length: PositiveInt | None = None
-    """Number of tokens before `response_length` with a soft length penalty (DAPO); null: no penalty."""
+    """Number of tokens before `response_length` with a soft length penalty (DAPO), or, below 1, their share of
+    `response_length`; null: no penalty."""
     overlong_penalty_factor: PositiveFloat = 1.0
     """Penalty of a response at `response_length`. Used only with `overlong_buffer_length`."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -138,6 +151,27 @@ class AlgorithmConfig(Schema):
     max_consecutive_skipped_steps: PositiveInt = 3
     """Stop after this many consecutive optimizer steps were skipped because of non-finite values."""
 
+    @classmethod
+    def fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Fill in the switches that are `auto`, and the clip range of policy loss and ratio."""
+        values = super().fill_defaults(values)
+        loss, level = (values.get(key, cls.model_fields[key].default) for key in ("policy_loss", "importance_sampling"))
+        try:
+            declared = POLICY_LOSSES.declaration(loss)
+            default = default_clip_range(loss, level, values.get("pg_clip_ranges", {}))
+        except (RollGspoError, TypeError):  # the fields report what is wrong
+            return {key: value for key, value in values.items() if value != AUTO}
+        for key, is_on in (
+            ("use_pg_clip_range", declared.needs_clip_range),
+            ("dual_clip_loss", declared.allows_dual_clip),
+        ):
+            if values.get(key) == AUTO:
+                values[key] = is_on
+        if values.get("use_pg_clip_range") is True and default is not None:
+            for key, bound in (("pg_clip_low", default.low), ("pg_clip_high", default.high)):
+                values[key] = bound if values.get(key) is None else values[key]
+        return values
+
     @property
     def clip_range(self) -> tuple[float, float] | None:
         """Clip range (low, high) of the ratio around 1; None if the objective does not clip."""
@@ -147,6 +181,15 @@ class AlgorithmConfig(Schema):
             assert self.pg_clip_low is not None and self.pg_clip_high is not None  # checked by _broken_clip_rules
             return self.pg_clip_low, self.pg_clip_high
         return self.pg_clip, self.pg_clip
+
+    @property
+    def clip_range_origin(self) -> str:
+        """The key that decides the clip range, e.g. `importance_sampling: seq` or `pg_clip`."""
+        if not self.use_pg_clip_range:
+            return "pg_clip"
+        default = default_clip_range(self.policy_loss, self.importance_sampling, self.pg_clip_ranges)
+        is_default = default is not None and self.clip_range == (default.low, default.high)
+        return default.origin if default is not None and is_default else "pg_clip_low, pg_clip_high"
 
     @property
     def effective_dual_clip_ratio(self) -> float | None:
@@ -233,8 +276,12 @@ class AlgorithmConfig(Schema):
         bounds = {"pg_clip_low": self.pg_clip_low, "pg_clip_high": self.pg_clip_high}
         given = [key for key, value in bounds.items() if value is not None]
         if self.use_pg_clip_range and len(given) < 2:
-            message = "true needs both pg_clip_low and pg_clip_high; set them"
+            message = f"true, and importance_sampling: {self.importance_sampling} has no default range; set both bounds"
             yield Problem("use_pg_clip_range", message, tuple(bounds))
+        for name in self.pg_clip_ranges:
+            if name not in RATIOS and name != self.importance_sampling:
+                hint = did_you_mean(name, list(RATIOS))
+                yield Problem(f"pg_clip_ranges.{name}", f"is not an importance_sampling{hint}; rename or remove it")
         if not self.use_pg_clip_range and given:
             yield used_only_with(given[0], "use_pg_clip_range", "true")
         if self.dual_clip_ratio is not None and not self.dual_clip_loss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -52,6 +52,16 @@ class Schema(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @classmethod
+    def fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the composed keys of this block plus the defaults that depend on other keys."""
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        return cls.fill_defaults(dict(values)) if isinstance(values, Mapping) else values
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield the rules between the keys of this block that its values break."""

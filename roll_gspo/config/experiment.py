@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import Field
 
@@ -19,6 +20,9 @@ from roll_gspo.config.strategy import GenerateStrategyArgs, shipped_engines
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 
+# Learning rates of a critic that sets none.
+CRITIC_RATE, BUILTIN_CRITIC_RATE = 1e-5, 1e-3
+
 
 class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     """All keys of `pipeline: rlvr`."""
@@ -30,11 +34,28 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
     reference: ReferenceConfig | None = None
     """The frozen policy; needed by a KL term."""
     critic: CriticConfig | None = None
-    """The value model; needed by `adv_estimator: gae`."""
+    """The value model; needed by `adv_estimator: gae`. If omitted, its learning rate is 1e-5, or 1e-3 for a `builtin:`
+    model, whose value head has few steps to learn."""
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     """Reward domains by name."""
     validation: ValidationConfig | None = None
     """Held-out prompts."""
+
+    @classmethod
+    def fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Fill in the overlong buffer if it is a share, and the learning rate of the critic."""
+        values = super().fill_defaults(values)
+        share, response = values.get("overlong_buffer_length"), values.get("response_length")
+        if response is None and isinstance(total := values.get("sequence_length"), int):
+            response = total - values.get("prompt_length", cls.model_fields["prompt_length"].default)
+        if isinstance(share, float) and 0 < share < 1 and isinstance(response, int):
+            values["overlong_buffer_length"] = max(1, round(share * response))
+        critic = values.get("critic")
+        args = critic.get("training_args") if isinstance(critic, dict) else None
+        if isinstance(critic, dict) and isinstance(args, dict) and "learning_rate" not in args:
+            rate = BUILTIN_CRITIC_RATE if str(values.get("pretrain")).startswith("builtin:") else CRITIC_RATE
+            values["critic"] = critic | {"training_args": args | {"learning_rate": rate}}
+        return values
 
     def roles(self) -> dict[str, Role]:
         """Return the roles that are built and hold a model, by name."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Names, Problem, Schema, used_only_with
 from roll_gspo.config.reward_table import SHIPPED_REWARDS, resolve_reward, shipped_name
@@ -100,10 +100,11 @@ class RewardConfig(Schema):
         parts = ", ".join(f"{name} {part.worker_cls}" for name, part in self.parts.items())
         return self.worker_cls or f"{self.combine} of {parts}"
 
-    @model_validator(mode="before")
     @classmethod
-    def _default_timeout(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or "timeout_s" in values:
+    def fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Fill in `timeout_s` with the longest of the shipped rewards that the block names."""
+        values = super().fill_defaults(values)
+        if "timeout_s" in values:
             return values
         parts = values.get("parts")
         blocks = [values, *(parts.values() if isinstance(parts, Mapping) else ())]

@@ -17,6 +17,7 @@ from roll_gspo.config.strategy import (
     shipped_engines,
 )
 
+BuiltinTask = Literal["builtin:column_addition", "builtin:multi_domain"]
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -256,8 +257,8 @@ class WarmStart(Schema):
     """Demonstrations per step."""
     learning_rate: PositiveFloat = 2e-3
     """Peak learning rate of AdamW with cosine decay."""
-    demonstrations: Literal["builtin:column_addition", "builtin:multi_domain"] = "builtin:column_addition"
-    """Task of the demonstrations."""
+    demonstrations: BuiltinTask = "builtin:column_addition"
+    """Task of the demonstrations. If omitted: `actor_train.data_args.file_name`, if it is one of these tasks."""
     slip_probability: UnitInterval = 0.25
     """Probability of an error in a demonstration: a wrong column, or the response to another prompt. Errors leave room
     for reinforcement learning to improve the model."""

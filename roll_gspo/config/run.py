@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -11,7 +11,7 @@ from roll_gspo.config.base import Names, Problem, Schema
 from roll_gspo.config.data import Template
 from roll_gspo.config.pipelines import PipelineName
 from roll_gspo.config.profiler import ProfilerConfig
-from roll_gspo.config.roles import CheckpointConfig, WarmStart, WeightTransferConfig
+from roll_gspo.config.roles import BuiltinTask, CheckpointConfig, WarmStart, WeightTransferConfig
 from roll_gspo.config.trackers import TrackerNames, broken_tracker_rules, tracker_options
 
 
@@ -80,6 +80,15 @@ class RunConfig(Schema):
         """Options of each tracker of `track_with`."""
         return tracker_options(self.track_with, self.tracker_kwargs)
 
+    @classmethod
+    def fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Fill in the task of the warm start with the builtin task of the training data."""
+        values = super().fill_defaults(values)
+        warm_start, task = values.get("warm_start"), _builtin_task(values)
+        if isinstance(warm_start, dict) and "demonstrations" not in warm_start and task is not None:
+            values["warm_start"] = warm_start | {"demonstrations": task}
+        return values
+
     def broken_rules(self) -> Iterator[Problem]:
         """Yield what is wrong with the trackers and the warm start."""
         yield from super().broken_rules()
@@ -87,3 +96,11 @@ class RunConfig(Schema):
         if self.warm_start and not self.pretrain.startswith("builtin:"):
             message = f"is for builtin: models, and pretrain is '{self.pretrain}'; set warm_start: null"
             yield Problem("warm_start", message, ("pretrain",))
+
+
+def _builtin_task(values: Any) -> str | None:
+    """Return the builtin task that the training data are, or None."""
+    for key in ("actor_train", "data_args", "file_name"):
+        values = values.get(key) if isinstance(values, dict) else None
+    name = values[0] if isinstance(values, list | tuple) and values else values
+    return name if name in get_args(BuiltinTask) else None

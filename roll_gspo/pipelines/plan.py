@@ -69,7 +69,7 @@ def _model_text(config: AnyConfig, size: ModelSize | None) -> str:
     if size is not None:
         count = f"{_count(size.num_parameters)} parameters ({size.source})"
     warm = config.warm_start
-    start = f"; warm start of {warm.steps} steps, cached" if warm else ""
+    start = f"; warm start of {warm.steps} steps on {warm.demonstrations}, cached" if warm else ""
     return f"{config.pretrain}, {count}, {config.actor_train.model_args.dtype}{start}"
 
 

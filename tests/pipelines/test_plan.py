@@ -48,9 +48,7 @@ def test_token_ratio_may_be_aggregated_in_any_way() -> None:
     assert plan_of("example_grpo", "loss_agg_mode=token-mean").warnings == ()
 
 
-@pytest.mark.parametrize(
-    "overrides", [("pg_clip_high=0.27",), ("use_pg_clip_range=false", "~pg_clip_low", "~pg_clip_high")]
-)
+@pytest.mark.parametrize("overrides", [("pg_clip_high=0.27",), ("use_pg_clip_range=false",)])
 def test_token_scale_clip_with_a_sequence_ratio_is_warned_of(overrides: tuple[str, ...]) -> None:
     (warning,) = plan_of("example_gspo", "loss_agg_mode=seq-mean-token-mean", *overrides).warnings
     assert "it never clips; the paper's is 3e-4/4e-4" in warning
@@ -64,9 +62,33 @@ def test_sequence_scale_clip_with_a_token_ratio_is_warned_of() -> None:
 def test_group_option_switches_the_clip_range_with_the_level() -> None:
     plan = plan_of("example_gspo", "adv_estimator=grpo", "importance_sampling=token")
     assert row(plan, "ratio").startswith(
-        "token, clip 0.2/0.27 (to [0.8, 1.27]), dual clip 1.4, seq-mean-token-sum, grpo"
+        "token, clip 0.2/0.27 (to [0.8, 1.27]; importance_sampling: token), dual clip 1.4 (1 + 2 * pg_clip), "
+        "seq-mean-token-sum, grpo"
     )
-    assert row(plan_of("example_gspo"), "ratio").startswith("seq, clip 0.0003/0.0004 (to [0.9997, 1.0004])")
+    assert row(plan_of("example_gspo"), "ratio").startswith(
+        "seq, clip 0.0003/0.0004 (to [0.9997, 1.0004]; importance_sampling: seq)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "origin"),
+    [
+        (("pg_clip_low=0.1",), "pg_clip_low, pg_clip_high"),
+        (("use_pg_clip_range=false",), "pg_clip"),
+        (("importance_sampling=seq",), "importance_sampling: seq"),
+        (("policy_loss=cispo",), "policy_loss: cispo"),
+        ((), "pg_clip_ranges.token"),
+    ],
+)
+def test_plan_has_the_origin_of_the_clip_range(overrides: tuple[str, ...], origin: str) -> None:
+    assert f"; {origin})" in row(plan_of("example_dapo", *overrides), "ratio")
+
+
+def test_plan_has_the_other_defaults_that_depend_on_a_combination() -> None:
+    text = plan_of("example_dapo", "data=multi_domain", "adv_estimator=gae").text()
+    assert "responses over 51 tokens" in text and "overlong_buffer_length 13" in text
+    assert "warm start of 520 steps on builtin:multi_domain" in text
+    assert "critic       learning rate 0.001" in text
 
 
 def test_one_update_a_rollout_is_warned_of() -> None:
@@ -270,11 +292,14 @@ def test_memory_counts_the_critic() -> None:
 @pytest.mark.parametrize(
     ("example", "text"),
     [
-        ("example_cispo", "token, cispo 1/4 (to [0, 5]), token-mean, grpo"),
-        ("example_gmpo", "token, gmpo 0.3297/0.4918 (to [0.6703, 1.4918]), seq-mean-token-mean, grpo"),
+        ("example_cispo", "token, cispo 1/4 (to [0, 5]; policy_loss: cispo), token-mean, grpo"),
+        (
+            "example_gmpo",
+            "token, gmpo 0.3297/0.4918 (to [0.6703, 1.4918]; policy_loss: gmpo), seq-mean-token-mean, grpo",
+        ),
         ("example_sapo", "token, sapo (sapo_tau_positive 1, sapo_tau_negative 1.05), seq-mean-token-mean, grpo"),
         ("example_topr", "token, topr, seq-mean-token-sum, dr_grpo"),
-        ("example_dapo", "token, clip 0.2/0.28 (to [0.8, 1.28]), no dual clip, token-mean, grpo"),
+        ("example_dapo", "token, clip 0.2/0.28 (to [0.8, 1.28]; pg_clip_ranges.token), no dual clip, token-mean, grpo"),
     ],
 )
 def test_objective_is_shown_with_what_bounds_it(example: str, text: str) -> None:

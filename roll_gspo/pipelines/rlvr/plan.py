@@ -16,7 +16,9 @@ def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield (label, text) pairs."""
     if not config.needs_reference:
         yield "roles", f"{'reference':<12} not built: no KL term is switched on"
-    if config.critic is not None and not config.needs_critic:
+    if config.critic is not None and config.needs_critic:
+        yield "roles", f"{'critic':<12} learning rate {config.critic.training_args.learning_rate:g}"
+    elif config.critic is not None:
         yield "roles", f"{'critic':<12} not built: adv_estimator is {config.adv_estimator}, not gae"
     yield "rollout", _rollout_text(config)
     yield "updates", _updates_text(config)
@@ -46,10 +48,11 @@ def _ratio_text(config: ExperimentConfig) -> str:
     parts = [_selected_text(config, "importance_sampling"), _selected_text(config, "policy_loss")]
     if config.clip_range is not None:
         low, high = config.clip_range
-        parts[-1] += f" {low:g}/{high:g} (to [{1 - low:g}, {1 + high:g}])"
+        parts[-1] += f" {low:g}/{high:g} (to [{1 - low:g}, {1 + high:g}]; {config.clip_range_origin})"
     if POLICY_LOSSES.declaration(config.policy_loss).allows_dual_clip:
         dual = config.effective_dual_clip_ratio
-        parts.append(f"dual clip {dual:g}" if dual else "no dual clip")
+        origin = " (1 + 2 * pg_clip)" if config.dual_clip_ratio is None else ""
+        parts.append(f"dual clip {dual:g}{origin}" if dual else "no dual clip")
     return ", ".join([*parts, config.loss_agg_mode, _selected_text(config, "adv_estimator")])
 
 
@@ -71,8 +74,9 @@ def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
         limit = f"at most {config.max_sampling_rounds} generations per step"
         yield f"{whose} whose {kept} stay, others are replaced; {limit}"
     if config.overlong_buffer_length is not None:
-        first = config.max_response_length - config.overlong_buffer_length
-        yield f"responses over {first} tokens lose up to {config.overlong_penalty_factor:g} of their score"
+        last = config.overlong_buffer_length
+        first, penalty = config.max_response_length - last, config.overlong_penalty_factor
+        yield f"responses over {first} tokens lose up to {penalty:g} of their score (overlong_buffer_length {last})"
     masks = ["responses cut at the limit"] if config.max_len_mask else []
     if config.difficulty_mask:
         low, high = config.difficulty_low_threshold, config.difficulty_high_threshold
