@@ -103,4 +103,4 @@ def _builtin_task(values: Any) -> str | None:
     for key in ("actor_train", "data_args", "file_name"):
         values = values.get(key) if isinstance(values, dict) else None
     name = values[0] if isinstance(values, list | tuple) and values else values
-    return name if name in get_args(BuiltinTask) else None
+    return name if isinstance(name, str) and name in get_args(BuiltinTask) else None

@@ -77,13 +77,13 @@ def test_help_lists_the_shipped_configurations(command: Command) -> None:
 
 def test_cfg_job_prints_the_composed_configuration(command: Command) -> None:
     composed = OmegaConf.create(command("--config-name", "example_gspo", "--cfg", "job", "max_steps=7"))
-    assert (composed.importance_sampling, composed.max_steps, composed.pg_clip_low) == ("seq", 7, 3e-4)
+    assert (composed.importance_sampling, composed.max_steps, composed.use_pg_clip_range) == ("seq", 7, "auto")
     assert "hydra" not in composed
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(command: Command) -> None:
     text = command("--config-name", "example_gspo", "--dry-run", "importance_sampling=token")
-    assert "plan of example_gspo" in text and "token, clip 0.2/0.27" in text
+    assert "clip 0.2/0.27 (to [0.8, 1.27]; importance_sampling: token)" in text and "plan of example_gspo" in text
     assert list(command.folder.iterdir()) == []
 
 
@@ -183,7 +183,7 @@ def test_checkout_may_lie_in_a_folder_with_spaces(tmp_path: Path, command: Comma
         shutil.copytree(ROOT / name, root / name, ignore=ignore)
     moved = Command(command.folder, tmp_path / "forbid", root)
     assert "plan of example_gspo" in moved("--config-name", "example_gspo", "--dry-run")
-    text = moved("--config-name", "example_grpo", "pg_clip_low=2", "~pg_clip_high", "use_kl_loss=false", code=2)
+    text = moved("--config-name", "example_grpo", "pg_clip_low=2", "use_kl_loss=false", code=2)
     assert "pg_clip_low" in text
 
 

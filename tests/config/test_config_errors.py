@@ -183,8 +183,7 @@ def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("overrides", "key", "values"),
     [
-        (("~pg_clip_low",), "use_pg_clip_range", ("true", "pg_clip_low", "pg_clip_high")),
-        (("use_pg_clip_range=false",), "pg_clip_low", ("use_pg_clip_range", "true")),
+        (("use_pg_clip_range=false", "pg_clip_low=0.1"), "pg_clip_low", ("use_pg_clip_range", "true")),
         (
             ("reference.strategy_args.strategy_config.use_distributed_optimizer=true",),
             "reference.strategy_args.strategy_config.use_distributed_optimizer",
@@ -294,7 +293,13 @@ def test_groups_of_one_sample_refuse_both_group_baselines() -> None:
 def test_broken_rules_of_several_blocks_are_reported_together() -> None:
     problems = problems_of(
         "example_gspo",
-        *("use_pg_clip_range=false", "sequence_length=3", "reference=null", "pretrain=Qwen/Qwen3-0.6B"),
+        *(
+            "use_pg_clip_range=false",
+            "pg_clip_low=0.1",
+            "sequence_length=3",
+            "reference=null",
+            "pretrain=Qwen/Qwen3-0.6B",
+        ),
         *("init_kl_coef=0.2", "actor_infer.generating_args.temperature=0"),
     )
     assert len(problems) == 6

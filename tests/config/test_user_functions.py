@@ -97,8 +97,7 @@ def test_defaults_list_of_a_file_selects_the_function(module: str, tmp_path: Pat
 def test_option_file_of_a_user_selects_the_function(module: str, tmp_path: Path) -> None:
     (tmp_path / "policy_loss").mkdir()
     lines = ("# @package _global_", f"policy_loss: {module}.plain", "policy_loss_args: {sharpness: 4.0}")
-    no_range = ("use_pg_clip_range: false", "pg_clip_low: null", "pg_clip_high: null")
-    (tmp_path / "policy_loss/sharp.yaml").write_text("\n".join([*lines, *no_range]))
+    (tmp_path / "policy_loss/sharp.yaml").write_text("\n".join(lines))
     (tmp_path / "mine.yaml").write_text("defaults: [example_gspo, _self_]\n")
     config = load_config("mine", "policy_loss=sharp", config_dir=tmp_path).config
     assert (config.policy_loss, config.policy_loss_args["sharpness"]) == (f"{module}.plain", 4.0)
@@ -113,8 +112,8 @@ def test_body_that_overrides_a_chosen_option_is_refused(module: str, tmp_path: P
 def test_plan_shows_paths_arguments_and_declared_values(module: str) -> None:
     overrides = (f"policy_loss={module}.demanding", "policy_loss_args.sharpness=0.5", *PAPER)
     rows = dict(make_plan(load_config("example_gspo", *overrides).config).rows)
-    text = f"seq, {module}.demanding (sapo_tau_positive 1, sharpness 0.5) 0.0003/0.0004 (to [0.9997, 1.0004])"
-    assert rows["ratio"].startswith(f"{text}, seq-mean-token-mean")
+    text = f"seq, {module}.demanding (sapo_tau_positive 1, sharpness 0.5) 0.0003/0.0004 (to [0.9997, 1.0004]"
+    assert rows["ratio"].startswith(f"{text}; importance_sampling: seq), seq-mean-token-mean")
 
 
 def test_declared_scale_of_a_ratio_decides_on_the_warning(module: str) -> None:
