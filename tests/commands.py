@@ -24,6 +24,7 @@ SIZES = (
     "actor_train.training_args.per_device_train_batch_size=8",
     "actor_train.training_args.gradient_accumulation_steps=1",
     "validation.data_args.num_rows=16",
+    "actor_train.data_args.num_rows=128",
     "warm_start=null",
 )
 REWARD = "my_reward.digits"

@@ -71,7 +71,7 @@ def config_of(example: str) -> AnyConfig:
 
 
 # The other examples are example_gspo with another option of the group `algorithm`: see test_presets.py.
-VARIED = ("example_gspo", "example_ppo", "example_multi_domain", SFT, "qwen2.5_7b_gspo", "qwen3_30b_a3b_gspo")
+VARIED = ("example_gspo", SFT, "qwen3_30b_a3b_gspo")
 CASES = [
     pytest.param(example, group, marks=[] if example in VARIED else pytest.mark.long)
     for example in EXAMPLE_NAMES

@@ -18,9 +18,7 @@ ASYNCHRONOUS = "checkpoint_config.async_save=true"
 RUNS = Path("out/example_gspo")
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param("hf", marks=pytest.mark.long), pytest.param("megatron", marks=pytest.mark.megatron)]
-)
+@pytest.mark.parametrize("engine", ["hf", pytest.param("megatron", marks=[pytest.mark.megatron, pytest.mark.long])])
 def test_asynchronous_save_changes_neither_metrics_nor_checkpoints(
     command: Command, small: tuple[str, ...], engine: str
 ) -> None:

@@ -15,9 +15,9 @@ from roll_gspo.tracking.names import metric_info
 pytestmark = [pytest.mark.e2e, pytest.mark.megatron, pytest.mark.vllm, pytest.mark.slow]
 
 OTHERS = {"example_sft", "example_multi_domain"}  # another pipeline, another task
-# One example per stage that differs: group-normalised GSPO, a critic, dynamic sampling. Policy
-# losses and estimators of the other presets run on transformers in tests/pipelines/test_rlvr.py, and here with `long`.
-IN_EVERY_RUN = {"example_gspo_paper", "example_ppo", "example_dapo"}
+# Dynamic sampling runs here. The losses, estimators and critic of the other presets run on transformers in
+# tests/pipelines/test_rlvr.py, and here with `long`.
+IN_EVERY_RUN = {"example_dapo"}
 EXAMPLES = sorted({file.stem for file in shipped_folders()[0].glob("example_*.yaml")} - OTHERS)
 PPO = ("critic.training_args.per_device_train_batch_size=8", "critic.training_args.gradient_accumulation_steps=1")
 
@@ -59,29 +59,24 @@ def test_example_trains(folder: Path, arguments: tuple[str, ...], example: str) 
     assert len(critic) == (2 if example == "example_ppo" else 0)
 
 
+@pytest.mark.parametrize("engines", ["strategy=hf", pytest.param("strategy=megatron", marks=pytest.mark.long)])
 def test_resumed_ppo_with_dynamic_sampling_equals_an_uninterrupted_run(
-    folder: Path, arguments: tuple[str, ...]
+    folder: Path, arguments: tuple[str, ...], engines: str
 ) -> None:
+    name = f"exp_name={engines}".replace("strategy=", "")
     run = (
-        *(
-            "--config-name",
-            "example_ppo",
-            *arguments,
-            *PPO,
-            "exp_name=stopped",
-            "reward_norm=running",
-            "critic_warmup=1",
-        ),
+        *("--config-name", "example_ppo", engines, *arguments, *PPO, name, "reward_norm=running", "critic_warmup=1"),
         *("query_filter=mean_filter", "query_filter_config.filter_args.threshold_down=0.55", "max_sampling_rounds=2"),
     )
+    runs = folder / "out" / engines.removeprefix("strategy=")
     # Sent while step 2 is scored, after 16 validation samples and 32 or 64 samples of step 1.
     stop = f"rewards.column_addition.worker_args={{at: [90], number: {signal.SIGTERM:d}}}"
     assert train(*run, "run_name=whole", folder=folder).code == 0
     outcome = train(*run, "run_name=stopped", stop, folder=folder)
     assert outcome.code == 128 + signal.SIGTERM, outcome.out + outcome.err
-    assert checkpoints_of(folder / "out/stopped/stopped"), "the step was finished and saved"
+    assert checkpoints_of(runs / "stopped"), "the step was finished and saved"
     assert train(*run, "run_name=stopped", "resume_from_checkpoint=true", folder=folder).code == 0
-    whole, resumed = (folder / "out/stopped" / name for name in ("whole", "stopped"))
+    whole, resumed = (runs / name for name in ("whole", "stopped"))
     assert computed(resumed) == computed(whole)
     assert rollouts_of(resumed) == rollouts_of(whole)
     rows = metrics_of(whole)[1:]

@@ -112,6 +112,7 @@ def test_two_vllm_replicas_give_the_numbers_of_one(command: Command, workplace: 
     assert rollouts_of(RUNS / "ray") == rollouts_of(RUNS / "local")
 
 
+@pytest.mark.long  # tests/roles/test_replicas.py loses replicas in every run
 def test_lost_replica_is_restarted_and_its_prompts_are_repeated(
     workplace: Path, small: tuple[str, ...], whole: Path
 ) -> None:

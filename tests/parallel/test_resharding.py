@@ -109,7 +109,12 @@ def test_state_goes_on_in_another_layout(
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"), [("tp2", "dp2_distributed"), ("dp2_distributed", "one"), ("pp2", "one_distributed")]
+    ("writer", "reader"),
+    [
+        ("tp2", "dp2_distributed"),
+        pytest.param("dp2_distributed", "one", marks=pytest.mark.long),
+        pytest.param("pp2", "one_distributed", marks=pytest.mark.long),
+    ],
 )
 def test_bfloat16_state_keeps_its_masters_in_another_layout(
     models: dict[str, Path], tmp_path: Path, ranks: Ranks, writer: str, reader: str
@@ -125,8 +130,8 @@ def test_bfloat16_state_keeps_its_masters_in_another_layout(
     ("writer", "reader", "dtype"),
     [
         ("tp2_sp", "dp2_distributed", torch.float32),
-        ("pp2", "one", torch.float32),
-        ("dp2_distributed", "pp2", torch.float32),
+        pytest.param("pp2", "one", torch.float32, marks=pytest.mark.long),
+        pytest.param("dp2_distributed", "pp2", torch.float32, marks=pytest.mark.long),
         ("dp2_distributed", "tp2", torch.bfloat16),
     ],
 )
@@ -157,7 +162,9 @@ def test_no_bit_changes_on_the_way_through_other_layouts(
     assert all(bool(tensor.any()) for tensor in want.values())
 
 
-@pytest.mark.parametrize("name", ["tp2", "dp2_distributed", "pp2", "ep2"])
+@pytest.mark.parametrize(
+    "name", ["dp2_distributed", "ep2", *(pytest.param(n, marks=pytest.mark.long) for n in ("tp2", "pp2"))]
+)
 def test_asynchronous_save_holds_the_state_of_its_moment(
     models: dict[str, Path], states: States, tmp_path: Path, ranks: Ranks, name: str
 ) -> None:

@@ -77,6 +77,7 @@ def expected(version: int) -> list[list[tuple[int, ...]]]:
     return [[(*p, seed, version), (*p, seed + 1, version)] for p, seed in zip(PROMPTS, SEEDS, strict=True)]
 
 
+@pytest.mark.long  # covered by the next test, which also loses replicas
 def test_prompts_are_dealt_out_and_come_back_in_order(executor: RayExecutor, tmp_path: Path) -> None:
     engines, seen = Engines(executor, tmp_path, ()), []
     for version in (7, 8):
@@ -98,6 +99,7 @@ def test_lost_replicas_come_back_with_the_current_weights(
     engines.group.close()
 
 
+@pytest.mark.long  # the next test loses a replica during a push
 def test_replica_lost_before_a_push_gets_the_new_weights(executor: RayExecutor, tmp_path: Path) -> None:
     engines = Engines(executor, tmp_path, ())
     engines.sync.push(1)
