@@ -166,7 +166,7 @@ def test_resume_with_another_model_engine_or_data(command: Command, small: tuple
     _refused(command(*resume), "is incomplete")
     Path("hf_train.pt").rename(engine)
     other_data = command(*resume, "actor_train.data_args.num_rows=10")
-    _refused(other_data, "the data has 10 prompts, but the checkpoint's had 4096", code=1)
+    _refused(other_data, "the data has 10 prompts, but the checkpoint's had 128", code=1)
     other_model = command(*resume, "model=tiny_qwen3_moe", "pretrain=builtin:tiny_qwen3_moe")
     _refused(other_model, "parameters of another model", code=1)
 
