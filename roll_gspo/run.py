@@ -14,9 +14,9 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
@@ -35,11 +35,17 @@ from omegaconf.errors import OmegaConfBaseException
 from roll_gspo.config import sources
 from roll_gspo.config.legacy import LATER_VALUES
 from roll_gspo.config.load import Loaded, load
+from roll_gspo.config.sft import AnyConfig
 from roll_gspo.declarations import EXTENSIBLE
 from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RollGspoError
 from roll_gspo.printable import printable
 from roll_gspo.registry import did_you_mean, is_dotted_path
 from roll_gspo.sweep import Sweep, job_command, parse_jobs, swept_keys
+
+if TYPE_CHECKING:
+    from roll_gspo.pipelines.lifecycle import Finished
+    from roll_gspo.pipelines.plan import Plan
+    from roll_gspo.pipelines.step_loop import Callback
 
 PACKAGE = Path(__file__).resolve().parent
 # Disable the output folders and log files of Hydra, because a run already has a folder.
@@ -123,7 +129,7 @@ def main() -> None:
     be fixed first, and 128 + signal if the run was stopped, e.g. 130 after Ctrl-C.
     """
     arguments = sys.argv[1:]
-    names = sorted(file.stem for file in shipped_folders()[0].glob("*.yaml"))
+    names = configuration_names([])
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE.format(names=", ".join(names)))
         raise SystemExit(0 if arguments else 2)
@@ -145,7 +151,6 @@ def with_composed(
     Raises:
         SystemExit: composition failed and the reason was printed (status 2), or `use` or `finish` raised it.
     """
-    names = sorted(file.stem for file in shipped_folders()[0].glob("*.yaml"))
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # makes user modules importable with the console script
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise: `composition_problem` words the errors
@@ -165,9 +170,14 @@ def with_composed(
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, RollGspoError) as error:
             if started:
                 raise
-            users = (file.stem for folder in _user_folders(arguments) for file in folder.glob("*.yaml"))
-            report_problems([composition_problem(error, [*names, *users])])
+            report_problems([composition_problem(error, configuration_names(arguments))])
             raise SystemExit(2) from None
+
+
+def configuration_names(arguments: list[str]) -> list[str]:
+    """Return the names that --config-name accepts: shipped, then the user's with the --config-dir in `arguments`."""
+    folders = [shipped_folders()[0], *_user_folders(arguments)]
+    return [name for folder in folders for name in sorted(file.stem for file in folder.glob("*.yaml"))]
 
 
 def composition_problem(error: Exception, names: list[str]) -> str:
@@ -320,22 +330,31 @@ def load_composed(composed: DictConfig) -> Loaded:
 
 def run(loaded: Loaded) -> int:
     """Print the plan, run the pipeline, and return the exit status."""
-    from roll_gspo.pipelines.pipeline import pipeline_of
     from roll_gspo.pipelines.plan import make_plan
-    from roll_gspo.pipelines.preflight import preflight
 
-    config = loaded.config
-    plan = make_plan(config, loaded.warnings)
+    plan = make_plan(loaded.config, loaded.warnings)
     print(printable(plan.text()), flush=True)
     if os.environ.get("ROLL_GSPO_DRY_RUN"):
         return 0
+    return train(loaded.config, plan).status
+
+
+def train(config: AnyConfig, plan: Plan, callbacks: Sequence[Callback] = ()) -> Finished:
+    """Check what can be checked before heavy work, set the environment, and run the training.
+
+    Raises:
+        ConfigError, DataError, MissingDependencyError: a check fails.
+    """
+    from roll_gspo.pipelines.pipeline import pipeline_of
+    from roll_gspo.pipelines.preflight import preflight
+
     if plan.not_runnable:
         raise ConfigError("\n".join(plan.not_runnable))
     set_environment(config.system_envs)
     preflight(config)
     from roll_gspo.pipelines.lifecycle import run_training
 
-    return run_training(pipeline_of(config), config, plan.text())
+    return run_training(pipeline_of(config), config, plan.text(), callbacks)
 
 
 def set_environment(system_envs: dict[str, str]) -> None:

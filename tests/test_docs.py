@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -121,6 +124,27 @@ def test_documented_functions_train_a_run(folder: Path, pretrained: Path) -> Non
     metrics = metrics_of(run)
     assert len(metrics) >= 2 and metrics[-1]["actor/grad_norm"] > 0
     assert "soft_clip (leak 0.2)" in (run / "plan.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.e2e
+def test_python_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    page = "docs/python-api.md"
+    program = "\n".join(text for name, text in blocks("python") if name == page)
+    checks = """
+        assert [row["step"] for row in result.metrics] == [0, 1, 2, 3, 4] and not result.stopped
+        assert result.best_checkpoint.parent == result.folder / "checkpoints"
+        assert (result.folder / "report.html").is_file()
+        assert evaluation.score_mean == result.metrics[-1]["validation/score_mean"]
+        # Ratios exp(0.05) and 1: the first sample is clipped.
+        assert math.isclose(loss.item(), (-1.0004 + 1) / 2, abs_tol=1e-6), loss
+        assert log_probs.grad[0].abs().sum() == 0 and log_probs.grad[1].abs().min() > 0
+    """
+    (tmp_path / "page.py").write_text(f"import math\n{program}\n{textwrap.dedent(checks)}")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    page_py = [sys.executable, "page.py"]
+    done = subprocess.run(page_py, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rollout_batch_sise: unknown key; did you mean 'rollout_batch_size'" in done.stdout
 
 
 def anchors(page: Path) -> set[str]:

@@ -22,7 +22,8 @@ LAYERS = {
     "roles": 4,
     **dict.fromkeys(("pipelines", "sweep"), 5),
     **dict.fromkeys(("run", "export"), 6),
-    "evaluate": 7,
+    "evaluation": 7,
+    **dict.fromkeys(("api", "evaluate"), 8),
 }
 BOTTOM = ("metrics", "batch", "declarations", "registry", "printable", "errors")  # each may import later ones
 ALLOWED = {  # stricter than their layer

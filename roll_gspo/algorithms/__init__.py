@@ -1,5 +1,7 @@
 """The mathematics of a training step as pure functions of tensors: no configuration objects, no I/O.
 
+These functions are public: docs/python-api.md lists them.
+
 Each axis of the algorithm is a set of small functions, selected by name:
 
 * rewards to advantages: `reward_norm.REWARD_NORMS`, the estimators of `advantage_estimators`;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from roll_gspo.checkpoint import complete_checkpoints
 from roll_gspo.config.run import RunConfig
@@ -10,14 +12,31 @@ from roll_gspo.errors import WorkerError
 from roll_gspo.pipelines.interrupt import graceful_interrupt
 from roll_gspo.pipelines.pipeline import ConfigT, Pipeline
 from roll_gspo.pipelines.run_folder import RunFolder, open_run_folder
-from roll_gspo.pipelines.step_loop import run_steps
+from roll_gspo.pipelines.step_loop import Callback, run_steps
 from roll_gspo.tracking.console import Console
 
 logger = logging.getLogger(__name__)
 
 
-def run_training(pipeline: Pipeline[ConfigT], config: ConfigT, plan_text: str) -> int:
-    """Run a whole training and return the process's exit status.
+@dataclass(frozen=True)
+class Finished:
+    """A training that ended in order.
+
+    Attributes:
+        folder: the folders of the run.
+        status: exit status for the process: 0, or 128 + the signal that stopped the run.
+        stopped: True if the run ended before its last step.
+    """
+
+    folder: RunFolder
+    status: int
+    stopped: bool
+
+
+def run_training(
+    pipeline: Pipeline[ConfigT], config: ConfigT, plan_text: str, callbacks: Sequence[Callback] = ()
+) -> Finished:
+    """Run a whole training.
 
     If a worker process is lost for good, the run resumes from its last checkpoint up to `max_restarts` times.
 
@@ -25,6 +44,7 @@ def run_training(pipeline: Pipeline[ConfigT], config: ConfigT, plan_text: str) -
         pipeline: builds and trains.
         config: the whole configuration.
         plan_text: text of the plan, written into the run's folder.
+        callbacks: functions that are called after every step.
 
     Raises:
         WorkerError: workers were lost more than `max_restarts` times.
@@ -33,7 +53,7 @@ def run_training(pipeline: Pipeline[ConfigT], config: ConfigT, plan_text: str) -
     while True:
         folder = open_run_folder(config, plan_text)
         try:
-            return _run_once(pipeline, config, folder)
+            return _run_once(pipeline, config, folder, callbacks)
         except WorkerError as error:
             elsewhere = isinstance(config.resume_from_checkpoint, str) and not complete_checkpoints(folder.checkpoints)
             if restarts == config.max_restarts or elsewhere:  # the only checkpoint belongs to another run
@@ -43,7 +63,9 @@ def run_training(pipeline: Pipeline[ConfigT], config: ConfigT, plan_text: str) -
             config = config.model_copy(update={"resume_from_checkpoint": True, "run_name": folder.path.name})
 
 
-def _run_once(pipeline: Pipeline[ConfigT], config: ConfigT, folder: RunFolder) -> int:
+def _run_once(
+    pipeline: Pipeline[ConfigT], config: ConfigT, folder: RunFolder, callbacks: Sequence[Callback]
+) -> Finished:
     console = Console(
         config.exp_name,
         pipeline.max_steps(config) or 0,
@@ -56,7 +78,8 @@ def _run_once(pipeline: Pipeline[ConfigT], config: ConfigT, folder: RunFolder) -
         steps = pipeline.build(config, folder, console)
         try:
             with graceful_interrupt(console.warning) as interrupt:
-                return run_steps(steps, interrupt)
+                status = run_steps(steps, interrupt, callbacks)
+            return Finished(folder, status, steps.components.state.step < steps.components.num_steps)
         finally:
             steps.components.output.close()
             steps.components.executor.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from roll_gspo.config.experiment import RunConfig
@@ -14,6 +14,8 @@ from roll_gspo.tracking.memory import rss_mb
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 ComponentsT = TypeVar("ComponentsT", bound=RunComponents)
+# Called with a step and its metrics after the step is logged. True stops the run as Ctrl-C does: it saves and ends.
+Callback = Callable[[int, Mapping[str, float]], bool | None]
 SIGNALLED = 128  # shell exit status is this plus the signal number: 130 after Ctrl-C
 
 
@@ -55,11 +57,16 @@ class Steps(Generic[ConfigT, ComponentsT]):
         """Report on a model that was trained up to `step` in this process. Does nothing unless overridden."""
 
 
-def run_steps(steps: Steps[Any, Any], interrupt: Interrupt) -> int:
+def run_steps(steps: Steps[Any, Any], interrupt: Interrupt, callbacks: Sequence[Callback] = ()) -> int:
     """Train until the last step or until the user interrupts, and return the process's exit status.
 
     Validation runs before the first step, every `eval_steps` and after the last step. A checkpoint follows every
     `save_steps`, a best validation, the last step, and the step that was interrupted.
+
+    Args:
+        steps: the pipeline.
+        interrupt: request of the user to stop.
+        callbacks: functions that are called after every step; one that returns True stops the run.
     """
     config: RunConfig = steps.config
     components: RunComponents = steps.components
@@ -86,7 +93,8 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt) -> int:
         # Log before saving: if the run is killed in between, it resumes from the previous checkpoint and logs the
         # step again.
         output.log(step, metrics | costs)
-        stopping = interrupt.requested  # Read once, so that a run that stops has saved.
+        requests = [callback(step, metrics | costs) for callback in callbacks]
+        stopping = any(requests) or interrupt.requested  # Read once, so that a run that stops has saved.
         if is_last or stopping or is_best or step % config.save_steps == 0:
             with console.stage("save"):
                 output.save(step, state, components.trained_roles, components.actor_train)
@@ -114,7 +122,7 @@ def _finish(output: Output, console: Console, interrupt: Interrupt, first_step: 
         output.finish(report)
     if report is not None:
         console.message(f"report: {report}")
-    if interrupt.signal is None or step == num_steps:
+    if step == num_steps:
         return 0
     if step < first_step:
         console.message("stopped before the first step was complete; nothing was saved")
@@ -123,4 +131,4 @@ def _finish(output: Output, console: Console, interrupt: Interrupt, first_step: 
             f"stopped after step {step} of {num_steps} and saved; resume with the same command and "
             "resume_from_checkpoint=true"
         )
-    return SIGNALLED + interrupt.signal
+    return 0 if interrupt.signal is None else SIGNALLED + interrupt.signal

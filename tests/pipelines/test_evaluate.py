@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import Outcome, metrics_of
 
-import roll_gspo.evaluate
+import roll_gspo.evaluation
 
 Command = Callable[..., Outcome]
 HF = ("--config-name", "example_gspo", "strategy=hf", "output_dir=out")
@@ -34,7 +34,7 @@ def evaluate(
         capfd.readouterr()
         environment, code = dict(os.environ), 0
         try:
-            roll_gspo.evaluate.main()
+            roll_gspo.evaluation.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
         finally:
