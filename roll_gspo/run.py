@@ -349,7 +349,7 @@ def train(config: AnyConfig, plan: Plan, callbacks: Sequence[Callback] = ()) -> 
     from roll_gspo.pipelines.preflight import preflight
 
     if plan.not_runnable:
-        raise ConfigError("\n".join(plan.not_runnable))
+        raise ConfigError("\n".join(map(str, plan.not_runnable)))
     set_environment(config.system_envs)
     preflight(config)
     from roll_gspo.pipelines.lifecycle import run_training

@@ -95,7 +95,7 @@ def test_example_with_every_option_of_a_group_has_a_plan_or_a_reason(example: st
         if group in ALGORITHM_GROUPS:
             assert loaded.config.model_dump()[group] == (None if option == "none" else option)
         key = is_not_runnable(loaded.config, group, option)
-        assert [text for text in plan.not_runnable if key and text.startswith(key)] or not key
+        assert [problem for problem in plan.not_runnable if key and problem.key.startswith(key)] or not key
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])

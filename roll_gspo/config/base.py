@@ -12,7 +12,7 @@ MAX_DEVICES = 2**16  # protects the memory from a typo such as range(0, 80000000
 
 
 class Problem(NamedTuple):
-    """A rule between keys that a configuration breaks.
+    """A rule between keys that a configuration breaks, or a warning about a key.
 
     Attributes:
         key: the dotted key to look at, relative to the block whose rule it is.
@@ -25,12 +25,15 @@ class Problem(NamedTuple):
     message: str
     also: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
 
 class BrokenRules(ValueError):
     """The broken rules of one block; pydantic wraps it in a `ValidationError`."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("\n".join(f"{problem.key}: {problem.message}" for problem in problems))
+        super().__init__("\n".join(map(str, problems)))
         self.problems = problems
 
 

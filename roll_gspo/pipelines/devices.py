@@ -7,15 +7,11 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
+from roll_gspo.config.base import Problem
 from roll_gspo.config.roles import ActorInferConfig, Role
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.suggestions import nearest_multiples
 from roll_gspo.errors import ConfigError
-
-
-def roles_of(config: AnyConfig) -> dict[str, Role]:
-    """Return the roles that are built and hold a model."""
-    return config.roles()
 
 
 def model_of(config: AnyConfig, role: Role) -> str:
@@ -43,17 +39,14 @@ def finds_cuda(config: AnyConfig) -> bool | None:
     return Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def device_problems(config: AnyConfig, on_cuda: bool | None) -> list[str]:
+def device_problems(config: AnyConfig, on_cuda: bool | None) -> list[Problem]:
     """Return every reason why the roles cannot run on the devices that they name.
 
     Args:
         config: the whole configuration.
         on_cuda: True if devices are GPUs; None if not known yet.
-
-    Returns:
-        One text per problem; it begins with the key to look at.
     """
-    roles = roles_of(config)
+    roles = config.roles()
     problems = _local_problems(roles) if config.execution == "local" else [*_node_problems(config, roles)]
     if config.execution == "ray" and on_cuda:
         problems += colocated(config)
@@ -63,82 +56,90 @@ def device_problems(config: AnyConfig, on_cuda: bool | None) -> list[str]:
     return problems
 
 
-def _local_problems(roles: dict[str, Role]) -> list[str]:
+def _local_problems(roles: dict[str, Role]) -> list[Problem]:
     """Return settings that need more than the one process of `execution: local`."""
     problems = []
     for name, role in roles.items():
-        devices = role.device_mapping
+        devices, key = role.device_mapping, f"{name}.device_mapping"
         if devices and len(devices) > 1:
-            problems.append(
-                f"{name}.device_mapping: {len(devices)} devices are for worker groups, but execution: local has one "
-                "process; set execution: ray, or layout=single (device_mapping: null, parallel sizes 1)"
+            message = (
+                f"{len(devices)} devices are for worker groups, but execution: local has one process; set execution: "
+                "ray, or layout=single (device_mapping: null, parallel sizes 1)"
             )
+            problems.append(Problem(key, message))
         elif devices and devices != (0,):
-            problems.append(
-                f"{name}.device_mapping: device {devices[0]} is a choice for worker groups, but execution: local has "
-                "one process; set execution: ray, or device_mapping: null and choose with CUDA_VISIBLE_DEVICES"
+            message = (
+                f"device {devices[0]} is a choice for worker groups, but execution: local has one process; set "
+                "execution: ray, or device_mapping: null and choose with CUDA_VISIBLE_DEVICES"
             )
+            problems.append(Problem(key, message))
         size = role.strategy_args.devices_per_worker
         if size > 1 and not (devices and len(devices) > 1):
             key = next(key for key, value in role.strategy_args.model_parallel_sizes.items() if value > 1)
-            problems.append(
-                f"{name}.strategy_args.{key}: {size} devices are for worker groups, but execution: local has one "
-                "process; set execution: ray, or this size to 1"
+            message = (
+                f"{size} devices are for worker groups, but execution: local has one process; set execution: ray, or "
+                "this size to 1"
             )
+            problems.append(Problem(f"{name}.strategy_args.{key}", message))
     return problems
 
 
-def _node_problems(config: AnyConfig, roles: dict[str, Role]) -> Iterator[str]:
+def _node_problems(config: AnyConfig, roles: dict[str, Role]) -> Iterator[Problem]:
+    """Yield a number of devices or machines that is too small for the device mappings."""
     per_node, last = devices_per_node(config), max(max(devices_of(role)) for role in roles.values())
     needed = last // per_node + 1
     if not config.num_gpus_per_node and last:
-        yield (
-            f"num_gpus_per_node: 0 leaves one device a machine, but device_mapping reaches device {last}; set it to "
-            f"the devices of a machine (GPUs, or worker slots where there are none), {last + 1} for one machine"
+        yield Problem(
+            "num_gpus_per_node",
+            f"0 means one device per machine, but device_mapping reaches device {last}; set it to the devices of a "
+            f"machine (GPUs, or worker slots if there are none), {last + 1} for one machine",
         )
     elif config.num_nodes is not None and config.num_nodes < needed:
-        yield (
-            f"num_nodes: device_mapping reaches device {last}, on machine {needed - 1} of {config.num_nodes} with "
-            f"num_gpus_per_node {per_node} (counted from 0); set num_nodes: {needed}, or lower device_mapping"
+        yield Problem(
+            "num_nodes",
+            f"device_mapping reaches device {last}, on machine {needed - 1} of {config.num_nodes} with "
+            f"num_gpus_per_node {per_node} (counted from 0); set num_nodes: {needed}, or lower device_mapping",
         )
 
 
-def colocated(config: AnyConfig) -> list[str]:
+def colocated(config: AnyConfig) -> list[Problem]:
     """Return roles that would share GPUs. Without GPUs, sharing is allowed: device numbers are worker slots."""
     problems = []
-    for (first, one), (second, other) in combinations(roles_of(config).items(), 2):
+    for (first, one), (second, other) in combinations(config.roles().items(), 2):
         if shared := sorted(set(devices_of(one)) & set(devices_of(other))):
-            free = 1 + max(max(devices_of(role)) for role in roles_of(config).values())
+            free = 1 + max(max(devices_of(role)) for role in config.roles().values())
             count = len(devices_of(other))
-            problems.append(
-                f"{second}.device_mapping: shares device(s) {ranges(tuple(shared))} with {first}; on GPUs each role "
-                "needs separate devices, because engines do not sleep and trainers are not offloaded; set it to e.g. "
+            message = (
+                f"shares device(s) {ranges(tuple(shared))} with {first}; on GPUs each role needs separate devices, "
+                "because engines do not sleep and trainers are not offloaded; set it to e.g. "
                 f"{ranges(tuple(range(free, free + count)))}"
             )
+            problems.append(Problem(f"{second}.device_mapping", message))
     return problems
 
 
-def _worker_problems(config: AnyConfig, name: str, role: Role) -> Iterator[str]:
+def _worker_problems(config: AnyConfig, name: str, role: Role) -> Iterator[Problem]:
     """Yield a problem if the number of devices does not fit the workers of the engine."""
     args, devices = role.strategy_args, devices_of(role)
     size, per_node, key = args.devices_per_worker, devices_per_node(config), f"{name}.device_mapping"
     if not (args.is_distributed or isinstance(role, ActorInferConfig)) and len(devices) > 1:
-        yield (
-            f"{key}: {len(devices)} ranks, but {args.strategy_name} has one; set it to one device, or strategy=megatron"
-        )
+        message = f"{len(devices)} ranks, but {args.strategy_name} has one; set it to one device, or strategy=megatron"
+        yield Problem(key, message)
         return
     if len(devices) % size:
-        yield (
-            f"{key}: {len(devices)} device(s) are not a multiple of the {size} of one worker "
-            f"({_sizes_text(role)}); name {nearest_multiples(len(devices), size)}"
+        yield Problem(
+            key,
+            f"{len(devices)} device(s) are not a multiple of the {size} of one worker ({_sizes_text(role)}); name "
+            f"{nearest_multiples(len(devices), size)}",
         )
         return
     for start in range(0, len(devices), size):
         worker = devices[start : start + size]
         if config.execution == "ray" and len({device // per_node for device in worker}) > 1:
-            yield (
-                f"{key}: devices {ranges(worker)} are those of one worker ({_sizes_text(role)}), but lie on different "
-                f"machines (num_gpus_per_node {per_node}); name devices of one machine"
+            yield Problem(
+                key,
+                f"devices {ranges(worker)} are those of one worker ({_sizes_text(role)}), but lie on different "
+                f"machines (num_gpus_per_node {per_node}); name devices of one machine",
             )
 
 
@@ -147,14 +148,15 @@ def _sizes_text(role: Role) -> str:
     return " * ".join(f"{key.rpartition('.')[2]} {size}" for key, size in sizes.items())
 
 
-def _engine_problems(config: AnyConfig, name: str, role: Role, on_cuda: bool | None) -> Iterator[str]:
+def _engine_problems(config: AnyConfig, name: str, role: Role, on_cuda: bool | None) -> Iterator[Problem]:
     """Yield reasons why the engine cannot run the role's model in this layout."""
     model, num_devices = model_of(config, role), len(devices_of(role))
     try:
         for problem in role.strategy_args.layout_problems(model, num_devices, on_cuda):
-            yield f"{name}.strategy_args.{problem.key}: {problem.message}"
+            yield problem._replace(key=f"{name}.strategy_args.{problem.key}")
     except ConfigError as error:
-        yield from str(error).splitlines()
+        key = "pretrain" if model == config.pretrain else f"{name}.model_args.model_name_or_path"
+        yield from (Problem(key, line) for line in str(error).splitlines())
 
 
 def layout_text(config: AnyConfig, role: Role) -> str:
@@ -162,7 +164,7 @@ def layout_text(config: AnyConfig, role: Role) -> str:
     devices, args = devices_of(role), role.strategy_args
     where = "this machine" if role.device_mapping is None else f"devices {ranges(devices)}"
     nodes = tuple(sorted({device // devices_per_node(config) for device in devices}))
-    last = max(max(devices_of(other)) for other in roles_of(config).values())
+    last = max(max(devices_of(other)) for other in config.roles().values())
     if role.device_mapping is not None and last >= devices_per_node(config):
         where += f" on machine{'s' * (len(nodes) > 1)} {ranges(nodes)}"
     texts = [where]

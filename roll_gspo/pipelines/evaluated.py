@@ -107,7 +107,7 @@ def evaluation_plan(config: ExperimentConfig, evaluated: Evaluated) -> Plan:
         ("output", str(evaluated.out)),
     )
     title = f"roll_gspo {roll_gspo.__version__}: evaluation"
-    return Plan(title, rows, (), tuple(context_problems(config, evaluated.model)))
+    return Plan(title, rows, not_runnable=tuple(context_problems(config, evaluated.model)))
 
 
 def _metrics_text(block: ValidationConfig) -> str:
@@ -122,7 +122,7 @@ def check_evaluation(config: ExperimentConfig, plan: Plan) -> None:
         ConfigError, MissingDependencyError, DataError: a check fails.
     """
     if plan.not_runnable:
-        raise ConfigError("\n".join(plan.not_runnable))
+        raise ConfigError("\n".join(map(str, plan.not_runnable)))
     if missing := missing_engine("actor_infer", config.actor_infer.strategy_args):
         raise MissingDependencyError(missing)
     if config.validation is not None:

@@ -6,11 +6,12 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass
 
-from roll_gspo.config.roles import CriticConfig, PolicyConfig
+from roll_gspo.config.base import Problem
+from roll_gspo.config.roles import CriticConfig, PolicyConfig, Role
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import DeviceParameters
 from roll_gspo.models.size import size_of
-from roll_gspo.pipelines.devices import Role, devices_of, devices_per_node, model_of, ranges, roles_of
+from roll_gspo.pipelines.devices import devices_of, devices_per_node, model_of, ranges
 
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT, MOMENTS, MAIN_COPY = 4, 8, 4  # bytes per parameter, all float32
@@ -40,12 +41,12 @@ class Memory:
 def memory_of(config: AnyConfig) -> Memory | None:
     """Estimate memory without activations, KV caches and the CUDA context; None if a size is not known yet."""
     of_roles, of_devices = {}, defaultdict[int, float](float)
-    for name, role in roles_of(config).items():
+    for name, role in config.roles().items():
         amounts = _of_role(config, role)
         if amounts is None:
             return None
         of_roles[name] = amounts
-        # without a mapping in one process, every role is on this machine's one device
+        # In one process without a mapping, all roles share the machine's one device.
         devices = devices_of(role) if config.execution == "ray" or role.device_mapping else (0,) * len(amounts)
         for device, amount in zip(devices, amounts, strict=True):
             of_devices[device] += amount
@@ -56,7 +57,7 @@ def memory_texts(config: AnyConfig) -> list[str]:
     """Return the memory rows of the plan."""
     memory = memory_of(config)
     if memory is None:
-        return ["unknown: the model is not here yet"]
+        return ["unknown until the model is downloaded"]
     fullest = max(memory.of_devices.values())
     texts = [
         f"about {fullest / GIB:.3g} GiB per device for weights, gradients and optimizer; activations and KV cache come "
@@ -67,22 +68,22 @@ def memory_texts(config: AnyConfig) -> list[str]:
     return texts
 
 
-def memory_warnings(config: AnyConfig, on_cuda: bool | None) -> list[str]:
+def memory_warnings(config: AnyConfig, on_cuda: bool | None) -> list[Problem]:
     """Warn if a run on worker slots of this machine needs more memory than the machine has."""
     memory = memory_of(config)
     if on_cuda is not False or memory is None:
         return []
-    needed, installed = (
-        memory.of_node(devices_per_node(config)),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    needed = memory.of_node(devices_per_node(config))
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed < installed:
         return []
-    devices = ranges(tuple(sorted(memory.of_devices)))
-    return [
-        f"device_mapping: there is no GPU here, so that device(s) {devices} are worker slots in main memory: about "
-        f"{needed / GIB:.3g} GiB on one machine, this one has {installed / GIB:.3g}; run it on machines with GPUs"
-    ]
+    largest = max(memory.of_roles, key=lambda name: sum(memory.of_roles[name]))
+    message = (
+        f"no GPU was found, so device(s) {ranges(tuple(sorted(memory.of_devices)))} are worker slots in main memory; "
+        f"all roles need about {needed / GIB:.3g} GiB on one machine, and this one has {installed / GIB:.3g}; run on "
+        "machines with GPUs"
+    )
+    return [Problem(f"{largest}.device_mapping", message)]
 
 
 def _span(amounts: tuple[float, ...]) -> str:

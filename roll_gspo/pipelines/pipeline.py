@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from roll_gspo.config.base import Problem
 from roll_gspo.config.pipelines import PIPELINES
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
@@ -53,12 +54,12 @@ class Pipeline(Generic[ConfigT]):
         """Return the (label, text) rows of the plan between the roles and the memory."""
         return ()
 
-    def warnings(self, config: ConfigT) -> Iterable[str]:
-        """Return warnings of settings that run but are probably not intended: `key: why; what to do`."""
+    def warnings(self, config: ConfigT) -> Iterable[Problem]:
+        """Return warnings of settings that run but are probably not intended."""
         return ()
 
-    def problems(self, config: ConfigT) -> Iterable[str]:
-        """Return valid settings that cannot run with this model: `key: why; what to do`."""
+    def problems(self, config: ConfigT) -> Iterable[Problem]:
+        """Return valid settings that cannot run with this model."""
         return ()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.roles import Role
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.errors import ConfigError
 from roll_gspo.execution.base import (
@@ -19,7 +20,7 @@ from roll_gspo.execution.base import (
     RoleT,
     WorkerGroup,
 )
-from roll_gspo.pipelines.devices import Role, colocated, devices_of, devices_per_node, roles_of
+from roll_gspo.pipelines.devices import colocated, devices_of, devices_per_node
 from roll_gspo.pipelines.factories import (
     make_generator,
     make_replica,
@@ -33,7 +34,7 @@ from roll_gspo.roles.weight_sync import BroadcastSync, InProcessSync, WeightSync
 
 def execution_settings(config: AnyConfig) -> ExecutionSettings:
     """Return the executor's settings."""
-    numbers = {number for role in roles_of(config).values() for number in devices_of(role)}
+    numbers = {number for role in config.roles().values() for number in devices_of(role)}
     return ExecutionSettings(
         devices=tuple(sorted(numbers)),
         devices_per_node=devices_per_node(config),
@@ -72,7 +73,7 @@ class ClusterPlacement:
     def __init__(self, config: AnyConfig, executor: ClusterExecutor) -> None:
         # The plan reports this too if the machine of the command has the devices of the cluster.
         if executor.uses_gpus and (problems := colocated(config)):
-            raise ConfigError("\n".join(problems))
+            raise ConfigError("\n".join(map(str, problems)))
         self._config = config
         self._executor = executor
         self._groups: dict[str, WorkerGroup] = {}

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import roll_gspo
+from roll_gspo.config.base import Problem
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.models.size import ModelSize, size_of
-from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text, roles_of
+from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text
 from roll_gspo.pipelines.memory import memory_texts, memory_warnings
 from roll_gspo.pipelines.pipeline import pipeline_of
 from roll_gspo.pipelines.warnings import execution_warnings
@@ -23,12 +24,14 @@ class Plan:
         rows: (label, text) pairs.
         warnings: settings that run but are probably not intended, each with its fix.
         not_runnable: settings that are valid but cannot run on these devices or with this model.
+        config_warnings: what was found while the configuration was read, e.g. keys that are ignored.
     """
 
     title: str
     rows: tuple[tuple[str, str], ...]
-    warnings: tuple[str, ...]
-    not_runnable: tuple[str, ...]
+    warnings: tuple[Problem, ...] = ()
+    not_runnable: tuple[Problem, ...] = ()
+    config_warnings: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return the plan as it is printed and written to `plan.txt`."""
@@ -37,7 +40,7 @@ class Plan:
         for label, text in self.rows:
             lines.append(f"  {label if label != previous else '':<11} {text}")
             previous = label
-        lines += [f"  {'warning':<11} {w}" for w in self.warnings]
+        lines += [f"  {'warning':<11} {w}" for w in (*self.warnings, *self.config_warnings)]
         lines += [f"  {'cannot run':<11} {w}" for w in self.not_runnable]
         return "\n".join(lines)
 
@@ -48,20 +51,15 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = ()) -> Plan:
     size, on_cuda = size_of(config.pretrain), finds_cuda(config)
     rows = [
         ("model", _model_text(config, size)),
-        *(("roles", _role_text(config, name)) for name in roles_of(config)),
+        *(("roles", _role_text(config, name)) for name in config.roles()),
         *pipeline.plan_rows(config),
         *(("memory", text) for text in memory_texts(config)),
         ("run", f"{pipeline.length_text(config)}, {_intervals_text(config)}"),
     ]
     title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
-    warnings = (
-        *pipeline.warnings(config),
-        *execution_warnings(config),
-        *memory_warnings(config, on_cuda),
-        *config_warnings,
-    )
+    warnings = (*pipeline.warnings(config), *execution_warnings(config), *memory_warnings(config, on_cuda))
     problems = (*_replay_problems(config, size), *pipeline.problems(config), *device_problems(config, on_cuda))
-    return Plan(title, tuple(rows), warnings, problems)
+    return Plan(title, tuple(rows), warnings, problems, config_warnings)
 
 
 def _model_text(config: AnyConfig, size: ModelSize | None) -> str:
@@ -81,7 +79,7 @@ def _count(number: int) -> str:
 
 
 def _role_text(config: AnyConfig, name: str) -> str:
-    role = roles_of(config)[name]
+    role = config.roles()[name]
     return f"{name:<12} {role.strategy_args.strategy_name:<15} {layout_text(config, role)}"
 
 
@@ -94,12 +92,13 @@ def _intervals_text(config: AnyConfig) -> str:
     return f"{saved}, {validation}, seed {config.seed}{resume}"
 
 
-def _replay_problems(config: AnyConfig, size: ModelSize | None) -> Iterator[str]:
+def _replay_problems(config: AnyConfig, size: ModelSize | None) -> Iterator[Problem]:
     """Yield a problem if routing replay is set for a model without routers."""
     replay = config.actor_train.router_replay
     is_dense = size is not None and size.source != "from its name" and not size.num_expert_parameters
     if (replay.mode != "disable" or replay.record) and is_dense:
-        yield (
-            f"actor_train.router_replay: {config.pretrain} has no experts to replay; choose a mixture of experts "
-            "(model=tiny_qwen3_moe), or router_replay=none"
+        yield Problem(
+            "actor_train.router_replay",
+            f"{config.pretrain} has no experts to replay; choose a mixture of experts (model=tiny_qwen3_moe), or "
+            "router_replay=none",
         )

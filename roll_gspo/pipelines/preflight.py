@@ -12,7 +12,7 @@ from roll_gspo.config.strategy import StrategyArgs
 from roll_gspo.data.hf_datasets import parse_dataset_name
 from roll_gspo.errors import DataError, MissingDependencyError
 from roll_gspo.models.tiny import BUILTIN
-from roll_gspo.pipelines.devices import model_of, roles_of
+from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pretrain import check_model_name
 from roll_gspo.tracking.trackers import check_trackers
 
@@ -38,7 +38,7 @@ def check_engines(config: AnyConfig) -> None:
     missing = []
     if config.execution == "ray" and not _is_installed("ray"):
         missing.append("execution: ray needs the package 'ray': pip install 'roll-gspo[ray]'; or execution=local")
-    roles = roles_of(config).items()
+    roles = config.roles().items()
     missing += (text for role, block in roles if (text := missing_engine(role, block.strategy_args)))
     if missing:
         raise MissingDependencyError("\n".join(missing))
@@ -61,7 +61,7 @@ def check_models(config: AnyConfig) -> None:
     Raises:
         ConfigError: a `builtin:` name is unknown, or a folder is missing or holds no model.
     """
-    for role in roles_of(config).values():
+    for role in config.roles().values():
         check_model_name(model_of(config, role))
 
 

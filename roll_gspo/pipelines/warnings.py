@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from roll_gspo.config.base import Schema
+from roll_gspo.config.base import Problem, Schema, used_only_with
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
-from roll_gspo.pipelines.devices import devices_of, devices_per_node, roles_of
+from roll_gspo.pipelines.devices import devices_of, devices_per_node
 
 RAY_ONLY = ("worker_timeout_s", "max_worker_restarts", "max_restarts", "num_nodes", "weight_transfer")
 
 
-def execution_warnings(config: AnyConfig) -> Iterator[str]:
+def execution_warnings(config: AnyConfig) -> Iterator[Problem]:
     """Yield machines that stay idle, and keys that only `execution: ray` reads."""
     if config.execution == "ray":
-        nodes = 1 + max(max(devices_of(role)) for role in roles_of(config).values()) // devices_per_node(config)
+        nodes = 1 + max(max(devices_of(role)) for role in config.roles().values()) // devices_per_node(config)
         if config.num_nodes is not None and config.num_nodes > nodes:
-            yield (
-                f"num_nodes {config.num_nodes} with device mappings that end on machine {nodes} of them: the others "
-                "stay idle; name their devices, or set num_nodes: null"
+            yield Problem(
+                "num_nodes",
+                f"{config.num_nodes} machines, but the device mappings use {nodes}; name devices of the others, or set "
+                "num_nodes: null",
             )
         return
-    idle = [key for key in RAY_ONLY if config.model_dump()[key] != _default_of(key)]
-    if idle:
-        yield f"execution: local: {', '.join(idle)} act(s) with execution: ray only; remove, or set that"
+    for key in RAY_ONLY:
+        if config.model_dump()[key] != _default_of(key):
+            yield used_only_with(key, "execution", "ray")
 
 
 def _default_of(key: str) -> object:

@@ -90,7 +90,7 @@ def test_best_checkpoint_needs_a_validation() -> None:
 
 def test_sequences_beyond_the_context_cannot_run() -> None:
     (problem,) = make_plan(sft("sequence_length=100000")).not_runnable
-    assert problem.startswith("sequence_length: 100000 tokens, but the context of builtin:")
+    assert problem.key == "sequence_length" and "100000" in problem.message
 
 
 def test_ranks_hold_whole_copies() -> None:
@@ -129,7 +129,7 @@ def test_plan_says_what_a_step_is() -> None:
     text = make_plan(sft("strategy=hf", "max_steps=9", "num_epochs=2", "resume_from_checkpoint=true")).text()
     for line in (
         "roles       actor_train  hf_train        this machine",
-        "data        builtin:column_addition (the first 4096); sequences ≤ 1024 tokens",
+        "data        builtin:column_addition; sequences ≤ 1024 tokens",
         "updates     a step is one optimizer step: mini-batches of 32 (1 micro-batch(es) of 32 × DP 1)",
         "loss        negative log-likelihood, mean over the tokens of all assistant's turns of a sequence",
         "run         9 steps or 2 pass(es) over the data, whichever is over first, checkpoint every 128, validation "

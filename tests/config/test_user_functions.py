@@ -119,7 +119,7 @@ def test_plan_shows_paths_arguments_and_declared_values(module: str) -> None:
 def test_declared_scale_of_a_ratio_decides_on_the_warning(module: str) -> None:
     overrides = (f"importance_sampling={module}.ratio", *PAPER)
     (warning,) = make_plan(load_config("example_gspo", *overrides).config).warnings
-    assert warning.startswith("importance_sampling") and "0.2" in warning
+    assert warning.key == "importance_sampling" and "0.2" in warning.message
 
 
 def test_estimator_with_a_critic_needs_the_block_and_groups(module: str) -> None:

@@ -68,10 +68,10 @@ def test_engine_holds_what_validation_needs() -> None:
 
 def test_lengths_beyond_the_models_context_cannot_run() -> None:
     (problem,) = make_plan(load_config("example_gspo", "val_prompt_length=4090").config).not_runnable
-    assert "val_sequence_length: prompts of 4090 and responses of 48 tokens in validation are 4138" in problem
-    assert "the context of builtin:tiny_qwen3 has 4096" in problem
+    assert problem.key == "val_sequence_length"
+    assert all(number in problem.message for number in ("4090", "48", "4138", "builtin:tiny_qwen3 has 4096"))
     (problem,) = make_plan(load_config("example_gspo", "response_length=4096").config).not_runnable
-    assert problem.startswith("response_length: prompt_length 16 + response_length 4096 are 4112 tokens")
+    assert problem.key == "response_length" and "4112" in problem.message
 
 
 @pytest.mark.parametrize("data", ["column_addition", "gsm8k"])

@@ -1,4 +1,4 @@
-"""The plan: its arithmetic, its warnings, and what it says cannot run yet."""
+"""The plan: its arithmetic, its warnings, and the settings that cannot run."""
 
 from __future__ import annotations
 
@@ -25,38 +25,43 @@ def row(plan: Plan, label: str) -> str:
     return "\n".join(text for name, text in plan.rows if name == label)
 
 
-def test_example_gspo_warns_of_the_length_weighting_alone() -> None:
+def warned_keys(name: str, *overrides: str) -> list[str]:
+    """The keys that the plan warns about."""
+    return [warning.key for warning in plan_of(name, *overrides).warnings]
+
+
+def test_example_gspo_warns_about_length_weighting_only() -> None:
     plan = plan_of("example_gspo")
-    (warning,) = plan.warnings
-    assert warning.startswith("loss_agg_mode: seq-mean-token-sum weighs sequences by length")
+    assert [warning.key for warning in plan.warnings] == ["loss_agg_mode"]
     assert plan.not_runnable == ()
 
 
-def test_example_grpo_and_the_papers_gspo_warn_of_nothing() -> None:
-    assert plan_of("example_grpo").warnings == ()
-    assert plan_of("example_gspo", "loss_agg_mode=seq-mean-token-mean").warnings == ()
+def test_example_grpo_and_the_papers_gspo_have_no_warning() -> None:
+    assert warned_keys("example_grpo") == []
+    assert warned_keys("example_gspo", "loss_agg_mode=seq-mean-token-mean") == []
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
 @pytest.mark.parametrize("level", ["seq", "seq_token", "segment"])
-def test_sequence_ratio_with_length_weighting_is_warned_of(level: str, mode: str) -> None:
+def test_sequence_ratio_with_length_weighting_gives_a_warning(level: str, mode: str) -> None:
     (warning,) = plan_of("example_gspo", f"importance_sampling={level}", f"loss_agg_mode={mode}").warnings
-    assert f"loss_agg_mode: {mode} weighs" in warning and "LUSPO does" in warning
+    assert warning.key == "loss_agg_mode" and warning.message.startswith(f"{mode} ")
 
 
-def test_token_ratio_may_be_aggregated_in_any_way() -> None:
-    assert plan_of("example_grpo", "loss_agg_mode=token-mean").warnings == ()
+def test_token_ratio_may_have_any_aggregation() -> None:
+    assert warned_keys("example_grpo", "loss_agg_mode=token-mean") == []
 
 
 @pytest.mark.parametrize("overrides", [("pg_clip_high=0.27",), ("use_pg_clip_range=false",)])
-def test_token_scale_clip_with_a_sequence_ratio_is_warned_of(overrides: tuple[str, ...]) -> None:
+def test_token_scale_clip_with_a_sequence_ratio_gives_a_warning(overrides: tuple[str, ...]) -> None:
     (warning,) = plan_of("example_gspo", "loss_agg_mode=seq-mean-token-mean", *overrides).warnings
-    assert "it never clips; the paper's is 3e-4/4e-4" in warning
+    assert warning.key == "importance_sampling" and "3e-4/4e-4" in warning.message
 
 
-def test_sequence_scale_clip_with_a_token_ratio_is_warned_of() -> None:
+def test_sequence_scale_clip_with_a_token_ratio_gives_a_warning() -> None:
     (warning,) = plan_of("example_grpo", "pg_clip_low=3e-4", "pg_clip_high=4e-4").warnings
-    assert "importance_sampling: token with the clip range (0.0003, 0.0004)" in warning and "0.2/0.27" in warning
+    assert warning.key == "importance_sampling"
+    assert "(0.0003, 0.0004)" in warning.message and "0.2/0.27" in warning.message
 
 
 def test_group_option_switches_the_clip_range_with_the_level() -> None:
@@ -91,72 +96,61 @@ def test_plan_has_the_other_defaults_that_depend_on_a_combination() -> None:
     assert "critic       learning rate 0.001" in text
 
 
-def test_one_update_a_rollout_is_warned_of() -> None:
-    overrides = ("actor_train.training_args.gradient_accumulation_steps=8", "loss_agg_mode=seq-mean-token-mean")
-    plan = plan_of("example_gspo", *overrides)
-    (warning,) = plan.warnings
-    assert warning.startswith("one optimizer step per rollout") and "the ratio is 1" in warning
-    assert plan_of("example_gspo", *overrides, "ppo_epochs=2").warnings == ()
-
-
-def test_one_update_a_rollout_with_the_engines_log_probs_measures_the_engines() -> None:
-    overrides = ("actor_train.training_args.gradient_accumulation_steps=8", "old_log_probs=rollout")
+@pytest.mark.parametrize("old_log_probs", ["recompute", "rollout"])
+def test_one_update_per_rollout_gives_a_warning(old_log_probs: str) -> None:
+    key = "actor_train.training_args.gradient_accumulation_steps"
+    overrides = (f"{key}=8", f"old_log_probs={old_log_probs}")
     (warning,) = plan_of("example_grpo", *overrides).warnings
-    assert warning.startswith("one optimizer step per rollout with enable_old_logprobs_recompute: false")
-    assert plan_of("example_grpo", "old_log_probs=rollout").warnings == ()
+    assert warning.key == key and warning.message.startswith("8 ")
+    assert ("enable_old_logprobs_recompute" in warning.message) == (old_log_probs == "rollout")
+    assert warned_keys("example_grpo", *overrides, "ppo_epochs=2") == []
+    assert warned_keys("example_grpo", f"old_log_probs={old_log_probs}") == []
 
 
+@pytest.mark.parametrize("reader", ["train_infer_correction=token_truncate", "enable_old_logprobs_recompute=false"])
 @pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 20)])
-def test_truncated_sampling_with_a_correction_is_warned_of(key: str, value: float) -> None:
-    overrides = ("train_infer_correction=token_truncate",)
-    (warning,) = plan_of("example_grpo", *overrides, f"actor_infer.generating_args.{key}={value}").warnings
-    assert warning.startswith("top_p/top_k with train_infer_correction")
-    assert plan_of("example_grpo", *overrides).warnings == ()
+def test_truncated_sampling_gives_a_warning_if_the_engines_log_probs_are_read(
+    key: str, value: float, reader: str
+) -> None:
+    sampling = f"actor_infer.generating_args.{key}={value}"
+    (warning,) = plan_of("example_grpo", reader, sampling).warnings
+    assert warning.key == f"actor_infer.generating_args.{key}" and warning.message.startswith(f"{value} ")
+    assert reader.partition("=")[0] in warning.message
+    assert warned_keys("example_grpo", reader) == [] == warned_keys("example_grpo", sampling)
 
 
 @pytest.mark.parametrize(("norm", "samples"), [("group", "a prompt"), ("batch", "a rollout"), ("running", "the run")])
-def test_division_by_no_deviation_without_a_bound_is_warned_of(norm: str, samples: str) -> None:
+def test_division_by_a_deviation_of_zero_gives_a_warning(norm: str, samples: str) -> None:
     overrides = (f"reward_norm={norm}", "reward_scale=true")
     (warning,) = plan_of("example_gspo_paper", *overrides).warnings
-    assert warning.startswith(f"reward_scale: true with reward_norm: {norm}") and samples in warning
-    assert plan_of("example_gspo_paper", *overrides, "reward_clip=10").warnings == ()
-    assert plan_of("example_gspo_paper", f"reward_norm={norm}").warnings == ()
+    assert warning.key == "reward_scale" and f"reward_norm: {norm}" in warning.message and samples in warning.message
+    assert warned_keys("example_gspo_paper", *overrides, "reward_clip=10") == []
+    assert warned_keys("example_gspo_paper", f"reward_norm={norm}") == []
 
 
-def test_dr_grpo_after_division_by_the_groups_deviation_is_warned_of() -> None:
+def test_dr_grpo_after_division_by_the_groups_deviation_gives_a_warning() -> None:
     (warning,) = plan_of("example_dr_grpo", "reward_norm=group").warnings
-    assert warning.startswith("adv_estimator: dr_grpo with reward_norm: group")
-    assert plan_of("example_dr_grpo", "reward_norm=group", "reward_shift=true").warnings == ()
-    assert plan_of("example_dr_grpo", "reward_norm=batch").warnings == ()
+    assert warning.key == "adv_estimator" and "reward_norm: group" in warning.message
+    assert warned_keys("example_dr_grpo", "reward_norm=group", "reward_shift=true") == []
+    assert warned_keys("example_dr_grpo", "reward_norm=batch") == []
 
 
 @pytest.mark.parametrize(
-    ("example", "chosen"),
+    ("example", "selected"),
     [("example_raft_pp", "adv_estimator: raft_plus_plus"), ("example_topr", "policy_loss: topr")],
 )
-def test_whitening_where_the_sign_of_the_advantage_means_something_is_warned_of(example: str, chosen: str) -> None:
+def test_whitening_gives_a_warning_if_the_sign_of_the_advantage_matters(example: str, selected: str) -> None:
     (warning,) = plan_of(example, "whiten_advantages=true").warnings
-    assert warning.startswith(f"whiten_advantages: true with {chosen}: ")
-    assert warning.endswith("; set whiten_advantages: false")
+    assert warning.key == "whiten_advantages" and selected in warning.message
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
-def test_whitening_of_what_is_whitened_anyway_is_harmless(estimator: str) -> None:
-    overrides = (f"adv_estimator={estimator}", "whiten_advantages=true")
-    assert plan_of("example_grpo", *overrides).warnings == ()
-
-
-@pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 20)])
-def test_truncated_sampling_with_the_engines_log_probs_is_warned_of(key: str, value: float) -> None:
-    sampling = f"actor_infer.generating_args.{key}={value}"
-    (warning,) = plan_of("example_grpo", sampling, "enable_old_logprobs_recompute=false").warnings
-    assert warning.startswith("top_p/top_k with enable_old_logprobs_recompute: false")
-    assert plan_of("example_grpo", sampling).warnings == ()
-    assert plan_of("example_grpo", "enable_old_logprobs_recompute=false").warnings == ()
+def test_whitening_twice_gives_no_warning(estimator: str) -> None:
+    assert warned_keys("example_grpo", f"adv_estimator={estimator}", "whiten_advantages=true") == []
 
 
 @pytest.mark.parametrize(
-    ("overrides", "mini_batch", "a_rollout"),
+    ("overrides", "mini_batch", "per_rollout"),
     [
         ((), 64, 4),
         (("ppo_epochs=3",), 64, 12),
@@ -165,10 +159,10 @@ def test_truncated_sampling_with_the_engines_log_probs_is_warned_of(key: str, va
         (("rollout_batch_size=8", "num_return_sequences_in_group=16"), 64, 2),
     ],
 )
-def test_optimizer_steps_are_counted(overrides: tuple[str, ...], mini_batch: int, a_rollout: int) -> None:
+def test_optimizer_steps_are_counted(overrides: tuple[str, ...], mini_batch: int, per_rollout: int) -> None:
     text = row(plan_of("example_gspo", "max_steps=60", *overrides), "updates")
     assert f"mini-batches of {mini_batch} (" in text
-    assert text.endswith(f"{a_rollout} optimizer steps per rollout, {60 * a_rollout} in all")
+    assert text.endswith(f"{per_rollout} optimizer steps per rollout, {60 * per_rollout} in all")
 
 
 def test_unused_reference_is_not_built() -> None:
@@ -178,7 +172,7 @@ def test_unused_reference_is_not_built() -> None:
     assert "reference: megatron_infer" in row(plan_of("example_gspo"), "log-probs")
 
 
-def test_old_log_probs_are_said_to_be_the_engines_own() -> None:
+def test_row_of_log_probs_names_the_engine_that_computes_them() -> None:
     text = row(plan_of("example_gspo", "enable_old_logprobs_recompute=false"), "log-probs")
     assert text.startswith("old: those of vllm")
 
@@ -203,13 +197,13 @@ def test_size_of_a_checkpoint_is_read_from_its_config(tmp_path: Path) -> None:
     ("name", "total", "experts"),
     [("Qwen/Qwen2.5-7B", 7e9, 0), ("Qwen/Qwen3-0.6B", 6e8, 0), ("Qwen/Qwen3-30B-A3B-Base", 30e9, 28.5e9)],
 )
-def test_size_of_a_name_is_what_it_says(name: str, total: float, experts: float) -> None:
+def test_size_of_a_name_is_read_from_it(name: str, total: float, experts: float) -> None:
     size = size_of(name)
     assert size is not None
     assert (size.num_parameters, size.num_expert_parameters, size.source) == (total, experts, "from its name")
 
 
-def test_unknown_size_is_said_to_be_unknown() -> None:
+def test_unknown_size_is_reported() -> None:
     plan = plan_of("example_gspo", "pretrain=some/model", "warm_start=null")
     assert "size unknown until it is read" in row(plan, "model")
     assert row(plan, "memory").startswith("unknown")
@@ -217,7 +211,7 @@ def test_unknown_size_is_said_to_be_unknown() -> None:
 
 
 def memory_gib(plan: Plan) -> float:
-    """The figure of the memory row."""
+    """The number of GiB in the memory row."""
     return float(row(plan, "memory").removeprefix("about ").partition(" ")[0])
 
 
@@ -231,7 +225,7 @@ def test_memory_of_a_float32_model_counts_each_copy() -> None:
     assert memory_gib(without) == pytest.approx(size.num_parameters * (trained + 4) / GIB, rel=0.01)
 
 
-def test_memory_of_a_7b_model_is_cut_by_parallel_sizes() -> None:
+def test_memory_of_a_7b_model_is_divided_by_parallel_sizes() -> None:
     per_rank = 7e9 / 2
     trained = per_rank * (2 + 4 + 12 / 2)  # bf16, float32 gradient; main copy and moments over two ranks
     plan = plan_of("qwen2.5_7b_gspo")
@@ -240,7 +234,7 @@ def test_memory_of_a_7b_model_is_cut_by_parallel_sizes() -> None:
     assert roles + f"{per_rank * 2 / GIB:.3g} GiB" in row(plan, "memory")
 
 
-def test_memory_of_experts_is_cut_by_the_expert_parallel_size() -> None:
+def test_memory_of_experts_is_divided_by_the_expert_parallel_size() -> None:
     dense, experts = 1.5e9 / (4 * 2), 28.5e9 / (8 * 1 * 2)
     # 2 data-parallel ranks share the optimizer of the dense part, each expert is on one rank
     expected = ((dense + experts) * (2 + 4) + (dense / 2 + experts) * 12) / GIB
@@ -254,16 +248,16 @@ def test_memory_of_a_shared_device_adds_up() -> None:
     assert memory_gib(plan_of("example_gspo", *apart)) == pytest.approx(alone * 16 / 24, rel=0.01)
 
 
-def test_text_has_every_row_warning_and_refusal() -> None:
+def test_text_has_every_row_warning_and_problem() -> None:
     plan = plan_of("qwen2.5_7b_gspo", "execution=local")
     text = plan.text()
     for part in (*(text for _, text in plan.rows), *plan.warnings, *plan.not_runnable):
-        assert part in text
-    assert "cannot run  actor_train.device_mapping: 4 devices are for worker groups" in text
+        assert str(part) in text
+    assert "cannot run  actor_train.device_mapping: 4 devices " in text
     assert text.splitlines()[0].endswith("plan of qwen2.5_7b_gspo")
 
 
-def test_dynamic_batching_is_shown() -> None:
+def test_row_of_updates_has_the_token_budget() -> None:
     plan = plan_of("example_gspo", "actor_train.max_tokens_per_microbatch_in_train=512")
     assert "mini-batches of 64 (64 in micro-batches of up to 512 tokens × DP 1)" in row(plan, "updates")
     assert "4 optimizer steps per rollout, 320 in all" in row(plan, "updates")
@@ -274,7 +268,7 @@ def test_devices_that_are_not_contiguous_are_listed() -> None:
     assert "devices 0,2, TP 1 · 2 engine(s)" in text
 
 
-def test_critic_has_a_row_where_it_is_built() -> None:
+def test_critic_has_a_row_if_it_is_built() -> None:
     plan = plan_of("example_ppo", "critic_warmup=5")
     assert "critic       megatron_train  this machine, TP 1" in row(plan, "roles")
     assert row(plan, "updates").endswith("4 optimizer steps per rollout, 300 in all"), "75 of 80 rollouts"
@@ -302,7 +296,7 @@ def test_memory_counts_the_critic() -> None:
         ("example_dapo", "token, clip 0.2/0.28 (to [0.8, 1.28]; pg_clip_ranges.token), no dual clip, token-mean, grpo"),
     ],
 )
-def test_objective_is_shown_with_what_bounds_it(example: str, text: str) -> None:
+def test_row_of_the_ratio_has_the_bounds_of_the_objective(example: str, text: str) -> None:
     assert row(plan_of(example), "ratio") == text
 
 
@@ -315,8 +309,8 @@ def test_objective_is_shown_with_what_bounds_it(example: str, text: str) -> None
         (("overlong_buffer_length=8",), "samples", "responses over 40 tokens lose up to 1 of their score"),
         (("max_len_mask=true",), "samples", "not in the loss: responses cut at the limit"),
         (("difficulty_mask=true",), "samples", "not in the loss: groups with a mean score outside (0, 1)"),
-        (("length_loss_weight=true",), "samples", "weighed by length"),
-        (("difficulty_loss_weight=true",), "samples", "weighed by the difficulty of the data row"),
+        (("length_loss_weight=true",), "samples", "weighted by length"),
+        (("difficulty_loss_weight=true",), "samples", "weighted by the difficulty of the data row"),
         (("train_infer_correction=token_truncate",), "log-probs", "clamped to [0, 2]"),
         (
             ("train_infer_correction=geometric_mask",),
@@ -328,7 +322,7 @@ def test_objective_is_shown_with_what_bounds_it(example: str, text: str) -> None
         (("router_replay=record", "model=tiny_qwen3_moe"), "log-probs", "none is replayed"),
     ],
 )
-def test_what_is_switched_on_has_a_row(overrides: tuple[str, ...], label: str, text: str) -> None:
+def test_switched_on_feature_has_a_row(overrides: tuple[str, ...], label: str, text: str) -> None:
     plan = plan_of("example_grpo", *overrides)
     assert text in row(plan, label)
     assert text not in plan_of("example_grpo").text()
@@ -336,7 +330,7 @@ def test_what_is_switched_on_has_a_row(overrides: tuple[str, ...], label: str, t
 
 
 @pytest.mark.parametrize("option", ["record", "R2", "R3"])
-def test_routing_of_a_model_without_experts_cannot_run(option: str) -> None:
-    (refused,) = plan_of("example_gspo", f"router_replay={option}").not_runnable
-    assert refused.startswith("actor_train.router_replay: builtin:tiny_qwen3 has no experts to replay")
+def test_routing_replay_of_a_model_without_experts_cannot_run(option: str) -> None:
+    (problem,) = plan_of("example_gspo", f"router_replay={option}").not_runnable
+    assert problem.key == "actor_train.router_replay" and "builtin:tiny_qwen3" in problem.message
     assert plan_of("qwen3_30b_a3b_gspo", "layout=single", f"router_replay={option}").not_runnable == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from roll_gspo.config.base import Problem
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.pipelines.pipeline import Pipeline
 from roll_gspo.pipelines.rlvr.plan import context_problems, plan_rows
@@ -38,8 +39,8 @@ class RlvrPipeline(Pipeline[ExperimentConfig]):
     def plan_rows(self, config: ExperimentConfig) -> Iterable[tuple[str, str]]:
         return plan_rows(config)
 
-    def warnings(self, config: ExperimentConfig) -> Iterable[str]:
+    def warnings(self, config: ExperimentConfig) -> Iterable[Problem]:
         return rlvr_warnings(config)
 
-    def problems(self, config: ExperimentConfig) -> Iterable[str]:
+    def problems(self, config: ExperimentConfig) -> Iterable[Problem]:
         return context_problems(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from roll_gspo.config.base import Problem
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
@@ -84,9 +85,9 @@ def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
     if masks:
         yield f"not in the loss: {', '.join(masks)}"
     if config.length_loss_weight:
-        yield "weighed by length: short responses count more"
+        yield "weighted by length: short responses count more"
     if config.difficulty_loss_weight:
-        yield "weighed by the difficulty of the data row: hard prompts count more"
+        yield "weighted by the difficulty of the data row: hard prompts count more"
 
 
 def _filter_text(query_filter: QueryFilterConfig) -> str:
@@ -127,7 +128,7 @@ def _log_probs_text(config: ExperimentConfig) -> str:
     return f"old: {old}; reference: {reference}; at temperature {config.actor_infer.generating_args.temperature:g}"
 
 
-def context_problems(config: ExperimentConfig, model: str | None = None) -> Iterator[str]:
+def context_problems(config: ExperimentConfig, model: str | None = None) -> Iterator[Problem]:
     """Yield sequence lengths that exceed the model's context.
 
     Args:
@@ -139,13 +140,15 @@ def context_problems(config: ExperimentConfig, model: str | None = None) -> Iter
     training = config.max_sequence_length
     validation = config.validation_prompt_length + config.validation_response_length if config.validation else 0
     if context is not None and model is None and training > context:
-        yield (
-            f"response_length: prompt_length {config.prompt_length} + response_length {config.max_response_length} are "
-            f"{training} tokens, but the context of {name} has {context}; lower one"
+        yield Problem(
+            "response_length",
+            f"prompt_length {config.prompt_length} + response_length {config.max_response_length} are {training} "
+            f"tokens, but the context of {name} has {context}; lower one",
         )
     elif context is not None and validation > context:
-        yield (
-            f"val_sequence_length: prompts of {config.validation_prompt_length} and responses of "
-            f"{config.validation_response_length} tokens in validation are {validation}, but the context of {name} has "
-            f"{context}; lower val_prompt_length or validation.generating_args.max_new_tokens"
+        yield Problem(
+            "val_sequence_length",
+            f"prompts of {config.validation_prompt_length} and responses of {config.validation_response_length} tokens "
+            f"in validation are {validation}, but the context of {name} has {context}; lower val_prompt_length or "
+            "validation.generating_args.max_new_tokens",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from roll_gspo.config.base import Problem
 from roll_gspo.config.sft import SftConfig
 from roll_gspo.models.size import context_length_of
 from roll_gspo.pipelines.devices import model_of
@@ -46,11 +47,12 @@ class SftPipeline(Pipeline[SftConfig]):
             ("loss", f"negative log-likelihood, mean over the tokens of {turns} of a sequence"),
         )
 
-    def problems(self, config: SftConfig) -> Iterable[str]:
+    def problems(self, config: SftConfig) -> Iterable[Problem]:
         name = model_of(config, config.actor_train)
         context = context_length_of(name)
         if context is not None and config.sequence_length > context:
-            yield (
-                f"sequence_length: {config.sequence_length} tokens, but the context of {name} has {context}; lower it "
-                "to that (longer conversations are dropped)"
+            yield Problem(
+                "sequence_length",
+                f"{config.sequence_length} tokens, but the context of {name} has {context}; lower it to that (longer "
+                "conversations are dropped)",
             )
