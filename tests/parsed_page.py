@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from html.parser import HTMLParser
+from typing import Any
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -48,8 +52,17 @@ class ParsedPage(HTMLParser):
         return [tag for tag, _ in self.tags]
 
     def descriptions(self) -> list[str]:
-        """Return the texts of all plots for screen readers."""
-        return [str(attributes["aria-label"]) for tag, attributes in self.tags if tag == "svg"]
+        """Return the texts of all charts for screen readers."""
+        return [str(attributes["aria-label"]) for _, attributes in self.tags if "data-chart" in attributes]
+
+    def charts(self) -> list[dict[str, Any]]:
+        """Return the data of all charts."""
+        (value,) = [str(attributes["value"]) for _, attributes in self.tags if attributes.get("id") == "charts"]
+        data = json.loads(gzip.decompress(base64.b64decode(value)))
+        for chart in data["charts"]:
+            for series in chart["series"]:
+                series["x"] = data["positions"][series["x"]]
+        return data["charts"]
 
     def check_loads_nothing(self) -> None:
         """Assert that no tag loads a file, and that links are relative."""

@@ -19,7 +19,7 @@ CODE = sorted(
     for file in (ROOT / folder).rglob("*.py")
     if file != Path(__file__)
 )
-PLOTS = ROOT / "roll_gspo/report/plots.py"  # matplotlib calls them figures
+PLOTS = ROOT / "roll_gspo/compare/plot_style.py"  # matplotlib calls them figures
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
 

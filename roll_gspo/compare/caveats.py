@@ -30,6 +30,9 @@ def find_caveats(groups: Sequence[Group], empty: Sequence[Run]) -> list[str]:
         found.append(f"{', '.join(without_rewards)}: no rewards in metrics.jsonl")
     if len({max(run.last_step for run in group.runs) for group in groups}) > 1:
         found.append("The numbers of steps differ between configurations: final values are not at equal steps")
+    commits = {run.commit for group in groups for run in group.runs if run.commit}
+    if len(commits) > 1:
+        found.append(f"The runs are of different git commits: {', '.join(sorted(commits))}")
     return found
 
 

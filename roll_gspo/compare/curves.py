@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roll_gspo.compare.panels import Panel
 from roll_gspo.compare.runs import Group
-from roll_gspo.compare.seed_spread import SeedSpread, Smoothing, XAxis, seed_spread
+from roll_gspo.compare.seed_spread import Array, SeedSpread, Smoothing, XAxis, seed_spread
+from roll_gspo.report.charts import Chart, LineStyle, Series
 from roll_gspo.report.numbers import format_number
+from roll_gspo.report.style import SERIES_COLORS
 
 X_LABELS = {XAxis.STEPS: "training step", XAxis.TOKENS: "generated tokens", XAxis.TIME: "wall time"}
+_NUM_DASHES = 4
+_TIME_UNITS = ((3 * 3600.0, 3600.0, "h"), (90.0, 60.0, "min"), (-math.inf, 1.0, "s"))
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,6 @@ class PanelCurves:
         return "; ".join(self.caption_parts)
 
     @property
-    def num_not_positive(self) -> int:
-        """Number of means that a logarithmic axis shows at its lower edge."""
-        return sum(int((curve.spread.mean <= 0).sum()) for curve in self.curves) if self.panel.log else 0
-
-    @property
     def is_constant(self) -> bool:
         """True if every run has the same value at every step."""
         return len({value for curve in self.curves for line in curve.spread.lines for value in line.y.tolist()}) == 1
@@ -72,6 +72,40 @@ class PanelCurves:
             parts.append(f"{curve.label}: from {first} to {last}{band}")
         x_label = X_LABELS[self.panel.x_axis]
         return f"{self.panel.title} against {x_label}. {'; '.join(parts)}. {self.caption.capitalize()}."
+
+
+def x_unit(axis: XAxis, end: float) -> tuple[float, str]:
+    """Return the divisor of a horizontal axis that ends at `end`, and its label with the unit."""
+    if axis is not XAxis.TIME:
+        return 1.0, X_LABELS[axis]
+    _, unit, name = next(row for row in _TIME_UNITS if end >= row[0])
+    return unit, f"{X_LABELS[axis]} ({name})"
+
+
+def panel_chart(shown: PanelCurves) -> Chart:
+    """Return a panel as an interactive chart: a line and a band per group, and the runs that differ from them."""
+    panel, curves = shown.panel, shown.curves
+    unit, x_label = x_unit(panel.x_axis, max(line.x[-1] for curve in curves for line in curve.spread.lines))
+
+    def points(x: Array, y: Array) -> list[tuple[float, float]]:
+        return list(zip((x / unit).tolist(), y.tolist(), strict=True))
+
+    mains, parts = [], []
+    for i, curve in enumerate(curves):
+        spread = curve.spread
+        dash = curve.index // len(SERIES_COLORS) % _NUM_DASHES
+        low, high = (spread.low.tolist(), spread.high.tolist()) if len(spread.lines) > 1 else ((), ())
+        mean = points(spread.x, spread.mean)
+        mains.append(Series(curve.label, mean, curve.index, low=low, high=high, dash=dash))
+        drawn = [(LineStyle.FAINT, spread.tails)] + ([(LineStyle.POINTS, spread.lines)] if panel.sparse else [])
+        for style, lines in drawn:
+            parts += [
+                Series(f"{curve.label}, {line.run}", points(line.x, line.y), curve.index, style, dash=dash, part_of=i)
+                for line in lines
+            ]
+    note = f"{panel.note} {shown.caption.capitalize()}.".strip()
+    x_label = "step" if panel.x_axis is XAxis.STEPS else x_label
+    return Chart(panel.title, note, panel.y_label, (*mains, *parts), panel.log, x_label=x_label)
 
 
 def panel_curves(groups: Sequence[Group], panels: Sequence[Panel], smoothing: Smoothing) -> list[PanelCurves]:

@@ -57,12 +57,18 @@ def count_equal(configs: Sequence[Config]) -> int:
     return sum(all(key in other and other[key] == value for other in flat) for key, value in flat[0].items())
 
 
-def group_labels(configs: Sequence[Config]) -> list[str]:
+def group_labels(configs: Sequence[Config], run_names: Sequence[str | None] = ()) -> list[str]:
     """Return a unique label per configuration.
 
-    A label is the preset (`algorithm=...` of a --multirun) or `exp_name`. Configurations with the same name add the
-    keys that distinguish them; the name is left out if all share it.
+    A label is the name of the run, the preset (`algorithm=...` of a --multirun) or `exp_name`. Configurations with the
+    same name add the keys that distinguish them; the name is left out if all share it.
+
+    Args:
+        configs: one per group of runs.
+        run_names: names that the user gave to runs that are alone in their group; None for other groups.
     """
+    if run_names and None not in run_names and len(set(run_names)) == len(run_names):
+        return [printable_line(str(name)) for name in run_names]
     names = [_preset(config) or str(config.get("exp_name") or "run") for config in configs]
     found = []
     for config, name in zip(configs, names, strict=True):

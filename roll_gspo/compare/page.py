@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from roll_gspo.compare.caveats import find_caveats
-from roll_gspo.compare.curves import PanelCurves, panel_curves
+from roll_gspo.compare.curves import PanelCurves, panel_chart, panel_curves
 from roll_gspo.compare.differences import Difference, count_equal, differences
-from roll_gspo.compare.panels import LEARNING, OTHERS, UPDATES
+from roll_gspo.compare.panels import LEARNING, OTHERS, UPDATES, other_panels
 from roll_gspo.compare.plots import save_overview, save_panel
 from roll_gspo.compare.runs import Group, Run, find_runs, group_runs, load_run
 from roll_gspo.compare.seed_spread import choose_smoothing
 from roll_gspo.compare.summary import SummaryColumn, summary_columns
 from roll_gspo.errors import DataError
-from roll_gspo.report.html_page import cards, html_page, plural, warning_list, write_page
-from roll_gspo.report.plots import inline_svg
+from roll_gspo.report.chart_cards import ChartCards, chart_script, controls
+from roll_gspo.report.html_page import asset, cards, html_page, plural, warning_list, write_page
 from roll_gspo.report.style import series_class
 
 _MAX_TITLE = 60
@@ -62,12 +63,14 @@ def write_comparison(paths: Sequence[Path], out: Path | None = None) -> Comparis
     plots.mkdir(parents=True, exist_ok=True)
     table = summary_columns(groups)
     caveats = find_caveats(groups, [run for run in loaded if not run.record.rows])
+    drawn = ChartCards()
     sections = [
         ("Final values", _final_values(groups, table)),
         ("Caveats", warning_list(caveats)),
-        *_plot_sections(groups, plots),
+        *_plot_sections(groups, plots, drawn),
         ("Configuration differences", _configurations(groups)),
-        ("Runs", _runs(groups)),
+        ("Runs", _runs(groups, out)),
+        ("", drawn.data()),
     ]
     last = max(run.last_step for run in runs)
     title = " · ".join(group.label for group in groups)
@@ -75,6 +78,8 @@ def write_comparison(paths: Sequence[Path], out: Path | None = None) -> Comparis
         title if len(title) <= _MAX_TITLE else f"{len(groups)} configurations",
         f"{plural(len(runs), 'run')}, {plural(last, 'step')}",
         sections,
+        asset("charts.css"),
+        chart_script(),
     )
     return Comparison(write_page(out / "compare.html", page), plots, groups, table)
 
@@ -85,26 +90,29 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common
 
 
-def _plot_sections(groups: Sequence[Group], folder: Path) -> list[tuple[str, str]]:
-    """Write all plots, and return the sections that show them."""
+def _plot_sections(groups: Sequence[Group], folder: Path, drawn: ChartCards) -> list[tuple[str, str]]:
+    """Write the plots of the known panels as files, and return the sections with the charts of all metrics."""
     smoothing = choose_smoothing([run for group in groups for run in group.runs])
     learning, updates, others = (panel_curves(groups, panels, smoothing) for panels in (LEARNING, UPDATES, OTHERS))
+    others = [one for one in others if not one.is_constant]
+    for panel in (*learning, *updates, *others):
+        save_panel(panel, folder)
     if learning or updates:
         save_overview([*learning, *updates], folder)
+    known = {name for panel in (*LEARNING, *UPDATES, *OTHERS) for name in panel.metrics}
+    names = {name for group in groups for run in group.runs for name in run.record.metric_names}
+    rest = panel_curves(groups, other_panels(sorted(names - known)), smoothing)
+    found = "".join(_card(one, drawn) for one in rest)
+    more = f"<details><summary>{plural(len(rest), 'more metric')}</summary>{cards([found])}</details>" if rest else ""
     return [
-        ("Reward and held-out accuracy", cards(_card(one, folder) for one in learning)),
-        ("Policy updates", cards(_card(one, folder) for one in updates)),
-        ("Other metrics", cards(_card(one, folder) for one in others if not one.is_constant)),
+        ("Reward and held-out accuracy", controls(0) + cards(_card(one, drawn) for one in learning)),
+        ("Policy updates", cards(_card(one, drawn) for one in updates)),
+        ("Other metrics", cards(_card(one, drawn) for one in others) + more),
     ]
 
 
-def _card(shown: PanelCurves, folder: Path) -> str:
-    note = shown.panel.note
-    if hidden := shown.num_not_positive:
-        note += f" {plural(hidden, 'value')} of 0 drawn at the lower edge."
-    caption = f"<figcaption><p>{escape(note.strip())}</p></figcaption>" if note else ""
-    svg = inline_svg(save_panel(shown, folder), shown.description)
-    return f'<figure class="card plot">{svg}{caption}</figure>'
+def _card(shown: PanelCurves, drawn: ChartCards) -> str:
+    return drawn.card(panel_chart(shown), description=shown.description)
 
 
 def _final_values(groups: Sequence[Group], table: Sequence[SummaryColumn]) -> str:
@@ -147,14 +155,23 @@ def _difference(row: Difference) -> str:
     return f"<tr><th scope=row>{escape(row.key)}</th>{''.join(cells)}</tr>"
 
 
-def _runs(groups: Sequence[Group]) -> str:
+def _runs(groups: Sequence[Group], out: Path) -> str:
     rows = "".join(
-        f"<tr>{_group_head(groups, i, '')}<td>{escape(run.seed)}</td><td>{_steps(run)}</td>"
-        f"<td>{escape(str(run.folder))}</td></tr>"
+        f"<tr>{_group_head(groups, i, '')}<td>{_report_link(run, out)}</td><td>{escape(run.seed)}</td>"
+        f"<td>{_steps(run)}</td><td>{escape(run.commit or 'unknown')}</td><td>{escape(str(run.folder))}</td></tr>"
         for i, group in enumerate(groups)
         for run in group.runs
     )
-    return _table("<th>Configuration</th><th>Seed</th><th>Steps</th><th>Folder</th>", rows, " texts")
+    heads = ("Configuration", "Run and its report", "Seed", "Steps", "Commit", "Folder")
+    return _table("".join(f"<th>{head}</th>" for head in heads), rows, " texts")
+
+
+def _report_link(run: Run, out: Path) -> str:
+    """Return the name of the run as a link to its report, if there is one."""
+    report = run.folder / "report.html"
+    if not report.is_file():
+        return escape(run.name)
+    return f'<a href="{quote(os.path.relpath(report.resolve(), out.resolve()))}">{escape(run.name)}</a>'
 
 
 def _steps(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roll_gspo.compare.seed_spread import XAxis
@@ -103,3 +104,8 @@ OTHERS = (
     Panel("critic_variance", "Explained variance of the critic", "fraction", ("critic/explained_variance",)),
     Panel("kl_coefficient", "KL coefficient", "coefficient", ("kl/coef",)),
 )
+
+
+def other_panels(names: Sequence[str]) -> list[Panel]:
+    """Return a panel for each of the metrics, which are in no other panel."""
+    return [Panel(name, name, name.rpartition("/")[2], (name,)) for name in names]

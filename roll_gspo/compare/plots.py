@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from roll_gspo.compare.curves import X_LABELS, Curve, PanelCurves, overview_caption
+from roll_gspo.compare.curves import Curve, PanelCurves, overview_caption, x_unit
 from roll_gspo.compare.panels import Panel
+from roll_gspo.compare.plot_style import plot_style, set_x_axis, set_y_axis, svg_of
 from roll_gspo.compare.seed_spread import XAxis
-from roll_gspo.report.plots import plot_style, set_x_axis, set_y_axis, svg_of
 from roll_gspo.report.style import CARD, SERIES_COLORS, SOFT
 
 # Beyond the number of colors, groups differ in dashes.
@@ -24,11 +24,10 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH, _HEIGHT, _TEXT_ROW = 4.4, 2.8, 0.2  # inches
 _CHARACTER = 0.068  # width in inches, in the legend's font
 _DPI = 200
-_TIME_UNITS = ((3 * 3600.0, 3600.0, "h"), (90.0, 60.0, "min"), (-math.inf, 1.0, "s"))
 
 
-def save_panel(panel: PanelCurves, folder: Path) -> str:
-    """Write a panel with its legend as SVG and PNG, and return the SVG."""
+def save_panel(panel: PanelCurves, folder: Path) -> None:
+    """Write a panel with its legend as SVG and PNG."""
     with plot_style(panel.panel.name):
         columns, legend_rows = _legend_size(panel.curves, _WIDTH)
         caption = _wrapped_caption(panel.caption, _WIDTH)
@@ -36,7 +35,7 @@ def save_panel(panel: PanelCurves, folder: Path) -> str:
         axes = figure.add_subplot()
         _draw_panel(axes, panel)
         _draw_legend(figure, axes, columns, caption)
-        return _save(figure, folder, panel.panel.name)
+        _save(figure, folder, panel.panel.name)
 
 
 def save_overview(panels: Sequence[PanelCurves], folder: Path, columns: int = 3) -> None:
@@ -58,21 +57,19 @@ def save_overview(panels: Sequence[PanelCurves], folder: Path, columns: int = 3)
         _save(figure, folder, "overview")
 
 
-def _save(figure: Figure, folder: Path, name: str) -> str:
-    """Lay out the figure once, write both files, and return the SVG. The same figure gives the same files."""
+def _save(figure: Figure, folder: Path, name: str) -> None:
+    """Lay out the figure once and write both files. The same figure gives the same files."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # otherwise each file repeats the layout
-    source = svg_of(figure, name)
-    (folder / f"{name}.svg").write_text(source, encoding="utf-8")
+    (folder / f"{name}.svg").write_text(svg_of(figure, name), encoding="utf-8")
     figure.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
-    return source
 
 
 def _draw_panel(axes: Axes, shown: PanelCurves) -> None:
     """Draw the curves of a panel, its title and its labelled axes."""
     panel, curves = shown.panel, shown.curves
     lines = [line for curve in curves for line in curve.spread.lines]
-    unit, x_label = _x_unit(panel.x_axis, max(line.x[-1] for line in lines))
+    unit, x_label = x_unit(panel.x_axis, max(line.x[-1] for line in lines))
     first, last = min(line.x[0] for line in lines) / unit, max(line.x[-1] for line in lines) / unit
     set_x_axis(axes, first, last, integer=panel.x_axis is not XAxis.TIME)
     values = _axis_values(panel, curves)
@@ -108,7 +105,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, unit: float, lower_limit
 
     axes.plot(
         *(spread.x / unit, shown(spread.mean)),
-        **{"color": color, "linestyle": dash, "linewidth": 1.6, "label": curve.label, "zorder": 3},
+        **{"color": color, "linestyle": dash, "linewidth": 1.6, "label": _legend_label(curve.label), "zorder": 3},
         marker="" if spread.x.size > 1 else marker,
     )
     if len(spread.lines) > 1:
@@ -125,12 +122,9 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, unit: float, lower_limit
             )
 
 
-def _x_unit(axis: XAxis, end: float) -> tuple[float, str]:
-    """Return the divisor of the horizontal axis, and its label with the unit."""
-    if axis is not XAxis.TIME:
-        return 1.0, X_LABELS[axis]
-    _, unit, name = next(row for row in _TIME_UNITS if end >= row[0])
-    return unit, f"{X_LABELS[axis]} ({name})"
+def _legend_label(label: str) -> str:
+    """Return a label that is in the legend: matplotlib leaves out those that start with an underscore."""
+    return f" {label}" if label.startswith("_") else label
 
 
 def _legend_size(curves: Sequence[Curve], width: float) -> tuple[int, int]:
@@ -153,7 +147,7 @@ def _draw_legend(figure: Figure, axes: Axes, columns: int, caption: Sequence[str
     handles, labels = axes.get_legend_handles_labels()
     width = figure.get_figwidth() / columns
     legend = figure.legend(
-        *(handles, ["\n".join(_wrapped_label(label, width)) for label in labels]),
+        *(handles, [_legend_label("\n".join(_wrapped_label(label, width))) for label in labels]),
         **{"loc": "outside lower left", "ncols": columns, "handlelength": 1.8, "columnspacing": 1.4},
         **{"title": "\n".join(caption), "alignment": "left", "title_fontsize": 8.5},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,16 @@ class Run:
     def seed(self) -> str:
         """The configured seed."""
         return printable_line(str(self.config.get("seed", "unknown")))
+
+    @property
+    def name(self) -> str:
+        """`run_name` of the configuration, else the name of the folder."""
+        return printable_line(str(self.config.get("run_name") or self.folder.resolve().name))
+
+    @property
+    def commit(self) -> str:
+        """The git commit of the process that wrote the last step; empty if unknown."""
+        return str(self.record.launches[-1].get("commit", "")) if self.record.launches else ""
 
     @property
     def last_step(self) -> int:
@@ -134,8 +145,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     for run in runs:
         members.setdefault(config_identity(run.config), []).append(run)
-    names = group_labels([group[0].config for group in members.values()])
+    groups = list(members.values())
+    names = group_labels([group[0].config for group in groups], [_own_name(group) for group in groups])
     return [
         Group(label, tuple(sorted(group, key=lambda run: (len(run.seed), run.seed))))
-        for label, group in zip(names, members.values(), strict=True)
+        for label, group in zip(names, groups, strict=True)
     ]
+
+
+def _own_name(group: Sequence[Run]) -> str | None:
+    """Return the `run_name` that the user gave to the only run of a group; a --multirun names runs `000_key-value`."""
+    name = group[0].config.get("run_name")
+    return str(name) if name and len(group) == 1 and not re.match(r"\d+_", str(name)) else None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from roll_gspo.compare.runs import Group, Run
-from roll_gspo.report.charts import trailing_mean
+from roll_gspo.report.run_folder import Points
 
 Array = NDArray[np.float64]
 _MAX_POINTS = 200
@@ -38,11 +38,13 @@ class Line:
         keys: [n] int64, steps or numbers of buckets of steps, increasing.
         x: [n] float64, positions on the horizontal axis, not decreasing.
         y: [n] float64, finite values.
+        run: text that distinguishes the run from others of its group.
     """
 
     keys: NDArray[np.int64]
     x: Array
     y: Array
+    run: str
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,19 @@ def run_line(run: Run, names: Sequence[str], axis: XAxis, smoothing: Smoothing) 
     x = np.array([cost_at[step] for step in steps.tolist()], dtype=np.float64)
     y = np.array([value for _, value in points], dtype=np.float64)
     if smoothing.bucket == 1:
-        return Line(steps, x, y)
+        return Line(steps, x, y, run.name)
     keys, member = np.unique((steps - 1) // smoothing.bucket, return_inverse=True)
     sizes = np.bincount(member)
-    return Line(keys, np.bincount(member, x) / sizes, np.bincount(member, y) / sizes)
+    return Line(keys, np.bincount(member, x) / sizes, np.bincount(member, y) / sizes, run.name)
+
+
+def trailing_mean(points: Points, window: int) -> Points:
+    """Return, for each point, the mean of the latest `window` points."""
+    if not points:
+        return []
+    sums = np.convolve([value for _, value in points], np.ones(window))[: len(points)]
+    counts = np.minimum(np.arange(len(points)) + 1, window)
+    return [(step, mean) for (step, _), mean in zip(points, (sums / counts).tolist(), strict=True)]
 
 
 def cumulative_cost(run: Run, axis: XAxis) -> list[tuple[int, float]]:
@@ -149,5 +160,5 @@ def _tails(lines: Sequence[Line], x: Array) -> tuple[Line, ...]:
         if int(line.keys[-1]) <= end and x.size:
             continue
         after = line.x >= x[-1] if x.size else np.ones(line.x.size, dtype=bool)
-        tails.append(Line(line.keys[after], line.x[after], line.y[after]))
+        tails.append(replace(line, keys=line.keys[after], x=line.x[after], y=line.y[after]))
     return tuple(tail for tail in tails if tail.x.size)

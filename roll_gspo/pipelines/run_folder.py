@@ -11,6 +11,7 @@ import yaml
 from roll_gspo.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from roll_gspo.config.run import RunConfig
 from roll_gspo.errors import CheckpointError, ConfigError
+from roll_gspo.pipelines.launches import record_launch
 
 METRICS = "metrics.jsonl"
 
@@ -71,6 +72,7 @@ def open_run_folder(config: RunConfig, plan_text: str) -> RunFolder:
     make_folder(folder.log_folder, "logging_dir")
     (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
     (path / "plan.txt").write_text(plan_text + "\n", encoding="utf-8")
+    record_launch(path)
     return folder
 
 

@@ -1,44 +1,27 @@
-// The sample browser. Text of samples is only ever set as textContent, so that it cannot become HTML.
-(() => {
-const PAGE = 50;
-const browser = document.getElementById('browser');
-if (!browser || !('DecompressionStream' in window)) return;
-const byId = id => document.getElementById(id);
-const make = (tag, props = {}, ...inside) => {
-  const element = Object.assign(document.createElement(tag), props);
-  element.append(...inside);
-  return element;
-};
-const number = v => v === null || v === undefined ? 'not finite' : v === 0 ? '0' : (Math.abs(v) >= 1e-3
-  ? String(Number(v.toPrecision(4))) : v.toExponential(2)).replace('-', '\u2212');
+// The sample browser.
+const PAGE = 50, MAX_COLUMNS = 16;
 const signed = v => (v > 0 ? '+' : '') + number(v);
-// Replace characters that are invisible or that change the direction of the text around them.
-const visible = text => text.replace(/[\u0000-\u0008\u000b-\u001f]/g, c => String.fromCharCode(0x2400 + c.charCodeAt(0)))
-  .replace(/\u007f/g, '\u2421')
-  .replace(/[\u0080-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
-    c => '\u27e8U+' + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, '0') + '\u27e9');
 const METRICS = {
   logp: {label: 'log-prob (trainer)', low: true, scale: v => v},
   diff: {label: 'engine \u2212 trainer', scale: v => v},
   ratio: {label: 'ratio after the update', scale: v => Math.log(Math.max(v, 1e-300)), unscale: Math.exp},
   adv: {label: 'advantage', scale: v => v},
 };
-let all = [], shown = [], page = 0, selected = null, shownMetric = 'logp', token = -1;
+let all = [], shown = [], page = 0, selected = null, shownMetric = 'logp', token = -1, browser = null;
 
-async function decompress(text) {
-  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
-  const groups = (await new Response(stream).text()).split('\n').filter(Boolean).map(line => JSON.parse(line));
+// The samples of one step: `set` is training or validation.
+async function samplesOf(data) {
+  const groups = (await unpack(data.value)).split('\n').filter(Boolean).map(line => JSON.parse(line));
   const expanded = sample => {
     for (const name in METRICS) if (typeof sample[name] === 'number') sample[name] = sample.tokens.map(() => sample[name]);
     return sample;
   };
-  return groups.flatMap(group => group.samples.map(sample => ({...group, ...expanded(sample), samples: null})));
+  return groups.flatMap(group => group.samples.map(sample => ({...group, ...expanded(sample), set: data.dataset.set, samples: null})));
 }
 const responseOf = s => s.tokens ? s.tokens.join('') : s.response;
 const lengthOf = s => s.length ?? s.characters;
 const mismatchOf = s => (s.diff || []).reduce((most, v) => Math.max(most, Math.abs(v)), 0);
-const searchText = s => s.searchText ??= [s.prompt, responseOf(s), s.truth, s.answer].join('\n').toLowerCase();
+const searchText = s => s.searchText ??= [s.prompt, responseOf(s), s.truth, s.answer, s.id, s.source].join('\n').toLowerCase();
 const ORDERS = {
   new: (a, b) => b.step - a.step || a.index - b.index, old: (a, b) => a.step - b.step || a.index - b.index,
   best: (a, b) => (b.score ?? -Infinity) - (a.score ?? -Infinity), worst: (a, b) => (a.score ?? Infinity) - (b.score ?? Infinity),
@@ -49,18 +32,21 @@ const KINDS = {
   all: () => true, failed: s => s.failure !== undefined, truncated: s => s.finish === 'length', traced: s => s.ratio !== undefined,
 };
 
-function filter() {
+const sameGroup = (a, b) => a.set === b.set && a.step === b.step && a.group === b.group && a.group !== undefined;
+const samePrompt = (a, b) => a.set === b.set && (a.id === undefined ? a.prompt === b.prompt : a.id === b.id && a.source === b.source);
+
+function filter(event) {
   const field = name => browser.querySelector(`[name=${name}]`).value;
   const limit = (name, otherwise) => field(name).trim() === '' ? otherwise : Number(field(name));
-  const [step, domain, kind, words] = [field('step'), field('domain'), KINDS[field('kind')], field('words').toLowerCase()];
+  const [set, step, domain, kind, words] = [field('set'), field('step'), field('domain'), KINDS[field('kind')], field('words').toLowerCase()];
   const [low, high] = [limit('low', -Infinity), limit('high', Infinity)];
   const bounded = low !== -Infinity || high !== Infinity;
-  shown = all.filter(s => (step === '' || s.step === Number(step)) && (domain === '' || s.domain === domain) && kind(s)
+  shown = all.filter(s => (set === '' || s.set === set) && (step === '' || s.step === Number(step)) && (domain === '' || s.domain === domain) && kind(s)
     && (!bounded || (s.score !== undefined && s.score >= low && s.score <= high)) && (!words || searchText(s).includes(words)));
   shown.sort((a, b) => ORDERS[field('order')](a, b) || ORDERS.new(a, b));
   page = 0;
   showList();
-  show(shown[0] ?? null);
+  show(event?.keep && shown.includes(selected) ? selected : shown[0] ?? null, event?.keep);
 }
 
 function scoreBadge(s) {
@@ -72,12 +58,12 @@ function showList() {
   const first = page * PAGE, pages = Math.max(1, Math.ceil(shown.length / PAGE));
   byId('count').textContent = `${shown.length.toLocaleString('en')} of ${all.length.toLocaleString('en')} samples`;
   byId('rows').replaceChildren(...shown.slice(first, first + PAGE).map((s, i) => {
-    const facts = make('p', {className: 'facts'}, scoreBadge(s), `step ${s.step}`);
+    const facts = make('p', {className: 'facts'}, scoreBadge(s), `${s.set === 'validation' ? 'validation, ' : ''}step ${s.step}`);
     if (s.domain !== undefined) facts.append(make('span', {textContent: visible(s.domain)}));
     facts.append(make('span', {textContent: s.length === undefined ? '' : `${s.length.toLocaleString('en')} tokens`}));
     const row = make('li', {id: 'row' + i}, facts, make('div', {className: 'excerpt', textContent: visible(responseOf(s).slice(0, 120)) || '(empty)'}));
     row.setAttribute('role', 'option');
-    row.addEventListener('click', () => show(s));
+    row.addEventListener('click', () => choose(s));
     return row;
   }));
   byId('rows').scrollTop = 0;
@@ -110,6 +96,26 @@ function show(s, scroll = false) {
   if (s) colorTokens();
 }
 
+// Select a sample and put its link into the address bar.
+function choose(s) {
+  if (!shown.includes(s)) browser.querySelector('form').reset();
+  if (!shown.includes(s)) filter({keep: true});
+  show(s, true);
+  history.replaceState(null, '', linkTo(s));
+}
+const linkTo = s => '#' + new URLSearchParams({step: s.step, sample: s.sample ?? 0, ...(s.set === 'validation' ? {set: s.set} : {})});
+
+// Select the sample that the address names, e.g. #step=12&sample=3 or #step=12&sample=3&set=validation.
+function followLink() {
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  if (!wanted.has('step')) return;
+  const set = wanted.get('set') ?? 'training', ofStep = all.filter(s => s.set === set && s.step === Number(wanted.get('step')));
+  const found = wanted.has('sample') ? ofStep.find(s => s.sample === Number(wanted.get('sample'))) : ofStep[0];
+  if (found) choose(found);
+  else byId('sample').replaceChildren(make('p', {className: 'failure', textContent: `This page does not hold the ${set} sample ${wanted.get('sample') ?? ''} of step ${wanted.get('step')}.`}));
+  browser.scrollIntoView();
+}
+
 function sampleView(s) {
   const facts = make('p', {className: 'facts'}, scoreBadge(s));
   const details = [s.failure === undefined ? null : `counted as ${number(s.score)}`,
@@ -117,12 +123,13 @@ function sampleView(s) {
     s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens`,
     s.finish === 'length' ? 'truncated at the length limit' : null,
     s.version === undefined ? null : `sampled by weights ${s.version}`,
-    s.line === undefined ? null : `line ${s.line} of rollouts/step_${String(s.step).padStart(6, '0')}.jsonl`];
-  facts.append(details.filter(Boolean).map(t => ' \u00b7 ' + t).join(''));
-  const heading = [`Step ${s.step}`, s.group === undefined ? null : `group ${s.group}`, s.domain].filter(v => v !== null && v !== undefined);
-  const parts = [make('h3', {textContent: visible(heading.join(' \u00b7 '))}), facts];
+    s.sample === undefined ? null : `sample ${s.sample} of ${s.set === 'validation' ? 'validation' : 'rollouts'}/step_${String(s.step).padStart(6, '0')}`];
+  facts.append(details.filter(Boolean).map(t => ' \u00b7 ' + t).join(''), ' \u00b7 ', make('a', {href: linkTo(s), textContent: 'link'}));
+  const origin = [['row', s.id], ['source', s.source]].filter(pair => pair[1] !== undefined).map(pair => `${pair[0]} ${visible(pair[1])}`);
+  const heading = [s.set === 'validation' ? `Validation at step ${s.step}` : `Step ${s.step}`, s.group === undefined ? null : `group ${s.group}`, s.domain].filter(v => v !== null && v !== undefined);
+  const parts = [make('h3', {textContent: visible(heading.join(' \u00b7 '))}), facts, ...(origin.length ? [make('p', {className: 'facts origin', textContent: origin.join(' \u00b7 ')})] : [])];
   if (s.failure !== undefined) parts.push(make('p', {className: 'failure', textContent: 'Reward failed: ' + visible(s.failure)}));
-  parts.push(...groupButtons(s), ...text('Prompt', s.prompt));
+  parts.push(...groupButtons(s), ...stepButtons(s), ...text('Prompt', s.prompt));
   const answers = make('div', {className: 'answers'});
   for (const [name, value] of [['Ground truth', s.truth], ['Answer that the reward extracted', s.answer]]) {
     if (value !== undefined) answers.append(make('div', {}, ...text(name, value)));
@@ -135,14 +142,45 @@ function text(name, value) {
   return value === undefined ? [] : [make('h4', {textContent: name}), make('pre', {dir: 'auto', textContent: visible(value)})];
 }
 
+const scoreText = s => s.failure !== undefined ? 'failed' : number(s.score ?? null);
 function groupButtons(s) {
-  const group = all.filter(o => o.step === s.step && o.group === s.group && s.group !== undefined);
+  const group = all.filter(o => sameGroup(o, s));
   if (group.length < 2) return [];
   const row = make('div', {className: 'members'}, 'This group: ');
   for (const other of group) {
-    const button = make('button', {type: 'button', textContent: other.failure !== undefined ? 'failed' : number(other.score ?? null)});
+    const button = make('button', {type: 'button', textContent: scoreText(other)});
     button.setAttribute('aria-pressed', other === s);
-    button.addEventListener('click', () => { show(other, true); byId('sample').querySelector('.members [aria-pressed=true]').focus(); });
+    button.addEventListener('click', () => { choose(other); byId('sample').querySelector('.members [aria-pressed=true]').focus(); });
+    row.append(button);
+  }
+  const columns = make('div', {className: 'columns', hidden: true}), sideButton = make('button', {type: 'button', className: 'side', textContent: 'side by side'});
+  sideButton.addEventListener('click', () => {
+    columns.hidden = !columns.hidden;
+    sideButton.setAttribute('aria-expanded', !columns.hidden);
+    if (!columns.childElementCount) columns.append(...group.slice(0, MAX_COLUMNS).map(column));
+  });
+  row.append(sideButton);
+  return [row, columns];
+}
+
+function column(s) {
+  const head = make('p', {className: 'facts'}, scoreBadge(s), ` ${lengthOf(s)?.toLocaleString('en') ?? '?'} tokens `, make('a', {href: linkTo(s), textContent: `sample ${s.sample ?? ''}`}));
+  const answer = s.answer === undefined ? [] : [make('p', {className: 'facts', textContent: 'answer ' + visible(s.answer)})];
+  return make('div', {}, head, ...answer, make('pre', {dir: 'auto', textContent: visible(responseOf(s)) || '(empty)'}));
+}
+
+// The same prompt in other steps: one button per step with the mean score.
+function stepButtons(s) {
+  const steps = new Map();
+  for (const o of all) if (samePrompt(o, s)) steps.set(o.step, [...(steps.get(o.step) ?? []), o]);
+  if (steps.size < 2) return [];
+  const row = make('div', {className: 'members steps'}, 'This prompt: ');
+  for (const [step, same] of [...steps].sort((a, b) => a[0] - b[0])) {
+    const scores = same.map(o => o.score).filter(v => v !== undefined);
+    const mean = scores.length ? number(scores.reduce((a, b) => a + b) / scores.length) : 'no score';
+    const button = make('button', {type: 'button', textContent: `step ${step}: ${mean}`});
+    button.setAttribute('aria-pressed', step === s.step);
+    button.addEventListener('click', () => choose(same[0]));
     row.append(button);
   }
   return [row];
@@ -250,31 +288,50 @@ function moveSelection(event) {
   const to = {ArrowDown: index + 1, ArrowUp: index - 1, PageDown: index + 10, PageUp: index - 10, Home: 0, End: last}[event.key];
   if (to === undefined || last < 0) return;
   event.preventDefault();
-  show(shown[Math.max(0, Math.min(to, last))], true);
+  choose(shown[Math.max(0, Math.min(to, last))]);
 }
 
-async function open() {
-  const steps = [...document.querySelectorAll('data.rollouts')];
-  all = (await Promise.all(steps.map(step => decompress(step.value)))).flat();
-  all.forEach((s, i) => { s.index = i; });
-  const fill = (name, values) => browser.querySelector(`[name=${name}]`).append(...values.map(v => make('option', {value: v, textContent: visible(String(v))})));
-  fill('step', [...new Set(all.map(s => s.step))]);
+function fillFilters() {
+  const fill = (name, values) => {
+    const select = browser.querySelector(`[name=${name}]`), value = select.value;
+    select.replaceChildren(select.firstElementChild, ...values.map(v => make('option', {value: v, textContent: visible(String(v))})));
+    select.value = value;
+  };
+  fill('step', [...new Set(all.map(s => s.step))].sort((a, b) => a - b));
   const domains = [...new Set(all.map(s => s.domain))].filter(d => d !== undefined).sort();
   fill('domain', domains);
   browser.querySelector('[name=domain]').closest('label').hidden = domains.length < 2;
+  browser.querySelector('[name=set]').closest('label').hidden = new Set(all.map(s => s.set)).size < 2;
+}
+
+// Add the samples of steps that the browser does not hold yet.
+async function addSamples(elements) {
+  const known = new Set(all.map(s => `${s.set} ${s.step}`));
+  const missing = elements.filter(element => !known.has(`${element.dataset.set} ${element.dataset.step}`));
+  if (!missing.length) return;
+  all = [...all, ...(await Promise.all(missing.map(samplesOf))).flat()];
+  all.forEach((s, i) => { s.index = i; });
+  fillFilters();
+  filter({keep: true});
+}
+
+async function openBrowser() {
+  browser = byId('browser');
+  if (!browser || !('DecompressionStream' in window)) return;
+  browser.hidden = false;
+  await addSamples([...document.querySelectorAll('data.rollouts')]);
   let waiting;
   browser.querySelector('form').addEventListener('input', event => {
     clearTimeout(waiting);
     if (event.target.name === 'words') waiting = setTimeout(filter, 120); else filter();
   });
   browser.querySelector('form').addEventListener('submit', event => event.preventDefault());
-  browser.querySelector('form').addEventListener('reset', () => setTimeout(filter));
+  browser.querySelector('[type=reset]').addEventListener('click', () => setTimeout(filter));
   byId('rows').addEventListener('keydown', moveSelection);
   byId('before').addEventListener('click', () => turnPage(-1));
   byId('after').addEventListener('click', () => turnPage(1));
-  browser.hidden = false;
+  addEventListener('hashchange', followLink);
   byId('samples-static').hidden = true;
-  filter();
+  followLink();
 }
-open().catch(error => { console.error(error); browser.hidden = true; byId('samples-static').hidden = false; });
-})();
+openBrowser().catch(error => { console.error(error); browser.hidden = true; byId('samples-static').hidden = false; });

@@ -8,6 +8,8 @@ from roll_gspo.report.html_page import plural
 _CONTROLS = """
 <form class="filters" aria-label="Filters">
 <label class="search">Search prompts and responses <input name="words" type="search" autocomplete="off"></label>
+<label>Set <select name="set"><option value="">all</option><option>training</option><option>validation</option>
+</select></label>
 <label>Step <select name="step"><option value="">all</option></select></label>
 <label>Domain <select name="domain"><option value="">all</option></select></label>
 <label>Score <span class="range"><input name="low" type="number" step="any" placeholder="from" aria-label="Score from">
@@ -28,18 +30,23 @@ _CONTROLS = """
 """
 
 
-def browser_section(samples: EmbeddedSamples, static: str) -> str:
+def browser_section(samples: EmbeddedSamples, validation: EmbeddedSamples, static: str) -> str:
     """Return the browser, which its script unhides, and `static`, which is shown without JavaScript."""
-    if not samples.steps:
+    if not samples.steps and not validation.steps:
         return static
-    data = "".join(f'<data class="rollouts" value="{text}"></data>' for _, text in samples.steps)
+    sets = (("training", samples), ("validation", validation))
+    data = "".join(
+        f'<data class="rollouts" data-set="{name}" data-step="{step}" value="{text}"></data>'
+        for name, embedded in sets
+        for step, text in embedded.steps
+    )
     return (
-        f'<p class="facts">{_description(samples)}</p><div class="browser" id="browser" hidden>{_CONTROLS}{data}</div>'
-        f'<div id="samples-static">{static}</div>'
+        f'<p class="facts">{_description(samples, validation)}</p>'
+        f'<div class="browser" id="browser" hidden>{_CONTROLS}{data}</div><div id="samples-static">{static}</div>'
     )
 
 
-def _description(samples: EmbeddedSamples) -> str:
+def _description(samples: EmbeddedSamples, validation: EmbeddedSamples) -> str:
     """Return how many samples the page holds, and where the others are."""
     has_all_read = samples.num_samples == samples.num_read
     of_read = f" of {samples.num_read:,}" if samples.read_all and not has_all_read else ""
@@ -49,7 +56,12 @@ def _description(samples: EmbeddedSamples) -> str:
         if samples.read_all and has_all_read and not left_out
         else " Traced groups come first, then groups with failed rewards, then groups whose scores differ."
     )
+    of_validation = (
+        f" Of validation, it holds {validation.num_samples:,} samples of {plural(len(validation.steps), 'step')}."
+        if validation.steps
+        else ""
+    )
     return (
         f"This page holds {samples.num_samples:,}{of_read} samples of {plural(len(samples.steps), 'step')}{left_out}."
-        f"{order} All samples are in <code>rollouts/step_*.jsonl</code> in the run's folder."
+        f"{order}{of_validation} All samples are in <code>rollouts/step_*.jsonl</code> in the run's folder."
     )

@@ -10,14 +10,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from roll_gspo.report.run_folder import RolloutFile, Sample, read_rollout
+from roll_gspo.report.run_folder import Rollout, RolloutFile, Sample, read_rollout
 
-MAX_BYTES = 3 * 2**20  # of the page
+MAX_BYTES, MAX_VALIDATION_BYTES = 3 * 2**19, 2**19  # of the page
 MAX_READ = 64 * 2**20  # of rollouts/, all files together
 MAX_CHARACTERS = 20_000
 MAX_TOKENS = 3000
 MAX_SAMPLES = 16  # of a group
 _GZIP = 31  # zlib's number for a gzip header and the largest window
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """Values of all samples of a step that were read.
+
+    Attributes:
+        step: of the samples.
+        scores: of the samples whose reward succeeded.
+        lengths: tokens per response.
+    """
+
+    step: int
+    scores: list[float]
+    lengths: list[float]
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class EmbeddedSamples:
         num_read: number of samples that were read from files of these steps.
         num_steps_left_out: number of steps in rollouts/ that the page does not hold.
         read_all: every file of these steps was read to its end.
+        values: scores and lengths of these steps, in order.
     """
 
     steps: list[tuple[int, str]]
@@ -37,24 +53,27 @@ class EmbeddedSamples:
     num_read: int
     num_steps_left_out: int
     read_all: bool
+    values: list[StepValues]
 
 
 def embed_samples(
-    files: Sequence[RolloutFile], max_bytes: int = MAX_BYTES, max_read: int = MAX_READ
+    files: Sequence[RolloutFile], max_bytes: int = MAX_BYTES, max_read: int = MAX_READ, ranked: bool = True
 ) -> EmbeddedSamples:
     """Choose the groups that fit into `max_bytes`, which the steps share; at least one group per step.
 
-    The first and the last step are read first, then steps between them. Within a step, groups that were scored again
-    after the update come first, then those with a failed reward, then those whose scores differ.
+    The first and the last step are read first, then steps between them. If `ranked`, groups of a step that were scored
+    again after the update come first, then those with a failed reward, then those whose scores differ.
 
     Args:
         files: of all steps, in order.
         max_bytes: of the result; the last group may exceed it.
         max_read: stop when this many bytes have been read.
+        ranked: choose groups by their rank; else the first ones, which shows the same prompts in each validation.
     """
     steps: list[tuple[int, str]] = []
     num_samples = num_read = num_files_read = 0
     read_all = True
+    values = []
     for index in bisection_order(len(files)):
         if max_bytes <= 0 or max_read <= 0:
             break
@@ -64,13 +83,16 @@ def embed_samples(
         num_files_read += 1
         if not rollout.samples:
             continue
-        text, count = _compress(rollout.step, _ranked_groups(rollout.samples), share)
+        groups = _ranked_groups(rollout.samples) if ranked else group_samples(rollout.samples)
+        text, count = _compress(rollout.step, groups, share)
+        values.append(_values(rollout))
         max_bytes -= len(text)
         steps.append((rollout.step, text))
         num_samples += count
         num_read += len(rollout.samples)
         read_all &= rollout.is_complete
-    return EmbeddedSamples(sorted(steps), num_samples, num_read, len(files) - len(steps), read_all)
+    values.sort(key=lambda one: one.step)
+    return EmbeddedSamples(sorted(steps), num_samples, num_read, len(files) - len(steps), read_all, values)
 
 
 def bisection_order(count: int) -> Iterator[int]:
@@ -106,6 +128,13 @@ def finite_number(sample: Sample, key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def _values(rollout: Rollout) -> StepValues:
+    scored = [sample for sample in rollout.samples if not sample.get("failed")]
+    scores = [score for sample in scored if (score := finite_number(sample, "score")) is not None]
+    ids = (sample.get("response_token_ids") for sample in rollout.samples)
+    return StepValues(rollout.step, scores, [float(len(one)) for one in ids if isinstance(one, list)])
+
+
 def _ranked_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
     def rank(group: list[Sample]) -> int:
         if any("updated_log_probs" in s for s in group):
@@ -136,6 +165,8 @@ def _group_line(step: int, samples: Sequence[Sample]) -> bytes:
         "step": step,
         "group": head.get("group"),
         "domain": _short_text(head.get("domain")),
+        "id": _short_text(head.get("id")),
+        "source": _short_text(head.get("source")),
         "prompt": _truncated(head.get("prompt")),
         "truth": _truncated(head.get("ground_truth")),
         "samples": [_sample_entry(sample) for sample in samples],
@@ -148,7 +179,7 @@ def _sample_entry(sample: Sample) -> dict[str, Any]:
     ids = sample.get("response_token_ids")
     response = "" if sample.get("response") is None else str(sample["response"])
     entry: dict[str, Any] = {
-        "line": sample.get("line"),
+        "sample": sample.get("sample"),
         "score": finite_number(sample, "score"),
         "advantage": finite_number(sample, "advantage"),
         "failure": _truncated(sample.get("failure") or "no reason was logged") if sample.get("failed") else None,

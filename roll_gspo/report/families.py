@@ -15,7 +15,7 @@ class MetricFamily:
     """Metrics that share a chart.
 
     Attributes:
-        title, note: of the chart.
+        title, note, y_label: of the chart.
         pattern: matches the full name of a metric. Group `line` is the label; the optional group `k` is the number of
             samples per prompt.
         style: of the lines.
@@ -24,6 +24,7 @@ class MetricFamily:
 
     title: str
     note: str
+    y_label: str
     pattern: str
     style: LineStyle = LineStyle.LINE
     needs_two: bool = False
@@ -31,30 +32,51 @@ class MetricFamily:
 
 FAMILIES = (
     MetricFamily(
-        "Score by domain", "Mean score of the samples of each step.", r"domain/(?P<line>.+)/score_mean", needs_two=True
+        "Score by domain",
+        "Mean score of the samples of each step.",
+        "mean score",
+        r"domain/(?P<line>.+)/score_mean",
+        needs_two=True,
     ),
-    MetricFamily("Reward components", "Mean over the samples of each step.", r"reward/component/(?P<line>.+)"),
+    MetricFamily("Reward components", "Mean over the samples of each step.", "mean", r"reward/component/(?P<line>.+)"),
     MetricFamily(
         "Validation: avg@k",
         "Mean score of k samples per prompt.",
+        "mean score",
         r"validation/(?P<line>.+)/avg@(?P<k>\d+)",
         LineStyle.DOTS,
     ),
     MetricFamily(
         "Validation: pass@k",
         "Probability that at least one of k samples is correct.",
+        "probability",
         r"validation/(?P<line>.+)/pass@(?P<k>\d+)",
         LineStyle.DOTS,
     ),
     MetricFamily(
         "Validation: maj@k",
         "Probability that the most frequent answer of k samples is correct.",
+        "probability",
         r"validation/(?P<line>.+)/maj@(?P<k>\d+)",
         LineStyle.DOTS,
     ),
-    MetricFamily("Response length by domain", "Tokens.", r"domain/(?P<line>.+)/response_length_mean", needs_two=True),
-    MetricFamily("Samples by domain", "Samples per step.", r"domain/(?P<line>.+)/num_samples", needs_two=True),
-    MetricFamily("Failed rewards by domain", "Samples without a score.", r"domain/(?P<line>.+)/failed", needs_two=True),
+    MetricFamily(
+        "Response length by domain",
+        "Mean over the samples of each step.",
+        "tokens",
+        r"domain/(?P<line>.+)/response_length_mean",
+        needs_two=True,
+    ),
+    MetricFamily(
+        "Samples by domain", "Samples per step.", "samples per step", r"domain/(?P<line>.+)/num_samples", needs_two=True
+    ),
+    MetricFamily(
+        "Failed rewards by domain",
+        "Samples without a score.",
+        "samples per step",
+        r"domain/(?P<line>.+)/failed",
+        needs_two=True,
+    ),
 )
 
 
@@ -69,7 +91,7 @@ def family_charts(run: RunFolder) -> list[Chart]:
                 Series(label, points, color, family.style)
                 for color, (label, points) in enumerate(series[first : first + num_colors])
             )
-            charts.append(Chart(family.title + number, family.note, tuple(lines)))
+            charts.append(Chart(family.title + number, family.note, family.y_label, tuple(lines)))
     return charts
 
 

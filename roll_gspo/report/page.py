@@ -7,7 +7,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from roll_gspo.report.browser import browser_section
-from roll_gspo.report.embedded import embed_samples
+from roll_gspo.report.chart_cards import ChartCards, chart_script, controls
+from roll_gspo.report.curve_sections import curves_section, other_metrics_section, stage_times_section
+from roll_gspo.report.distributions import distribution_charts
+from roll_gspo.report.embedded import MAX_VALIDATION_BYTES, embed_samples
 from roll_gspo.report.html_page import asset, html_page, plural, warning_list, write_page
 from roll_gspo.report.numbers import format_count, format_duration, format_number
 from roll_gspo.report.run_folder import SCORE, VALIDATION, Points, RunFolder, read_run
@@ -15,6 +18,7 @@ from roll_gspo.report.samples import samples_section
 from roll_gspo.report.warnings import run_warnings
 
 _FIRST_AND_LAST = 5
+_SHOWN_LAUNCH = ("host", "started", "commit")
 
 
 def write_report(run_folder: Path) -> Path:
@@ -29,31 +33,47 @@ def write_report(run_folder: Path) -> Path:
     return write_page(run_folder / "report.html", render(read_run(run_folder)))
 
 
-def render(run: RunFolder) -> str:
-    """Return the page as HTML."""
-    # Deferred: matplotlib takes half a second to import, and a run imports this module before it needs a report.
-    from roll_gspo.report.curve_sections import curves_section, other_metrics_section, stage_times_section
-    from roll_gspo.report.plots import Plotter
+def render(run: RunFolder, version: str | None = None) -> str:
+    """Return the page as HTML.
 
-    plotter = Plotter()
-    steps = run.steps
-    span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else plural(len(steps), "step")
+    Args:
+        run: contents of the run's folder.
+        version: of these contents, for a page that refreshes itself; None for a file.
+    """
+    drawn = ChartCards()
+    samples = embed_samples(run.rollout_files)
+    validation = embed_samples(run.validation_files, MAX_VALIDATION_BYTES, ranked=False)
     return html_page(
         run.name,
-        span if steps else "no step yet",
+        _subtitle(run),
         (
             ("", headline(run)),
             ("Warnings", _warnings(run)),
-            ("Curves", curves_section(run, plotter)),
-            ("Stage times", stage_times_section(run, plotter)),
-            ("Samples", browser_section(embed_samples(run.rollout_files), samples_section(run.rollouts))),
-            ("All other metrics", other_metrics_section(run, plotter)),
+            ("Curves", controls(len(run.rows)) + curves_section(run, drawn, distribution_charts(samples.values))),
+            ("Stage times", stage_times_section(run, drawn)),
+            ("Samples", browser_section(samples, validation, samples_section(run.rollouts))),
+            ("All other metrics", other_metrics_section(run, drawn)),
             ("Profiler traces", _traces(run)),
-            ("Plan and configuration", _texts(run)),
+            ("Plan and configuration", _launches(run) + _texts(run)),
+            ("", drawn.data()),
         ),
-        style=asset("browser.css"),
-        script=asset("browser.js"),
+        style=asset("charts.css") + asset("browser.css"),
+        script=chart_script() + asset("browser.js") + ("" if version is None else asset("live.js")),
+        version=version,
     )
+
+
+def _subtitle(run: RunFolder) -> str:
+    steps = run.steps
+    span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else plural(len(steps), "step")
+    facts = [str(run.launches[-1][key]) for key in _SHOWN_LAUNCH if run.launches and run.launches[-1].get(key)]
+    return " · ".join([span if steps else "no step yet", *facts])
+
+
+def _launches(run: RunFolder) -> str:
+    """Return a line per process of the run: its date, host, commit and command."""
+    lines = ["  ".join(f"{key}: {value}" for key, value in launch.items()) for launch in run.launches]
+    return _collapsed(f"Processes of this run ({len(lines)})", "\n".join(lines)) if lines else ""
 
 
 def headline(run: RunFolder) -> str:

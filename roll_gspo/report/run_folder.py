@@ -18,7 +18,7 @@ Points = list[tuple[int, float]]
 """(step, value) in the order of steps. Steps without a finite value are left out."""
 
 Sample = dict[str, Any]
-"""A line of `rollouts/step_*.jsonl`; any key may be missing. Two keys are added: `line`, the number of the line from 1,
+"""A line of `rollouts/step_*.jsonl`; any key may be missing. Two keys are added: `sample`, the number of the line,
 and `updated_log_probs` if the sample was scored again after the update."""
 
 # The mean score of all samples, or of those that dynamic sampling kept if the former is not logged.
@@ -62,20 +62,23 @@ class RunFolder:
         name: `exp_name` of the config, else the folder's name.
         rows: lines of metrics.jsonl ordered by step, one per step.
         rollouts: samples of a few steps, evenly from the first to the last.
-        rollout_files: files of all steps, in order.
+        rollout_files, validation_files: files of all steps with samples of training and of validation, in order.
         config, plan: texts; empty if the file is missing.
         log_warnings: the latest warnings and errors of run.log.
         traces: profiler traces, relative to the folder.
+        launches: facts about each process of the run, oldest first.
     """
 
     name: str
     rows: list[dict[str, Any]]
     rollouts: list[Rollout]
     rollout_files: list[RolloutFile]
+    validation_files: list[RolloutFile]
     config: str
     plan: str
     log_warnings: list[str]
     traces: list[str]
+    launches: list[dict[str, Any]]
 
     @cached_property
     def steps(self) -> list[int]:
@@ -124,10 +127,12 @@ def read_run(folder: Path, num_rollouts: int = 4) -> RunFolder:
         rows=[by_step[step] for step in sorted(by_step)],
         rollouts=_evenly_chosen_rollouts(files, num_rollouts),
         rollout_files=files,
+        validation_files=_rollout_files(folder / "validation"),
         config=config,
         plan=_text(folder / "plan.txt"),
         log_warnings=_log_warnings(folder / "run.log"),
         traces=sorted(path.relative_to(folder).as_posix() for path in folder.glob("profile/*.json.gz")),
+        launches=_json_lines(_text(folder / "launches.jsonl").encode()),
     )
 
 
@@ -152,7 +157,7 @@ def read_rollout(file: RolloutFile, max_bytes: int = _MAX_ROLLOUT_BYTES) -> Roll
             samples.update((line, found) for found in _json_lines(text))
         if line in samples:
             samples[line]["updated_log_probs"] = log_probs
-    numbered = [row | {"line": line} for line, row in sorted(samples.items())]
+    numbered = [row | {"sample": line - 1} for line, row in sorted(samples.items())]
     return Rollout(file.step, numbered, len(head) >= size, num_bytes)
 
 

@@ -24,10 +24,6 @@ THEME: dict[str, tuple[str, str]] = {  # CSS variable: color on a light and on a
     "other": (OTHER_COLOR, "#6d7580"),
     **{f"c{i}": pair for i, pair in enumerate(zip(SERIES_COLORS, _DARK_SERIES_COLORS, strict=True))},
 }
-# Plots are drawn in light colors. On a page, each of these becomes the variable of its name.
-PLOT_VARIABLES = {THEME[name][0]: name for name in ("card", "ink", "soft", "line", "other")} | {
-    color: f"c{i}" for i, color in enumerate(SERIES_COLORS)
-}
 
 
 def theme_css() -> str:

@@ -48,7 +48,7 @@ def test_sample_is_embedded_with_its_token_metrics(tmp_path: Path) -> None:
     first, second = groups_of(samples)
     (sample,) = first["samples"]
     assert (first["step"], first["prompt"], first["truth"], first["domain"]) == (1, record().prompt, "42", "maths")
-    assert sample["tokens"] == ["4", "2", "<|end|>"] and sample["length"] == 3 and sample["line"] == 1
+    assert sample["tokens"] == ["4", "2", "<|end|>"] and sample["length"] == 3 and sample["sample"] == 0
     assert sample["logp"] == [-0.25, -0.5, -0.75] and sample["diff"] == 0.01 and sample["adv"] == 0.5
     assert sample["ratio"] == pytest.approx(math.exp(0.1), abs=1e-5)
     assert sample["components"] == {"correct": 1.5, "length": -0.5} and sample["answer"] == "42"
@@ -105,7 +105,7 @@ def test_traced_sample_is_read_beyond_the_byte_limit(tmp_path: Path) -> None:
     file = RolloutFile(1, tmp_path / "rollouts" / "step_000001.jsonl")
     part = read_rollout(file, max_bytes=9_000)
     assert not part.is_complete and 0 < len(part.samples) < 20
-    assert [s["line"] for s in part.samples if "updated_log_probs" in s] == [38]
+    assert [s["sample"] for s in part.samples if "updated_log_probs" in s] == [37]
     assert part.samples[-1]["group"] == 37
 
 
