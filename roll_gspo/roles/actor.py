@@ -1,4 +1,4 @@
-"""The policy that is trained: mini-batches and epochs of policy updates on one rollout."""
+"""The trained policy: policy updates in mini-batches and epochs on one rollout."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from roll_gspo.strategies.weight_broadcast import BUCKET_BYTES, WeightBroadcastA
 
 
 class Actor(TrainedPolicy):
-    """`actor_train`.
+    """The role `actor_train`: scores tokens and trains the policy.
 
     Args:
-        strategy: the engine that holds the model and its optimizer.
-        loss_settings: the policy loss.
-        mini_batch_size: samples of one optimizer step.
-        micro_batching: how a mini-batch is cut into forward and backward passes.
+        strategy: engine that holds the model and its optimizer.
+        loss_settings: settings of the policy loss.
+        mini_batch_size: samples per optimizer step.
+        micro_batching: splits a mini-batch into forward and backward passes.
         num_epochs: passes over a rollout.
-        max_consecutive_skipped_steps: stop after this many non-finite optimizer steps in a row.
-        seed: of the order in which samples form mini-batches.
-        measure_mismatch: report `mismatch/*` against the generation engine from the first mini-batch of each update:
-            its policy is still the one that sampled, so no pass is spent on it. Off where old log-probs are
-            recomputed, which measures the whole rollout.
+        max_consecutive_skipped_steps: number of consecutive non-finite optimizer steps after which training stops.
+        seed: seed of the order in which samples form mini-batches.
+        measure_mismatch: report `mismatch/*` against the generation engine from the first mini-batch of each update.
+            Its policy is still the one that sampled, so no extra pass is needed. Off if old log-probs are recomputed,
+            because that measures the whole rollout.
     """
 
     def __init__(
@@ -64,17 +64,17 @@ class Actor(TrainedPolicy):
 
     @profiled
     def score(self, sequences: Sequences) -> TokenScores:
-        """Log-probabilities of the response tokens under the current policy, and its entropies."""
+        """Return log-probs of the response tokens under the current policy, and the entropies."""
         return self._strategy.score(sequences, entropy=True)
 
     @profiled
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
-        """Train on a whole rollout; returns the metrics, averaged over its optimizer steps.
+        """Train on a whole rollout and return the metrics, averaged over its optimizer steps.
 
         A mini-batch without a valid token takes no optimizer step and counts in `actor/skipped_updates`.
 
         Raises:
-            TrainingError: too many optimizer steps in a row were not finite.
+            TrainingError: too many consecutive optimizer steps were not finite.
         """
         measure = self._measure_mismatch
 
@@ -101,15 +101,15 @@ class Actor(TrainedPolicy):
         return self._strategy.update(self._micro_batching.split(mini_batch), loss, wants_entropy)
 
     def weights(self) -> WeightSource:
-        """The live weights, for the generation engine."""
+        """Return the live weights for the generation engine."""
         return self._strategy.weights()
 
     def open_broadcast(
         self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES, checksum: bool = False
     ) -> WeightBroadcastAddress:
-        """Open a weight broadcast to generation engines in other processes; closes an earlier one.
+        """Open a weight broadcast to generation engines in other processes; close an earlier one.
 
-        Of several ranks it is asked of rank 0 alone, which sends: pieces of `bucket_bytes`, each with its `checksum`.
+        Call it on rank 0 only, which sends. It sends pieces of `bucket_bytes`, each with its `checksum` if requested.
         """
         if self._sender is not None:
             self._sender.close()
@@ -117,10 +117,10 @@ class Actor(TrainedPolicy):
         return self._sender.address
 
     def send_weights(self, version: int) -> None:
-        """Broadcast the live weights; ranks without a sender only take part in the export.
+        """Broadcast the live weights. Ranks without a sender only take part in the export.
 
         Raises:
-            WeightTransferError: an engine did not take them.
+            WeightTransferError: an engine did not receive the weights.
         """
         if self._sender is not None:
             self._sender.send(self._strategy.weights(), version, self._checksum)

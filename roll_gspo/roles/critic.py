@@ -1,4 +1,4 @@
-"""The critic: what return it expects before each token, and how it learns to."""
+"""The critic: predicts the return before each token, and is trained on the observed returns."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from roll_gspo.strategies.micro_batches import MicroBatching
 
 
 class Critic(TrainedRole[ValueStrategy]):
-    """`critic`.
+    """The role `critic`: predicts values and is trained on returns.
 
     Args:
-        strategy: the engine that holds the model, its value head and its optimizer.
-        loss_settings: the value loss.
-        mini_batch_size: samples of one optimizer step.
-        micro_batching: how a mini-batch is cut into forward and backward passes.
+        strategy: engine that holds the model, its value head and its optimizer.
+        loss_settings: settings of the value loss.
+        mini_batch_size: samples per optimizer step.
+        micro_batching: splits a mini-batch into forward and backward passes.
         num_epochs: passes over a rollout.
-        max_consecutive_skipped_steps: stop after this many non-finite optimizer steps in a row.
-        seed: of the order in which samples form mini-batches.
+        max_consecutive_skipped_steps: number of consecutive non-finite optimizer steps after which training stops.
+        seed: seed of the order in which samples form mini-batches.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class Critic(TrainedRole[ValueStrategy]):
 
     @profiled
     def values(self, sequences: Sequences) -> Tensor:
-        """[B, T] float32: the return expected in the state that each response token was sampled in; 0 where masked."""
+        """Return [B, T] float32: the expected return in the state before each response token; 0 where masked."""
         return self._strategy.values(sequences)
 
     @profiled
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
-        """Train on a whole rollout with `returns`; returns the metrics, averaged over its optimizer steps.
+        """Train on a whole rollout with `returns` and return the metrics, averaged over its optimizer steps.
 
         A mini-batch without a valid token takes no optimizer step and counts in `critic/skipped_updates`.
 
         Raises:
-            TrainingError: too many optimizer steps in a row were not finite.
+            TrainingError: too many consecutive optimizer steps were not finite.
         """
         return summary(self._mini_batches.train(batch, step, self._optimizer_step, progress), "critic")
 

@@ -1,4 +1,4 @@
-"""The policy that generates: prompts to groups of responses, at a known version of the weights."""
+"""The generating policy: samples groups of responses with a known version of the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling
 
 
 class Generator(ProfiledRole):
-    """`actor_infer`.
+    """The role `actor_infer`: samples responses.
 
     Args:
-        strategy: the generation engine.
-        pad_token_id: fills up `input_ids`; never attended to.
-        seed: of the sampling.
+        strategy: generation engine.
+        pad_token_id: fills `input_ids` after the last token; never attended to.
+        seed: seed of the sampling.
     """
 
     def __init__(self, strategy: GenerateStrategy, pad_token_id: int, seed: int) -> None:
@@ -38,20 +38,23 @@ class Generator(ProfiledRole):
         """Sample `sampling.num_samples` responses per prompt.
 
         Args:
-            purpose: e.g. `step 12`; with the run's seed it decides every sample, so that a resumed run repeats them.
-            progress, finished: see `GenerateStrategy`.
-            first: number of the first prompt, where a purpose's prompts are given batch by batch.
+            prompts: prompts of this call.
+            sampling: sampling parameters.
+            purpose: text such as `step 12`. It determines every sample with the run's seed, so a resumed run repeats
+                them.
+            progress, finished: see `GenerateStrategy.generate`.
+            first: number of the first prompt, if the prompts of a purpose are given batch by batch.
         """
         seeds = sample_seeds(self._seed, purpose, first + len(prompts), sampling.num_samples)[first:]
         completions = self._strategy.generate([p.token_ids for p in prompts], sampling, seeds, progress, finished)
         return self.collate(prompts, completions)
 
     def collate(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Rollouts:
-        """Completions of the current weights, `[prompt][sample]`, as one rollout."""
+        """Return completions `[prompt][sample]` of the current weights as one rollout."""
         return Rollouts.collate(prompts, completions, self._pad_token_id, self.weights_version)
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Generate with these weights from now on."""
+        """Replace the weights; later responses are sampled from them."""
         self._strategy.update_weights(source, version)
         self.weights_version = version
 
@@ -61,6 +64,6 @@ class Generator(ProfiledRole):
 
 
 def sample_seeds(seed: int, purpose: str, num_prompts: int, num_samples: int) -> list[int]:
-    """One seed a prompt, a group apart: sample j of a prompt is drawn with its seed + j."""
+    """Return one seed per prompt, spaced by the group size: sample j of a prompt uses its seed + j."""
     first = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6], "big")
     return [first + i * num_samples for i in range(num_prompts)]

@@ -1,4 +1,4 @@
-"""Mini-batches and epochs of optimizer steps on one rollout, and what is done about those that are skipped."""
+"""Mini-batches and epochs of optimizer steps on one rollout, and the handling of skipped steps."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class MiniBatches:
-    """Takes optimizer steps on the mini-batches of a rollout.
+    """Take optimizer steps on the mini-batches of a rollout.
 
     Args:
-        role: whose; its name in the configuration, for messages.
-        mini_batch_size: samples of one optimizer step.
+        role: name of the trained role in the configuration, for messages.
+        mini_batch_size: samples per optimizer step.
         num_epochs: passes over a rollout.
-        max_consecutive_skipped_steps: stop after this many non-finite optimizer steps in a row.
-        seed: of the order in which samples form mini-batches.
-        samples_of: where `sample_ids` are found, for messages; `{step}` stands for the step.
+        max_consecutive_skipped_steps: number of consecutive non-finite optimizer steps after which training stops.
+        seed: seed of the order in which samples form mini-batches.
+        samples_of: file in which messages look up `sample_ids`; `{step}` is replaced by the step.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class MiniBatches:
         optimizer_step: Callable[[TrainBatch], UpdateResult],
         progress: Callable[[int, int], None],
     ) -> list[UpdateResult | None]:
-        """An optimizer step on each mini-batch; None where it held no valid token and so no step was taken.
+        """Take an optimizer step per mini-batch; the result of a mini-batch without a valid token is None.
 
         Raises:
-            TrainingError: too many optimizer steps in a row were not finite.
+            TrainingError: too many consecutive optimizer steps were not finite.
         """
         mini_batches = list(self.indices(batch, step))
         results: list[UpdateResult | None] = []
@@ -66,7 +66,7 @@ class MiniBatches:
                 result = optimizer_step(mini_batch)
                 self._note_if_skipped(result, mini_batch, step)
                 results.append(result)
-            else:  # a step would move the weights by momentum and decay alone
+            else:  # an optimizer step would change the weights by momentum and weight decay only
                 logger.warning(
                     "step %d: %s: no optimizer step, all %d samples are masked", step, self._role, len(index)
                 )
@@ -75,13 +75,13 @@ class MiniBatches:
         return results
 
     def indices(self, batch: TrainBatch, step: int) -> Iterator[Tensor]:
-        """Which samples form each mini-batch of each epoch."""
+        """Yield the sample indices of each mini-batch of each epoch."""
         lengths = batch.sequences.lengths
         for epoch in range(self._num_epochs):
             # One generator per (seed, step, epoch): a resumed run draws the same mini-batches.
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1_009 + epoch)
             for index in torch.randperm(len(batch), generator=generator).split(self._size):
-                # Which samples meet in an optimizer step is random; those of like length share a micro-batch.
+                # Samples of an optimizer step are random. Within it, samples of similar length share a micro-batch.
                 yield index[lengths[index].argsort(stable=True)]
 
     def _note_if_skipped(self, result: UpdateResult, mini_batch: TrainBatch, step: int) -> None:
@@ -107,9 +107,9 @@ class MiniBatches:
 
 
 def summary(results: Sequence[UpdateResult | None], prefix: str) -> dict[str, float]:
-    """Metrics of the loss function as means over optimizer steps, and `prefix/{grad_norm,lr,num_updates,...}`.
+    """Return means of the loss metrics over optimizer steps, and `prefix/{grad_norm,lr,num_updates,...}`.
 
-    Only counts where no mini-batch held a valid token.
+    Return only the counts if no mini-batch held a valid token.
     """
     computed = [result for result in results if result is not None]
     num_updates = sum(result.applied for result in computed)
@@ -125,6 +125,6 @@ def summary(results: Sequence[UpdateResult | None], prefix: str) -> dict[str, fl
 
 
 def _mean_over_updates(result: UpdateResult) -> dict[str, Metric]:
-    """Shares of one mini-batch's loss sum up to it; over mini-batches it is a mean."""
+    """Average a metric over mini-batches. Shares within one mini-batch are already summed."""
     one = torch.ones(())
     return {name: Metric(m.value, one, "mean") if m.reduction == "sum" else m for name, m in result.metrics.items()}

@@ -1,4 +1,4 @@
-"""The frozen policy that KL terms are taken against."""
+"""The frozen policy of the KL terms."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from roll_gspo.strategies.base import ScoringStrategy
 
 
 class Reference(ProfiledRole):
-    """`reference`."""
+    """The role `reference`: scores tokens with the frozen initial policy."""
 
     def __init__(self, strategy: ScoringStrategy) -> None:
         self._strategy = strategy
 
     @profiled
     def log_probs(self, sequences: Sequences) -> Tensor:
-        """[B, T] log-probabilities of the response tokens."""
+        """Return [B, T] log-probs of the response tokens."""
         return self._strategy.score(sequences).log_probs
 
     def close(self) -> None:
-        """The engine lives as long as the process."""
+        """Do nothing: the engine lives as long as the process."""

@@ -1,7 +1,7 @@
-"""Generation on several engines, each in a separate process, behind the interface of one.
+"""Generation on several engines in separate processes, with the interface of a single engine.
 
-A sample depends on its prompt, its seed and the weights only, so how prompts are dealt out changes nothing; and what a
-lost engine was asked is asked of another one.
+A sample depends only on its prompt, its seed and the weights. The assignment of prompts to engines therefore changes no
+result, and prompts of a lost engine are repeated on another one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 from roll_gspo.tracking.profiler import TraceTarget
 
 logger = logging.getLogger(__name__)
-_CHUNKS_PER_REPLICA = 4  # fewer let the others wait for the slowest, more decode too few samples together
-_SAMPLES_PER_CHUNK = 64  # at least, where that leaves work for everybody
-_IN_FLIGHT = 2  # chunks of one replica, so that the next one is there when one ends
+_CHUNKS_PER_REPLICA = 4  # fewer: replicas wait for the slowest one; more: batches are too small to decode efficiently
+_SAMPLES_PER_CHUNK = 64  # minimum, if every replica still gets a chunk
+_IN_FLIGHT = 2  # chunks per replica, so that the next one is queued when one ends
 
 
 class _Engine(GenerateStrategy, WeightReceiver, Protocol):
@@ -31,7 +31,7 @@ class _Engine(GenerateStrategy, WeightReceiver, Protocol):
 
 
 class Replica(ProfiledRole):
-    """One engine, in the process that it has for itself."""
+    """The engine of one worker process."""
 
     def __init__(self, engine: _Engine) -> None:
         self._engine = engine
@@ -48,7 +48,7 @@ class Replica(ProfiledRole):
         return self._engine.generate(prompts, sampling, seeds, progress)
 
     def ready(self) -> None:
-        """Answered by a process that lives."""
+        """Do nothing. A reply shows that the process is alive."""
 
     def connect(self, address: WeightBroadcastAddress) -> None:
         """Join the weight broadcast."""
@@ -79,12 +79,12 @@ class Replicas:
 
     Args:
         group: independent workers.
-        max_restarts: workers that may be lost in the whole run.
+        max_restarts: maximum number of lost workers in the whole run.
     """
 
     def __init__(self, group: WorkerGroup, max_restarts: int) -> None:
         self.group = group
-        self.restore_weights: Callable[[], None] = lambda: None  # set by who transfers weights
+        self.restore_weights: Callable[[], None] = lambda: None  # set by the weight sync
         self._max_restarts = max_restarts
         self._restarts = 0
 
@@ -96,10 +96,10 @@ class Replicas:
         progress: Progress | None = None,
         finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
-        """Generate responses. The least busy replica gets the next prompts; samples finish chunk by chunk.
+        """Generate responses. The least busy replica gets the next prompts; samples are delivered chunk by chunk.
 
         Raises:
-            WorkerDiedError, WorkerHungError: more workers were lost than may be.
+            WorkerDiedError, WorkerHungError: more than `max_restarts` workers were lost.
         """
         todo = deque(self._chunks(len(prompts), sampling.num_samples))
         running: dict[Pending, tuple[int, _Chunk]] = {}
@@ -129,22 +129,27 @@ class Replicas:
         return [group for chunk in sorted(answers, key=lambda c: c.start) for group in answers[chunk]]
 
     def profile(self, target: TraceTarget | None) -> None:
-        """Let every replica record traces, as the rank that it has in the group."""
+        """Set the trace target of every replica, with the replica's rank."""
         for rank in range(self.group.size):
             self.group.call("profile", target and replace(target, rank=rank), rank=rank)
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Raise an error: weights of engines in other processes are sent by `BroadcastSync`."""
+        """Raise an error: `BroadcastSync` sends the weights to engines in other processes."""
         raise WeightTransferError(
             f"{self.group.name}: weights of version {version} must be sent by BroadcastSync.push; engines in "
             "other processes cannot read them here"
         )
 
     def revive(self, every: bool = False) -> bool:
-        """Start the lost workers again (or all, if one was lost); whether there were any. They have no weights yet.
+        """Restart lost workers, or all workers if one was lost and `every` is set.
+
+        Restarted workers have no weights yet.
+
+        Returns:
+            Whether any worker was lost.
 
         Raises:
-            WorkerDiedError: more were lost than may be.
+            WorkerDiedError: more than `max_restarts` workers were lost.
         """
         lost = [rank for rank in range(self.group.size) if not self.group.alive(rank)]
         self._restarts += len(lost)
@@ -166,7 +171,7 @@ class Replicas:
         return all(self.group.alive(rank) for rank in range(self.group.size))
 
     def _least_busy(self, running: dict[Pending, tuple[int, _Chunk]]) -> int | None:
-        """Who gets the next chunk; None while all have enough, or while the group waits for a lost one."""
+        """Return the rank for the next chunk; None if all are busy enough or a worker is lost."""
         if not self._complete():
             return None
         load = [0] * self.group.size
@@ -191,4 +196,4 @@ def _hand_out(groups: Sequence[Sequence[Completion]], first: int, finished: Samp
 
 
 def _progress(done: int, total: int) -> None:
-    """Asks for progress; who waits reads it from the pending call."""
+    """Request progress reports; the caller reads them from the pending call."""

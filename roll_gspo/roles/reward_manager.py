@@ -1,4 +1,4 @@
-"""The reward workers of every domain: rollouts to scores."""
+"""The reward manager: sends samples to the reward workers of their domains and collects scores."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ COLUMNS_OF_REQUEST = ("ground_truth",)
 
 
 class RewardManager:
-    """`rewards`.
+    """The role `rewards`: owns the reward workers of every domain.
 
     Args:
-        config: the reward blocks by domain.
+        config: reward blocks by domain.
     """
 
     def __init__(self, config: Mapping[str, RewardConfig]) -> None:
@@ -61,11 +61,11 @@ class RewardManager:
         return list(self._pools)
 
     def domains(self, prompts: Iterable[Prompt]) -> list[str]:
-        """Which reward block judges each prompt."""
+        """Return the reward block of each prompt."""
         return [self._router.domain_of(prompt.row) for prompt in prompts]
 
     def open(self) -> Scoring:
-        """Somewhere to submit samples to as soon as they are there; see `request`. One at a time."""
+        """Return a context for submitting samples as soon as they are generated; only one may be open at a time."""
         self._servers.start()  # again, where one has died
         return Scoring(self._pools)
 
@@ -77,10 +77,12 @@ class RewardManager:
     def score(
         self, rollouts: Rollouts, responses: Sequence[str], progress: Callable[[int, int], None] | None = None
     ) -> list[RewardResult]:
-        """One result a sample, in order.
+        """Score all samples and return one result per sample, in order.
 
         Args:
+            rollouts: the samples.
             responses: text of each sample, from `response_text`.
+            progress: called with (finished samples, all samples).
         """
         with self.open() as scoring:
             for index, (prompt, response) in enumerate(zip(rollouts.prompts, responses, strict=True)):

@@ -1,4 +1,4 @@
-"""Scoring in the background, of all domains at once, while the caller goes on generating."""
+"""Background scoring of all domains at once while generation continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CANCEL_TIMEOUT_S = 60.0
 
 
 class RewardTime(NamedTuple):
-    """Seconds that reward processes were busy, summed over them: before `Scoring.results` was called, and in all."""
+    """Busy seconds summed over reward processes: before `Scoring.results` was called, and in total."""
 
     hidden_s: float
     total_s: float
@@ -26,7 +26,7 @@ class RewardTime(NamedTuple):
 
 @dataclass
 class _Background:
-    """The scoring job of one domain, and the thread that runs it."""
+    """Scoring job of one domain and the thread that runs it."""
 
     pool: RewardPool
     job: ScoringJob
@@ -36,7 +36,7 @@ class _Background:
     error: BaseException | None = None
 
     def run(self) -> None:
-        """The life of the thread."""
+        """Run the job; the thread's target."""
         try:
             self.results = self.pool.run(self.job)
         except BaseException as error:
@@ -44,10 +44,10 @@ class _Background:
 
 
 class Scoring:
-    """Samples on their way through the pools; use it as a context manager, of which no thread outlives the block.
+    """Context in which samples are scored by the pools. No thread outlives the `with` block.
 
     Args:
-        pools: by domain. Each is busy with this until the block ends.
+        pools: pool of each domain; each is in use until the block ends.
     """
 
     def __init__(self, pools: Mapping[str, RewardPool]) -> None:
@@ -62,7 +62,7 @@ class Scoring:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for domain in self._running.values():
-            domain.job.cancel()  # nothing to give up where `results` came to its end
+            domain.job.cancel()  # nothing to cancel if `results` has returned
         for name, domain in self._running.items():
             domain.thread.join(_CANCEL_TIMEOUT_S)
             if domain.thread.is_alive() and error is None:
@@ -70,17 +70,19 @@ class Scoring:
 
     @property
     def num_scored(self) -> int:
-        """Samples that have a result by now."""
+        """Number of samples that have a result."""
         return sum(len(domain.job.results) for domain in self._running.values())
 
     def submit(self, index: int, domain: str, request: RewardRequest) -> None:
-        """Have a sample scored; returns at once, however busy the processes are.
+        """Queue a sample for scoring and return at once.
 
         Args:
-            index: where its result belongs.
+            index: position of its result.
+            domain: reward block that scores the sample.
+            request: the sample.
 
         Raises:
-            ConfigError, MissingDependencyError, RewardError: scoring has failed meanwhile.
+            ConfigError, MissingDependencyError, RewardError: scoring has failed in the background.
         """
         running = self._running.get(domain) or self._start(domain)
         self._raise_failure()
@@ -88,13 +90,15 @@ class Scoring:
         running.job.submit(request)
 
     def results(self, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
-        """One result for each sample that was submitted, by `index`; waits for them, each as long as its timeout lets.
+        """Wait for all submitted samples and return their results by `index`.
+
+        Each wait is bounded by the sample's timeout.
 
         Args:
             progress: called with (finished samples, all samples).
 
         Raises:
-            ConfigError, MissingDependencyError, RewardError: a reward's process cannot be started.
+            ConfigError, MissingDependencyError, RewardError: a reward process cannot be started.
         """
         called = time.monotonic()
         for domain in self._running.values():
@@ -102,7 +106,7 @@ class Scoring:
         total = sum(len(domain.indices) for domain in self._running.values())
         waited_for = list(self._running.values())
         while waited_for:
-            # As long as it takes: every sample, and every start of a process, has its own deadline in the pool.
+            # No timeout here: the pool has a deadline for every sample and every process start.
             waited_for[0].thread.join(_NAP_S)
             waited_for = [domain for domain in waited_for if domain.thread.is_alive()]
             self._raise_failure()
@@ -123,7 +127,7 @@ class Scoring:
         pool = self._pools[domain]
         job = pool.new_job()
         started = _Background(pool, job, threading.Thread(), [])
-        # A daemon: an interpreter that ends without this block's end must not wait for it.
+        # Daemon thread: an interpreter that exits inside the block must not wait for it.
         started.thread = threading.Thread(target=started.run, name=f"score {domain}", daemon=True)
         self._running[domain] = started
         started.thread.start()

@@ -1,4 +1,4 @@
-"""The policy in supervised fine-tuning: one optimizer step on each mini-batch of demonstrations."""
+"""The policy in supervised fine-tuning: one optimizer step per mini-batch of demonstrations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from roll_gspo.strategies.micro_batches import MicroBatching
 
 
 class SftActor(TrainedPolicy):
-    """`actor_train` with `pipeline: sft`.
+    """The role `actor_train` with `pipeline: sft`.
 
     Args:
-        strategy: the engine that holds the model and its optimizer.
-        mini_batch_size: samples of one optimizer step.
-        micro_batching: how a mini-batch is cut into forward and backward passes.
-        max_consecutive_skipped_steps: stop after this many non-finite optimizer steps in a row.
+        strategy: engine that holds the model and its optimizer.
+        mini_batch_size: samples per optimizer step.
+        micro_batching: splits a mini-batch into forward and backward passes.
+        max_consecutive_skipped_steps: number of consecutive non-finite optimizer steps after which training stops.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class SftActor(TrainedPolicy):
         self._mini_batches = MiniBatches(
             "actor_train",
             mini_batch_size=mini_batch_size,
-            num_epochs=1,  # passes over the data are the loop's; here the data is one mini-batch
+            num_epochs=1,  # the step loop iterates over the data; here the data is one mini-batch
             max_consecutive_skipped_steps=max_consecutive_skipped_steps,
             seed=0,
             samples_of="the training data (rows counted from 0)",
@@ -48,10 +48,10 @@ class SftActor(TrainedPolicy):
 
     @profiled
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:
-        """One optimizer step; returns its metrics.
+        """Take one optimizer step and return its metrics.
 
         Raises:
-            TrainingError: too many optimizer steps in a row were not finite.
+            TrainingError: too many consecutive optimizer steps were not finite.
         """
         return summary(self._mini_batches.train(batch, step, self._optimizer_step, progress), "actor")
 
@@ -64,5 +64,5 @@ class SftActor(TrainedPolicy):
         return self._strategy.update(self._micro_batching.split(mini_batch), loss, False)
 
     def negative_log_likelihood(self, sequences: Sequences) -> tuple[float, int]:
-        """(sum over the tokens to imitate in nats, how many they are), without gradient."""
+        """Return (sum over imitated tokens in nats, number of these tokens), without gradient."""
         return negative_log_likelihood(self._strategy.score(sequences).log_probs, sequences.response_mask)

@@ -1,4 +1,4 @@
-"""The roles that are trained: they save and load the state of their engine."""
+"""Trained roles: they save and load the state of their engine."""
 
 from __future__ import annotations
 

@@ -16,19 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 class WeightSync(Protocol):
-    """The way of the weights."""
+    """Transfer of the trainer's weights to the generation engine."""
 
     def push(self, version: int) -> None:
-        """Hand on the trainer's current weights; afterwards the engine generates with these and no others.
+        """Send the trainer's current weights. The engine generates only with these afterwards.
 
         Raises:
-            WeightTransferError: the engine did not take them.
+            WeightTransferError: the engine did not receive the weights.
         """
         ...
 
 
 class InProcessSync:
-    """Trainer and engine in one process: tensors are handed over by reference."""
+    """Transfer within one process: tensors are passed by reference."""
 
     def __init__(self, actor: Actor, generator: Generator) -> None:
         self._actor = actor
@@ -40,18 +40,19 @@ class InProcessSync:
 
 
 class BroadcastSync:
-    """All ranks of the trainer export, its rank 0 sends, and every worker of every replica receives, at once.
+    """Transfer across processes: all ranks of the trainer export, rank 0 sends, every worker of every replica receives.
 
-    A replica that is lost meanwhile, or while it generates, is started again and all get the weights anew.
+    A replica that is lost during a transfer or during generation is restarted. All replicas then receive the weights
+    again.
 
     Args:
-        trainer: the ranks of `actor_train`.
+        trainer: ranks of `actor_train`.
         replicas: the engines.
-        generator: the role that generates on them.
-        workers_per_replica: processes of an engine (its tensor-parallel size).
-        timeout_s: how long one side waits for another at any point of a transfer.
-        bucket_bytes: largest piece that is sent at once.
-        checksum: whether every piece is checked on arrival.
+        generator: role that generates on them.
+        workers_per_replica: processes per engine (its tensor-parallel size).
+        timeout_s: time limit of every wait of one side for the other.
+        bucket_bytes: maximum size of a piece that is sent at once.
+        checksum: verify every piece on arrival.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class BroadcastSync:
         """Transfer the current weights as `version`."""
         while True:
             try:
-                # found out here a loss costs nothing; in a transfer the sender waits for the lost one
+                # A loss found here costs nothing. In a transfer the sender would wait for the lost replica.
                 self._replicas.group.call("ready")
                 if self._address is None:
                     self._connect()
@@ -92,7 +93,7 @@ class BroadcastSync:
                 if self._address is not None:
                     report_loss(self._address, str(error))
                 self._address = None
-                # the others may hold half of a version: then they are of no use either
+                # the others may hold part of a version, so they are unusable, too
                 if not self._replicas.revive(every=True):
                     raise
                 logger.warning("%s; weights of version %d are sent again", error, version)

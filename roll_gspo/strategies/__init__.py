@@ -1,1 +1,1 @@
-"""Engines, a folder each, and what they share."""
+"""Engines, one folder each, and their common parts."""

@@ -20,18 +20,18 @@ from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """Which model an engine holds and how it scores.
+    """The model of an engine and its scoring settings.
 
     Attributes:
         checkpoint: folder in Hugging Face layout (config.json, safetensors, tokenizer).
-        dtype: of parameters and activations.
-        micro_batch_size: samples per forward pass when only log-probabilities are wanted.
-        temperature: log-probabilities are those of `softmax(logits / temperature)`.
-        seed: of every random choice the engine makes itself.
-        max_tokens: tokens per forward pass, in place of `micro_batch_size`; None: that many samples.
-        replay_routing: in every update, the routers of a mixture of experts choose `TrainBatch.routed_experts`.
-        record_routing: scores hold the experts that the routers choose, and updates report `routing/update_shift`: how
-            far the routers are from `TrainBatch.routed_experts`. `replay_routing` includes this.
+        dtype: dtype of parameters and activations.
+        micro_batch_size: samples per forward pass of scoring.
+        temperature: log-probs are those of `softmax(logits / temperature)`.
+        seed: seed of every random choice of the engine.
+        max_tokens: tokens per forward pass, instead of `micro_batch_size`; None counts samples.
+        replay_routing: the routers of a mixture of experts choose `TrainBatch.routed_experts` in every update.
+        record_routing: scores contain the experts that the routers choose. Updates report `routing/update_shift`, the
+            distance of the routers from `TrainBatch.routed_experts`. `replay_routing` includes this.
     """
 
     checkpoint: Path
@@ -77,10 +77,10 @@ class OptimizerSetup:
 
 
 class TokenScores(NamedTuple):
-    """Log-probability of each response token and entropy of its distribution, both [B, T] float32.
+    """Log-prob of each response token and entropy of its distribution, both [B, T] float32.
 
-    Masked positions hold 0. `entropy` is None where it was not asked for. `routed_experts` [B, S, L, K] int16 are the
-    experts that the routers chose, -1 on padding; None where they are not recorded.
+    Masked positions are 0. `entropy` is None unless requested. `routed_experts` [B, S, L, K] int16 are the experts that
+    the routers chose, -1 on padding; None unless recorded.
     """
 
     log_probs: Tensor
@@ -95,14 +95,14 @@ LossFunction = Callable[[TokenScores, TrainBatch], tuple[Tensor, dict[str, Metri
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step.
+    """Result of one optimizer step.
 
     Attributes:
-        loss: of the whole mini-batch.
-        grad_norm: before clipping.
-        learning_rate: that the step used.
-        applied: false where loss or gradient were not finite and so no parameter changed.
-        metrics: of the loss function, merged over the micro-batches.
+        loss: loss of the whole mini-batch.
+        grad_norm: gradient norm before clipping.
+        learning_rate: learning rate of the step.
+        applied: False if loss or gradient were not finite, so that no parameter changed.
+        metrics: metrics of the loss function, merged over the micro-batches.
     """
 
     loss: float
@@ -113,10 +113,10 @@ class UpdateResult:
 
 
 class WeightSource(Protocol):
-    """The policy's weights under their Hugging Face names; iterating again gives the current values.
+    """The policy's weights under their Hugging Face names. Each iteration gives the current values.
 
-    The tied output head is left out. Tensors may be views, also of memory that the next one overwrites: whoever keeps
-    them clones them. Where several ranks share the model, all of them iterate, to the end.
+    A tied output head is omitted. Tensors may be views of memory that the next tensor overwrites; clone them to keep
+    them. If several ranks share the model, all of them must iterate to the end.
     """
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
@@ -126,7 +126,7 @@ class ScoringStrategy(Protocol):
     """A frozen or trained model that scores given tokens."""
 
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
-        """Score every sample without gradient, in micro-batches; result on the CPU."""
+        """Score every sample without gradient, in micro-batches. The result is on the CPU."""
         ...
 
 
@@ -165,11 +165,11 @@ class ValueStrategy(Checkpointable, Protocol):
     """A model with a value head and an optimizer: the critic's engine."""
 
     def values(self, sequences: Sequences) -> Tensor:
-        """[B, T] float32 on the CPU, without gradient: expected return before each response token; 0 where masked."""
+        """Return [B, T] float32 on the CPU, without gradient: expected return before each token; 0 where masked."""
         ...
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
-        """Forward and backward over all micro-batches, then one optimizer step (skipped if not finite)."""
+        """Run forward and backward over all micro-batches, then one optimizer step (skipped if not finite)."""
         ...
 
 
@@ -185,7 +185,7 @@ class TrainStrategy(TrainedModel, Checkpointable, Protocol):
     """A model with an optimizer."""
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
-        """Forward and backward over all micro-batches, then one optimizer step (skipped if not finite)."""
+        """Run forward and backward over all micro-batches, then one optimizer step (skipped if not finite)."""
         ...
 
     def weights(self) -> WeightSource:
@@ -198,11 +198,11 @@ class Sampling:
     """Sampling parameters of responses.
 
     Attributes:
-        num_samples: per prompt.
-        max_new_tokens: hard limit of a response.
-        temperature: 0 is greedy.
-        top_p, top_k: 1.0 and 0 keep the whole distribution (`top_k` -1 too).
-        stop_token_ids: generation ends with (and keeps) one of these.
+        num_samples: samples per prompt.
+        max_new_tokens: maximum length of a response.
+        temperature: sampling temperature; 0 is greedy.
+        top_p, top_k: truncation of the distribution; 1.0 and 0 (or -1) keep all of it.
+        stop_token_ids: generation ends after one of these tokens, which the response keeps.
     """
 
     num_samples: int
@@ -213,12 +213,12 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
 
-# Called with (number of the prompt, number of its sample, what was sampled).
+# Called with (number of the prompt, number of its sample, completion).
 SampleFinished = Callable[[int, int, Completion], None]
 
 
 class GenerateStrategy(Protocol):
-    """A generation engine whose weights can be replaced while it lives."""
+    """A generation engine with replaceable weights."""
 
     def generate(
         self,
@@ -228,24 +228,24 @@ class GenerateStrategy(Protocol):
         progress: Callable[[int, int], None] | None = None,
         finished: SampleFinished | None = None,
     ) -> list[list[Completion]]:
-        """Sample `num_samples` responses per prompt; sample j of prompt i is drawn with seed `seeds[i] + j`.
+        """Sample `num_samples` responses per prompt. Sample j of prompt i uses the seed `seeds[i] + j`.
 
-        Log-probabilities are those of the distribution sampled from (temperature, top-p, top-k applied).
-        `progress` is called with (finished samples, all samples). `finished` is called for every sample once, in any
-        order, as early as the engine can: others may go on meanwhile. What it raises ends the generation.
+        Log-probs are those of the sampled distribution (temperature, top-p and top-k applied). `progress` is called
+        with (finished samples, all samples). `finished` is called once per sample, in any order and as early as
+        possible, while other samples continue. An exception in it ends the generation.
         """
         ...
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Take the weights of `source`; nothing computed with older weights is used afterwards.
+        """Load the weights of `source`. Nothing computed with older weights is used afterwards.
 
         Raises:
-            WeightTransferError: with the engine's own error, or what differs from the manifest.
+            WeightTransferError: the engine failed, or the weights differ from the manifest.
         """
         ...
 
     def shutdown(self) -> None:
-        """Free the engine; it cannot be used afterwards."""
+        """Free the engine, which cannot be used afterwards."""
         ...
 
 
@@ -261,12 +261,13 @@ class WeightReceiver(Protocol):
         ...
 
     def receive(self, version: int) -> None:
-        """Receive the weights that `WeightBroadcastSender.send` sends as `version`; call both at the same time.
+        """Receive the weights that `WeightBroadcastSender.send` sends as `version`. Call both at the same time.
 
-        Nothing computed with older weights is used afterwards. After an error the engine computes nothing until
-        a transfer succeeds.
+        Nothing computed with older weights is used afterwards. After an error the engine refuses to generate until a
+        transfer succeeds.
 
         Raises:
-            WeightTransferError: the sender or another receiver failed or is late, or the weights are not this model's.
+            WeightTransferError: the sender or another receiver failed or is late, or the weights belong to another
+                model.
         """
         ...

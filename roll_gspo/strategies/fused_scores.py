@@ -1,10 +1,10 @@
-"""Log-probabilities and entropies of tokens straight from hidden states and the output head; logits never exist whole.
+"""Log-probs and entropies of tokens from hidden states and the output head, without a full logits tensor.
 
-The vocabulary is walked through in blocks that all tokens meet at once, not the tokens in chunks: then a rank needs one
-collective however many blocks it has, and each row of the head's gradient is one matrix product over all tokens, so it
-is accumulated in float32 within the product, rounded once, and written into the only [V, H] tensor there is.
+The outer loop runs over blocks of the vocabulary, not over chunks of tokens. A rank then needs one collective for any
+number of blocks. Each row of the head's gradient is one matrix product over all tokens: accumulated in float32, rounded
+once, and written into the only [V, H] tensor.
 
-Legend: N tokens, H hidden size, V vocabulary (V_local of it here), v rows of a block.
+Legend: N tokens, H hidden size, V vocabulary (V_local of it on this rank), v rows of a block.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Working memory is two or three times this many numbers, float32 (float64 for float64 inputs): what a CPU's cache
+# Working memory is two to three times this many numbers in float32 (float64 for float64 inputs). It fits a CPU's cache.
 # holds; four times as much elsewhere, where a block has to outlast the launch of its kernels.
 _BLOCK_LOGITS = 2**22
 
 
 class _Options(NamedTuple):
-    """Values common to all tokens; the first `num_rows` rows of the local head are real, the others are padding."""
+    """Values common to all tokens.
+
+    Only the first `num_rows` rows of the local head are real; the others are padding.
+    """
 
     temperature: float
     entropy: bool
@@ -48,7 +51,7 @@ class _Scores(torch.autograd.Function):
         entropies = log_total - slope / total if options.entropy else None
         ctx.save_for_backward(hidden, weight, tokens, largest + log_total, entropies)
         ctx.options = options
-        ctx.set_materialize_grads(False)  # an entropy that is only reported costs nothing in the backward pass
+        ctx.set_materialize_grads(False)  # an entropy that is only reported needs no backward pass
         return log_probs, entropies
 
     @staticmethod
@@ -61,7 +64,7 @@ class _Scores(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if of_weight else None
         if d_weight is not None:
             d_weight[options.num_rows :] = 0
-        # by the logits before they are divided by the temperature
+        # with respect to the logits before the division by the temperature
         of_log_prob, of_entropy = (None if g is None else g / options.temperature for g in gradients)
         of_log_prob = torch.zeros_like(log_total) if of_log_prob is None else of_log_prob
         for rows, log_p in _blocks(hidden, weight, options):
@@ -77,7 +80,7 @@ class _Scores(torch.autograd.Function):
 
 
 def _d_logits(log_p: Tensor, entropies: Tensor | None, of_log_prob: Tensor, of_entropy: Tensor | None) -> Tensor:
-    """[N, v] the gradient but for the chosen tokens' own share: -p (g + g_H (log p + H)); overwrites `log_p`."""
+    """Return [N, v], the gradient without the chosen tokens: -p (g + g_H (log p + H)). Overwrites `log_p`."""
     if entropies is None or of_entropy is None:
         return log_p.exp_().mul_(-of_log_prob[:, None])
     p = log_p.exp()
@@ -86,13 +89,13 @@ def _d_logits(log_p: Tensor, entropies: Tensor | None, of_log_prob: Tensor, of_e
 
 
 def _over_vocabulary(hidden: Tensor, weight: Tensor, tokens: Tensor, options: _Options) -> Tensor:
-    """[4, N] of the whole vocabulary: the largest logit m, sums of e^(z - m) and e^(z - m) (z - m), the chosen logit.
+    """Return [4, N] over the vocabulary: maximum logit m, sums of e^(z - m) and e^(z - m) (z - m), chosen logit.
 
-    A token that no rank has keeps -inf.
+    The chosen logit of a token that no rank has stays -inf.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     merged = torch.zeros(4, len(tokens), dtype=dtype, device=hidden.device)
-    merged[0] = torch.finfo(dtype).min  # finite, so that 0 terms of it sum to 0 and not to nan
+    merged[0] = torch.finfo(dtype).min  # finite, so that a sum of zero terms is 0 and not nan
     merged[3] = -torch.inf
     for rows, logits in _blocks(hidden, weight, options):
         inside, column = _columns(tokens, rows, options)
@@ -111,7 +114,7 @@ def _over_vocabulary(hidden: Tensor, weight: Tensor, tokens: Tensor, options: _O
 
 
 def _merge(parts: Tensor) -> Tensor:
-    """[4, N] of a vocabulary from [K, 4, N] of its K parts."""
+    """Merge [K, 4, N] of the K parts of a vocabulary into [4, N]."""
     each_largest, total, slope, chosen = parts.unbind(1)
     largest = each_largest.amax(0)
     shift = each_largest - largest
@@ -122,7 +125,7 @@ def _merge(parts: Tensor) -> Tensor:
 
 
 def _blocks(hidden: Tensor, weight: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the head and the logits [N, v] that they give, divided by the temperature; float32 or float64."""
+    """Yield rows of the head and their logits [N, v], divided by the temperature, in float32 or float64."""
     block_logits = _BLOCK_LOGITS if hidden.device.type == "cpu" else 4 * _BLOCK_LOGITS
     size = max(1, block_logits // max(1, len(hidden)))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -133,7 +136,7 @@ def _blocks(hidden: Tensor, weight: Tensor, options: _Options) -> Iterator[tuple
 
 
 def _columns(tokens: Tensor, rows: slice, options: _Options) -> tuple[Tensor, Tensor]:
-    """[N, 1] whether a token lies in the block, and its column there (any where it does not)."""
+    """Return [N, 1]: whether a token is in the block, and its column there (arbitrary if it is not)."""
     column = tokens[:, None] - (options.first_row + rows.start)
     width = rows.stop - rows.start
     return (column >= 0) & (column < width), column.clamp(0, width - 1)
@@ -150,27 +153,27 @@ def scores_from_hidden(
     group: dist.ProcessGroup | None = None,
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `tokens` under `softmax(hidden @ weight.T / temperature)` and its entropies, differentiable.
+    """Return log-probs of `tokens` under `softmax(hidden @ weight.T / temperature)` and entropies; differentiable.
 
-    Logits are computed in the inputs' dtype, everything from there on in float32 (float64 inputs: in float64).
+    Logits are computed in the inputs' dtype, everything after them in float32 (float64 for float64 inputs).
 
-    With a `group` every rank has the same `hidden` and `tokens` and gets the same, complete result; the loss must be
-    computed from it alike on all ranks. The gradient of `weight` is complete, that of `hidden` is this rank's share:
-    what flows through the rows of the head that are here. The caller's graph has to sum it over the group, as the
-    backward pass of megatron's copy to, or sequence-parallel gather from, the tensor-parallel region does, put before.
+    With a `group`, every rank passes the same `hidden` and `tokens` and gets the same complete result, and all ranks
+    must compute the same loss from it. The gradient of `weight` is complete. The gradient of `hidden` is the share of
+    this rank's rows; the caller must sum it over the group. Megatron's copy to the tensor-parallel region, or its
+    sequence-parallel gather from it, does so in the backward pass.
 
     Args:
-        hidden: [N, H]; N may be 0, on all ranks then.
-        weight: [V_local, H] of the dtype of `hidden`.
-        tokens: [N] int64; one outside of the vocabulary has the log-probability -inf.
+        hidden: [N, H]; N may be 0 if it is 0 on all ranks.
+        weight: [V_local, H] in the dtype of `hidden`.
+        tokens: [N] int64; a token outside the vocabulary has log-prob -inf.
         temperature: above 0.
-        entropy: whether the entropies are wanted.
-        vocab_size: rows of the whole head from here on only pad it and have no probability.
-        group: over which the head's rows are cut; None: `weight` is the whole head.
-        first_row: which row of the whole, padded head the first of `weight` is.
+        entropy: compute the entropies.
+        vocab_size: rows of the whole head from this one on are padding and have no probability.
+        group: process group over which the rows of the head are split; None if `weight` is the whole head.
+        first_row: index of the first row of `weight` in the whole, padded head.
 
     Returns:
-        Two [N] float32 tensors, the second None where not wanted.
+        Two [N] float32 tensors; the second is None unless `entropy`.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: log-probabilities need a temperature above 0, not {temperature}")

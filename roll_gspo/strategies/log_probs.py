@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens from logits, with the memory of one chunk; shared by all engines.
+"""Log-probs and entropies of tokens from logits, with the memory of one chunk. All engines use it.
 
 Legend: N tokens, V vocabulary; B samples, T response positions (see `roll_gspo.batch`).
 """
@@ -19,10 +19,10 @@ _CHUNK_LOGITS = 2**24
 
 
 class _ChosenTokens(torch.autograd.Function):
-    """(logits [N, V], tokens [N]) -> log-probability and entropy [N], float32.
+    """(logits [N, V], tokens [N]) -> log-prob and entropy [N], float32.
 
-    Keeps the logits and two numbers per token; softmax is recomputed chunk by chunk in the backward pass, so no float32
-    [N, V] tensor ever exists beside bfloat16 logits.
+    Keeps the logits and two numbers per token. The backward pass recomputes the softmax chunk by chunk, so no float32
+    [N, V] tensor exists beside bfloat16 logits.
     """
 
     @staticmethod
@@ -70,17 +70,17 @@ def _chunks(logits: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
 def token_log_probs(
     logits: Tensor, tokens: Tensor, temperature: float, entropy: bool, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `tokens` under `softmax(logits / temperature)` and the entropies of it, differentiable.
+    """Return log-probs of `tokens` under `softmax(logits / temperature)` and its entropies; differentiable.
 
     Args:
         logits: [N, V] in any floating dtype; the arithmetic is float32.
         tokens: [N] int64.
         temperature: above 0.
-        entropy: whether the entropies are wanted.
-        vocab_size: columns from here on only pad the vocabulary and have no probability.
+        entropy: compute the entropies.
+        vocab_size: columns from this one on are padding and have no probability.
 
     Returns:
-        Two [N] float32 tensors, the second None where not wanted.
+        Two [N] float32 tensors; the second is None unless `entropy`.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: log-probabilities need a temperature above 0, not {temperature}")
@@ -89,7 +89,7 @@ def token_log_probs(
 
 
 def place(values: Tensor, response_mask: Tensor) -> Tensor:
-    """Put values [N] of the response tokens, in row order, at their places in [B, T]; 0 elsewhere."""
+    """Scatter values [N] of the response tokens, in row order, into [B, T]; 0 elsewhere."""
     placed = values.new_zeros(response_mask.shape)
     placed[response_mask] = values
     return placed
@@ -98,12 +98,12 @@ def place(values: Tensor, response_mask: Tensor) -> Tensor:
 def score_in_micro_batches(
     sequences: Sequences, micro_batch_size: int, forward: Callable[[Sequences], TokenScores]
 ) -> TokenScores:
-    """Score trimmed pieces of samples that are about equally long; on the CPU, in the order and width given.
+    """Score samples in trimmed micro-batches of similar length. The result is on the CPU, in the given order and width.
 
     Args:
         sequences: all samples.
-        micro_batch_size: samples in a piece.
-        forward: scores one piece (the caller turns gradients off).
+        micro_batch_size: samples per micro-batch.
+        forward: scores one micro-batch; the caller disables gradients.
     """
     width = sequences.response_mask.shape[1]
     order = sequences.lengths.argsort(stable=True)  # samples of similar length need the least padding

@@ -1,4 +1,4 @@
-"""Which samples go through a model together, and which data-parallel rank takes them."""
+"""Assignment of samples to micro-batches and to data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def split_samples(lengths: Tensor, size: int, max_tokens: int | None = None, pac
 
     Args:
         lengths: [B] tokens of each sample.
-        size: samples of a micro-batch, where `max_tokens` is None.
+        size: samples per micro-batch if `max_tokens` is None.
         max_tokens: limit per micro-batch, padding included; a longer sample forms a micro-batch alone.
-        packed: samples are packed, there is no padding.
+        packed: samples are packed, so there is no padding.
     """
     order = lengths.argsort(stable=True)
     if max_tokens is None:
@@ -42,12 +42,12 @@ def split_samples(lengths: Tensor, size: int, max_tokens: int | None = None, pac
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """Splits a mini-batch into forward and backward passes; results do not depend on it.
+    """Split of a mini-batch into forward and backward passes. It does not change results.
 
     Attributes:
-        size: samples of a pass.
-        max_tokens: tokens of a pass, in place of `size` (dynamic batching): samples of like length go together.
-        packed: the engine packs samples, so that padding does not count.
+        size: samples per pass.
+        max_tokens: tokens per pass, instead of `size` (dynamic batching). Samples of similar length share a pass.
+        packed: the engine packs samples, so padding does not count.
     """
 
     size: int
@@ -55,7 +55,7 @@ class MicroBatching:
     packed: bool = False
 
     def split(self, mini_batch: TrainBatch) -> list[TrainBatch]:
-        """The micro-batches."""
+        """Return the micro-batches."""
         if self.max_tokens is None:
             return mini_batch.split(self.size)
         parts = split_samples(mini_batch.sequences.lengths, self.size, self.max_tokens, self.packed)
@@ -66,7 +66,10 @@ def share_of_rank(parts: Sequence[PartT], rank: int, world_size: int, multiple_o
     """Return the share of `parts` of one of `world_size` ranks, padded with None to the same length on all ranks.
 
     Args:
-        multiple_of: the number of parts of a rank is one of its multiples.
+        parts: items to distribute.
+        rank: rank whose share is returned.
+        world_size: number of ranks.
+        multiple_of: the number of parts per rank is a multiple of this.
     """
     count = -(-len(parts) // world_size)
     count = -(-count // multiple_of) * multiple_of

@@ -1,4 +1,4 @@
-"""The learning rate of every engine: linear warm-up, then constant, linear or cosine."""
+"""Learning rate of every engine: linear warm-up, then constant, linear or cosine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from roll_gspo.strategies.base import OptimizerSetup
 
 
 def learning_rate(setup: OptimizerSetup, applied_steps: int) -> float:
-    """The rate of the next optimizer step, after `applied_steps` applied ones (skipped updates do not count).
+    """Return the rate of the optimizer step after `applied_steps` applied ones (skipped updates do not count).
 
-    Warm-up step k of w uses (k + 1) / w of the rate, so no step is wasted on a rate of 0. The decay starts from the
-    full rate after warm-up and reaches `min_learning_rate` at `total_steps`, and stays there.
+    Warm-up step k of w uses (k + 1) / w of the rate, so that no step has rate 0. The decay starts from the full rate
+    after warm-up, reaches `min_learning_rate` at `total_steps`, and stays there.
     """
     if applied_steps < setup.warmup_steps:
         return setup.learning_rate * (applied_steps + 1) / setup.warmup_steps

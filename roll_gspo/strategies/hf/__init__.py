@@ -1,1 +1,1 @@
-"""Plain transformers and torch: train, score, value and generate. The readable reference of the other engines."""
+"""Plain transformers and torch: train, score, value and generate. The readable reference for the other engines."""

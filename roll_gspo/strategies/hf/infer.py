@@ -1,4 +1,4 @@
-"""Scoring and sampling with plain transformers: the reference of the generation engines.
+"""Scoring and sampling with plain transformers: the reference for generation engines.
 
 Legend: B rows that are decoded together, P prompt positions (left-padded).
 """
@@ -25,7 +25,7 @@ from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, Weight
 
 @dataclass
 class _Row:
-    """One sample while it is decoded."""
+    """A sample that is being decoded."""
 
     number: int
     prompt: Sequence[int]
@@ -108,7 +108,7 @@ class HfInfer:
         return [[row.completion() for row in rows[start : start + samples]] for start in range(0, len(rows), samples)]
 
     def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[list[_Row]]:
-        """Decode rows together to their ends, filling them in; yields after each token those that have just ended."""
+        """Decode rows together and refill the batch from the queue. After each token, yield the rows that ended."""
         stop = set(sampling.stop_token_ids) | self._end_of_sequence()
         input_ids, attention_mask = _left_pad([row.prompt for row in rows], self._device)
         noise = uniforms([row.seed for row in rows], sampling.max_new_tokens)
@@ -152,7 +152,7 @@ class HfInfer:
 
     @torch.no_grad()
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Copy the values of `source` into this model; after an error it computes nothing until an update succeeds.
+        """Copy the values of `source` into this model. After an error it refuses to compute until an update succeeds.
 
         Raises:
             WeightTransferError: a tensor is unknown, missing, or has another shape.
@@ -196,7 +196,7 @@ class HfInfer:
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[B, P] token ids and attention mask, prompts ending in the last column."""
+    """Return [B, P] token ids and attention mask; prompts end in the last column."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -207,7 +207,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 
 
 def _append(rows: list[_Row], tokens: list[int], log_probs: list[float], stop: set[int], last: bool) -> None:
-    """Give each row its token; rows that end with it say why."""
+    """Append each row's token and set the finish reason of rows that end with it."""
     for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
         row.token_ids.append(token)
         row.log_probs.append(log_prob)

@@ -1,4 +1,4 @@
-"""A transformers model: how it is loaded, how it scores response tokens, and its weights under checkpoint names.
+"""A transformers model: loading, scoring of response tokens, and weights under checkpoint names.
 
 Legend: B samples, S positions, T response positions, N response tokens of a micro-batch, V vocabulary.
 """
@@ -22,12 +22,12 @@ from roll_gspo.strategies.log_probs import place, token_log_probs
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Load onto the local device, in evaluation mode: no dropout, in training either.
+    """Load a model onto the local device in evaluation mode. Dropout is off in training, too.
 
     Raises:
         ConfigError: the folder cannot be loaded.
     """
-    transformers_logging.disable_progress_bar()  # the console belongs to the run
+    transformers_logging.disable_progress_bar()  # progress bars would disturb the console of the run
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError) as error:
@@ -37,9 +37,9 @@ def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -
 
 
 def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: float, entropy: bool) -> TokenScores:
-    """Log-probabilities (and entropies) [B, T] of the response tokens; differentiable.
+    """Return log-probs (and entropies) [B, T] of the response tokens; differentiable.
 
-    Padding lies to the right of causal attention, so it is never seen and no mask is passed.
+    No mask is needed: attention is causal, and padding is on the right.
     """
     mask = sequences.response_mask
     samples, positions = predicting_rows(sequences)
@@ -52,7 +52,7 @@ def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: f
 
 
 def predicting_rows(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Samples [N] and positions [N] whose outputs predict the response tokens, in row order."""
+    """Return samples [N] and positions [N] whose outputs predict the response tokens, in row order."""
     mask = sequences.response_mask
     samples = torch.arange(len(sequences), device=mask.device)[:, None].expand_as(mask)[mask]
     return samples, sequences.predicting_positions[mask]
@@ -61,14 +61,14 @@ def predicting_rows(sequences: Sequences) -> tuple[Tensor, Tensor]:
 class HfWeights:
     """The live weights under checkpoint names, as views (see `WeightSource`).
 
-    transformers 5 keeps the experts of a layer in one tensor; the checkpoint has one tensor an expert and projection.
+    transformers 5 keeps the experts of a layer in one tensor. The checkpoint has one tensor per expert and projection.
 
     Args:
-        model: whose weights.
-        dtype: that they are shown in; None for their own (then the tensors are views that may be written to).
+        model: the model.
+        dtype: dtype of the yielded tensors; None yields writable views in the model's dtype.
 
     Raises:
-        ConfigError: the model fuses weights in a way whose checkpoint names are not known here.
+        ConfigError: the checkpoint names of the model's fused weights are unknown.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
@@ -83,7 +83,7 @@ class HfWeights:
                 )
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        # a tied head is not listed: named_parameters names each tensor once, the embedding first
+        # named_parameters lists each tensor once, the embedding first; so a tied head is not listed
         for name, parameter in self._model.named_parameters():
             for hf_name, tensor in split_fused(name, parameter.detach()):
                 yield hf_name, tensor if self._dtype is None else tensor.to(self._dtype)

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits: temperature, top-k, top-p and one uniform number a token.
+"""Sampling of tokens from logits: temperature, top-k, top-p, and one uniform number per token.
 
 Legend: B rows that are decoded together, V vocabulary, L longest response.
 """
@@ -14,15 +14,15 @@ from roll_gspo.strategies.base import Sampling
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """[B, L] float64 in [0, 1): row i depends on seed i only, so a sample does not depend on its neighbours."""
+    """Return [B, L] float64 in [0, 1). Row i depends only on seed i, so a sample does not depend on its neighbours."""
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows)
 
 
 def sampling_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[B, V] float32 log-probabilities of the distribution that is sampled from; -inf for tokens cut away.
+    """Return [B, V] float32 log-probs of the sampled distribution; -inf for truncated tokens.
 
-    Temperature first, then top-k, then top-p among what is left. For greedy decoding the plain `log_softmax`.
+    Temperature is applied first, then top-k, then top-p on the rest. Greedy decoding gets the plain `log_softmax`.
     """
     logits = logits.float()
     if sampling.temperature == 0:
@@ -42,7 +42,7 @@ def sampling_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(log_probs: Tensor, uniform: Tensor, greedy: bool) -> Tensor:
-    """[B] token ids: where the cumulated probability passes the uniform number, or the most probable."""
+    """Return [B] token ids: the first whose cumulative probability exceeds the uniform number, or the most probable."""
     if greedy:
         return log_probs.argmax(-1)
     cumulated = log_probs.double().exp().cumsum(-1)

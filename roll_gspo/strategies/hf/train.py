@@ -28,10 +28,10 @@ from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 class HfTrain(TrainerCheckpoints[HfTrainer]):
     """`TrainStrategy` of a checkpoint, on one device.
 
-    Parameters are float32; with `dtype` bfloat16 the passes run under autocast and exported weights are bfloat16.
+    Parameters are float32. With `dtype` bfloat16 the passes run under autocast and exported weights are bfloat16.
 
     Raises:
-        ConfigError: the checkpoint cannot be loaded, or a dtype that is not supported.
+        ConfigError: the checkpoint cannot be loaded, or the dtype is not supported.
     """
 
     def __init__(self, model: ModelSetup, optimizer: OptimizerSetup, strategy_config: HfConfig) -> None:
@@ -46,17 +46,17 @@ class HfTrain(TrainerCheckpoints[HfTrainer]):
 
     @torch.no_grad()
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
-        """Score every sample with the current weights, without gradient; float32 on the CPU."""
+        """Score every sample with the current weights, without gradient. The result is float32 on the CPU."""
         return score_in_micro_batches(
             sequences, self._setup.micro_batch_size, lambda part: self._forward(move(part, self._device), entropy)
         )
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
-        """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
+        """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
         return self._trainer.update(micro_batches, lambda batch: loss(self._forward(batch.sequences, entropy), batch))
 
     def weights(self) -> WeightSource:
-        """The live weights under checkpoint names, in the setup's dtype."""
+        """Return the live weights under checkpoint names, in the setup's dtype."""
         return HfWeights(self._model, self._setup.dtype)
 
     def save_hf(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer of the transformers engines: every step of an update, to be read in one go."""
+"""The optimizer of the transformers engines. It shows every step of an update in one place."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _STATE_FILE = "hf_train.pt"
 
 
 class HfTrainer:
-    """AdamW and its schedule around a float32 module, whatever its head.
+    """AdamW and its schedule for a float32 module with any head.
 
-    Gradients and moments are float32; with `dtype` bfloat16 the passes run under autocast. Weight decay is decoupled
-    and leaves biases and norms alone.
+    Gradients and moments are float32. With `dtype` bfloat16 the passes run under autocast. Weight decay is decoupled
+    and excludes biases and norms.
 
     Args:
-        module: what is trained, on its device.
-        setup: of optimizer and schedule.
-        dtype: of the passes.
+        module: trained module, on its device.
+        setup: settings of optimizer and schedule.
+        dtype: dtype of the passes.
 
     Raises:
-        ConfigError: a dtype that is not supported.
+        ConfigError: the dtype is not supported.
     """
 
     def __init__(self, module: torch.nn.Module, setup: OptimizerSetup, dtype: torch.dtype) -> None:
@@ -68,11 +68,11 @@ class HfTrainer:
         micro_batches: Sequence[TrainBatch],
         loss: Callable[[TrainBatch], tuple[Tensor, dict[str, Metric]]],
     ) -> UpdateResult:
-        """One optimizer step; skipped where loss or gradient norm are not finite.
+        """Take one optimizer step; skip it if loss or gradient norm are not finite.
 
         Args:
-            micro_batches: of one mini-batch, anywhere.
-            loss: forward pass and share of the loss of one of them, on the module's device.
+            micro_batches: micro-batches of one mini-batch, on any device.
+            loss: forward pass and loss share of one micro-batch, on the module's device.
         """
         if not micro_batches:
             raise ValueError("update: no micro-batches")
@@ -99,7 +99,8 @@ class HfTrainer:
         """Write parameters, optimizer state, applied steps and RNG states into one file.
 
         Args:
-            asynchronous: copy them to host memory and return; `finish_save` ends it.
+            folder: an empty folder.
+            asynchronous: copy the state to host memory and return; `finish_save` completes the save.
         """
         self.finish_save()
         state = {
@@ -116,10 +117,10 @@ class HfTrainer:
             torch.save(state, folder / _STATE_FILE)
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete (true if there was none); block until it is if `wait`.
+        """Return whether the last `save` is complete (True if there was none); block until it is if `wait`.
 
         Raises:
-            Exception: torch's, where it could not be written.
+            Exception: the error of torch if the file cannot be written.
         """
         if self._saving is None:
             return True
@@ -130,10 +131,10 @@ class HfTrainer:
         return True
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote.
+        """Load a state that `save` wrote.
 
         Raises:
-            CheckpointError: there is none, or it is of another model.
+            CheckpointError: the file does not exist or belongs to another model.
         """
         path = folder / _STATE_FILE
         if not path.is_file():
@@ -159,7 +160,7 @@ class HfTrainer:
 
 
 def _on_host(value: Any) -> Any:
-    """The same values with copies of the tensors in host memory."""
+    """Return the same values with copies of the tensors in host memory."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A critic with plain transformers: the trunk of a checkpoint under a value head."""
+"""A critic with plain transformers: the trunk of a checkpoint and a value head."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from roll_gspo.strategies.value_head import ValueHead, values_in_micro_batches
 class HfValue(TrainerCheckpoints[HfTrainer]):
     """`ValueStrategy` of a checkpoint, on one device; a `ValueHead` replaces the output layer.
 
-    Where input and output embeddings are tied, the input keeps the tensor.
+    If input and output embeddings are tied, the input keeps the tensor.
 
     Raises:
-        ConfigError: the checkpoint cannot be loaded, or a dtype that is not supported.
+        ConfigError: the checkpoint cannot be loaded, or the dtype is not supported.
     """
 
     def __init__(self, model: ModelSetup, optimizer: OptimizerSetup, strategy_config: HfConfig) -> None:
@@ -37,20 +37,20 @@ class HfValue(TrainerCheckpoints[HfTrainer]):
         self._trainer = HfTrainer(self._model, optimizer, model.dtype)
 
     def _forward(self, sequences: Sequences) -> Tensor:
-        """[B, T] values of the states that response tokens were drawn in; differentiable."""
+        """Return [B, T] values of the states before the response tokens; differentiable."""
         with self._trainer.precision():
-            # the body alone: what a model does to its logits, such as capping them, is not for values
+            # the body only: the processing of logits (e.g. capping) does not apply to values
             hidden = self._model.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
         samples, positions = predicting_rows(sequences)
         return place(self._head(hidden[samples, positions])[:, 0], sequences.response_mask)
 
     @torch.no_grad()
     def values(self, sequences: Sequences) -> Tensor:
-        """[B, T] float32 on the CPU, without gradient: expected return before each response token; 0 where masked."""
+        """Return [B, T] float32 on the CPU, without gradient; 0 where masked."""
         return values_in_micro_batches(
             sequences, self._setup.micro_batch_size, lambda part: self._forward(move(part, self._device))
         )
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
-        """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
+        """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
         return self._trainer.update(micro_batches, lambda batch: loss(self._forward(batch.sequences), batch))

@@ -37,7 +37,7 @@ class VllmArgs(GenerateStrategyArgs):
 
     @property
     def devices_per_worker(self) -> int:
-        """One engine takes the devices of one copy of the model."""
+        """Devices of one engine: those of one copy of the model."""
         return self.model_parallel_size
 
     def layout_text(self, num_devices: int) -> str:
@@ -45,7 +45,7 @@ class VllmArgs(GenerateStrategyArgs):
         return f"TP {self.strategy_config.tensor_parallel_size}"
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield a size that does not fit the model; a family that is not known here is left to vLLM."""
+        """Yield a size that does not fit the model. Unknown families are left to vLLM."""
         try:
             architecture = architecture_of(model)
         except ConfigError:
@@ -72,7 +72,7 @@ class VllmArgs(GenerateStrategyArgs):
 
 
 def tensor_parallel_problems(model: Architecture, size: int) -> Iterator[Problem]:
-    """Yield why vLLM cannot split a model over `size` devices."""
+    """Yield reasons why vLLM cannot split a model over `size` devices."""
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     columns = model.experts.intermediate_size if model.experts else model.intermediate_size
 

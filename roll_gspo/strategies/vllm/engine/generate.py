@@ -27,28 +27,28 @@ from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 logger = logging.getLogger(__name__)
 _CPU_BLOCK_TOKENS = 128
 _CPU_BATCHED_TOKENS = 8192
-_CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache costs some two seconds a GiB when the engine starts
+_CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache at engine start takes about two seconds per GiB
 
 
 class VllmGenerate:
     """A vLLM engine as `GenerateStrategy`, and as `WeightReceiver` if the trainer is in another process.
 
-    Without `receives_broadcast` engine and trainer share this process and one device, and `update_weights` sets the
+    Without `receives_broadcast`, engine and trainer share this process and one device, and `update_weights` sets the
     weights. A trainer that needs `torch.distributed` must initialise it first. With `receives_broadcast`, `connect`
     (once) and `receive` set the weights. The engine's scheduler runs in this process. If `tensor_parallel_size` is
-    above 1, each worker runs in a separate process: worker r is rank `first_rank + r` of the broadcast.
-    Every method restores the global random state of python, numpy and torch.
+    above 1, each worker runs in a separate process: worker r is rank `first_rank + r` of the broadcast. Every method
+    restores the global random state of python, numpy and torch.
 
     Args:
-        model: which model; `temperature` and `micro_batch_size` are not used.
+        model: the model; `temperature` and `micro_batch_size` are ignored.
         strategy_config: size and behaviour of the engine.
         max_model_len: longest prompt plus response, in tokens.
-        record_routed_experts: return the experts of every token; on a CPU this switches prefix caching off.
+        record_routed_experts: return the experts of every token; on a CPU this disables prefix caching.
         receives_broadcast: the trainer is in another process.
 
     Raises:
-        ConfigError: vLLM does not accept the settings, the experts of a dense model or of a model in several processes
-            are to be recorded, or the engine is on a GPU that it does not share with its trainer.
+        ConfigError: vLLM rejects the settings, the experts of a dense model or of a model in several processes are to
+            be recorded, or the engine is on a GPU that it does not share with its trainer.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class VllmGenerate:
         config = strategy_config
         _check_layout(config.tensor_parallel_size, record_routed_experts, receives_broadcast)
         self._max_model_len = max_model_len
-        # Dummy weights are no policy's; those of the checkpoint are the initial policy's.
+        # Dummy weights must not generate. Those of the checkpoint are the initial policy.
         self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
         recording = recording_args(model.checkpoint) if record_routed_experts else {}
         try:
@@ -90,13 +90,13 @@ class VllmGenerate:
     ) -> list[list[Completion]]:
         """Generate responses; results are in the order of `prompts`.
 
-        In float32 a sample depends on its prompt, its seed and the weights only, not on what else is in the batch.
-        A response ends at `max_model_len` too (`finish_reason` is `length`). With temperature 0 the
-        log-probabilities are those of temperature 1.
+        In float32 a sample depends only on its prompt, its seed and the weights, not on the rest of the batch. A
+        response also ends at `max_model_len` (`finish_reason` is `length`). With temperature 0 the log-probs are those
+        of temperature 1.
 
         Raises:
-            DataError: no prompts, or one that is empty, too long, or holds an id outside the vocabulary.
-            WeightTransferError: the engine does not hold the weights of any version.
+            DataError: there are no prompts, or one is empty, too long, or contains an id outside the vocabulary.
+            WeightTransferError: the engine has no complete weights.
         """
         llm, transfer = self._open_engine()
         if self._unusable:
@@ -109,7 +109,7 @@ class VllmGenerate:
         return [completions[start : start + size] for start in range(0, len(completions), size)]
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Replace the weights in process; after an error the engine refuses to generate until an update succeeds."""
+        """Replace the weights in process. After an error the engine refuses to generate until an update succeeds."""
         _, transfer = self._open_engine()
         if isinstance(transfer, BroadcastTransfer):
             raise WeightTransferError("update_weights: the engine receives its weights by broadcast; call receive")
@@ -121,7 +121,7 @@ class VllmGenerate:
         self._broadcast_transfer().connect(address)
 
     def receive(self, version: int) -> None:
-        """Receive weights; after an error the engine refuses to generate until a transfer succeeds."""
+        """Receive weights. After an error the engine refuses to generate until a transfer succeeds."""
         transfer = self._broadcast_transfer()
         with self._replacing_weights(version):
             transfer.receive(version)
@@ -142,7 +142,7 @@ class VllmGenerate:
         self._unusable = ""
 
     def shutdown(self) -> None:
-        """Free the engine; calling it again does nothing."""
+        """Free the engine. Further calls do nothing."""
         if self._engine is not None:
             close_engine(self._engine[0])
             self._engine = self._experts = None
@@ -157,7 +157,7 @@ class VllmGenerate:
             raise DataError("generate: no prompts were given; give at least one")
         if len(seeds) != len(prompts):
             raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
-        if min(seeds) < 0:  # -1 would mean "no seed" to vLLM
+        if min(seeds) < 0:  # vLLM treats -1 as "no seed"
             raise ValueError(f"generate: seed {min(seeds)} is negative; give seeds from 0")
         for index, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self._max_model_len:
@@ -206,7 +206,7 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
         "enable_prefix_caching": config.enable_prefix_caching,
         "tensor_parallel_size": config.tensor_parallel_size,
         "load_format": config.load_format,
-        # Sampling defaults of the checkpoint (its top-p, its end-of-sequence ids) must not slip in.
+        # Ignore sampling defaults of the checkpoint (top-p, end-of-sequence ids).
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",
@@ -215,8 +215,8 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
     if config.kv_cache_memory_mb is not None:
         args["kv_cache_memory_bytes"] = config.kv_cache_memory_mb << 20
     if on_cpu:
-        # A prompt prefilled in several chunks makes vLLM wind back the request's random generator by an offset
-        # that generators of a CPU do not have ("CPU Generator does not use offset").
+        # If a prompt is prefilled in several chunks, vLLM rewinds the request's random generator by an offset,
+        # which CPU generators do not support ("CPU Generator does not use offset").
         args["enable_chunked_prefill"] = False
         args["max_num_batched_tokens"] = max(config.max_num_batched_tokens or _CPU_BATCHED_TOKENS, max_model_len)
         model_config = EngineArgs(**args).create_model_config()  # pyright: ignore[reportArgumentType]
@@ -226,14 +226,14 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
 
 
 def _worker_environment(config: VllmConfig) -> dict[str, str]:
-    """Environment of worker processes, equal to what `open_engine` sets in this process."""
+    """Return the environment of worker processes, equal to the one that `open_engine` sets in this process."""
     if config.tensor_parallel_size == 1 or config.enforce_eager is False or not current_platform.is_cpu():
         return {}
     return {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
 
 
 def _check_cpu_head_size(model_config: ModelConfig) -> None:
-    """vLLM would fail at the first forward pass only."""
+    """Reject head sizes that vLLM cannot compute on a CPU; vLLM itself fails only in the first forward pass."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # a module for CPU builds
 
     size, supported = model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
@@ -245,9 +245,9 @@ def _check_cpu_head_size(model_config: ModelConfig) -> None:
 
 
 def _cpu_kv_cache_bytes(model_config: ModelConfig, max_num_seqs: int, max_model_len: int) -> int:
-    """Room for `max_num_seqs` full sequences within 4 GiB and a quarter of the free memory; vLLM would take nearly all.
+    """Return the size of `max_num_seqs` full sequences, limited to 4 GiB and a quarter of the free memory.
 
-    More sequences than fit wait for their turn.
+    vLLM would use nearly all memory. Sequences that do not fit wait.
     """
     width = model_config.get_total_num_kv_heads() * model_config.get_head_size()
     token_bytes = 2 * model_config.get_total_num_hidden_layers() * width * model_config.dtype.itemsize
@@ -265,14 +265,14 @@ def _run(
     progress: Callable[[int, int], None] | None,
     on_finished: SampleFinished | None,
 ) -> list[Completion]:
-    """Return one request per sample, flat (vLLM splits `n` samples into such requests anyway)."""
+    """Run one request per sample and return a flat list of completions."""
     samples = [(list(p), seed + j) for p, seed in zip(prompts, seeds, strict=True) for j in range(sampling.num_samples)]
     request_ids = llm.enqueue(
         [{"prompt_token_ids": prompt} for prompt, _ in samples],
         [_sampling_params(sampling, seed) for _, seed in samples],
         use_tqdm=False,
     )
-    # vLLM numbers its requests in the order they are added; what follows the number makes an id unique.
+    # vLLM numbers requests in the order in which they are added, and appends a suffix that makes the id unique.
     first = int(request_ids[0].partition("-")[0])
     engine = llm.llm_engine
     finished: dict[int, Completion] = {}
@@ -290,7 +290,7 @@ def _run(
                     on_finished(*divmod(index, sampling.num_samples), completion)
             if progress is not None and outputs:
                 progress(len(finished), len(samples))
-    finally:  # an interrupt must not leave requests that the next call would go on with
+    finally:  # an interrupt must not leave requests that the next call would continue
         if engine.has_unfinished_requests():
             engine.abort_request(request_ids, internal=True)
         if experts is not None:
@@ -306,7 +306,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # `stop_token_ids` says where a response ends, nothing else does
+        ignore_eos=True,  # only `stop_token_ids` end a response
         logprobs=0,
         detokenize=False,
     )
