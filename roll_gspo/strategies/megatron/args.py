@@ -65,7 +65,7 @@ class MegatronArgs(StrategyArgs):
         return " · ".join(sizes)
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield why the layout does not fit the model, the ranks or the machine."""
+        """Yield reasons why the layout does not fit the model, the ranks or the machine."""
         architecture = architecture_of(model)
         for problem in layout_problems(architecture, self.strategy_config, num_devices, on_cuda):
             yield problem._replace(key=f"strategy_config.{problem.key}")
@@ -121,7 +121,7 @@ class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
 
     @property
     def replay_conflicts(self) -> dict[str, str]:
-        """The keys by which a rank holds only some tokens or layers, or in another order."""
+        """Keys by which a rank has only some tokens or layers, or another order of them."""
         c = self.strategy_config
         switches = {"sequence_parallel": c.sequence_parallel, "use_sequence_packing": c.use_sequence_packing}
         conflicts = {key: str(size) for key, size in self.model_parallel_sizes.items() if size > 1}

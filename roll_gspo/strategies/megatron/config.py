@@ -46,17 +46,17 @@ class MegatronConfig(Schema):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model together."""
+        """Number of ranks that hold one copy of the model together."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def expert_tensor_size(self) -> int:
-        """Ranks that share each expert's matrices, whichever key says so."""
+        """Number of ranks that share each expert's matrices, from whichever key is set."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def expert_copy_size(self) -> int:
-        """Ranks that hold all experts of the model together."""
+        """Number of ranks that hold all experts of the model together."""
         return self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     def broken_rules(self) -> Iterator[Problem]:

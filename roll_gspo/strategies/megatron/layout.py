@@ -27,16 +27,16 @@ _GROUPED = "moe_grouped_gemm"
 def layout_problems(
     model: Architecture | None, config: MegatronConfig, world_size: int, on_cuda: bool | None
 ) -> Iterator[Problem]:
-    """Yield why a role cannot have a layout, besides the rules of `MegatronConfig` itself.
+    """Yield reasons why a role cannot have a layout, besides the rules of `MegatronConfig` itself.
 
     Args:
-        model: None if not known yet; then only the number of ranks is checked.
+        model: the model; if None (not known yet), only the number of ranks is checked.
         config: the layout.
         world_size: ranks of the role.
         on_cuda: True if they compute on GPUs, None if not known yet.
 
     Returns:
-        Problems of keys of `strategy_config`; each message ends with the nearest choice that works.
+        Problems of keys of `strategy_config`; each message ends with the nearest valid choice.
     """
     yield from _world_problems(config, world_size)
     yield from _backend_problems(config, on_cuda)
@@ -176,16 +176,16 @@ class RankParameters:
 def parameters_of_rank(
     model: Architecture, config: MegatronConfig, stage: int, head: Literal["vocabulary", "value"] = "vocabulary"
 ) -> RankParameters:
-    """Count the parameters of a rank of a pipeline stage; all ranks of a stage hold equally many.
+    """Count the parameters of a rank of a pipeline stage; all ranks of a stage have equally many.
 
-    The vocabulary is padded to a multiple of the tensor-parallel size, every rank holds norms and routers, and the
-    first and the last stage hold a tied embedding.
+    The vocabulary is padded to a multiple of the tensor-parallel size. Every rank has norms and routers. The first and
+    the last stage have a tied embedding.
 
     Args:
         model: the whole model.
         config: its layout.
-        stage: from 0, of `pipeline_model_parallel_size`.
-        head: the output layer of the last stage; a value head is [1, H] on every rank.
+        stage: number of the stage, from 0.
+        head: output layer of the last stage; a value head is [1, H] on every rank.
     """
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     hidden, head_dim, layers = model.hidden_size, model.head_dim, model.num_layers // pipeline

@@ -6,13 +6,13 @@ import warnings
 from roll_gspo.errors import MissingDependencyError
 
 if importlib.util.find_spec("megatron") is None:
-    # the distribution is not called as the module is
+    # the distribution has another name than the module
     raise MissingDependencyError("megatron strategies need the package 'megatron-core': pip install megatron-core")
 
 from roll_gspo.strategies.megatron.engine import compat
 
 compat.install()
-# kernels that are not installed and arguments that megatron itself leaves out: nothing a run could act on
+# warnings about kernels that are not installed and about megatron's own defaults; users cannot act on them
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
 
 from roll_gspo.strategies.megatron.engine.infer import MegatronInfer  # noqa: E402 - megatron.core comes after install()

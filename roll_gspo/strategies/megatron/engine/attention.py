@@ -1,4 +1,4 @@
-"""The layer of a GPTModel: TransformerEngine's where it is installed, else torch's own attention and norm.
+"""The layer of a GPTModel: TransformerEngine's layer if it is installed, else torch's attention and norm.
 
 Legend: S positions of this rank, B samples, N query heads, K key/value heads, D head size.
 """
@@ -25,7 +25,7 @@ from roll_gspo.strategies.megatron.engine.parallel import context_group
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's norm under megatron's constructor; marked so that its gradient is summed under sequence parallelism."""
+    """torch's norm with megatron's constructor, marked so that sequence parallelism sums its gradient."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
@@ -33,9 +33,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(MegatronModule):
-    """`scaled_dot_product_attention` over right-padded or packed samples, whose positions context ranks may share.
+    """`scaled_dot_product_attention` over right-padded or packed samples.
 
-    Attention is causal, so padding is never seen and needs no mask.
+    Context ranks may share the positions of a sample.
+
+    No mask is needed for padding: attention is causal, and padding is on the right.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class CausalAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Query [S, B, N, D], key and value [S, B, K, D] -> [S, B, N * D]; packed: all without B."""
+        """Map query [S, B, N, D], key and value [S, B, K, D] to [S, B, N * D]. Packed inputs have no B."""
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("CausalAttention: masks and biases are not supported")
         packed, ranks = packed_seq_params is not None, self.group.size()
@@ -80,7 +82,7 @@ class CausalAttention(MegatronModule):
         return out.flatten(1) if packed else out.flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
-        """[B, S, heads, D] each -> [B, S, N, D]; causal, or what the mask [S, S of keys] lets each query see."""
+        """Map [B, S, heads, D] each to [B, S, N, D]; causal, or with a mask [S, S of keys]."""
         grouped = query.shape[2] != key.shape[2]
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         out = F.scaled_dot_product_attention(
@@ -89,7 +91,10 @@ class CausalAttention(MegatronModule):
         return out.transpose(1, 2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """[S, heads, D] each -> [S, N, D]: samples of about the same length, padded to the longest, are one call."""
+        """Map [S, heads, D] each to [S, N, D].
+
+        Samples of similar length are padded to the longest and share one call.
+        """
         of_size: dict[int, list[int]] = {}
         for sample, length in enumerate(lengths):
             of_size.setdefault((length - 1).bit_length(), []).append(sample)
@@ -106,7 +111,7 @@ class CausalAttention(MegatronModule):
         return torch.cat(outs)[torch.cat(places).argsort()]
 
     def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """[S, B, heads, D] each -> [S, B, N, D]: the rank's own queries against everyone's keys, sample by sample."""
+        """Map [S, B, heads, D] each to [S, B, N, D]: local queries, keys of all context ranks, one sample at a time."""
         ranks, rank = self.group.size(), self.group.rank()
         key, value = (
             gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=self.group).unflatten(
@@ -142,5 +147,5 @@ def decoder_spec(config: TransformerConfig, virtual_stage: int | None = None) ->
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = [spec] * get_num_layers_to_build(config, vp_stage=virtual_stage)
-    norm: Any = RMSNorm  # megatron takes a class, its annotation says an instance
+    norm: Any = RMSNorm  # megatron expects a class, although the annotation is an instance
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

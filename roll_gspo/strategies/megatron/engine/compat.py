@@ -1,9 +1,8 @@
-"""megatron-core on a host without CUDA, where it names the device "cuda" unconditionally.
+"""Run megatron-core on a host without CUDA, although it names the device "cuda" unconditionally.
 
-`install()` adds one finder to `sys.meta_path`. Each `megatron.core` module that it loads gets, under the name `torch`,
-a stand-in whose `cuda` namespace is the host's and whose tensor factories read the device "cuda" as "cpu". torch
-itself stays as it is, but for `Tensor.cuda()`. Where CUDA is present nothing is installed. Verified with
-megatron-core 0.16.1.
+`install()` adds one finder to `sys.meta_path`. In each `megatron.core` module that it loads, the name `torch` refers to
+a stand-in whose `cuda` namespace and tensor factories use the host. torch itself is unchanged, except for
+`Tensor.cuda()`. Nothing is installed if CUDA is present. Verified with megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 
 class _Stream:
-    """The host's stream and an event on it: what was submitted has already happened."""
+    """The host as a stream and its events: submitted work is already complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -32,7 +31,7 @@ class _Stream:
 
 
 def _on_host(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A tensor factory that reads the device "cuda" as the host; memory is never pinned (pinning needs a GPU)."""
+    """Wrap a tensor factory so that "cuda" means the host. Memory is not pinned, because pinning needs a GPU."""
 
     def make(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         return factory(*args, device="cpu" if device == "cuda" else device, **kwargs)
@@ -41,23 +40,23 @@ def _on_host(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _stand_in() -> types.ModuleType:
-    """A module that is torch, but for what only a GPU answers."""
+    """Return a module that equals torch except for functions that need a GPU."""
     cuda = types.ModuleType("torch.cuda")
     vars(cuda).update(vars(torch.cuda))
     vars(cuda).update(
-        current_device=lambda: torch.device("cpu"),  # parameters and buffers are made there
+        current_device=lambda: torch.device("cpu"),  # device of parameters and buffers
         synchronize=lambda *_, **__: None,  # pipeline point-to-point, checkpoint writing
         Stream=_Stream,  # the all-to-all token dispatcher
         current_stream=_Stream,
         stream=contextlib.nullcontext,
         get_rng_state=torch.get_rng_state,  # the tracker of parallel RNG states
-        manual_seed=torch.manual_seed,  # else torch queues a call for a GPU that never comes
+        manual_seed=torch.manual_seed,  # otherwise torch queues the call until a GPU is initialised
     )
     module = types.ModuleType("torch")
     vars(module).update(vars(torch), cuda=cuda)
-    # what torch gains by later imports is still found
+    # attributes that later imports add to torch are still found
     module.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
-    # optimizer, gradient clipping and schedules make scratch tensors on "cuda"
+    # optimizer, gradient clipping and schedules create scratch tensors on "cuda"
     vars(module).update({name: _on_host(vars(torch)[name]) for name in ("tensor", "zeros", "empty", "empty_like")})
     return module
 
@@ -66,9 +65,9 @@ def _as_split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
-# module -> names replaced in it after it ran
+# module -> names replaced in it after its execution
 _REPLACED: dict[str, dict[str, Any]] = {
-    # torch.compile of element-wise helpers gains nothing here and doubles the import time
+    # torch.compile of element-wise helpers doubles the import time without a gain on CPUs
     "megatron.core.jit": {"jit_fuser": lambda function: function},
     "megatron.core.tensor_parallel.random": {
         # recomputation saves and restores the generator of the "device"
@@ -76,9 +75,9 @@ _REPLACED: dict[str, dict[str, Any]] = {
         "_set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     },
     "megatron.core.transformer.moe.moe_utils": {
-        # bound only where TransformerEngine is, read always
+        # bound only if TransformerEngine is installed, but always read
         "te_general_gemm": None,
-        # all-to-all wants split sizes as numbers; megatron makes them so only when they lie on a GPU
+        # all-to-all needs split sizes as numbers; megatron converts them only if they are on a GPU
         "maybe_move_tensor_to_cpu": _as_split_sizes,
     },
 }
@@ -90,7 +89,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> types.CodeType | None:
         if not fullname.startswith("megatron.core.optimizer."):
             return super().get_code(fullname)
-        # the optimizers tell parameters apart by Tensor.type(), spelled for CUDA
+        # the optimizers distinguish parameters by Tensor.type(), with the CUDA names
         source = (self.get_source(fullname) or "").replace("'torch.cuda.", "'torch.")
         return self.source_to_code(source.encode(), self.get_filename(fullname))
 
@@ -113,7 +112,7 @@ class _Finder:
 
 
 def install() -> None:
-    """Make megatron-core importable and runnable on this host; does nothing where CUDA is present, or the second time.
+    """Make megatron-core importable and runnable on this host. Does nothing if CUDA is present or if called again.
 
     Raises:
         RuntimeError: megatron.core was imported before.
@@ -125,5 +124,5 @@ def install() -> None:
             "roll_gspo.strategies.megatron.engine: megatron.core is already imported; import it after this package"
         )
     sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
-    # context parallelism moves rotary slices by Tensor.cuda(), past every stand-in
+    # context parallelism moves rotary slices by Tensor.cuda(), which no stand-in covers
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]

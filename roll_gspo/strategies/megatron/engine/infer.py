@@ -1,4 +1,4 @@
-"""A frozen megatron-core model that scores given tokens: the reference of a KL term."""
+"""A frozen megatron-core model that scores given tokens: the reference of KL terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class MegatronInfer:
     """`ScoringStrategy` of a checkpoint.
 
     Raises:
-        ConfigError: a layout or a model that is not supported.
+        ConfigError: the layout or the model is not supported.
     """
 
     def __init__(self, model: ModelSetup, strategy_config: MegatronConfig) -> None:
@@ -22,5 +22,5 @@ class MegatronInfer:
             chunk.requires_grad_(False)
 
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
-        """Score every sample without gradient; float32 on the CPU."""
+        """Score every sample without gradient. The result is float32 on the CPU."""
         return score(self._model, sequences, entropy)

@@ -39,7 +39,7 @@ from roll_gspo.strategies.micro_batches import share_of_rank, split_samples
 
 
 def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
-    """Refuse what is not supported or, worse, would train silently wrong, now that model and ranks are known.
+    """Reject layouts that are unsupported or would train incorrectly, given the model and the ranks.
 
     Raises:
         ConfigError: names every key.
@@ -54,12 +54,12 @@ def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
 
 
 def _leave(weight: Tensor) -> Tensor:
-    """Initialise nothing: every parameter is read from the checkpoint."""
+    """Initialise nothing, because every parameter is read from the checkpoint."""
     return weight
 
 
 def transformer_config(model: Architecture, dtype: torch.dtype, config: MegatronConfig) -> TransformerConfig:
-    """megatron's description of the model and of how it is computed."""
+    """Return megatron's description of the model and of its computation."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -79,7 +79,7 @@ def transformer_config(model: Architecture, dtype: torch.dtype, config: Megatron
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=True,  # also marks how parameters are cut; the functions below do nothing
+        perform_initialization=True,  # also marks how parameters are split; the initialisers below do nothing
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -89,7 +89,7 @@ def transformer_config(model: Architecture, dtype: torch.dtype, config: Megatron
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # the loss functions return shares that are summed: nothing may be divided by the number of micro-batches
+        # loss functions return shares that are summed, so megatron must not divide by the number of micro-batches
         calculate_per_token_loss=True,
         recompute_granularity=config.recompute_granularity,
         recompute_method=config.recompute_method,
@@ -109,9 +109,9 @@ def _parallel_settings(config: MegatronConfig) -> dict[str, Any]:
         "expert_model_parallel_size": config.expert_model_parallel_size,
         "expert_tensor_parallel_size": config.expert_tensor_parallel_size,
         "sequence_parallel": config.sequence_parallel,
-        # stages tell each other the shape of every micro-batch
+        # stages exchange the shape of every micro-batch
         "variable_seq_lengths": config.pipeline_model_parallel_size > 1,
-        # with two stages the next rank is the previous one, and batched messages of virtual stages would cross
+        # with two stages the next rank is also the previous one: batched messages of virtual stages would mix
         "overlap_p2p_comm": virtual is not None,
         "batch_p2p_comm": virtual is None,
     }
@@ -119,12 +119,12 @@ def _parallel_settings(config: MegatronConfig) -> dict[str, Any]:
 
 def _expert_settings(model: Architecture, config: MegatronConfig) -> dict[str, Any]:
     if model.experts is None:
-        return {"moe_token_dispatcher_type": "alltoall"}  # megatron looks at it in dense models too
+        return {"moe_token_dispatcher_type": "alltoall"}  # megatron reads it for dense models, too
     return {
         "num_moe_experts": model.experts.num_experts,
         "moe_router_topk": model.experts.num_experts_per_token,
         "moe_ffn_hidden_size": model.experts.intermediate_size,
-        # softmax over the chosen experts equals softmax over all, renormalised
+        # softmax over the chosen experts equals the renormalised softmax over all
         "moe_router_pre_softmax": not model.experts.normalize_top_k,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -135,9 +135,9 @@ def _expert_settings(model: Architecture, config: MegatronConfig) -> dict[str, A
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch on the model's device, and how it lies there.
+    """A micro-batch on the model's device, and its layout there.
 
-    `batch` is None in a pass that nothing is computed from: ranks that share communication make as many passes.
+    `batch` is None in a dummy pass: ranks that share communication must run the same number of passes.
     """
 
     sequences: Sequences
@@ -145,18 +145,18 @@ class MicroBatch(NamedTuple):
     batch: TrainBatch | None
 
 
-# (hidden states [N, H] that predict response tokens, the micro-batch) -> what a pass is made for
+# (hidden states [N, H] that predict response tokens, the micro-batch) -> result of the pass
 Reader = Callable[[Tensor, MicroBatch], Any]
 
 
 class _ResponseRows:
-    """Makes a model return the hidden states that predict response tokens, [1, N, H], in place of logits.
+    """Make a model return the hidden states that predict response tokens, [1, N, H], instead of logits.
 
-    Logits of prompts and padding are never computed, those of responses by whoever reads the rows.
+    Logits of prompts and padding are never computed. The reader of the rows computes those of responses.
 
     Args:
         gpt: a last pipeline stage.
-        partial: each tensor-parallel rank computes with its part of the head, so that gradients of the rows are summed.
+        partial: each tensor-parallel rank uses its part of the head, so gradients of the rows are summed.
     """
 
     def __init__(self, gpt: GPTModel, partial: bool) -> None:
@@ -177,16 +177,16 @@ class _ResponseRows:
 
 @dataclass
 class ResponseModel:
-    """This rank's part of a loaded model and the passes over samples.
+    """This rank's part of a loaded model, and its passes over samples.
 
     Attributes:
-        chunks: the layers of this rank, on `device`; several where pipeline stages are virtual.
-        wrapped: what megatron's schedule runs: the chunks, or the data-parallel wrappers around them.
-        architecture: of the checkpoint.
-        setup: what it was made from.
-        config: its layout.
-        device: where it computes.
-        partial_head: the output head is cut over the tensor-parallel ranks (a value head is not).
+        chunks: layers of this rank, on `device`; several with virtual pipeline stages.
+        wrapped: the modules that megatron's schedule runs: the chunks, or their data-parallel wrappers.
+        architecture: architecture of the checkpoint.
+        setup: settings of the model.
+        config: layout of the model.
+        device: device of the computation.
+        partial_head: the output head is split over the tensor-parallel ranks (a value head is not).
     """
 
     chunks: list[GPTModel]
@@ -210,13 +210,13 @@ class ResponseModel:
         )
 
     def share(self, parts: Sequence[Any]) -> list[Any]:
-        """Select the micro-batches of this data-parallel rank; None stands for a dummy pass."""
+        """Select the micro-batches of this data-parallel rank; None marks a dummy pass."""
         multiple = self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         rank, world_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return share_of_rank(parts, rank, world_size, multiple)
 
     def micro_batch(self, sequences: Sequences, batch: TrainBatch | None) -> MicroBatch:
-        """Bring samples to the device, arranged for this rank."""
+        """Copy samples to the device, in the layout of this rank."""
         sequences = move(sequences, self.device)
         tensor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         packed_layout = pack(sequences, packed=self.config.use_sequence_packing, sequence_parallel_size=tensor)
@@ -230,15 +230,16 @@ class ResponseModel:
         train: bool,
         before_pass: Callable[[TrainBatch | None], None] | None = None,
     ) -> list[Any]:
-        """Send micro-batches through megatron's schedule.
+        """Run micro-batches through megatron's schedule.
 
         Args:
-            read: in training -> (loss, report), else -> report.
-            train: whether gradients are computed.
-            before_pass: called with the batch of each micro-batch before it goes through the model.
+            micro_batches: micro-batches of this rank.
+            read: returns (loss, report) in training, else the report.
+            train: compute gradients.
+            before_pass: called with the batch of each micro-batch before its pass.
 
         Returns:
-            The reports, on ranks of the last pipeline stage; elsewhere nothing.
+            The reports on ranks of the last pipeline stage; an empty list elsewhere.
         """
 
         def step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -274,7 +275,7 @@ class ResponseModel:
         for rows in self._rows:
             rows.rows = packed_layout.rows
         try:
-            # rotary positions are counted by megatron; the attention is causal and padding lies to the right
+            # megatron counts rotary positions; attention is causal and padding is on the right
             return chunk(packed_layout.input_ids, None, None, packed_seq_params=packed_layout.packed)
         finally:
             for rows in self._rows:
@@ -282,7 +283,7 @@ class ResponseModel:
 
     @property
     def head_weight(self) -> Tensor:
-        """[V of this rank, H] of the output head; on the last pipeline stage."""
+        """Return [V of this rank, H] of the output head, on the last pipeline stage."""
         last: Any = self.chunks[-1]
         tied = self.architecture.tie_word_embeddings
         return last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
@@ -335,7 +336,7 @@ def build_model(setup: ModelSetup, config: MegatronConfig) -> ResponseModel:
     """Build this rank's part of the model of `setup.checkpoint` on the local device and load its weights.
 
     Raises:
-        ConfigError: a layout or a model that is not supported.
+        ConfigError: the layout or the model is not supported.
         CheckpointError: weights are missing or do not fit.
     """
     if setup.dtype not in (torch.float32, torch.bfloat16):

@@ -19,14 +19,14 @@ from roll_gspo.strategies.megatron.engine.parallel import context_group
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """A micro-batch as megatron takes it.
+    """A micro-batch in megatron's layout.
 
     Attributes:
-        input_ids: [B, P], or [1, P] where samples are packed.
-        packed: where each packed sample begins; None where they are padded.
+        input_ids: [B, P], or [1, P] if samples are packed.
+        packed: starts of the packed samples; None if they are padded.
         rows: (position, row) of the hidden states [P, B, H] that predict response tokens, both [N].
-        places: (sample, response position) of what they predict, both [N].
-        tokens: [N] what they predict.
+        places: (sample, response position) of the predicted tokens, both [N].
+        tokens: [N] predicted tokens.
         shape: (B, T).
     """
 
@@ -38,10 +38,10 @@ class PackedLayout:
     shape: tuple[int, int]
 
     def place(self, values: Tensor) -> Tensor:
-        """Put values [N] of this rank at their places in [B, T], 0 elsewhere, and add those of the other context ranks.
+        """Scatter values [N] of this rank into [B, T], 0 elsewhere, and add those of the other context ranks.
 
-        Every context rank computes the same from the result, so a gradient goes back to each rank's own values as
-        it is.
+        Every context rank computes the same from the result, so the gradient of each rank's own values needs no
+        reduction.
         """
         placed = values.new_zeros(self.shape)
         placed[self.places] = values
@@ -55,11 +55,14 @@ def pack(sequences: Sequences, *, packed: bool, sequence_parallel_size: int = 1)
     """Arrange the samples for this context-parallel rank.
 
     Args:
-        packed: one after the other without padding; else padded to the longest.
-        sequence_parallel_size: ranks that share positions between attentions; their number divides P.
+        sequences: the samples.
+        packed: concatenate samples without padding; else pad to the longest.
+        sequence_parallel_size: ranks that split positions between attentions; divides P.
     """
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    unit = 2 * ranks if ranks > 1 else 1  # a context rank has two slices of each sequence, one cheap and one dear
+    unit = (
+        2 * ranks if ranks > 1 else 1
+    )  # a context rank has two slices of each sequence, an early (cheap) and a late (expensive) one
     lengths = sequences.lengths if packed else torch.full_like(sequences.lengths, sequences.input_ids.shape[1])
     padded = _up(lengths, unit if packed else unit * sequence_parallel_size)
     positions = [own_positions(int(length), rank, ranks) for length in padded]
@@ -74,7 +77,7 @@ def pack(sequences: Sequences, *, packed: bool, sequence_parallel_size: int = 1)
     own = padded // ranks
     starts = own.cumsum(0) - own
     flat = torch.cat([input_ids[sample, index] for sample, index in enumerate(positions)])
-    # one more segment of padding makes the whole divisible
+    # a segment of padding makes the total divisible
     extra = -len(flat) % (sequence_parallel_size * (2 if ranks > 1 else 1))
     if extra:
         flat, padded = torch.cat([flat, flat.new_zeros(extra)]), torch.cat([padded, padded.new_tensor([extra * ranks])])
@@ -87,7 +90,7 @@ def _up(lengths: Tensor, unit: int) -> Tensor:
 
 
 def own_positions(length: int, rank: int, ranks: int) -> Tensor:
-    """Positions of a sequence that a context rank holds: slices `rank` and `2 * ranks - 1 - rank` of `2 * ranks`."""
+    """Return the positions of a sequence on a context rank: slices `rank` and `2 * ranks - 1 - rank` of `2 * ranks`."""
     if ranks == 1:
         return torch.arange(length)
     half = length // (2 * ranks)
@@ -95,7 +98,7 @@ def own_positions(length: int, rank: int, ranks: int) -> Tensor:
 
 
 def _local(positions: Tensor, lengths: Tensor, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """(place among the rank's own positions, whether the rank holds it) of positions in sequences of `lengths`."""
+    """Return (index among the rank's own positions, whether the rank has it) of positions in sequences of `lengths`."""
     if ranks == 1:
         return positions, torch.ones_like(positions, dtype=torch.bool)
     half = lengths // (2 * ranks)

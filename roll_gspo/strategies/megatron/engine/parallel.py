@@ -16,12 +16,12 @@ from roll_gspo.strategies.megatron.config import MegatronConfig
 
 
 def initialize_parallel(config: MegatronConfig, seed: int) -> None:
-    """Make megatron's groups of this process, once, on the default process group (a world of one if there is none).
+    """Create megatron's groups of this process once, on the default process group (a world of one if there is none).
 
-    Roles of one process share the groups: they have one layout, that of a single rank.
+    Roles of one process share the groups, because they have the layout of a single rank.
 
     Raises:
-        ConfigError: the world is of another size than the layout, or another layout is in use here.
+        ConfigError: the world has another size than the layout, or another layout is in use in this process.
     """
     if not dist.is_initialized():
         # a store in memory: a group of one process needs no port
@@ -43,38 +43,38 @@ def initialize_parallel(config: MegatronConfig, seed: int) -> None:
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_parallel_size,
     )
-    # megatron's tracker of parallel RNG states must exist; it also seeds torch, which is not ours to change
+    # megatron's tracker of parallel RNG states must exist; it also seeds torch, which is reverted here
     state = torch.get_rng_state()
     model_parallel_cuda_manual_seed(seed)
     torch.set_rng_state(state)
 
 
 def tensor_group() -> ProcessGroup:
-    """The ranks that share each matrix with this one."""
+    """Return the ranks that share each matrix with this one."""
     group: Any = parallel_state.get_tensor_model_parallel_group()  # megatron's annotations are too wide
     return group
 
 
 def expert_tensor_group() -> ProcessGroup:
-    """The ranks that share each matrix of an expert with this one."""
+    """Return the ranks that share each expert matrix with this one."""
     group: Any = parallel_state.get_expert_tensor_parallel_group()
     return group
 
 
 def pipeline_group() -> ProcessGroup:
-    """The stages of one pipeline."""
+    """Return the stages of one pipeline."""
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     return group
 
 
 def expert_group() -> ProcessGroup:
-    """The ranks that divide the experts of their layers."""
+    """Return the ranks that split the experts of their layers."""
     group: Any = parallel_state.get_expert_model_parallel_group()
     return group
 
 
 def context_group() -> ProcessGroup:
-    """The ranks that share each sample with this one."""
+    """Return the ranks that share each sample with this one."""
     group: Any = parallel_state.get_context_parallel_group()
     return group
 

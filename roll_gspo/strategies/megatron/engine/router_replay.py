@@ -1,8 +1,8 @@
-"""The experts that the routers of one GPTModel choose, and those that they are made to choose (routing replay).
+"""Recording and replay of the experts that the routers of one GPTModel choose (routing replay).
 
 megatron-core asks an object on each router for the experts of a pass (its `moe_enable_routing_replay`). Its own object
-enters a list of the whole process, which actor, reference and critic would share, and while it replays it does not say
-what the router would have chosen; the objects here belong to one model.
+is registered in a process-wide list that actor, reference and critic would share. During replay it also hides the
+router's own choice. The objects here belong to one model.
 
 Legend: B samples, S positions, L layers with a router, K experts per token, E experts.
 """
@@ -21,12 +21,12 @@ from roll_gspo.errors import ConfigError, TrainingError
 
 
 class LayerRoutes:
-    """Experts that one router chose in its last pass, and those prescribed for the next one.
+    """Experts that one router chose in its last pass, and those to replay in the next one.
 
     Attributes:
-        chosen: [S * B, K] what the router chose, or would have chosen where it replayed; None before a pass.
-        wanted: [S * B, K] what it is to choose, -1 for freely; None: everything freely.
-        num_replayed: prescribed choices that the last pass sent their token to (a scalar, on the device).
+        chosen: [S * B, K] choice of the router, also if it replays another one; None before a pass.
+        wanted: [S * B, K] experts to replay, -1 for a free choice; None if all choices are free.
+        num_replayed: number of replayed choices in the last pass (a scalar on the device).
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ class LayerRoutes:
         group_topk: int | None = None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """megatron's question: (scores, experts), both [S * B, K], of `scores` [S * B, E].
+        """Return (scores, experts), both [S * B, K], of `scores` [S * B, E]; megatron's interface.
 
-        A pass that is recomputed for its backward asks again and gets the same answer.
+        A pass that is recomputed in the backward pass gets the same answer.
         """
-        assert default_compute_topk is not None  # megatron always names its own rule
+        assert default_compute_topk is not None  # megatron always passes its own rule
         values, experts = default_compute_topk(scores, topk, num_groups, group_topk)
         self.chosen = experts.detach()
         if self.wanted is None:
@@ -66,10 +66,10 @@ class LayerRoutes:
         return scores.gather(1, experts), experts
 
     def count(self, _router: torch.nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        """Count in the router's output, (probabilities, routing map), both [S * B, E], what it took of `wanted`.
+        """Count the replayed choices in the router's output (probabilities, routing map), both [S * B, E].
 
-        The output is what the tokens are dispatched by. A router that did not ask replayed nothing, even where its own
-        choice happens to be the same.
+        The output determines the dispatch of tokens. A router that did not ask counts as 0, even if its choice is the
+        same.
         """
         if self.wanted is None or not self._asked:
             return
@@ -123,7 +123,7 @@ class Routers:
         """Check that the last pass used every prescribed expert in every layer; return their number.
 
         Raises:
-            TrainingError: a layer did not: nothing would tell that it chose freely.
+            TrainingError: a layer chose freely. Nothing else would reveal that.
         """
         wanted = (experts >= 0).sum(dim=(0, 1, 3)).tolist()
         for number, (layer, count) in enumerate(zip(self._layers, wanted, strict=True)):
@@ -145,7 +145,7 @@ class Routers:
 
 
 def _check_rows(experts: Tensor, num_experts: int) -> None:
-    """Refuse what would send a token to fewer than K experts, or to one that is none."""
+    """Reject rows that would send a token to fewer than K experts or to an unknown one."""
     ordered = experts.sort(-1).values
     free = (experts == -1).all(-1)
     distinct = (ordered[..., 1:] > ordered[..., :-1]).all(-1)

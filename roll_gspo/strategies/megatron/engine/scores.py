@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of response tokens under a megatron-core model.
+"""Log-probs and entropies of response tokens under a megatron-core model.
 
 Legend: B samples, T response positions, S positions, N response tokens, L layers with a router, K experts per token.
 """
@@ -18,7 +18,7 @@ from roll_gspo.strategies.megatron.engine.router_replay import Routers
 
 
 def scores_of_rows(model: ResponseModel, rows: Tensor, packed_layout: PackedLayout, entropy: bool) -> TokenScores:
-    """Scores [B, T] from hidden states [N, H]; differentiable."""
+    """Return scores [B, T] from hidden states [N, H]; differentiable."""
     group, weight = tensor_group(), model.head_weight
     log_probs, entropies = scores_from_hidden(
         rows,
@@ -34,10 +34,13 @@ def scores_of_rows(model: ResponseModel, rows: Tensor, packed_layout: PackedLayo
 
 
 def score(model: ResponseModel, sequences: Sequences, entropy: bool, routers: Routers | None = None) -> TokenScores:
-    """Score all samples without gradient; on the CPU.
+    """Score all samples without gradient; the result is on the CPU.
 
     Args:
-        routers: of the model, where the experts that they choose are wanted too.
+        model: the model.
+        sequences: the samples.
+        routers: routers of the model, if the chosen experts are requested, too.
+        entropy: compute the entropies.
     """
     if routers is not None:
         routers.prescribe(None)
@@ -56,6 +59,6 @@ def score(model: ResponseModel, sequences: Sequences, entropy: bool, routers: Ro
 
 
 def chosen_experts(routers: Routers, sequences: Sequences) -> Tensor:
-    """[B, S, L, K] int16 of the pass over `sequences` that was just made, -1 on padding."""
+    """Return [B, S, L, K] int16, the experts of the last pass over `sequences`, -1 on padding."""
     chosen = routers.chosen(*sequences.input_ids.shape)
     return chosen.masked_fill(~sequences.attention_mask[:, :, None, None], -1)

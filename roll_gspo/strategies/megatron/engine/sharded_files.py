@@ -1,15 +1,15 @@
-"""The files of one state that many ranks write together and any number of ranks read.
+"""The files of a state that many ranks write together and any number of ranks read.
 
-They are megatron's `dist_checkpointing` format (backend `torch_dist`), so that its own tools read them too:
+The format is megatron's `dist_checkpointing` (backend `torch_dist`), so that its tools can read it:
 
-    __0_0.distcp, __1_0.distcp, ...   the tensors that each rank wrote
-    .metadata                         where each piece of each tensor lies
-    common.pt                         what is not a tensor of the model
+    __0_0.distcp, __1_0.distcp, ...   tensors that each rank wrote
+    .metadata                         location of each piece of each tensor
+    common.pt                         values other than tensors of the model
     metadata.json                     megatron's name and version of the format
-    manifest.json                     ours: format number, layout, and size and checksum of each file; written last
+    manifest.json                     this package's format number, layout, and size and checksum per file; written last
 
-megatron's own writer starts processes for every save; this one writes in the process, also from a thread. No rank
-waits for another between its plan and `finish`, and an error of one becomes the error of all.
+megatron's own writer starts processes for every save. This one writes in the process, also from a thread. No rank waits
+for another between its plan and `finish`. An error of one rank becomes the error of all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from roll_gspo.errors import CheckpointError
 from roll_gspo.strategies.megatron.engine.untrusted import check_contents, check_tensor_files, read_index
 
-FORMAT = 2  # raise when older code could not read what is written; 1 was a plain file per rank
+FORMAT = 2  # increase it if older code cannot read the new files; 1 was a plain file per rank
 MANIFEST = "manifest.json"
 _EARLIER = "rank_000.pt"
 _READ_BYTES = 1 << 20
@@ -60,8 +60,8 @@ class Manifest:
     """Description of a state, read before its tensors.
 
     Attributes:
-        applied_steps: optimizer steps that it is the result of.
-        layout: of the ranks that wrote it; not needed to read it.
+        applied_steps: number of optimizer steps of the state.
+        layout: layout of the ranks that wrote it; not needed to read it.
         tensors: whole shapes by name.
     """
 
@@ -88,14 +88,14 @@ class _Part:
 
 
 class ShardedSave:
-    """A state on its way to a folder: planned here by all ranks, written by each, finished by all.
+    """A state that is being written: all ranks plan it here, each writes its part, and all finish it.
 
     Args:
-        folder: exists, on a file system that all ranks share, and is empty.
-        tensors: this rank's pieces. A piece that several ranks have carries a `replica_id` that is 0 on one of them.
-            They are read until `write` has returned.
-        common: from rank 0; plain values and CPU tensors, on which all later readers can count.
-        manifest: from rank 0.
+        folder: an existing, empty folder on a file system that all ranks share.
+        tensors: pieces of this rank, read until `write` has returned. A piece of several ranks has `replica_id` 0 on
+            one of them.
+        common: plain values and CPU tensors of rank 0 that every reader can rely on.
+        manifest: manifest of rank 0.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[ShardedTensor], common: Any, manifest: Manifest) -> None:
@@ -116,19 +116,19 @@ class ShardedSave:
         self._part = _Part()
 
     def write(self) -> None:
-        """Write this rank's file; no communication. An error is kept for `finish`."""
+        """Write this rank's file without communication. An error is kept for `finish`."""
         try:
             results = self._writer.write_data(self._plan, self._planner).value() if self._plan.items else []
             names = {result.storage_data.relative_path for result in results}
             self._part = _Part(results, {name: _measure(self._folder / name) for name in names})
-        except Exception as error:  # torch reports a full disk with other exception types
+        except Exception as error:  # torch reports a full disk by other exception types
             self._part = _Part(error=_cause(error))
 
     def finish(self) -> None:
-        """Make the folder readable, once every rank has written; a collective.
+        """Make the folder readable after every rank has written; a collective.
 
         Raises:
-            CheckpointError: on every rank, where one of them could not write.
+            CheckpointError: a rank could not write; raised on every rank.
         """
         parts = _of_all(self._part)
         errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]
@@ -141,7 +141,7 @@ class ShardedSave:
             )
 
     def _close(self, parts: Sequence[_Part]) -> None:
-        """The files of the whole, by rank 0."""
+        """Write the common files; on rank 0."""
         self._writer.finish(self._metadata, [list(part.results) for part in parts])
         torch.save(self._common, self._folder / COMMON_STATE_FNAME)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
@@ -157,10 +157,10 @@ class ShardedSave:
 
 
 def open_state(folder: Path) -> Manifest:
-    """Read the manifest and check every file against it; a collective: each rank checks some.
+    """Read the manifest and check every file against it; a collective in which each rank checks some files.
 
     Raises:
-        CheckpointError: on every rank; there is no state of this kind, it is of a newer format, or it is damaged.
+        CheckpointError: there is no state of this kind, its format is newer, or it is damaged; raised on every rank.
     """
     manifest, problem = None, None
     try:
@@ -177,10 +177,10 @@ def open_state(folder: Path) -> Manifest:
 
 
 def read_tensors(folder: Path, tensors: Sequence[ShardedTensor]) -> Any:
-    """Fill the data of pieces, however they were cut when they were written; a collective.
+    """Fill the data of pieces from a state that was split in any way; a collective.
 
     Returns:
-        What `common` was.
+        The `common` values of the state.
 
     Raises:
         CheckpointError: a tensor is not in the state.
@@ -195,7 +195,7 @@ def read_tensors(folder: Path, tensors: Sequence[ShardedTensor]) -> Any:
 
 
 def stored_tensors(folder: Path) -> set[str]:
-    """The keys of a state's tensors.
+    """Return the keys of a state's tensors.
 
     Raises:
         CheckpointError: the index cannot be read.
@@ -204,10 +204,10 @@ def stored_tensors(folder: Path) -> set[str]:
 
 
 def agree(problem: str | None) -> None:
-    """Let all ranks go on, or none; a collective.
+    """Raise the first problem of any rank on every rank; a collective.
 
     Raises:
-        CheckpointError: with the first problem of any rank, on every rank.
+        CheckpointError: a rank has a problem.
     """
     problems = [other for other in _of_all(problem) if other]
     if problems:
@@ -229,7 +229,7 @@ def _of_all(mine: Any) -> list[Any]:
 
 
 def _on_first_rank(action: Callable[[], None]) -> list[str]:
-    """Do something on rank 0 while all wait; the errors, on every rank."""
+    """Run a function on rank 0 while all ranks wait; raise its error on every rank."""
     error = None
     if dist.get_rank() == 0:
         try:
@@ -240,7 +240,7 @@ def _on_first_rank(action: Callable[[], None]) -> list[str]:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the error of the operating system, if that was the cause."""
+    """Return the error of the operating system that caused `error`, or `error` itself."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):

@@ -1,9 +1,9 @@
-"""Everything of a megatron trainer that the next step depends on, written in one form by every layout and optimizer.
+"""The training state of a megatron trainer, in one form for every layout and optimizer.
 
-Three float32 tensors a parameter, whole and under the name it has in a model of one rank: `weight.NAME` (the master
-weight where there is one), `exp_avg.NAME` and `exp_avg_sq.NAME`. Each rank writes the pieces that it holds, which are
-boxes of the whole tensor even where the distributed optimizer cuts the flattened parameter; whoever reads asks for the
-boxes that it needs. So nothing is gathered, and a state can be read by any other layout.
+Each parameter has three whole float32 tensors under its name in a model of one rank: `weight.NAME` (the master weight
+if there is one), `exp_avg.NAME` and `exp_avg_sq.NAME`. Each rank writes its pieces. They are boxes of the whole tensor,
+even if the distributed optimizer splits the flattened parameter. A reader requests the boxes that it needs. Nothing is
+gathered, and any other layout can read the state.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class _Piece:
     """The part of one model parameter on this rank.
 
     Attributes:
-        name: in a model of one rank.
-        parameter: in this one.
-        shape: of this rank's part, as it is packed for cutting.
-        offset: of the part in the whole tensor.
+        name: name in a model of one rank.
+        parameter: the local parameter.
+        shape: shape of this rank's part in packed form.
+        offset: offset of the part in the whole tensor.
         whole: shape of the whole tensor without padding.
-        replica: among the ranks with the same part; None: a copy that never writes.
+        replica: index among the ranks with the same part; None marks a copy that never writes.
     """
 
     name: str
@@ -69,7 +69,7 @@ class _Piece:
     replica: int | None
 
     def boxes(self, key: str, flat: Tensor, start: int = 0, *, writes: bool = True) -> Iterator[ShardedTensor]:
-        """Views of `flat`, elements `start`, ... of the flattened part, as boxes of the whole tensor `key`.
+        """Return views of `flat`, elements `start`, ... of the flattened part, as boxes of the whole tensor `key`.
 
         Padding of the vocabulary is in no box.
         """
@@ -88,13 +88,13 @@ class _Piece:
                     tuple(data.shape),
                     self.whole,
                     offset,
-                    axis_fragmentations=None,  # boxes need not be a grid
+                    axis_fragmentations=None,  # boxes do not have to form a grid
                     replica_id=0 if writes else 1,
                 )
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements `start` to `stop` of a flattened tensor as consecutive boxes: (offset, sizes) of each."""
+    """Yield (offset, sizes) of consecutive boxes that cover elements `start` to `stop` of a flattened tensor."""
     if start >= stop:
         return
     if len(shape) == 1:
@@ -112,7 +112,7 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tupl
 
 
 def _pieces(model: ResponseModel) -> list[_Piece]:
-    """Every parameter of this rank."""
+    """Return every parameter of this rank."""
     pieces = []
     for chunk in model.chunks:
         for name, parameter in global_parameters([chunk]):
@@ -121,7 +121,7 @@ def _pieces(model: ResponseModel) -> list[_Piece]:
 
 
 def _canonical(name: str) -> str:
-    """One name for what TransformerEngine, grouped experts and megatron's own layers call differently."""
+    """Map the names of TransformerEngine, grouped experts and megatron's own layers to one name."""
     name = re.sub(r"experts\.(linear_fc[12])\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
     return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
@@ -146,20 +146,20 @@ def _piece(chunk: GPTModel, name: str, parameter: Parameter, number: int, vocab_
     if packing == "vocab":
         whole[0] = vocab_size
     never = copy or (axis is None and cut_by.rank() != 0)
-    # the replicas take turns, so that all of them write about as much
+    # replicas alternate, so that all of them write similar amounts
     replica = None if never else (copied_by.rank() - number) % copied_by.size()
     return _Piece(name, parameter, shape, tuple(offset), tuple(whole), replica)
 
 
 def _groups(name: str) -> tuple[Any, Any]:
-    """The ranks that cut a parameter, and those that have the same part of it."""
+    """Return the ranks that split a parameter, and those that have the same part of it."""
     if ".experts." in name:
         return expert_tensor_group(), parallel_state.get_expert_data_parallel_group()
     return tensor_group(), parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 class _Master(NamedTuple):
-    """The elements from `start` of a flattened parameter that one torch optimizer updates."""
+    """Elements from `start` of a flattened parameter that one torch optimizer updates."""
 
     tensor: Tensor
     start: int
@@ -168,15 +168,17 @@ class _Master(NamedTuple):
 
 
 def _masters(optimizer: MegatronOptimizer) -> dict[Parameter, _Master]:
-    """Return the part of each parameter in this rank's optimizers; a distributed optimizer may hold none of it."""
+    """Return the part of each parameter in this rank's optimizers. A distributed optimizer may have no part of it."""
     found = {}
     for part in optimizer.chained_optimizers:  # type: ignore[attr-defined]
         inner: Any = part.optimizer
-        if inner is None:  # of a kind of parameter that this rank has none of
+        if inner is None:  # optimizer of a kind of parameter that this rank does not have
             continue
-        pairs: list[tuple[Any, Any]] = []  # groups of parameters of the model, groups of what is stepped for them
+        pairs: list[
+            tuple[Any, Any]
+        ] = []  # groups of model parameters, groups of the tensors that the optimizer updates for them
         if isinstance(part, DistributedOptimizer):
-            # not by model_param_group_index_map, whose order is wrong where a group has bfloat16 and float32 members
+            # model_param_group_index_map has the wrong order if a group has bfloat16 and float32 members
             pairs.append((part.model_float16_groups, part.shard_fp32_from_float16_groups))
             pairs.append((part.model_fp32_groups, part.shard_fp32_groups))
         elif isinstance(part, Float16OptimizerWithFloat16Params):
@@ -204,7 +206,10 @@ def begin_save(
     """Plan a save of parameters, optimizer state, `applied_steps` and RNG states into an empty folder; a collective.
 
     Args:
-        staged: copy to host memory what this rank will write, so that training may go on meanwhile.
+        folder: the folder.
+        model, optimizer: source of the state.
+        applied_steps: number of applied optimizer steps.
+        staged: copy this rank's data to host memory, so that training can continue.
     """
     pieces, masters = _pieces(model), _masters(optimizer)
     tensors = list(_tensors(pieces, masters, applied_steps))
@@ -237,16 +242,18 @@ def _tensors(
 
 @torch.no_grad()
 def load_state(folder: Path, model: ResponseModel, optimizer: MegatronOptimizer | None) -> int:
-    """Read what was saved by any layout; returns the applied steps; a collective.
+    """Read a state of any layout and return its applied steps; a collective.
 
-    RNG states are restored where the layout is the one that wrote them. Else every rank takes torch's own state from
-    rank 0, and megatron's named ones stay as the seed made them.
+    RNG states are restored if the layout is the same. Otherwise every rank gets torch's state of rank 0, and megatron's
+    named states keep their seeds.
 
     Args:
-        optimizer: None reads the weights alone.
+        folder: the state.
+        model: its weights are replaced.
+        optimizer: its state is replaced; None reads only weights.
 
     Raises:
-        CheckpointError: on every rank; the state is missing, damaged, of a newer format, or of another model.
+        CheckpointError: the state is missing, damaged, of a newer format, or of another model; raised on every rank.
     """
     manifest = open_state(folder)
     pieces = _pieces(model)
@@ -324,18 +331,18 @@ def _weight_targets(pieces: Sequence[_Piece]) -> tuple[list[ShardedTensor], list
 
 
 def _prepare_moments(masters: dict[Parameter, _Master], applied_steps: int) -> None:
-    """An optimizer that has made `applied_steps` steps, with moments to be read into."""
+    """Give an optimizer `applied_steps` steps and allocated moments to read into."""
     for master in masters.values():
         state = master.optimizer.state
         if not applied_steps:
             state.pop(master.tensor, None)
             continue
         moments: dict[str, Any] = {key: torch.zeros_like(master.tensor.detach()) for key in _MOMENTS}
-        if isinstance(master.optimizer, torch.optim.Adam):  # torch's counts steps for each parameter, on the CPU
+        if isinstance(master.optimizer, torch.optim.Adam):  # torch's optimizer counts steps per parameter, on the CPU
             moments["step"] = torch.tensor(float(applied_steps))
         state[master.tensor] = moments
     for optimizer in {id(master.optimizer): master.optimizer for master in masters.values()}.values():
-        if not isinstance(optimizer, torch.optim.Adam):  # fused ones in the group
+        if not isinstance(optimizer, torch.optim.Adam):  # fused optimizers count in the group
             for group in optimizer.param_groups:
                 group["step"] = applied_steps
 
@@ -353,7 +360,7 @@ def _layout() -> Layout:
 
 
 def _tracker() -> Any:
-    """megatron's named generators of parallel regions; `initialize_parallel` made them."""
+    """Return megatron's named generators of parallel regions, created by `initialize_parallel`."""
     return get_cuda_rng_tracker()
 
 

@@ -38,7 +38,7 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         model, optimizer, strategy_config: see `ModelSetup`, `OptimizerSetup`, `MegatronConfig`.
 
     Raises:
-        ConfigError: a layout or a model that is not supported.
+        ConfigError: the layout or the model is not supported.
     """
 
     def __init__(self, model: ModelSetup, optimizer: OptimizerSetup, strategy_config: MegatronConfig) -> None:
@@ -50,11 +50,11 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         self._trainer = MegatronTrainer(self._model, optimizer)
 
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
-        """Score every sample with the current weights, without gradient; float32 on the CPU."""
+        """Score every sample with the current weights, without gradient. The result is float32 on the CPU."""
         return score(self._model, sequences, entropy, self._routers)
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
-        """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
+        """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
 
         def share(rows: Tensor, packed_layout: PackedLayout, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
             value, metrics = loss(scores_of_rows(self._model, rows, packed_layout, entropy), batch)
@@ -63,12 +63,12 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         return self._trainer.update(micro_batches, share, self._prescribe)
 
     def _prescribe(self, batch: TrainBatch | None) -> None:
-        """Before a pass: let the routers choose the recorded experts where they are replayed."""
+        """Set the experts of the next pass if the routers replay."""
         if self._routers is not None:
             self._routers.prescribe(None if batch is None else self._prescribed(batch))
 
     def _prescribed(self, batch: TrainBatch) -> Tensor | None:
-        """[B, S, L, K] that the routers replay; they choose for themselves on padding and what was not recorded."""
+        """Return [B, S, L, K] that the routers replay. They choose freely on padding and unrecorded tokens."""
         if not self._replays:
             return None
         if batch.routed_experts is None:
@@ -76,7 +76,7 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         return batch.routed_experts
 
     def _routing_metrics(self, batch: TrainBatch) -> dict[str, Metric]:
-        """Return metrics of the last pass: replayed experts, and how many the routers would now choose otherwise."""
+        """Return metrics of the last pass: replayed experts, and choices in which the routers now differ."""
         routers, recorded = self._routers, batch.routed_experts
         if routers is None or recorded is None:
             return {}
@@ -90,16 +90,16 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         return metrics
 
     def weights(self) -> WeightSource:
-        """The live weights under checkpoint names."""
+        """Return the live weights under checkpoint names."""
         return MegatronWeights(self._model.chunks, self._model.architecture)
 
     def save_hf(self, folder: Path) -> None:
         """Write the model in Hugging Face layout; config and tokenizer come from the source checkpoint.
 
-        Rank 0 writes and reads back, every rank takes part in the export and waits for the outcome.
+        Rank 0 writes the files and reads them back. Every rank takes part in the export and waits for the outcome.
 
         Raises:
-            CheckpointError: on every rank, where rank 0 could not write.
+            CheckpointError: rank 0 could not write; raised on every rank.
         """
         setup, weights = self._model.setup, iter(self.weights())
         outcome: list[CheckpointError | None] = [None]
@@ -109,7 +109,7 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         except CheckpointError as error:
             outcome = [error]
         finally:
-            for _ in weights:  # others wait for this rank's part, whatever became of the file
+            for _ in weights:  # other ranks wait for this rank's part even if writing has failed
                 pass
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0] is not None:

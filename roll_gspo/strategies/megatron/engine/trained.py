@@ -1,4 +1,4 @@
-"""The weights of a training state, without its optimizer and in one process, whatever layout wrote it."""
+"""The weights of a training state of any layout, in one process and without its optimizer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class MegatronTrained(MegatronInfer):
 
     Args:
         model: `checkpoint` gives architecture and tokenizer.
-        folder: of the state.
+        folder: folder of the state.
 
     Raises:
-        ConfigError: a model that is not supported.
+        ConfigError: the model is not supported.
         CheckpointError: the state is missing, damaged, of a newer format, or of another model.
     """
 
@@ -29,7 +29,7 @@ class MegatronTrained(MegatronInfer):
         load_state(folder, self._model, None)
 
     def save_hf(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout into an existing folder; config and tokenizer are the source's."""
+        """Write the model in Hugging Face layout into an existing folder; config and tokenizer come from the source."""
         setup = self._model.setup
         weights = MegatronWeights(self._model.chunks, self._model.architecture)
         write_checkpoint(folder, setup.checkpoint, weights, setup.dtype)

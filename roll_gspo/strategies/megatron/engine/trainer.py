@@ -1,4 +1,4 @@
-"""Around one GPTModel, whatever its head: megatron's data-parallel wrapper, schedule and optimizer."""
+"""megatron's data-parallel wrapper, schedule and optimizer for a GPTModel with any head."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from roll_gspo.strategies.schedule import learning_rate
 # (hidden states [N, H] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the
 # loss, metrics)
 Loss = Callable[[Tensor, PackedLayout, TrainBatch], tuple[Tensor, dict[str, Metric]]]
-# what the loss function of one micro-batch reports through megatron's schedule
+# report of the loss function of one micro-batch, passed through megatron's schedule
 _Report = tuple[float, dict[str, Metric]]
 
 
 class MegatronTrainer:
-    """AdamW with decoupled weight decay, none on biases and norms, and its schedule.
+    """AdamW with decoupled weight decay (none on biases and norms) and its schedule.
 
-    The learning rate comes from `strategies.schedule`, set on the parameter groups before each step, so that every
-    engine follows one formula.
+    The learning rate comes from `strategies.schedule` and is set on the parameter groups before each step, so that all
+    engines use one formula.
 
     Args:
-        model: what is trained; from now on it runs inside the data-parallel wrapper.
-        setup: of optimizer and schedule.
+        model: trained model; it runs inside the data-parallel wrapper from now on.
+        setup: settings of optimizer and schedule.
     """
 
     def __init__(self, model: ResponseModel, setup: OptimizerSetup) -> None:
@@ -72,11 +72,12 @@ class MegatronTrainer:
         loss: Loss,
         before_pass: Callable[[TrainBatch | None], None] | None = None,
     ) -> UpdateResult:
-        """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite.
+        """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite.
 
         Args:
-            micro_batches: of every data-parallel rank; each takes its own.
-            before_pass: called with each micro-batch (None: of nothing) before it goes through the model.
+            micro_batches: micro-batches of all data-parallel ranks; each rank takes its share.
+            loss: loss function of a micro-batch.
+            before_pass: called with each micro-batch (None for a dummy pass) before its pass.
         """
         if not micro_batches:
             raise ValueError("update: no micro-batches")
@@ -91,7 +92,7 @@ class MegatronTrainer:
         return UpdateResult(total, grad_norm, rate, applied, merge(metrics for _, metrics in reports))
 
     def _mine(self, micro_batches: Sequence[TrainBatch]) -> list[MicroBatch]:
-        """This rank's micro-batches on its device."""
+        """Return this rank's micro-batches on its device."""
         nothing = micro_batches[0].sequences.rows(torch.zeros(1, dtype=torch.int64))
         return [
             self._model.micro_batch(nothing if batch is None else batch.sequences, batch)
@@ -99,7 +100,7 @@ class MegatronTrainer:
         ]
 
     def _step(self, rate: float, losses_finite: bool) -> tuple[float, bool]:
-        """(gradient norm before clipping, whether the optimizer stepped); gradients are gone afterwards."""
+        """Step the optimizer and drop the gradients; return (gradient norm before clipping, whether it stepped)."""
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         applied = losses_finite and math.isfinite(grad_norm)
@@ -121,10 +122,11 @@ class MegatronTrainer:
         """Write parameters, optimizer state, applied steps and RNG states into an empty folder; a collective.
 
         Args:
-            asynchronous: copy them to host memory and return; `finish_save` ends it.
+            folder: the folder.
+            asynchronous: copy the state to host memory and return; `finish_save` completes the save.
 
         Raises:
-            CheckpointError: on every rank, where one could not write; also of an earlier save that was not finished.
+            CheckpointError: a rank could not write, now or in an unfinished earlier save; raised on every rank.
         """
         self.finish_save()
         save = begin_save(folder, self._model, self._optimizer, self._applied_steps, staged=asynchronous)
@@ -135,13 +137,13 @@ class MegatronTrainer:
             save.finish()
 
     def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete (true if there was none), equal on all ranks; a collective.
+        """Return whether the last `save` is complete (True if there was none), equal on all ranks; a collective.
 
         Args:
-            wait: until it is.
+            wait: wait until it is complete.
 
         Raises:
-            CheckpointError: on every rank, where one could not write.
+            CheckpointError: a rank could not write; raised on every rank.
         """
         if self._saving is None:
             return True
@@ -155,16 +157,16 @@ class MegatronTrainer:
         return True
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, with this layout or another; a collective.
+        """Load a state that `save` wrote with this or another layout; a collective.
 
         Raises:
-            CheckpointError: on every rank; there is none, it is damaged, or it is of another model.
+            CheckpointError: the state is missing, damaged, or of another model; raised on every rank.
         """
         self._applied_steps = load_state(folder, self._model, self._optimizer)
 
 
 def _wrap(model: ResponseModel) -> list[DistributedDataParallel]:
-    """The data-parallel wrappers, with gradients accumulated in float32 and summed as they are."""
+    """Wrap the model for data parallelism; gradients are accumulated in float32 and summed, not averaged."""
     config, megatron_config = model.config, model.chunks[0].config
     wrapped = [
         DistributedDataParallel(
@@ -175,7 +177,7 @@ def _wrap(model: ResponseModel) -> list[DistributedDataParallel]:
                 use_distributed_optimizer=config.use_distributed_optimizer,
             ),
             chunk,
-            disable_bucketing=number > 0,  # later virtual stages have all of their gradients at once
+            disable_bucketing=number > 0,  # later virtual stages have all gradients at once
         )
         for number, chunk in enumerate(model.chunks)
     ]
@@ -199,7 +201,7 @@ def _reader(loss: Loss) -> Callable[[Tensor, MicroBatch], tuple[Tensor, _Report]
 
 
 def _of_all_ranks(reports: list[_Report]) -> list[_Report]:
-    """The reports of the whole world, the same on every rank and in the same order."""
+    """All-gather the reports; every rank gets them in the same order."""
     if dist.get_world_size() == 1:
         return reports
     mine = [(value, {name: metric.cpu() for name, metric in metrics.items()}) for value, metrics in reports]
@@ -209,5 +211,5 @@ def _of_all_ranks(reports: list[_Report]) -> list[_Report]:
 
 
 def _finalize_sums(model: list[Any], _num_tokens: Tensor | None, **groups: Any) -> None:
-    """Reduce gradients as sums: no division by tokens, micro-batches or data-parallel ranks."""
+    """Reduce gradients as sums, without division by tokens, micro-batches or data-parallel ranks."""
     finalize_model_grads(model, None, **groups)

@@ -1,7 +1,8 @@
-"""Reading a state that somebody else may have written: nothing in its files can run code.
+"""Safe reading of a state from an unknown source: nothing in its files can run code.
 
-megatron-core and torch unpickle `.metadata`, and non-tensor items of a `.distcp` file, without restriction. This module
-checks both before they are read. torch itself restricts the rest: tensors and `common.pt` load with `weights_only`.
+megatron-core and torch unpickle `.metadata`, and items other than tensors in a `.distcp` file, without restriction.
+This module checks both before they are read. torch restricts the rest: tensors and `common.pt` load with
+`weights_only`.
 """
 
 from __future__ import annotations

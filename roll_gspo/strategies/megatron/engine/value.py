@@ -1,4 +1,4 @@
-"""A critic with megatron-core: the trunk of a checkpoint under a value head.
+"""A critic with megatron-core: the trunk of a checkpoint and a value head.
 
 Legend: B samples, T response positions, N response tokens of a micro-batch, H hidden.
 """
@@ -25,7 +25,7 @@ class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
     """`ValueStrategy` of a checkpoint; a `ValueHead` replaces the output layer.
 
     Raises:
-        ConfigError: a layout or a model that is not supported.
+        ConfigError: the layout or the model is not supported.
     """
 
     def __init__(self, model: ModelSetup, optimizer: OptimizerSetup, strategy_config: MegatronConfig) -> None:
@@ -33,7 +33,7 @@ class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
         self._trainer = MegatronTrainer(self._model, optimizer)
 
     def values(self, sequences: Sequences) -> Tensor:
-        """[B, T] float32 on the CPU, without gradient: expected return before each response token; 0 where masked."""
+        """Return [B, T] float32 on the CPU, without gradient; 0 where masked."""
 
         def read(rows: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
             return [self._values(rows, micro_batch.packed_layout)]
@@ -41,7 +41,7 @@ class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
         return self._model.over_samples(sequences, read)[0]
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
-        """One optimizer step over all micro-batches; skipped where loss or gradient norm are not finite."""
+        """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
 
         def share(rows: Tensor, packed_layout: PackedLayout, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
             return loss(self._values(rows, packed_layout), batch)
@@ -49,20 +49,20 @@ class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
         return self._trainer.update(micro_batches, share)
 
     def _values(self, rows: Tensor, packed_layout: PackedLayout) -> Tensor:
-        """[B, T] of hidden states [N, H]."""
-        assert self._head is not None  # rows are there on the last pipeline stage only
-        # the layer's own forward hands out the rows, see ResponseModel
+        """Return [B, T] values of hidden states [N, H]."""
+        assert self._head is not None  # only the last pipeline stage has the rows
+        # the layer's forward returns the rows, see ResponseModel
         return packed_layout.place(ValueHead.forward(self._head, rows)[:, 0])
 
 
 def _with_value_head(model: ResponseModel) -> tuple[ResponseModel, ValueHead | None]:
-    """The same trunk under a head, to be done before optimizer and data-parallel wrapper know the parameters.
+    """Replace the head before optimizer and data-parallel wrapper collect the parameters.
 
-    The head is that of the last pipeline stage; each tensor-parallel rank has the whole of it.
+    The last pipeline stage has the head; each tensor-parallel rank has a whole copy.
     """
     head = None
     for chunk in model.chunks:
-        chunk.share_embeddings_and_output_weights = False  # a tied tensor is the embedding's alone from now on
+        chunk.share_embeddings_and_output_weights = False  # a tied tensor belongs only to the embedding from now on
         if chunk.post_process:
             head = ValueHead(model.architecture.hidden_size).to(model.device)
             chunk.output_layer = head  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Weights of a GPTModel: read from a Hugging Face checkpoint, and seen under Hugging Face names."""
+"""Weights of a GPTModel: reading from a Hugging Face checkpoint, and export under Hugging Face names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from roll_gspo.strategies.megatron.engine.parallel import (
     tensor_group,
 )
 
-# in some checkpoints: recomputed here, or the embedding once more
+# tensors of some checkpoints that are recomputed here or repeat the embedding
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 _TIED_HEAD = "lm_head.weight"
 
@@ -35,19 +35,19 @@ _EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=experts\.linear_fc[12]\.weigh
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[GPTModel], reader: CheckpointReader, architecture: Architecture) -> None:
-    """Fill every parameter of this rank, one at a time; of each tensor only what the rank holds is read.
+    """Fill every parameter of this rank, one at a time. Only this rank's part of each tensor is read.
 
-    The whole checkpoint is checked first, by its headers, so that every rank refuses it or none.
+    The headers of the whole checkpoint are checked first, so that either every rank rejects it or none.
 
     Raises:
-        CheckpointError: a weight is missing, has another shape, or is of no use to the model.
+        CheckpointError: a weight is missing, has another shape, or is not part of the model.
     """
     shapes = checkpoint_shapes(architecture)
     tied = architecture.tie_word_embeddings
     reader.check(shapes, (*_NOT_WEIGHTS, _TIED_HEAD) if tied else _NOT_WEIGHTS)
     for name, parameter in global_parameters(chunks):
         if name == "output_layer.weight" and tied:
-            name = "embedding.word_embeddings.weight"  # a last pipeline stage has its own copy
+            name = "embedding.word_embeddings.weight"  # the last pipeline stage has a copy
         group = _cutting_group(name)
         part = recipe(name).shard(reader.read, shapes, architecture, group.rank(), group.size())
         if part.shape != parameter.shape:
@@ -59,14 +59,14 @@ def load_weights(chunks: Sequence[GPTModel], reader: CheckpointReader, architect
 
 
 def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of this rank under the names that they would have in a model of one rank."""
+    """Return the parameters of this rank under their names in a model of one rank."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield _global_name(chunk, name), parameter
 
 
 def _global_name(chunk: GPTModel, name: str) -> str:
-    """Layers are counted over the pipeline, experts over the expert-parallel ranks."""
+    """Replace local numbers: layers are counted over the pipeline, experts over the expert-parallel ranks."""
     if match := re.match(r"decoder\.layers\.(\d+)", name):
         decoder: Any = chunk.decoder
         number = decoder.layers[int(match[1])].layer_number - 1
@@ -79,23 +79,23 @@ def _global_name(chunk: GPTModel, name: str) -> str:
 
 
 def _cutting_group(name: str) -> dist.ProcessGroup:
-    """The ranks that share a cut parameter."""
+    """Return the ranks that share a split parameter."""
     return expert_tensor_group() if _EXPERT.search(name) else tensor_group()
 
 
 class MegatronWeights:
     """The live weights of a model under checkpoint names (see `WeightSource`), in the order of a model of one rank.
 
-    Where several ranks share the model, an iteration is a collective: every rank of the world goes through all of it
-    and gets every tensor whole, in memory that the next tensors overwrite. Beside its own part a rank holds one
-    bucket (or one parameter that is larger) and one tensor. A rank that has the whole model gets views where packing
-    allows. Parts travel along the pipeline, then between expert ranks, then between tensor-parallel ranks: each
-    data-parallel copy of the model serves itself.
+    If several ranks share the model, an iteration is a collective: every rank of the world iterates to the end and gets
+    every whole tensor in memory that the next tensors overwrite. Besides its own part, a rank holds one bucket (or one
+    larger parameter) and one tensor. A rank with the whole model gets views if the packing allows. Parts are sent along
+    the pipeline, then between expert ranks, then between tensor-parallel ranks. Each data-parallel copy of the model
+    exports separately.
 
     Args:
-        chunks: this rank's layers.
-        architecture: of the checkpoint.
-        bucket_bytes: of the parameters that travel together.
+        chunks: layers of this rank.
+        architecture: architecture of the checkpoint.
+        bucket_bytes: size of the parameters that are sent together.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], architecture: Architecture, bucket_bytes: int = 64 << 20) -> None:
@@ -134,10 +134,10 @@ class MegatronWeights:
 
 
 class _Entry(NamedTuple):
-    """A parameter of the whole model: its name, shape and dtype on a rank, and who has it.
+    """A parameter of the whole model: its name, its shape and dtype on a rank, and its owner.
 
-    `stage` and `expert_rank` are ranks of the pipeline group and of the expert group; of what is no expert, all
-    expert ranks have copies.
+    `stage` and `expert_rank` are ranks of the pipeline group and of the expert group. All expert ranks have copies of
+    parameters outside the experts.
     """
 
     name: str
@@ -186,7 +186,7 @@ def _make_plan(mine: list[list[tuple[str, Tensor]]], architecture: Architecture,
 
 
 def _whole_model(mine: list[list[tuple[str, Tensor]]]) -> list[_Entry]:
-    """Every parameter of the model in the order of one rank; a collective.
+    """Return every parameter of the model in the order of one rank; a collective.
 
     Args:
         mine: names and parameters of this rank, a list for each virtual pipeline stage.
@@ -206,7 +206,7 @@ def _whole_model(mine: list[list[tuple[str, Tensor]]]) -> list[_Entry]:
     model: list[_Entry] = []
     for block, positions in itertools.groupby(range(len(in_order)), lambda i: _expert_block(in_order[i].name)):
         places = list(positions)
-        # expert ranks differ in the numbers of their experts only
+        # expert ranks differ only in the numbers of their experts
         model += [entries[place] for entries in (of_ranks[:1] if block is None else of_ranks) for place in places]
     return model
 
@@ -227,7 +227,7 @@ def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def _buckets(entries: Sequence[_Entry], limit: int) -> Iterator[list[_Entry]]:
-    """Consecutive parameters that go the same way and, with the parts of all ranks, fit into `limit` bytes together."""
+    """Yield consecutive parameters of the same way whose parts of all ranks fit into `limit` bytes."""
     bucket: list[_Entry] = []
     room = limit
     for entry in entries:
@@ -247,12 +247,12 @@ def _way(entry: _Entry) -> tuple[int, int | None, torch.dtype]:
 
 
 def _rows_shape(bucket: Sequence[_Entry]) -> tuple[int, int]:
-    """[R, bytes]: the parts of a bucket on each of R tensor-parallel ranks."""
+    """Return [R, bytes]: size of the parts of a bucket on each of R tensor-parallel ranks."""
     return _cutting_group(bucket[0].name).size(), sum(entry.part_bytes for entry in bucket)
 
 
 def _parts(bucket: Sequence[_Entry], rows: Tensor) -> list[Tensor]:
-    """Views [R, ...] of the parameters that lie one after the other in rows of bytes; [1, ...] where none is cut."""
+    """Return views [R, ...] of consecutive parameters in rows of bytes; [1, ...] if none is split."""
     parts = []
     for entry, part in zip(bucket, rows.split([entry.part_bytes for entry in bucket], 1), strict=True):
         part = part.view(entry.dtype).unflatten(1, entry.shape)
@@ -261,9 +261,9 @@ def _parts(bucket: Sequence[_Entry], rows: Tensor) -> list[Tensor]:
 
 
 def _collect(bucket: Sequence[_Entry], parameters: dict[str, Tensor], buffer: Tensor) -> list[Tensor]:
-    """The parts [R, ...] of every parameter of a bucket, in `buffer`; a collective.
+    """Collect the parts [R, ...] of every parameter of a bucket in `buffer`; a collective.
 
-    Broadcasts fill the buffer in place; gathering would, with gloo, take as much memory once more.
+    Broadcasts fill the buffer in place. Gathering with gloo would need the same amount of memory again.
     """
     stage, expert_rank, _ = _way(bucket[0])
     experts = expert_group() if expert_rank is not None else None
