@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +29,8 @@ from roll_gspo.errors import DataError
 
 logger = logging.getLogger(__name__)
 GSM8K_SEPARATOR = "####"
+# One number with thousands separators, perhaps with a unit. Other commas separate values.
+_GROUPED_NUMBER = re.compile(r"[^\d,()\[\]{}]*[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?[^\d,()\[\]{}]*")
 RESERVED_COLUMNS = ("prompt", "response")  # arguments of every reward, so columns with these names are dropped
 RowT = TypeVar("RowT")
 ANSWER_COLUMNS = ("ground_truth", "answer", "reward_model.ground_truth")  # the last one is verl's
@@ -266,12 +271,15 @@ def _pop_answer(rest: dict[str, Any], columns: Columns, found: str) -> str | Pro
 def _final_answer(answer: Any) -> Any:
     """Return the final answer of GSM8K's format, which is the solution followed by `#### 1,234`."""
     if isinstance(answer, str) and GSM8K_SEPARATOR in answer:
-        return answer.rpartition(GSM8K_SEPARATOR)[2].strip().replace(",", "")
+        final = answer.rpartition(GSM8K_SEPARATOR)[2].strip()
+        return final.replace(",", "") if _GROUPED_NUMBER.fullmatch(final) else final
     return answer
 
 
 def as_text(value: Any) -> str:
-    """Return a value as a string: strings unchanged, null as the empty string, others as JSON."""
+    """Return a value as text: strings as they are, null as "", floats without an exponent, others as JSON."""
     if value is None:
         return ""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -91,11 +91,7 @@ function show(s, scroll = false) {
     if (index >= 0 && Math.floor(index / PAGE) !== page) { page = Math.floor(index / PAGE); showList(); }
   }
   const row = markSelected();
-  if (row && scroll) { // within the list only: the page itself must not move
-    const list = byId('rows'), top = row.offsetTop - list.offsetTop;
-    if (top < list.scrollTop) list.scrollTop = top;
-    else if (top + row.offsetHeight > list.scrollTop + list.clientHeight) list.scrollTop = top + row.offsetHeight - list.clientHeight;
-  }
+  if (row && scroll) row.scrollIntoView({block: 'nearest'});
   byId('sample').replaceChildren(...(s ? sampleView(s) : [make('p', {className: 'facts', textContent: 'No sample matches.'})]));
   if (s) colorTokens();
 }
@@ -122,12 +118,12 @@ function followLink() {
 
 function sampleView(s) {
   const facts = make('p', {className: 'facts'}, scoreBadge(s));
-  const details = [s.failure === undefined ? null : 'not trained on',
+  const details = [s.failure === undefined ? null : `counted as ${number(s.score)}`,
     s.advantage === undefined ? null : `advantage ${signed(s.advantage)}`,
     s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens`,
     s.finish === 'length' ? 'truncated at the length limit' : null,
     s.version === undefined ? null : `sampled by weights ${s.version}`,
-    s.sample === undefined ? null : `sample ${s.sample} of ${s.set === 'validation' ? 'validation' : 'rollouts'}/step_${String(s.step).padStart(6, '0')}.parquet`];
+    s.sample === undefined ? null : `sample ${s.sample} of ${s.set === 'validation' ? 'validation' : 'rollouts'}/step_${String(s.step).padStart(6, '0')}`];
   facts.append(details.filter(Boolean).map(t => ' \u00b7 ' + t).join(''), ' \u00b7 ', make('a', {href: linkTo(s), textContent: 'link'}));
   const origin = [['row', s.id], ['source', s.source]].filter(pair => pair[1] !== undefined).map(pair => `${pair[0]} ${visible(pair[1])}`);
   const heading = [s.set === 'validation' ? `Validation at step ${s.step}` : `Step ${s.step}`, s.group === undefined ? null : `group ${s.group}`, s.domain].filter(v => v !== null && v !== undefined);

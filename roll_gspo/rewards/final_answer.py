@@ -3,9 +3,11 @@ r"""Extraction of the final answer: the text after the thinking, and the content
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 THINKING_START = "<think>"
 THINKING_END = "</think>"
+MAX_BOXES = 20
 # Some models write `\fbox` instead of `\boxed`. The lookahead excludes longer command names.
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -38,12 +40,28 @@ def count_boxes(text: str) -> int:
 
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last complete `\boxed{}`, including inner braces, or None if there is none."""
-    starts = {opening.end() for opening in _BOX.finditer(text)}
+    found = boxes(text)
+    return found[-1].content if found else None
+
+
+@dataclass(frozen=True)
+class Box:
+    """A complete `\\boxed{}` at `text[start:end]`."""
+
+    start: int
+    end: int
+    content: str
+
+
+def boxes(text: str) -> list[Box]:
+    r"""Return every complete `\boxed{}`, in order. The time is linear in the text."""
+    starts = {opening.end(): opening.start() for opening in _BOX.finditer(text)}
     unclosed: list[int] = []
-    last = (-1, -1)
+    found: list[tuple[int, int, int]] = []
     for brace in _BRACE.finditer(text):  # escaped braces match `\\.` and are skipped
         if brace.group() == "{":
             unclosed.append(brace.end())
         elif brace.group() == "}" and unclosed and (start := unclosed.pop()) in starts:
-            last = max(last, (start, brace.start()))
-    return text[slice(*last)] if last[0] >= 0 else None
+            found.append((starts[start], start, brace.start()))
+    # Contents of nested boxes would add up to quadratic size, so only those of the last boxes are copied.
+    return [Box(start, end + 1, text[content:end]) for start, content, end in sorted(found)[-MAX_BOXES:]]

@@ -21,9 +21,15 @@ _COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf)|mbox|boldsymbol|bm|bf|rm|left|right|q?quad)(?![A-Za-z])"
 )
 _DECORATION = re.compile(r"[{}$*\"'~]|\\[,;: ()]")
-_LEAD = re.compile(r"^(?:(?:option|options|answer|choice)\b[\s:]*(?:is\b[\s:]*)?)+", re.IGNORECASE)
+# Chinese, Japanese and Korean have no spaces between words.
+_CJK = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+_CJK_LEAD = r"(?:答案|答え|答|选项|選項|选择|選擇|选|選|正解|정답|답)(?:应该是|应为|是|为|為|は|은|는|:|\s){0,4}"
+_LEAD = re.compile(
+    rf"^(?:(?:option|options|answer|choice)\b[\s:]*(?:is\b[\s:]*)?|(?:故|应|應|正确|正確)?{_CJK_LEAD})+", re.IGNORECASE
+)
+_CJK_TAIL = re.compile(r"(?:选项|選項|项|項|です|입니다)?[.。]?$")
 _LETTER = r"[(\[]*[A-Z][)\]]*"
-_LETTERS = rf"{_LETTER}(?:\s*(?:[,;&/、]|,?\s*and\b|\s)\s*{_LETTER})*"
+_LETTERS = rf"{_LETTER}(?:\s*(?:[,;&/、和与與及]|,?\s*and\b|\s)\s*{_LETTER})*"
 _ALL_LETTERS = re.compile(rf"{_LETTERS}[.。]?")
 _LETTER_AND_TEXT = re.compile(
     r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\s*(?:[.:)\]]|[–—-](?!\s*[A-Z]\.?$)|(?=\()))\s*(\S.*)", re.DOTALL
@@ -32,8 +38,8 @@ _LETTER_AND_TEXT = re.compile(
 _HEDGE = re.compile(r"^\(?(?:and|or)\b|^[,;/&、]\s*[(\[]?[A-Z]\b|^[(\[]?[A-Z][)\]]|\bor\s+[(\[]?[A-Z](?:[)\]:]|\.\s)")
 _SMALL_LETTER = re.compile(r"[(\[]?[a-z][)\]]?\.?")
 _PHRASE = re.compile(
-    rf"(?i:\banswers?|\bchoice|\boption)\s*(?i:is|are|:)[\s:]*(?i:(?:option|choice)\s+)?({_LETTERS})"
-    r"(?=\s*(?:[.,;:!。]|$)|(?<=[)\]])\s+\S)(?!,?\s*(?:and|or)\b)",
+    rf"(?:(?i:\banswers?|\bchoice|\boption)\s*(?i:is|are|:)[\s:]*(?i:(?:option|choice)\s+)?|(?<!不){_CJK_LEAD})"
+    rf"({_LETTERS})(?=\s*(?:[.,;:!。]|$|{_CJK})|(?<=[)\]])\s+\S)(?!,?\s*(?:(?:and|or)\b|或|还是|還是|또는))",
     re.M,
 )
 
@@ -44,7 +50,7 @@ def option_letters(text: str) -> str | None:
     One option: `B`, `(B)`, `b`, `\text{B}`, `\textbf{(B)}`, `B. its text`, `Option B`. Several options: `A, C`,
     `A and C`, `(A)(C)`, `AC`. `A or C` and `A-C` name no option.
     """
-    plain = _LEAD.sub("", _strip_markup(text).strip()).strip()
+    plain = _CJK_TAIL.sub("", _LEAD.sub("", _strip_markup(text).strip())).strip()
     if re.fullmatch(r"[A-Z]{2,}", plain):  # letters in alphabetical order are options, others are a word
         return ",".join(plain) if list(plain) == sorted(set(plain)) else None
     if _ALL_LETTERS.fullmatch(re.sub(r"([)\]])(?=[(\[])", r"\1,", plain)):

@@ -50,6 +50,25 @@ def test_messages_may_be_a_list_and_ground_truth_a_number(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("final", "ground_truth"),
+    [
+        *(("1,234", "1234"), ("$1,234.50 in all", "$1234.50 in all"), ("0,1", "0,1"), ("(3, 4)", "(3, 4)")),
+        *(("[1, 5)", "[1, 5)"), ("2, 3, 5", "2, 3, 5"), ("(1,234)", "(1,234)"), ("1,234, 5,678", "1,234, 5,678")),
+    ],
+)
+def test_only_commas_in_one_grouped_number_are_removed(tmp_path, final, ground_truth):
+    row = {"question": "x", "answer": f"So.\n#### {final}"}
+    (read,) = read_rows([write(tmp_path, json.dumps(row))], KEY)
+    assert read.ground_truth == ground_truth
+
+
+@pytest.mark.parametrize(("number", "text"), [(1e-05, "0.00001"), (1e16, "10000000000000000"), (2.5, "2.5"), (3, "3")])
+def test_numbers_have_no_exponent(tmp_path, number, text):
+    (read,) = read_rows([write(tmp_path, json.dumps({"prompt": "x", "ground_truth": number}))], KEY)
+    assert read.ground_truth == text
+
+
+@pytest.mark.parametrize(
     ("bad", "match"),
     [
         ('{"prompt": "x"', "not valid JSON"),

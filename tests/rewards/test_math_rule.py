@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -100,15 +99,13 @@ def test_timeout_must_be_whole_seconds(timeout_s):
         MathRule(timeout_s)
 
 
-def test_endless_formula_fails_only_its_sample_and_keeps_its_worker():
-    endless = RewardRequest("", r"\boxed{9^{9^{9^9}}}", "3")
+def test_unbounded_formula_scores_0_without_a_timeout():
+    unbounded = RewardRequest("", r"\boxed{9^{9^{9^9}}}", "3")
     fine = RewardRequest("", r"\boxed{3}", "3")
     with RewardPool(reward_spec("math_rule", {"timeout_s": 1}, "rewards.m"), 1, 30.0, "rewards.m") as pool:
         pool.check()
         before = pool.pids
-        start = time.monotonic()
-        first, slow, last = pool.score([fine, endless, fine])
-        assert time.monotonic() - start < 15
+        results = pool.score([fine, unbounded, fine])
         assert pool.pids == before
-    assert first.score == last.score == 1
-    assert slow.score == 0 and "timeout_s 1" in (slow.failed or "")
+    assert [result.score for result in results] == [1, 0, 1]
+    assert all(result.failed is None for result in results)

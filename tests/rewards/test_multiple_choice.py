@@ -53,6 +53,10 @@ def test_option_letters(text, letters):
         (r"\boxed{A, B, C}", "AC", 0, "A,B,C"),
         (r"\boxed{42}", "B", 0, None),
         ("The answer is (B).", "B", 0, None),
+        ("\\boxed{选项B}", "B", 1, "B"),
+        ("\\boxed{选B}", "B", 1, "B"),
+        ("\\boxed{正确答案：A、C}", "AC", 1, "A,C"),
+        ("\\boxed{答えはBです}", "B", 1, "B"),
         ("", "B", 0, None),
     ],
 )
@@ -72,6 +76,12 @@ def test_last_box_is_scored(response, ground_truth, score, answer):
         ("**Answer**: B", "B"),
         (r"The answer is option \(B\).", "B"),
         ("Answer: B) its text", "B"),
+        ("答案：B。", "B"),
+        ("故选B", "B"),
+        ("所以答案是 A，C。", "A,C"),
+        ("正解はBです。", "B"),
+        ("先看选项A。不选A，答案为B项", "B"),
+        ("选A或B", None),
         ("The answer is (A) or (B).", None),
         ("The answer is A, or B.", None),
         ("The answer is A" + " " * 20_000 + "\n" * 20_000 + "B cat", "A"),  # must not backtrack

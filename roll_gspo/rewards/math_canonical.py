@@ -1,8 +1,8 @@
-r"""Normalization of answers: cleaning the content of a `\boxed{}`, and one notation for parsed formulas."""
+"""One notation for parsed formulas, for majority votes."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +11,8 @@ from sympy import Add, Equality, Float, Mul, Number, NumberSymbol, Pow, Rational
 from sympy.core.expr import UnevaluatedExpr
 from sympy.core.numbers import ImaginaryUnit
 from sympy.logic.boolalg import BooleanAtom
-from sympy.matrices import ImmutableDenseMatrix, MatrixBase
+from sympy.matrices import MatrixBase
 from sympy.sets import FiniteSet, Interval, Union
-
-_SPACE = r"(?:\\[,;:!> ]|\\q?quad(?![A-Za-z])|~|\s)"
-_AROUND = re.compile(rf"^(?:{_SPACE}|\\displaystyle(?![A-Za-z]))+|{_SPACE}*\.?{_SPACE}*$")
-_STYLED = re.compile(r"^\\(?:mathbf|boldsymbol|bm|mathit)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$")
-_CURRENCY = re.compile(r"^[€£¥₹]\s*(?=[\d.])|(?<=\d)\s*[€£¥₹]$")
-_NAMED = re.compile(r"^(?:[A-Za-z]|\\[A-Za-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?|\([A-Za-z]\))?\s*=(?!=)\s*([^=<>]+)$")
-_PERCENT = re.compile(r"^([^%]*[\d}])\s*\\?%$")
 
 # Types that `canonical_text` may evaluate, because they cannot take long.
 _CHEAP_TYPES = (
@@ -28,22 +21,7 @@ _CHEAP_TYPES = (
 )
 _MAX_NODES = 100
 _MAX_EXPONENT = 8
-
-
-def candidate_answers(formula: str) -> list[str]:
-    r"""Return possible interpretations of a box's content as input for math-verify, the most literal one first.
-
-    Spacing, a final full stop, bold type and currency signs are removed. `x = 5` may also mean 5. A percent sign is
-    moved to where math-verify expects it. Then `18\%` equals both 18 and 0.18, because datasets use all three forms.
-    """
-    text = _AROUND.sub("", formula)
-    while styled := _STYLED.match(text):
-        text = _AROUND.sub("", styled[1])
-    text = _CURRENCY.sub("", text)
-    if percent := _PERCENT.match(text):
-        return [f"${percent[1]}$%"]
-    named = _NAMED.match(text)
-    return [f"\\boxed{{{candidate}}}" for candidate in (text, *([named[1]] if named else []))]
+_MAX_TERMS = 500
 
 
 def canonical_text(formulas: Sequence[Any]) -> str | None:
@@ -62,7 +40,7 @@ def canonical_text(formulas: Sequence[Any]) -> str | None:
         return None
     formula = next((f for f in formulas if not isinstance(f, str)), formulas[0])
     if isinstance(formula, MatrixBase):
-        return str(ImmutableDenseMatrix(formula).applyfunc(_expand))
+        return str(formula.applyfunc(_expand))
     if isinstance(formula, Equality) and isinstance(formula.lhs, Symbol):
         formula = formula.rhs
     return str(_expand(formula)) if isinstance(formula, sympy.Basic) else " ".join(str(formula).split())
@@ -84,4 +62,14 @@ def _is_cheap(formula: Any) -> bool:
             return False
         if isinstance(node, Pow) and not (node.exp.is_Rational and abs(node.exp) <= _MAX_EXPONENT):
             return False
-    return True
+    return _max_terms(formula) <= _MAX_TERMS
+
+
+def _max_terms(formula: Any) -> int:
+    """Return an upper bound of the number of terms of an expanded formula."""
+    terms = [_max_terms(argument) for argument in formula.args]
+    if isinstance(formula, Mul):
+        return math.prod(terms)
+    if isinstance(formula, Pow):
+        return terms[0] ** max(1, math.ceil(abs(formula.exp)))
+    return max(1, sum(terms))
