@@ -63,6 +63,8 @@ class StrategyArgs(Schema):
     """A role that trains or scores may have several ranks, one per device. They form one process group."""
     supports_token_budget: ClassVar[bool] = False
     """`max_tokens_per_microbatch_in_infer` limits a forward pass by tokens, in place of `infer_batch_size`."""
+    reads_only_safetensors: ClassVar[bool] = False
+    """The engine cannot read weights in `pytorch_model.bin`."""
 
     @model_validator(mode="wrap")
     @classmethod

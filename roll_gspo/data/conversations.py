@@ -13,10 +13,10 @@ from typing import Any
 from roll_gspo.data import column_addition
 from roll_gspo.data.files import RawRow, abbreviate
 from roll_gspo.data.messages import Columns, Message, Problem, parse_messages, pop_messages, read_tools, take
-from roll_gspo.data.prompts import ChatFormat, load_templates
+from roll_gspo.data.prompts import load_templates
 from roll_gspo.data.rendering import Tools, apply_template, render
 from roll_gspo.data.rows import ReadOptions, as_text, read_parsed, row_columns
-from roll_gspo.data.templates import ChatTemplate
+from roll_gspo.data.templates import ChatFormat, ChatTemplate
 from roll_gspo.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from roll_gspo.batch import Prompt
 from roll_gspo.data.messages import Message
 from roll_gspo.data.rendering import Tools, check_tokenizer, render
 from roll_gspo.data.rows import DataRow
-from roll_gspo.data.templates import NATIVE, TEMPLATES, ChatTemplate, chat_template
+from roll_gspo.data.templates import NATIVE, TEMPLATES, ChatFormat, ChatTemplate
 from roll_gspo.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """Chat templates and system prompts.
-
-    Attributes:
-        template: name of a template, or path of a Jinja file.
-        tag_templates: templates by tag, which override `template` for rows with that tag.
-        system_prompt: system message for conversations without one; None for none.
-        domain_system_prompts: system messages by domain, which override `system_prompt`.
-    """
-
-    template: str = NATIVE
-    tag_templates: Mapping[str, str] = field(default_factory=dict)
-    system_prompt: str | None = None
-    domain_system_prompts: Mapping[str, str] = field(default_factory=dict)
-
-    def templates(self) -> dict[str, ChatTemplate]:
-        """Return all templates in use by name.
-
-        Raises:
-            DataError: a template does not exist.
-        """
-        return {name: chat_template(name) for name in (self.template, *self.tag_templates.values())}
-
-    def with_system(self, messages: Sequence[Message], domain: str) -> Sequence[Message]:
-        """Return the messages, with the system prompt of the domain if they have no system message."""
-        content = self.domain_system_prompts.get(domain, self.system_prompt)
-        if content is None or messages[0]["role"] == "system":
-            return messages
-        return ({"role": "system", "content": content}, *messages)
 
 
 def encode_chat(

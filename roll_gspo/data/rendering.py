@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from roll_gspo.data.messages import Message
-from roll_gspo.data.templates import NATIVE, TEMPLATES, ChatTemplate
+from roll_gspo.data.templates import ChatTemplate, template_problem
 from roll_gspo.errors import DataError
 
 Tools = Sequence[Mapping[str, Any]]
-PROBE = "Zx7PROBEq9"  # a text that no template contains
 # Keys that only link a result to its call. Templates rely on the order of the messages instead.
 LINKS = {"tool": ("tool_call_id", "id", "name"), "assistant": ("id",)}
 
@@ -92,39 +91,8 @@ def check_tokenizer(template: ChatTemplate, tokenizer: Any) -> None:
     """Check that the tokenizer has the template or its tokens, and that the template renders messages.
 
     Raises:
-        DataError: the tokenizer has no chat template, lacks tokens of `template`, or the text of a user message does
-            not occur in what the template renders.
+        DataError: the tokenizer has no chat template, lacks tokens of `template`, or the template ignores messages.
     """
-    if template.source is None:
-        _check_native(tokenizer.chat_template)
-    else:
-        vocabulary = tokenizer.get_vocab()
-        if missing := [token for token in template.tokens if token not in vocabulary]:
-            raise DataError(
-                f"the chat template {template.name} needs the tokens {', '.join(missing)}, which the tokenizer lacks; "
-                "use the template of this model family, or native"
-            )
-    try:
-        text = apply_template(tokenizer, template, [{"role": "user", "content": PROBE}], tokenize=False)
-    except Exception:  # a template may need a system message; rows that it rejects are reported by place
-        return
-    if PROBE not in text:
-        name = "of the tokenizer" if template.source is None else template.name
-        raise DataError(
-            f"the chat template {name} does not render the content of a user message (it renders "
-            f"{text[:60]!r}); correct it, or set data_args.template to another one"
-        )
-
-
-def _check_native(chat_template: Any) -> None:
-    known = ", ".join(name for name in TEMPLATES if name != NATIVE)
-    if chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template; set data_args.template to one "
-            f"({known}, or a .jinja file), or add chat_template to its tokenizer_config.json"
-        )
-    if isinstance(chat_template, dict) and "default" not in chat_template:
-        raise DataError(
-            f"the tokenizer has the chat templates {', '.join(chat_template)}, but none called default; set "
-            f"data_args.template to one of {known}, or a .jinja file"
-        )
+    problem = template_problem(template, tokenizer.chat_template, tokenizer.get_vocab())
+    if problem is not None:
+        raise DataError(problem)

@@ -6,15 +6,19 @@ error that names its key.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from roll_gspo.errors import ConfigError
+from roll_gspo.models.config_files import read_object
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Architecture:
         path = folder / "config.json"
         if not path.is_file():
             raise ConfigError(f"{folder}: no config.json; give a folder in Hugging Face layout")
-        return Architecture.from_config(json.loads(path.read_text()), str(path))
+        return Architecture.from_config(read_object(path), str(path))
 
     @staticmethod
     def from_config(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -74,7 +78,7 @@ class Architecture:
         Raises:
             ConfigError: a key is missing, or the architecture is not supported.
         """
-        if problems := list(_unsupported(config)):
+        if problems := [*_unsupported(config), *_wrong_sizes(config)]:
             raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
         try:
             return _read(config)
@@ -109,6 +113,15 @@ def _read(config: Mapping[str, Any]) -> Architecture:
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         experts=experts,
     )
+
+
+def _wrong_sizes(config: Mapping[str, Any]) -> list[str]:
+    """Return one line per size that is no positive integer; missing ones are reported when they are read."""
+    return [
+        f"{key}: {config[key]!r} is no positive integer; restore the file"
+        for key in _SIZES
+        if config.get(key) is not None and (type(config[key]) is not int or config[key] < 1)
+    ]
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:

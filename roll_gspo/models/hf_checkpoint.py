@@ -7,6 +7,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from roll_gspo.errors import CheckpointError
+from roll_gspo.models.config_files import CONFIG, read_object
 from roll_gspo.models.weight_mapping import FusedSlice, fused_slice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 * 1024**3
+CHAT_TEMPLATES = "additional_chat_templates"  # folder of named chat templates
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_COPIED = ("adapter_config.json", CONFIG, "*.index.json", "*.index.*.json")  # describe the source's weights
 
 
 class CheckpointReader:
@@ -37,10 +41,10 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, safe_open] = {}
-        if (folder / INDEX).is_file():
-            names: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        elif (folder / SINGLE).is_file():
+        if (folder / SINGLE).is_file():  # as in transformers, an index beside it is not read
             names = dict.fromkeys(self._opened(SINGLE).keys(), SINGLE)
+        elif (folder / INDEX).is_file():
+            names = read_object(folder / INDEX)["weight_map"]
         else:
             raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}; convert the weights to safetensors")
         self._file_of = names
@@ -162,7 +166,7 @@ def write_checkpoint(
         _write_companions(folder, source, dtype)
     except BaseException as error:
         for path in set(folder.iterdir()) - existing:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise CheckpointError(
                 f"{folder}: the model cannot be written ({error}); free space or choose another folder"
@@ -211,13 +215,17 @@ def _write_weights(
 
 
 def _write_companions(folder: Path, source: Path, dtype: torch.dtype) -> None:
+    """Copy tokenizer, chat templates and settings, but no file that describes the weights of the source."""
     for path in source.iterdir():
-        if path.suffix in _COMPANIONS and path.name not in (INDEX, "config.json") and path.is_file():
+        is_of_weights = any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED)
+        if path.is_file() and path.suffix in _COMPANIONS and not is_of_weights:
             shutil.copyfile(path, folder / path.name)
-    config = json.loads((source / "config.json").read_text())
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES)
+    config = read_object(source / CONFIG)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:

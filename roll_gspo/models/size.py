@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.config_files import CONFIG, read_object, text_config
 from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
 
 
@@ -35,22 +35,45 @@ def architecture_of(pretrain: str) -> Architecture | None:
 
 def context_length_of(pretrain: str) -> int | None:
     """Return the context length of a builtin model or local checkpoint; None if unknown."""
+    return _size(pretrain, "max_position_embeddings")
+
+
+def head_size_of(pretrain: str) -> int | None:
+    """Return the size of an attention head of a builtin model or local checkpoint; None if unknown."""
+    hidden, heads = (_size(pretrain, key) for key in ("hidden_size", "num_attention_heads"))
+    return _size(pretrain, "head_dim") or (hidden // heads if hidden and heads else None)
+
+
+def _size(pretrain: str, key: str) -> int | None:
+    value = (_hf_config(pretrain) or {}).get(key)
+    return value if type(value) is int and value > 0 else None
+
+
+def model_type_of(pretrain: str) -> str | None:
+    """Return the `model_type` of a builtin model or local checkpoint; None if unknown.
+
+    Raises:
+        ConfigError: `config.json` is damaged.
+    """
     config = _hf_config(pretrain)
-    return None if config is None else config.get("max_position_embeddings")
+    return None if config is None else config.get("model_type")
 
 
 def _hf_config(pretrain: str) -> Mapping[str, Any] | None:
     if pretrain.startswith(BUILTIN):
         spec = TINY_MODELS.get(pretrain.removeprefix(BUILTIN))
         return None if spec is None else spec.hf_config
-    config_file = Path(pretrain) / "config.json"
-    return json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
+    config_file = Path(pretrain) / CONFIG
+    return text_config(read_object(config_file)) if config_file.is_file() else None
 
 
 def size_of(pretrain: str) -> ModelSize | None:
     """Return the size of a builtin model or local checkpoint, or as read from a name like `Qwen2.5-7B`; else None."""
     if (config := _hf_config(pretrain)) is not None:
-        return _count(config, "builtin" if pretrain.startswith(BUILTIN) else "config.json")
+        try:
+            return _count(config, "builtin" if pretrain.startswith(BUILTIN) else CONFIG)
+        except (KeyError, TypeError, ZeroDivisionError):  # a family with other keys, or a damaged file
+            return None
     if pretrain.startswith(BUILTIN):
         return None
     if match := re.search(r"(\d+(?:\.\d+)?)B(?:-A(\d+(?:\.\d+)?)B)?", pretrain):

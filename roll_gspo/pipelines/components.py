@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,11 @@ from roll_gspo.checkpoint import CheckpointStore
 from roll_gspo.config.data import SourceArgs
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.data.prompts import end_of_turn_ids
+from roll_gspo.errors import ConfigError
 from roll_gspo.execution import EXECUTORS
 from roll_gspo.execution.base import Executor
+from roll_gspo.models.config_files import CONFIG, end_of_sequence_ids, read_object, text_config
+from roll_gspo.models.folder_check import NO_END
 from roll_gspo.pipelines.data_sources import chat_format
 from roll_gspo.pipelines.output import Output
 from roll_gspo.pipelines.placement import execution_settings
@@ -59,20 +62,53 @@ def start_executor(config: AnyConfig, console: Console) -> Executor:
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
-    """Load the tokenizer of a checkpoint. Without a padding token it pads with the end-of-sequence token."""
+    """Load the tokenizer of a checkpoint. Without a padding token it pads with an end-of-sequence token.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded, or the model has no end-of-sequence token.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except Exception as error:  # arbitrary exceptions of tokenizer code and parsers
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{checkpoint}: the tokenizer cannot be loaded ({reason[:300]}); repair its files") from error
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        ends = end_of_sequence_ids(checkpoint, tokenizer)
+        if not ends:
+            raise ConfigError(f"{checkpoint}: {NO_END}")
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
 
 
+def check_token_ids(samples: Iterable[Sequence[int]], tokenizer: Any, checkpoint: Path) -> None:
+    """Check that every token is in the vocabulary of the model, padding included.
+
+    Raises:
+        ConfigError: a token has an id beyond the vocabulary.
+    """
+    size = text_config(read_object(checkpoint / CONFIG)).get("vocab_size")
+    largest = max((max(ids) for ids in samples if ids), default=0)
+    largest = max(largest, tokenizer.pad_token_id)
+    if isinstance(size, int) and largest >= size:
+        raise ConfigError(
+            f"{checkpoint}: the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but "
+            f"vocab_size in {CONFIG} is {size}; use the tokenizer of this model, or resize the model's embeddings"
+        )
+
+
 def stop_ids(config: AnyConfig, blocks: Sequence[SourceArgs], tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
-    """Return every id that ends a response: those of the model, and those that end a turn in the data's templates."""
-    stops = set(stop_token_ids(tokenizer, checkpoint))
+    """Return every id that ends a response: those of the model, and those that end a turn in the data's templates.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    stops = set(end_of_sequence_ids(checkpoint, tokenizer))
     for args in blocks:
         stops |= end_of_turn_ids(tokenizer, chat_format(config, args))
+    if not stops:
+        raise ConfigError(f"{checkpoint}: {NO_END}")
     return tuple(sorted(stops))
 
 
@@ -83,17 +119,6 @@ def response_text(tokenizer: Any, token_ids: Sequence[int], stop_ids: Sequence[i
     """
     removed = {tokenizer.eos_token_id, tokenizer.pad_token_id, *stop_ids}
     return tokenizer.decode([token for token in token_ids if token not in removed])
-
-
-def stop_token_ids(tokenizer: Any, checkpoint: Path) -> tuple[int, ...]:
-    """Return the end-of-sequence ids of the tokenizer and of generation_config.json."""
-    from transformers import GenerationConfig
-
-    ids = {tokenizer.eos_token_id}
-    if (checkpoint / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(checkpoint).eos_token_id
-        ids |= set(configured) if isinstance(configured, list) else {configured}
-    return tuple(sorted(i for i in ids if i is not None))
 
 
 def resume(

@@ -10,8 +10,7 @@ from roll_gspo.config.data import DataArgs, SourceArgs
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.data import column_addition, multi_domain
-from roll_gspo.data.prompts import ChatFormat
-from roll_gspo.data.templates import NATIVE
+from roll_gspo.data.templates import NATIVE, ChatFormat
 from roll_gspo.errors import DataError
 
 BUILTIN = "builtin:"

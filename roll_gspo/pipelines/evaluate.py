@@ -16,7 +16,7 @@ from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.data.rows import DataRow
 from roll_gspo.errors import RewardError
-from roll_gspo.pipelines.components import load_tokenizer, response_text, stop_ids
+from roll_gspo.pipelines.components import check_token_ids, load_tokenizer, response_text, stop_ids
 from roll_gspo.pipelines.evaluated import REPORT, Evaluated
 from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
@@ -92,6 +92,7 @@ def _sample(
         tokenizer = load_tokenizer(checkpoint)
         block = config.validation.data_args
         prompts = tokenize(config, block, rows, tokenizer, config.validation_prompt_length)
+        check_token_ids((prompt.token_ids for prompt in prompts), tokenizer, checkpoint)
     stops = stop_ids(config, [block], tokenizer, checkpoint)
     validation = new_validation(config, prompts, stops, judge)
     with console.stage("start actor_infer"):

@@ -59,6 +59,7 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = ()) -> Plan:
     title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
     warnings = (*pipeline.warnings(config), *execution_warnings(config), *memory_warnings(config, on_cuda))
     problems = (*_replay_problems(config, size), *pipeline.problems(config), *device_problems(config, on_cuda))
+    problems = tuple(dict.fromkeys(problems))  # roles may share a model
     return Plan(title, tuple(rows), warnings, problems, config_warnings)
 
 

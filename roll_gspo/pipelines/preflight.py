@@ -10,8 +10,17 @@ from roll_gspo.config.data import CHAT_TEMPLATES, SourceArgs
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import StrategyArgs
 from roll_gspo.data.hf_datasets import parse_dataset_name
-from roll_gspo.errors import DataError, MissingDependencyError
-from roll_gspo.models.tiny import BUILTIN
+from roll_gspo.data.templates import template_problem
+from roll_gspo.errors import ConfigError, DataError, MissingDependencyError
+from roll_gspo.models.folder_check import (
+    NO_END,
+    chat_templates,
+    check_folder,
+    has_end_of_sequence,
+    read_vocabulary,
+)
+from roll_gspo.models.tiny import BUILTIN, CHAT_TEMPLATE, SPECIAL_TOKENS
+from roll_gspo.pipelines.data_sources import chat_format
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pretrain import check_model_name
 from roll_gspo.tracking.trackers import check_trackers
@@ -27,6 +36,7 @@ def preflight(config: AnyConfig) -> None:
     check_trackers(config.track_with, config.tracker_options)
     check_models(config)
     check_data_files(config)
+    check_templates(config)
 
 
 def check_engines(config: AnyConfig) -> None:
@@ -56,13 +66,57 @@ def missing_engine(role: str, args: StrategyArgs) -> str | None:
 
 
 def check_models(config: AnyConfig) -> None:
-    """Check that every role's model exists. Names on the Hugging Face hub are not looked up.
+    """Check that every role's model exists, by its files. Names on the Hugging Face hub are not looked up.
 
     Raises:
-        ConfigError: a `builtin:` name is unknown, or a folder is missing or holds no model.
+        ConfigError: a `builtin:` name is unknown, or a folder is missing or holds no whole model.
     """
-    for role in config.roles().values():
-        check_model_name(model_of(config, role))
+    safetensors: dict[str, bool] = {}
+    for name, role in config.roles().items():
+        model, own = model_of(config, role), role.model_args.model_name_or_path
+        key = f"{name}.model_args.model_name_or_path" if model == own else "pretrain"
+        check_model_name(model, key)
+        safetensors[model] = safetensors.get(model, False) or role.strategy_args.reads_only_safetensors
+    for model, needs_safetensors in safetensors.items():
+        if Path(model).is_dir():
+            check_folder(Path(model), needs_safetensors=needs_safetensors)
+
+
+def check_templates(config: AnyConfig) -> None:
+    """Check that the model of `actor_train` has the chat templates in use and a token that ends a response.
+
+    Names on the Hugging Face hub are not looked up.
+
+    Raises:
+        DataError: a template is missing or broken, or needs tokens that the tokenizer lacks.
+        ConfigError: no token ends a response.
+    """
+    model = model_of(config, config.actor_train)
+    templates = {
+        (key, template.name): template
+        for key, block in data_blocks(config).items()
+        for template in chat_format(config, block).templates().values()
+    }
+    if model.startswith(BUILTIN):
+        own, vocabulary = {"default": CHAT_TEMPLATE}, frozenset(SPECIAL_TOKENS)
+    elif Path(model).is_dir():
+        own, vocabulary = chat_templates(Path(model)), read_vocabulary(Path(model))
+        if not any(template.end_of_turn for template in templates.values()) and not has_end_of_sequence(Path(model)):
+            raise ConfigError(f"{model}: {NO_END}")
+    else:
+        return
+    for (key, _), template in templates.items():
+        known = vocabulary if vocabulary is not None else template.tokens  # only the tokenizer's code can tell
+        if (problem := template_problem(template, own, known)) is not None:
+            raise DataError(f"{key}: {problem}")
+
+
+def data_blocks(config: AnyConfig) -> dict[str, SourceArgs]:
+    """Return every `data_args` block by the key of its files."""
+    blocks: dict[str, SourceArgs] = {"actor_train.data_args.file_name": config.actor_train.data_args}
+    if config.validation is not None:
+        blocks["validation.data_args.file_name"] = config.validation.data_args
+    return blocks
 
 
 def check_data_files(config: AnyConfig) -> None:
@@ -74,10 +128,7 @@ def check_data_files(config: AnyConfig) -> None:
         DataError: lists each missing one with the key that names it.
         MissingDependencyError: a name or a folder for the `datasets` library, and it is not installed.
     """
-    blocks: dict[str, SourceArgs] = {"actor_train.data_args.file_name": config.actor_train.data_args}
-    if config.validation is not None:
-        blocks["validation.data_args.file_name"] = config.validation.data_args
-    check_files(config, blocks)
+    check_files(config, data_blocks(config))
 
 
 def check_files(config: AnyConfig, blocks: Mapping[str, SourceArgs]) -> None:

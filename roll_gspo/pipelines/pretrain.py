@@ -13,12 +13,13 @@ from roll_gspo.config.roles import WarmStart
 from roll_gspo.config.run import RunConfig
 from roll_gspo.errors import ConfigError
 from roll_gspo.models import tiny
+from roll_gspo.models.folder_check import check_folder
 from roll_gspo.registry import did_you_mean
 from roll_gspo.tracking.console import Console
 
 MAKER_VERSION = 1  # increment when the recipe below produces a different model
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 def prepare_checkpoint(config: RunConfig, name: str, console: Console, key: str = "pretrain") -> Path:
@@ -39,7 +40,9 @@ def prepare_checkpoint(config: RunConfig, name: str, console: Console, key: str 
     if Path(name).is_dir():
         return Path(name)
     with console.stage(f"download {name}"):
-        return _download(name, key)
+        folder = _download(name, key)
+    check_folder(folder, needs_safetensors=False)
+    return folder
 
 
 def check_model_name(name: str, key: str = "pretrain") -> None:

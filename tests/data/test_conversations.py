@@ -17,8 +17,9 @@ from roll_gspo.data.conversations import (
     read_conversations,
 )
 from roll_gspo.data.messages import Columns
-from roll_gspo.data.prompts import ChatFormat, encode_chat
+from roll_gspo.data.prompts import encode_chat
 from roll_gspo.data.rows import ReadOptions
+from roll_gspo.data.templates import ChatFormat
 from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from roll_gspo.config.data import CHAT_TEMPLATES
-from roll_gspo.data.prompts import ChatFormat, encode_chat, end_of_turn_ids, make_prompts
+from roll_gspo.data.prompts import encode_chat, end_of_turn_ids, make_prompts
 from roll_gspo.data.rows import DataRow
-from roll_gspo.data.templates import TEMPLATES, chat_template
+from roll_gspo.data.templates import TEMPLATES, ChatFormat, chat_template
 from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import byte_tokenizer
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from roll_gspo.data.conversations import make_samples, read_conversations
-from roll_gspo.data.prompts import ChatFormat, make_prompts
+from roll_gspo.data.prompts import make_prompts
 from roll_gspo.data.rows import read_rows
+from roll_gspo.data.templates import ChatFormat
 from roll_gspo.errors import DataError
 from roll_gspo.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 

@@ -41,13 +41,17 @@ GOOD = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 14) f
         (("pretrain=builtin:tiny_qwen",), ("unknown builtin model 'tiny_qwen'; did you mean 'tiny_qwen3'?",)),
         (("pretrain=./nowhere",), ("pretrain: no folder './nowhere'",)),
         (("pretrain=empty",), ("pretrain: empty has no config.json",)),
+        (("pretrain=cut",), ("cut/model.safetensors: cannot be read as safetensors",)),
     ],
-    ids=["data file", "builtin", "folder", "empty folder"],
+    ids=["data file", "builtin", "folder", "empty folder", "damaged weights"],
 )
 def test_missing_input_is_reported_before_heavy_imports(
     workplace: Path, small: tuple[str, ...], arguments: tuple[str, ...], texts: tuple[str, ...]
 ) -> None:
     (workplace / "empty").mkdir()
+    (workplace / "cut").mkdir()
+    (workplace / "cut/config.json").write_text('{"model_type": "qwen3"}')
+    (workplace / "cut/model.safetensors").write_bytes(b"cut")
     heavy = "import sys, atexit\natexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
     (workplace / "sitecustomize.py").write_text(heavy)
     outcome = spawn(*HF, *small, *arguments, folder=workplace, env={"PYTHONPATH": _paths(workplace)})

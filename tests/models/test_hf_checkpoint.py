@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_model, write_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from roll_gspo.errors import CheckpointError
 from roll_gspo.models.architecture import Architecture
@@ -50,6 +50,34 @@ def test_shards_are_written_indexed_and_read_back(tmp_path: Path) -> None:
     assert reader.names == weights.keys()
     reloaded = AutoModelForCausalLM.from_pretrained(target).state_dict()
     assert all(torch.equal(reloaded[name], tensor) for name, tensor in weights.items())
+
+
+def test_export_keeps_chat_templates_and_drops_descriptions_of_the_source_weights(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "llama")
+    weights = load_file(source / "model.safetensors")
+    listed = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": listed}))
+    stale = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors.index.fp32.json")
+    for name in (*stale, "adapter_config.json"):
+        (source / name).write_text('{"weight_map": {}}')
+    exported = []
+    for number, files in enumerate(({}, {"chat_template.jinja": "c", "additional_chat_templates/rag.jinja": "d"})):
+        for name, text in files.items():
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_text(text)
+        (target := tmp_path / str(number)).mkdir()
+        write_checkpoint(target, source, weights.items(), torch.float32)
+        exported.append(AutoTokenizer.from_pretrained(target).chat_template)
+        assert exported[-1] == AutoTokenizer.from_pretrained(source).chat_template
+        assert not [*target.glob("*.index*.json"), *target.glob("adapter*")]
+    assert exported == [{"default": "a", "tool_use": "b"}, {"default": "c", "rag": "d"}]
+
+
+def test_single_file_has_precedence_over_an_index_as_in_transformers(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"b": "model-00001-of-00002.safetensors"}}')
+    assert CheckpointReader(tmp_path).names == {"a"}
 
 
 def test_config_has_the_written_dtype(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_shipped_layouts_run_on_gpus(example: str) -> None:
 
 
 def test_model_of_a_local_folder_is_checked(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(DEEPER["four_layers"][1].to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps({**DEEPER["four_layers"][1].to_dict(), "head_dim": 32}))
     layout = (f"{STRATEGY}.pipeline_model_parallel_size=3", "actor_train.device_mapping='0-2'", RAY)
     batch = ("rollout_batch_size=33", "actor_train.training_args.gradient_accumulation_steps=1", "warm_start=null")
     batch = (*batch, "actor_train.training_args.per_device_train_batch_size=4")

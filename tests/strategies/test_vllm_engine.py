@@ -29,6 +29,7 @@ from roll_gspo.strategies.base import ModelSetup, Sampling, TrainStrategy
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.megatron.config import MegatronConfig
+from roll_gspo.strategies.vllm.args import cpu_head_sizes
 from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
@@ -437,6 +438,12 @@ def test_settings_that_do_not_fit_are_config_errors(tmp_path: Path) -> None:
     setup = ModelSetup(tmp_path, torch.float32, 1, 1.0, 0)
     with pytest.raises(ConfigError, match="max_model_len"):
         VllmGenerate(setup, VllmConfig(), max_model_len=100_000)
+
+
+def test_head_sizes_of_the_plan_are_those_of_vllm() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert cpu_head_sizes() == CPUAttentionBackend.get_supported_head_sizes()
 
 
 def test_head_sizes_that_vllm_cannot_compute_are_config_errors(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.execution.base import Executor
 from roll_gspo.pipelines.components import (
     RunComponents,
+    check_token_ids,
     load_tokenizer,
     make_output,
     response_text,
@@ -168,6 +169,7 @@ def _tokenized(config: ExperimentConfig, datasets: Datasets, checkpoint: Path, c
             length = config.validation_prompt_length
             validation = tokenize(config, blocks[1], datasets.validation, tokenizer, length)
             check_keep_best(config.checkpoint_config.keep_best, validation, config.validation)
+        check_token_ids((prompt.token_ids for prompt in (*train, *validation)), tokenizer, checkpoint)
     return _Tokenized(tokenizer, train, validation, stop_ids(config, blocks, tokenizer, checkpoint))
 
 

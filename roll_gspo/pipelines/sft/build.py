@@ -26,7 +26,15 @@ from roll_gspo.data.conversations import (
 from roll_gspo.data.messages import Columns
 from roll_gspo.data.rows import ReadOptions
 from roll_gspo.data.sampler import PromptSampler
-from roll_gspo.pipelines.components import RunComponents, load_tokenizer, make_output, resume, start_executor, stop_ids
+from roll_gspo.pipelines.components import (
+    RunComponents,
+    check_token_ids,
+    load_tokenizer,
+    make_output,
+    resume,
+    start_executor,
+    stop_ids,
+)
 from roll_gspo.pipelines.data_sources import (
     DATA_SEED,
     NUM_GENERATED_ROWS,
@@ -85,6 +93,8 @@ def build_components(config: SftConfig, folder: RunFolder, console: Console) -> 
         validation: tuple[ChatSample, ...] = ()
         if config.validation is not None:
             validation = _tokenized(config, config.validation.data_args, held_out, tokenizer).samples
+        whole = ((*sample.prompt_ids, *sample.response_ids) for sample in (*samples.samples, *validation))
+        check_token_ids(whole, tokenizer, checkpoint)
         _check_ends(config, samples, tokenizer, checkpoint)
     num_steps = config.num_steps(len(samples.samples))
     epochs = num_steps * config.mini_batch_size / len(samples.samples)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from roll_gspo.config.base import Problem
@@ -13,6 +15,9 @@ from roll_gspo.config.strategy import (
     StrategyArgs,
     TrainStrategyArgs,
 )
+from roll_gspo.errors import ConfigError
+from roll_gspo.models.config_files import CONFIG
+from roll_gspo.models.size import model_type_of
 from roll_gspo.strategies.hf.config import HfConfig
 
 if TYPE_CHECKING:
@@ -30,11 +35,33 @@ class HfArgs(StrategyArgs):
 
     requirement: ClassVar[Requirement | None] = Requirement("transformers", "pip install transformers")
 
+    def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
+        """Yield nothing; any layout fits.
+
+        Raises:
+            ConfigError: the installed version of transformers does not know the model's architecture.
+        """
+        model_type, families = model_type_of(model), _families()
+        if model_type is not None and families and not str(model_type).replace("-", "_").startswith(families):
+            raise ConfigError(
+                f"{model}/{CONFIG}: model_type '{model_type}' is not known to the installed transformers; correct it, "
+                "or install a newer version"
+            )
+        yield from ()
+
     def _generation_problems(self) -> Iterator[Problem]:
         """Yield keys of generation that are set for an engine that never generates."""
         if self.strategy_config.generate_batch_size != HfConfig().generate_batch_size:
             message = "is used only if the engine generates (actor_infer); remove it"
             yield Problem("strategy_config.generate_batch_size", message)
+
+
+def _families() -> tuple[str, ...]:
+    """Return the model families of the installed transformers: the folders of its models, without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return ()
+    return tuple(path.name for path in Path(spec.origin).with_name("models").glob("[a-z]*/"))
 
 
 class HfTrainArgs(HfArgs, TrainStrategyArgs):

@@ -86,8 +86,7 @@ class HfInfer:
     ) -> list[list[Completion]]:
         """Sample `num_samples` responses per prompt, `generate_batch_size` rows at a time.
 
-        The model's own end-of-sequence tokens end a response beside `sampling.stop_token_ids`. Greedy decoding
-        reports log-probabilities at temperature 1.
+        Only `sampling.stop_token_ids` end a response. Greedy decoding reports log-probabilities at temperature 1.
         """
         if not all(prompts):
             raise ValueError("generate: a prompt is empty; give it at least one token")
@@ -109,7 +108,7 @@ class HfInfer:
 
     def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[list[_Row]]:
         """Decode rows together and refill the batch from the queue. After each token, yield the rows that ended."""
-        stop = set(sampling.stop_token_ids) | self._end_of_sequence()
+        stop = set(sampling.stop_token_ids)
         input_ids, attention_mask = _left_pad([row.prompt for row in rows], self._device)
         noise = uniforms([row.seed for row in rows], sampling.max_new_tokens)
         cache = DynamicCache(config=self._model.config)
@@ -142,13 +141,6 @@ class HfInfer:
             input_ids = tokens[:, None]
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], -1)
             position_ids = position_ids[:, -1:] + 1
-
-    def _end_of_sequence(self) -> set[int]:
-        generation = self._model.generation_config
-        declared: list[int] | int | None = generation.eos_token_id if generation is not None else None
-        if isinstance(declared, int):
-            return {declared}
-        return set(declared or ())
 
     @torch.no_grad()
     def update_weights(self, source: WeightSource, version: int) -> None:

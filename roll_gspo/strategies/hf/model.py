@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +26,24 @@ def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -
     """Load a model onto the local device in evaluation mode. Dropout is off in training, too.
 
     Raises:
-        ConfigError: the folder cannot be loaded.
+        ConfigError: the folder cannot be loaded, or holds only a part of the weights.
     """
     transformers_logging.disable_progress_bar()  # progress bars would disturb the console of the run
+    options: Any = {"dtype": dtype, "attn_implementation": attn_implementation, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attn_implementation)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{checkpoint}: transformers cannot load it: {error}") from error
-    model.to(device=local_device())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # arbitrary exceptions of model code, and of safetensors for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{checkpoint}: transformers cannot load it ({reason[:300]}); repair the folder") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would give them random values
+        raise ConfigError(
+            f"{checkpoint}: {len(missing)} tensors of the model are not in the weights, e.g. '{missing[0]}'; download "
+            "the model again"
+        )
+    model.to(device=local_device())
     return model.eval()
 
 

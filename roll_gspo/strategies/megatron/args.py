@@ -41,6 +41,7 @@ class MegatronArgs(StrategyArgs):
     requirement: ClassVar[Requirement | None] = Requirement("megatron.core", "pip install 'roll-gspo[megatron]'")
     is_distributed: ClassVar[bool] = True
     supports_token_budget: ClassVar[bool] = True
+    reads_only_safetensors: ClassVar[bool] = True
 
     @property
     def model_parallel_sizes(self) -> dict[str, int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from roll_gspo.config.base import Problem
@@ -10,13 +13,14 @@ from roll_gspo.config.strategy import GenerateStrategyArgs, Requirement
 from roll_gspo.config.suggestions import set_key
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
-from roll_gspo.models.size import architecture_of
+from roll_gspo.models.size import architecture_of, head_size_of
 from roll_gspo.strategies.vllm.config import VllmConfig
 
 if TYPE_CHECKING:
     from roll_gspo.strategies.base import GenerateStrategy, GenerationSetup, ModelSetup
 
 _TENSOR = "strategy_config.tensor_parallel_size"
+_CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
 
 
 class VllmArgs(GenerateStrategyArgs):
@@ -45,7 +49,17 @@ class VllmArgs(GenerateStrategyArgs):
         return f"TP {self.strategy_config.tensor_parallel_size}"
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield a size that does not fit the model. Unknown families are left to vLLM."""
+        """Yield a size that does not fit the model. Unknown families are left to vLLM.
+
+        Raises:
+            ConfigError: vLLM cannot compute the model's attention on this machine.
+        """
+        head_size = head_size_of(model)
+        if on_cuda is False and head_size is not None and head_size not in (sizes := cpu_head_sizes() or [head_size]):
+            raise ConfigError(
+                f"{model}: attention heads of size {head_size} are not among those that vLLM computes on a CPU "
+                f"({', '.join(map(str, sizes))}); choose another model, or generate with strategy_name hf_infer"
+            )
         try:
             architecture = architecture_of(model)
         except ConfigError:
@@ -69,6 +83,24 @@ class VllmArgs(GenerateStrategyArgs):
             record_routed_experts=generation.record_routed_experts,
             receives_broadcast=broadcast,
         )
+
+
+def cpu_head_sizes() -> list[int] | None:
+    """Return the sizes of attention heads that vLLM computes on a CPU, read from its source; None if it has changed.
+
+    Importing vLLM would take seconds.
+    """
+    try:
+        spec = importlib.util.find_spec("vllm")
+        folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path()
+        module = ast.parse((folder / _CPU_ATTENTION).read_text(encoding="utf-8"))
+        functions = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
+        body = next(f.body for f in functions if f.name == "get_supported_head_sizes")
+        returned = next(node.value for node in body if isinstance(node, ast.Return) and node.value is not None)
+        sizes = ast.literal_eval(returned)
+    except (ImportError, OSError, SyntaxError, StopIteration, ValueError):
+        return None
+    return list(sizes)
 
 
 def tensor_parallel_problems(model: Architecture, size: int) -> Iterator[Problem]:
