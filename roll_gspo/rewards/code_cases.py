@@ -20,6 +20,8 @@ or one JSON text per line. The function is the column `fn_name`, `entry_point`, 
 from __future__ import annotations
 
 import ast
+import contextlib
+import decimal
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ _UNIT_TEST_TYPES = ("assert", "pytest")
 _CHECK_TYPE = "check_based"
 _CASE_TYPES = (*_STDIN_TYPES, *_CALL_TYPES, *_UNIT_TEST_TYPES, _CHECK_TYPE, "text")
 _PLACEHOLDER_NAME = "response_of_the_model"
+_MAX_DIGITS = 4300
 _FUNCTION_COLUMNS = ("fn_name", "entry_point", "test_case_function")
 
 
@@ -115,7 +118,7 @@ def _as_list(value: Any, kind: str) -> Any:
                 ) from None
     if value is None or value == "":
         raise InvalidCasesError("test_cases is missing; add the column")
-    if isinstance(value, str) or (isinstance(value, Mapping) and "inputs" not in value):
+    if isinstance(value, str) or (isinstance(value, Mapping) and value.get("inputs") is None):
         return [value]
     if not isinstance(value, Mapping | list | tuple):
         raise InvalidCasesError(f"test_cases: expected a list of cases, got {_abbreviate(value)}")
@@ -142,7 +145,7 @@ def _zip_inputs_outputs(value: Mapping[str, Any]) -> list[Any]:
 
 
 def _is_code(value: Any) -> bool:
-    return isinstance(value, Mapping) and "assert_code" in value
+    return isinstance(value, Mapping) and value.get("assert_code") is not None
 
 
 def _unit_tests(values: Sequence[Any], kind: str, function: str) -> list[StdinCase | CallCase | UnitTests]:
@@ -182,10 +185,11 @@ def _single_case(value: Any, where: str, kind: str, function: str) -> StdinCase 
     shape = "{stdin or input, expected_stdout or output}"
     if not isinstance(value, Mapping):
         raise InvalidCasesError(f"{where}: expected {shape}, got {_abbreviate(value)}")
-    given = next((value[name] for name in ("stdin", "input") if name in value), None)
-    expected = next((value[n] for n in ("expected_stdout", "output", "expected_output") if n in value), None)
+    present = {name: one for name, one in value.items() if one is not None}
+    given = next((present[name] for name in ("stdin", "input") if name in present), None)
+    expected = next((present[n] for n in ("expected_stdout", "output", "expected_output") if n in present), None)
     if given is None or expected is None:
-        raise InvalidCasesError(f"{where}: expected {shape}, found {', '.join(map(str, value)) or 'nothing'}")
+        raise InvalidCasesError(f"{where}: expected {shape}, found {', '.join(map(str, present)) or 'nothing'}")
     # LiveCodeBench marks calls in each case. ROLL's `input` with a function name is a call, too.
     calls = kind in _CALL_TYPES or value.get("testtype") == "functional"
     calls = calls or (bool(function) and kind != "stdin" and value.get("testtype") != "stdin")
@@ -195,28 +199,49 @@ def _single_case(value: Any, where: str, kind: str, function: str) -> StdinCase 
         raise InvalidCasesError(
             f"{where}: a call needs the name of a function; set fn_name, entry_point or metadata.func_name"
         )
-    expected_values = [_from_json(expected)]
-    if value.get("wrapped") and isinstance(expected_values[0], list) and len(expected_values[0]) == 1:
-        expected_values.append(expected_values[0][0])  # APPS wraps some return values in a list
-    return CallCase(function, _arguments(given, where), expected_values)
+    return CallCase(function, _arguments(given, where), _alternatives(expected, bool(value.get("wrapped"))))
 
 
 def _arguments(given: Any, where: str) -> list[Any]:
     if isinstance(given, list):
         return given
     try:
-        return [json.loads(line) for line in str(given).splitlines() if line.strip()]
+        return [json.loads(line, parse_int=_large_int) for line in str(given).splitlines() if line.strip()]
     except ValueError:
         raise InvalidCasesError(f"{where}: expected one JSON argument per line, got {_abbreviate(given)}") from None
 
 
-def _from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def _large_int(digits: str) -> int:
+    return int(decimal.Decimal(digits))  # `int` refuses more than 4300 digits
+
+
+def _alternatives(expected: Any, wrapped: bool) -> list[Any]:
+    """Return the values that a call may return: a text may be JSON, a Python literal, or the value itself.
+
+    Args:
+        expected: expected value in the row.
+        wrapped: True if a list of one value may stand for the value, as in APPS.
+    """
+    found = [expected]
+    if isinstance(expected, str):
+        for parse in (parse_json, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+                found.append(plain_value(parse(expected.strip())))
+    if wrapped:
+        found += [value[0] for value in found if isinstance(value, list) and len(value) == 1]
+    return [value for i, value in enumerate(found) if all(repr(value) != repr(earlier) for earlier in found[:i])]
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Integers of more than 4300 digits, which `int` refuses, become text."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= _MAX_DIGITS else digits)
+
+
+def plain_value(value: Any) -> Any:
+    """Convert a Python value to what the sandbox returns for it: tuples become lists, and keys text."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else json.dumps(key): plain_value(one) for key, one in value.items()}
+    return [plain_value(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _as_text(value: Any, where: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import decimal
 import math
 import re
 import textwrap
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from roll_gspo.rewards.base import RewardOutput
-from roll_gspo.rewards.code_cases import CallCase, InvalidCasesError, StdinCase, UnitTests, parse_cases
+from roll_gspo.rewards.code_cases import CallCase, InvalidCasesError, StdinCase, UnitTests, parse_cases, parse_json
 from roll_gspo.rewards.final_answer import text_after_thinking
 from roll_gspo.sandbox import Limits, Outcome, Program, Sandbox
 
@@ -36,8 +36,8 @@ class CodeSandbox:
             the reward's block, after which the whole sample fails.
         memory_mb: MiB that a program may use.
         max_cases: number of cases to use per row, from the first; null for all.
-        float_tolerance: absolute or relative tolerance of numbers with a decimal point or an exponent. With 0, numbers
-            must be equal, but `1.0` still matches `1.00`.
+        float_tolerance: absolute or relative tolerance of expected numbers with a decimal point or an exponent. With
+            0, numbers must be equal, but `1.0` still matches `1.00`. Expected integers must be equal in any case.
         allow_bare: if True, a response without a code block is the program.
         packages: installed packages that programs may import besides the standard library, e.g. [numpy].
         allow_unsafe: if True, programs run without isolation on a host that does not support it. Otherwise the reward
@@ -80,13 +80,12 @@ class CodeSandbox:
         source = extract_program(answer, self._allow_bare)
         if source is None:
             return self._output([], len(cases), compiled=False)
-        with self._sandbox.start(source) as program:
+        with self._sandbox.start(source, _remaining(deadline)) as program:
             passed: list[bool] = []
             while not program.problem and len(passed) < len(cases) and (self._partial or all(passed)):
-                remaining = deadline - time.monotonic()
-                if remaining < _MIN_TIME_S:
+                if time.monotonic() >= deadline:
                     break
-                passed.append(self._passes(program, cases[len(passed)], remaining))
+                passed.append(self._passes(program, cases[len(passed)], _remaining(deadline)))
             return self._output(passed, len(cases), compiled=not program.problem)
 
     def _passes(self, program: Program, case: StdinCase | CallCase | UnitTests, wall_s: float) -> bool:
@@ -107,17 +106,17 @@ class CodeSandbox:
             compiled = True
             if cases.tests_text:
                 texts = [source.replace("{response}", repr(answer)) for source in sources]
-                outcome = test_program.run_standalone_tests(texts, max(_MIN_TIME_S, deadline - time.monotonic()))
+                outcome = test_program.run_standalone_tests(texts, _remaining(deadline))
             else:
                 source = extract_program(answer, self._allow_bare)
                 if source is None:
                     return self._output([], len(sources), compiled=False)
-                with self._sandbox.start(cases.prefix + "\n" + source if cases.prefix else source) as program:
+                source = f"{cases.prefix}\n{source}" if cases.prefix else source
+                with self._sandbox.start(source, _remaining(deadline)) as program:
                     compiled = not program.problem
                     if not compiled:
                         return self._output([], len(sources), compiled=False)
-                    wall_s = max(_MIN_TIME_S, deadline - time.monotonic())
-                    outcome = program.run_tests(test_program, sources, cases.entry_point, wall_s)
+                    outcome = program.run_tests(test_program, sources, cases.entry_point, _remaining(deadline))
         result = _parse_stdout(outcome)
         if not isinstance(result, dict):  # the tests exceeded a limit
             return self._output([], len(sources), compiled)
@@ -170,7 +169,7 @@ def same_output(actual: str, expected: str, tolerance: float) -> bool:
     Args:
         actual: output of the program.
         expected: output of the test case.
-        tolerance: absolute or relative tolerance of numbers, if one of them has a decimal point or an exponent.
+        tolerance: absolute or relative tolerance of numbers, if the expected one has a decimal point or an exponent.
     """
     given, wanted = actual.split(), expected.split()
     return len(given) == len(wanted) and all(
@@ -179,15 +178,24 @@ def same_output(actual: str, expected: str, tolerance: float) -> bool:
 
 
 def same_value(actual: Any, expected: Any, tolerance: float) -> bool:
-    """Return whether two JSON values are equal; floats have an absolute or relative `tolerance`."""
+    """Return whether a returned value is the expected one.
+
+    Args:
+        actual: JSON value.
+        expected: JSON value, or a set of them, which a list equals in any order.
+        tolerance: absolute or relative tolerance of numbers if `expected` is a float. Integers and booleans are equal
+            only to the same number, and `True` does not equal `1`.
+    """
+    if isinstance(expected, set | frozenset) and isinstance(actual, list):
+        expected, actual = sorted(expected, key=repr), sorted(actual, key=repr)
     if isinstance(expected, list) and isinstance(actual, list):
         pairs = zip(actual, expected, strict=False)
         return len(actual) == len(expected) and all(same_value(a, b, tolerance) for a, b in pairs)
     if isinstance(expected, dict) and isinstance(actual, dict):
         return actual.keys() == expected.keys() and all(same_value(actual[k], expected[k], tolerance) for k in expected)
-    if isinstance(expected, float) or isinstance(actual, float):
-        if not isinstance(actual, int | float) or not isinstance(expected, int | float):
-            return False
+    if isinstance(expected, bool) or isinstance(actual, bool):
+        return actual is expected
+    if isinstance(expected, float) and isinstance(actual, int | float):
         try:
             return math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
         except OverflowError:  # an integer beyond the range of floats
@@ -195,22 +203,29 @@ def same_value(actual: Any, expected: Any, tolerance: float) -> bool:
     return actual == expected
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _NO_VALUE = object()
 
 
 def _are_close(actual: str, expected: str, tolerance: float) -> bool:
     if len(actual) > 400 or not (_NUMBER.fullmatch(actual) and _NUMBER.fullmatch(expected)):
         return False
-    if not set(".eE") & (set(actual) | set(expected)):  # integers are compared exactly, as strings
-        return False
+    if set(".eE").isdisjoint(expected):  # integers are equal to the digit
+        try:
+            return not set(".eE").isdisjoint(actual) and decimal.Decimal(actual) == decimal.Decimal(expected)
+        except decimal.InvalidOperation:  # the exponent is out of range
+            return False
     return math.isclose(float(actual), float(expected), rel_tol=tolerance, abs_tol=tolerance)
+
+
+def _remaining(deadline: float) -> float:
+    return max(_MIN_TIME_S, deadline - time.monotonic())
 
 
 def _parse_stdout(outcome: Outcome) -> Any:
     if not outcome.ok:
         return _NO_VALUE
     try:
-        return json.loads(outcome.stdout)
+        return parse_json(outcome.stdout)
     except (ValueError, RecursionError):
         return _NO_VALUE

@@ -68,6 +68,7 @@ def _prepare(setup: dict[str, Any], isolated: bool) -> None:
     """Import the modules that programs use, then enter the namespaces, in which this package cannot be imported."""
     for name in setup["modules"]:
         importlib.import_module(name)
+    runner.prepare()
     os.environ.clear()
     os.environ.update(setup["environment"])
     sys.argv[:] = ["solution.py"]
@@ -80,7 +81,6 @@ def _prepare(setup: dict[str, Any], isolated: bool) -> None:
     sys.path[:] = setup["path"]
     for name in setup["packages"]:
         importlib.import_module(name)
-    runner.prepare()
     gc.freeze()  # otherwise the garbage collector copies shared pages in every fork
 
 

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from roll_gspo.errors import MissingDependencyError, RollGspoError
-from roll_gspo.sandbox import messages, seccomp
+from roll_gspo.sandbox import folders, messages, seccomp, values
 from roll_gspo.sandbox.limits import Limits, Outcome
 from roll_gspo.sandbox.namespaces import PACKAGES
 
 logger = logging.getLogger(__name__)
 
+# Paths come through stdin, because programs can read the command line.
 _LAUNCH_CODE = (
-    "import sys; sys.path.append(sys.argv[3]); "
+    "import json, sys; sys.path.extend(json.loads(sys.stdin.readline())); "
     "from roll_gspo.sandbox.fork_server import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
+_TEST_LIBRARIES = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 _START_TIMEOUT_S = 60.0
 _COMMAND_TIMEOUT_S = 30.0
+_MIN_WALL_S = 0.05
 _GRACE_S = 1.0  # in addition to the time limit that the runner enforces
 _MODULES = (
     *(
@@ -95,14 +97,19 @@ class Sandbox:
             self._server = _ForkServer(self.limits, self._packages, isolated=False)
             logger.warning("%s\n%s", error, _UNSAFE_WARNING)
 
-    def start(self, source: str) -> Program:
-        """Start a program, which must be closed after use."""
+    def start(self, source: str, wall_s: float | None = None) -> Program:
+        """Start a program, which must be closed after use.
+
+        Args:
+            source: source code of the program.
+            wall_s: seconds by the clock for compiling it, if lower than the limit.
+        """
         try:
-            return Program(self._server, self.limits, source)
+            return Program(self._server, self.limits, source, wall_s)
         except (EOFError, OSError):  # the fork server was killed from outside: retry with a new one
             self._server.close()
             self._server = _ForkServer(self.limits, self._packages, self.isolated)
-            return Program(self._server, self.limits, source)
+            return Program(self._server, self.limits, source, wall_s)
 
     def close(self) -> None:
         """Kill all processes. The sandbox cannot be used afterwards."""
@@ -123,16 +130,21 @@ class _ForkServer:
             raise SandboxError("sandbox: needs Linux on x86_64 or aarch64")
         self.isolated = isolated
         self._control, child_end = socket.socketpair()
-        arguments = [str(child_end.fileno()), str(os.getpid()), str(Path(__file__).parents[2])]
+        interpreter = os.path.realpath(sys.executable)  # of no virtual environment, whose path programs could read
+        paths = [str(Path(__file__).parents[2]), *_library_folders()]
+        arguments = [str(child_end.fileno()), str(os.getpid())]
         with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-s", "-P", "-B", "-c", _LAUNCH_CODE, *arguments],
+                [interpreter, "-S", "-s", "-P", "-B", "-c", _LAUNCH_CODE, *arguments],
                 pass_fds=(child_end.fileno(),),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
                 cwd="/",
             )
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            stdin.write(json.dumps(paths).encode())
         self._finalizer = weakref.finalize(self, _stop, self._control, self._process, os.getpid())
         self._control.settimeout(_START_TIMEOUT_S)
         try:
@@ -181,20 +193,20 @@ class Program:
         problem: reason why the program does not compile; empty if it does.
     """
 
-    def __init__(self, server: _ForkServer, limits: Limits, source: str) -> None:
+    def __init__(self, server: _ForkServer, limits: Limits, source: str, wall_s: float | None = None) -> None:
         self._server, self._limits, self._source = server, limits, source
         self._folder: str | None = None
-        self._open()
+        self._open(wall_s)
 
-    def _open(self) -> None:
+    def _open(self, wall_s: float | None) -> None:
         if not self._server.isolated:
             self._folder = tempfile.mkdtemp(prefix="sandbox")
         self._connection, child_end = socket.socketpair()
         with child_end:
             self._id = self._server.request({"do": "start", "folder": self._folder}, [child_end.fileno()])["id"]
         self._lost = False
-        wall_s = self._send({"do": "load"}, self._source.encode("utf-8", "replace"), None)
-        answer = self._receive(time.monotonic() + wall_s + _GRACE_S)
+        wall_s = self._send({"do": "load"}, self._source.encode("utf-8", "replace"), wall_s)
+        answer = self._receive(time.monotonic() + wall_s)
         self.problem = str(answer[0].get("problem", "")) if answer else "the sandbox died while compiling the program"
 
     def run(self, stdin: str, wall_s: float | None = None) -> Outcome:
@@ -217,7 +229,8 @@ class Program:
         Returns:
             An outcome whose `stdout` is the returned value as JSON.
         """
-        return self._case({"do": "call", "function": function}, json.dumps(list(arguments)).encode(), wall_s)
+        packed = values.pack(list(arguments), _refuse_object)
+        return self._case({"do": "call", "function": function}, json.dumps(packed).encode(), wall_s)
 
     def run_tests(
         self, test_program: Program, sources: Sequence[str], entry_point: str = "", wall_s: float | None = None
@@ -252,10 +265,12 @@ class Program:
         self, header: dict[str, Any], body: bytes, wall_s: float | None, descriptors: Sequence[int] = ()
     ) -> float:
         """Send a message to the runner, and return the time limit that applies."""
+        wall_s = min(wall_s or self._limits.wall_s, self._limits.wall_s)
         if self._lost:  # a late answer must not be read as the answer to the next message
             self.close()
-            self._open()
-        wall_s = min(wall_s or self._limits.wall_s, self._limits.wall_s)
+            started = time.monotonic()
+            self._open(wall_s)
+            wall_s = max(_MIN_WALL_S, wall_s - (time.monotonic() - started))
         self._connection.settimeout(wall_s + _GRACE_S)
         with contextlib.suppress(OSError):  # `_receive` fails, too
             messages.send(self._connection, {**header, "wall_s": wall_s}, body, descriptors)
@@ -280,13 +295,19 @@ class Program:
         with contextlib.suppress(EOFError, OSError):  # if the fork server has ended, so has the program
             self._server.request({"do": "end", "id": self._id})
         if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            folders.empty_folder(self._folder)
+            with contextlib.suppress(OSError):
+                os.rmdir(self._folder)
 
     def __enter__(self) -> Program:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_object(value: Any) -> Any:
+    raise TypeError(f"the arguments of a call are data, not a {type(value).__name__}")
 
 
 def _parse_outcome(header: dict[str, Any], body: bytes) -> Outcome:
@@ -306,6 +327,14 @@ def _environment() -> dict[str, str]:
         **{"HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"},
         **{"MALLOC_ARENA_MAX": "1", **threads, **libraries},
     }
+
+
+def _library_folders() -> list[str]:
+    """Return the folders of pytest and the libraries that it uses, which the fork server loads."""
+    specs = {name: importlib.util.find_spec(name) for name in _TEST_LIBRARIES}
+    if not specs["pytest"]:
+        raise MissingDependencyError("sandbox: 'pytest' is not installed: pip install pytest", name="pytest")
+    return sorted({os.path.dirname(os.path.dirname(spec.origin)) for spec in specs.values() if spec and spec.origin})
 
 
 def _setup(limits: Limits, packages: Sequence[tuple[str, str]], isolated: bool) -> dict[str, Any]:

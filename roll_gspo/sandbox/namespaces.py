@@ -152,7 +152,8 @@ def _populate_root(files: VisibleFiles) -> None:
     os.makedirs(_NEW + "/dev")
     for device in _DEVICES:
         _touch(f"{_NEW}/dev/{device}")
-        syscalls.mount(f"{_OLD}/dev/{device}", f"{_NEW}/dev/{device}", flags=MS_BIND)
+        # A read-only mount protects the mode and the times of a device; it can still be written.
+        syscalls.bind_mount(f"{_OLD}/dev/{device}", f"{_NEW}/dev/{device}")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         os.symlink(f"/proc/self/fd/{number}", f"{_NEW}/dev/{name}")
     os.symlink("/proc/self/fd", _NEW + "/dev/fd")

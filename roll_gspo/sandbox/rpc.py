@@ -1,89 +1,248 @@
 """Remote procedure calls between unit tests and the program that they test, which run in two processes.
 
 In one process, the program could exit it, patch the functions that compare values, or return an object that equals
-everything. Here, the tests see the names of the program as instances of `RemoteObject`.
+everything. Here, data is copied (see `values`), and the other objects stay in their process:
 
-* Numbers, strings, containers and dates are copied, so that the tests compare their own objects.
-* Functions, classes and instances stay in their process and are used through messages.
+* The program may do everything with objects of the tests that its own code could do, except for private names.
+* The tests may do little with objects of the program; see `program_objects`.
 * If a function modifies an argument in place, the argument of the caller changes, too.
-* A `RemoteObject` never equals plain data and is never ordered relative to it, because only the program could decide
-  that. Arithmetic with plain data never returns a number. Otherwise, a program could make `abs(f(2) - 1.4)` small.
-
-Both ends use the same code, but the program may only call the functions of the tests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import builtins
-import collections
-import datetime
-import decimal
-import fractions
+import concurrent.futures
+import dataclasses
 import inspect
 import json
 import operator
 import socket
-from collections.abc import Callable, Mapping
-from enum import Enum
-from numbers import Integral, Number, Real
+from collections.abc import Callable, Coroutine, Mapping
+from enum import Enum, EnumMeta
 from types import ModuleType
 from typing import Any
 
-from roll_gspo.sandbox import messages
+from roll_gspo.sandbox import local_classes, messages, values
 
+TESTS_MODULES = ("tests", "__main__")
+PROGRAM_MODULE = "solution"
 _MAX_MESSAGE = 64 << 20
-_PLAIN = (type(None), bool, int, float, str)
-_CONSTRUCTORS: dict[str, tuple[type, Callable[[Any], list[Any]]]] = {
-    "tuple": (tuple, lambda v: [list(v)]),
-    "set": (set, lambda v: [list(v)]),
-    "frozenset": (frozenset, lambda v: [list(v)]),
-    "bytes": (bytes, lambda v: [list(v)]),
-    "bytearray": (bytearray, lambda v: [list(v)]),
-    "complex": (complex, lambda v: [v.real, v.imag]),
-    "range": (range, lambda v: [v.start, v.stop, v.step]),
-    "deque": (collections.deque, lambda v: [list(v), v.maxlen]),
-    "Decimal": (decimal.Decimal, lambda v: [str(v)]),
-    "Fraction": (fractions.Fraction, lambda v: [v.numerator, v.denominator]),
-    "datetime": (
-        datetime.datetime,
-        lambda v: [v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond],
-    ),
-    "date": (datetime.date, lambda v: [v.year, v.month, v.day]),
-    "time": (datetime.time, lambda v: [v.hour, v.minute, v.second, v.microsecond]),
-    "timedelta": (datetime.timedelta, lambda v: [v.days, v.seconds, v.microseconds]),
-}
-_BASES = (*(bool, int, float, str, list, dict, tuple, set, frozenset, bytes, bytearray),)
-_MAPPINGS = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict, "defaultdict": dict}
-_NAME_OF_TYPE = {kind: name for name, (kind, _) in _CONSTRUCTORS.items()}
-_ARITHMETIC = {
-    *("__neg__", "__abs__", "__invert__", "__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__"),
-    *("__pow__", "__and__", "__or__", "__xor__", "__matmul__", "__lshift__", "__rshift__"),
-}
-_COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    **{name: operator.__dict__[name] for name in sorted(_COMPARISONS)},
-    **{f"__{n}__": operator.__dict__[f"__{n}__"] for n in ("contains", "getitem", "setitem", "delitem", "neg", "abs")},
+_MUTABLE = {"list", "dict", "mapping", "bytearray", "new", "named", "array", "record"}
+OPERATORS: dict[str, Callable[..., Any]] = {
+    **{f"__{n}__": operator.__dict__[f"__{n}__"] for n in ("eq", "ne", "lt", "le", "gt", "ge", "contains")},
+    **{f"__{n}__": operator.__dict__[f"__{n}__"] for n in ("getitem", "setitem", "delitem", "neg", "pos", "abs")},
     **{f"__{n}__": operator.__dict__[f"__{n}__"] for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")},
     **{f"__{n}__": operator.__dict__[f"__{n}__"] for n in ("and", "or", "xor", "matmul", "lshift", "rshift", "invert")},
     **{"__len__": len, "__iter__": iter, "__next__": next, "__bool__": bool, "__hash__": hash, "__str__": str},
     **{"__repr__": repr, "__int__": int, "__float__": float, "__reversed__": reversed, "__format__": format},
     **{"__index__": operator.index, "__instancecheck__": lambda kind, value: isinstance(value, kind)},
+    "__aiter__": aiter,
+    "__anext__": lambda value: value.__anext__(),
     "__enter__": lambda value: value.__enter__(),
-    "__exit__": lambda value, *_: value.__exit__(None, None, None),
+    "__exit__": lambda value, *error: value.__exit__(*(error or (None, None, None))),
+    "__aenter__": lambda value: value.__aenter__(),
+    "__aexit__": lambda value, *error: value.__aexit__(*(error or (None, None, None))),
 }
 
 
-class RemoteObject:
-    """Proxy of a function, class or instance of the other process."""
+class LostError(BaseException):
+    """The other process has ended."""
+
+
+class Connection:
+    """One end of the connection.
+
+    Args:
+        sock: socket to the peer.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._runner = asyncio.Runner()
+        self._exported: dict[int, Any] = {}  # objects by id
+        self._ids: dict[int, int] = {}  # ids by address of the object
+        self._made: dict[Any, int] = {}  # ids of the peer's classes by the class made here
+
+    def request(self, action: str, id_: int, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Let the peer perform an action on its object, and serve requests of the peer until the result arrives."""
+        packed = {"args": [self.pack(a) for a in args], "kwargs": self._pack_values(kwargs)}
+        self._send({"do": action, "on": id_, **packed})
+        while True:
+            message = self._receive()
+            if "do" in message:
+                self._serve(message)
+                continue
+            for index, changed in message.get("changed", ()):
+                values.assign(args[index], self.unpack(changed))
+            return self._result(message, args)
+
+    def _result(self, message: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
+        if message.get("awaited"):
+            return self._awaitable(message)
+        if "error" in message:
+            raise self._exception(message["error"])
+        return args[message["argument"]] if "argument" in message else self.unpack(message["value"])
+
+    def _awaitable(self, message: Mapping[str, Any]) -> Any:
+        """Return an awaitable of a result."""
+        return self._wait({**message, "awaited": False})
+
+    async def _wait(self, message: Mapping[str, Any]) -> Any:
+        return self._result(message, ())
+
+    def _serve(self, message: dict[str, Any]) -> None:
+        answer: dict[str, Any] = {}
+        try:
+            args = [self.unpack(a) for a in message["args"]]
+            kwargs = {k: self.unpack(v) for k, v in message["kwargs"].items()}
+            value = self._perform(message["do"], self._exported[message["on"]], args, kwargs)
+            if inspect.isawaitable(value):
+                answer["awaited"] = True
+                value = self._run(_await(value))
+            same = [i for i, a in enumerate(args) if a is value and isinstance(message["args"][i], list)]
+            answer.update({"argument": same[0]} if same and not answer else {"value": self.pack(value)})
+        except LostError:
+            raise
+        except BaseException as error:
+            answer, args = {**answer, "error": self._error(error)}, []
+        before = [(i, now) for i, now in enumerate(message["args"][: len(args)]) if _is_mutable(now)]
+        after = [(i, self.pack(args[i]), was) for i, was in before]
+        answer["changed"] = [(i, now) for i, now, was in after if now != was]
+        self._send(answer)
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine in the event loop of this end, or in another thread if this one runs an event loop."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._runner.run(coroutine)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, coroutine).result()
+
+    def _perform(self, action: str, target: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if action == "call":
+            return target(*args, **kwargs)
+        if action in OPERATORS:
+            return OPERATORS[action](target, *args)
+        return {"get": getattr, "set": setattr, "del": delattr}[action](target, *args)
+
+    def pack(self, value: Any) -> Any:
+        """Return a value as JSON values."""
+        return values.pack(value, self._reference)
+
+    def unpack(self, value: Any) -> Any:
+        """Return the copy of a packed value, or a proxy of an object."""
+        return values.unpack(value, self._resolve)
+
+    def export(self, value: Any) -> int:
+        """Return the id with which the peer can send requests for an object."""
+        if id(value) not in self._ids:
+            self._ids[id(value)] = len(self._exported)
+            self._exported[len(self._exported)] = value
+        return self._ids[id(value)]
+
+    def _reference(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, type) and value in self._made:
+            return ["exported", self._made[value]]
+        if kind in self._made and isinstance(value, Enum):
+            return ["member", ["exported", self._made[kind]], value.name]
+        if kind in self._made and dataclasses.is_dataclass(kind):
+            fields = [self.pack(v) for v in local_classes.record_values(value)]
+            return ["record", ["exported", self._made[kind]], fields]
+        if inspect.isclass(value) and issubclass(value, BaseException):
+            known = vars(builtins).get(value.__name__) is value
+            bases = [] if known else [self._reference(b) for b in value.__bases__ if issubclass(b, BaseException)]
+            return ["exception", self.export(value), value.__name__, bases]
+        if isinstance(value, BaseException):
+            return ["error", self._error(value)]
+        return self._object(value)
+
+    def _object(self, value: Any) -> Any:
+        """Pack an object that stays in this process."""
+        raise NotImplementedError
+
+    def _proxy(self, kind: str, id_: int, rest: list[Any]) -> Any:
+        """Return the proxy of an object of the peer."""
+        raise NotImplementedError
+
+    def _resolve(self, value: list[Any]) -> Any:
+        kind, first, *rest = value
+        if kind == "exported":
+            return self._exported[first]
+        if kind == "member":
+            return self.unpack(first)[rest[0]]
+        if kind == "record":
+            return self.unpack(first)(*(self.unpack(v) for v in rest[0]))
+        if kind == "error":
+            return self._exception(first)
+        return self._proxy(kind, first, rest)
+
+    def _make(self, kind: str, id_: int, rest: list[Any]) -> Any:
+        """Make the class of a description."""
+        if kind == "exception":
+            made: Any = local_classes.make_exception_class(rest[0], [self.unpack(base) for base in rest[1]])
+        elif kind == "enum":
+            made = local_classes.make_enum(rest[0], rest[1], rest[2], self.unpack)
+        else:
+            made = local_classes.make_record(rest[0], rest[1], rest[2], rest[3], self.unpack)
+        if vars(builtins).get(made.__name__) is not made:
+            self._made[made] = id_
+        return made
+
+    def _error(self, error: BaseException) -> dict[str, Any]:
+        attributes = {k: v for k, v in vars(error).items() if not k.startswith("_") and k.isidentifier()}
+        try:
+            text = str(error)
+        except BaseException:
+            text = ""
+        return {
+            "class": self._reference(type(error)),
+            "args": self.pack(list(error.args)),
+            "attributes": self._pack_values(attributes),
+            "text": text,
+        }
+
+    def _exception(self, message: dict[str, Any]) -> BaseException:
+        kind = self.unpack(message["class"])
+        attributes = {name: self.unpack(value) for name, value in message["attributes"].items()}
+        return local_classes.make_exception(kind, self.unpack(message["args"]), attributes, message["text"])
+
+    def _pack_values(self, named: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {name: self.pack(value) for name, value in (named or {}).items()}
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            messages.send(self._sock, {}, json.dumps(message).encode())
+        except OSError:
+            raise LostError("the other process has ended") from None
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            return json.loads(messages.receive(self._sock, max_body=_MAX_MESSAGE)[1])
+        except (EOFError, OSError):
+            raise LostError("the other process has ended") from None
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+def _is_mutable(packed: Any) -> bool:
+    """Return whether a packed value may change in a call."""
+    return isinstance(packed, list) and packed[0] in _MUTABLE
+
+
+class TestsObject:
+    """Proxy of an object of the tests, which the program can use like its own."""
 
     # Other attribute names are forwarded to the object, so these names must be unusual.
-    __slots__ = ("_connection", "_remote_id", "_remote_is_computed")
+    __slots__ = ("_connection", "_remote_id")
 
     def __init__(self, connection: Connection, remote_id: int) -> None:
         object.__setattr__(self, "_connection", connection)
         object.__setattr__(self, "_remote_id", remote_id)
-        object.__setattr__(self, "_remote_is_computed", False)  # True for results of arithmetic with plain data
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._connection.request("call", self._remote_id, args, kwargs)
@@ -99,214 +258,67 @@ class RemoteObject:
 
 
 def _forward(name: str) -> Callable[..., Any]:
-    def forward(self: RemoteObject, *args: Any) -> Any:
-        if name in _COMPARISONS and not isinstance(args[0], RemoteObject):
-            return NotImplemented
-        if name == "__exit__":
-            args = ()
-        value = self._connection.request(name, self._remote_id, args)
-        if name in _ARITHMETIC and (self._remote_is_computed or not all(isinstance(arg, RemoteObject) for arg in args)):
-            if isinstance(value, Number):
-                raise TypeError("arithmetic of a class of the program must not return a number to the tests")
-            if isinstance(value, RemoteObject):
-                object.__setattr__(value, "_remote_is_computed", True)
-        return bool(value) if name in _COMPARISONS else value
+    def forward(self: TestsObject, *args: Any) -> Any:
+        return self._connection.request(name, self._remote_id, () if name.endswith("exit__") else args)
 
     return forward
 
 
-for _name in _OPERATORS:
-    setattr(RemoteObject, _name, _forward(_name))
+for _name in OPERATORS:
+    setattr(TestsObject, _name, _forward(_name))
 
 
-class Connection:
-    """One end of the connection.
+class ProgramEnd(Connection):
+    """The end of the program."""
 
-    Args:
-        sock: socket to the peer.
-        untrusted_peer: if True, the peer may only call exported objects, and use instances of the classes of `module`.
-        module: `__name__` of the code at this end.
-    """
-
-    def __init__(self, sock: socket.socket, untrusted_peer: bool, module: str) -> None:
-        self._sock = sock
-        self._untrusted_peer = untrusted_peer
-        self._module = module
-        self._exported: dict[int, Any] = {}  # objects by id
-        self._ids: dict[int, int] = {}  # ids by address of the object
-        self._remotes: dict[int, Any] = {}  # proxies by id
-
-    def request(self, action: str, id_: int, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Let the peer perform an action on its object, and serve requests of the peer until the result arrives."""
-        packed = {"args": [self._pack(a) for a in args], "kwargs": self._pack_values(kwargs)}
-        self._send({"do": action, "on": id_, **packed})
-        while True:
-            message = self._receive()
-            if "do" in message:
-                self._serve(message)
-                continue
-            for index, changed in message.get("changed", ()):
-                _assign(args[index], self._unpack(changed))
-            if "error" in message:
-                raise self._exception(message["error"])
-            if "argument" in message:
-                return args[message["argument"]]
-            value = self._unpack(message["value"])
-            return _awaitable(value) if message.get("awaited") else value
-
-    def receive_names(self) -> dict[str, Any]:
-        """Receive the names that the peer serves, which is its first message."""
-        return {name: self._unpack(value) for name, value in self._receive()["names"]}
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self._proxies: dict[int, Any] = {}
 
     def serve_names(self, names: Mapping[str, Any]) -> None:
-        """Send names to the peer, then serve its requests until it closes the connection."""
-        self._send({"names": [[name, self._pack(value)] for name, value in names.items()]})
+        """Send names to the tests, then serve their requests until they end."""
+        self._send({"names": [[name, self.pack(value)] for name, value in names.items()]})
         while True:
             self._serve(self._receive())
 
-    def _serve(self, message: dict[str, Any]) -> None:
-        try:
-            args = [self._unpack(a) for a in message["args"]]
-            kwargs = {k: self._unpack(v) for k, v in message["kwargs"].items()}
-            value = self._perform(message["do"], self._exported[message["on"]], args, kwargs)
-            answer: dict[str, Any] = {}
-            if inspect.iscoroutine(value):
-                value, answer["awaited"] = asyncio.run(value), True
-            same = [i for i, a in enumerate(args) if a is value and not isinstance(a, _PLAIN)]
-            answer.update({"argument": same[0]} if same else {"value": self._pack(value)})
-        except (EOFError, ConnectionError):
-            raise
-        except BaseException as error:
-            answer, args = {"error": self._error(error)}, []
-        mutable = (
-            (i, a) for i, a in enumerate(args) if isinstance(a, list | dict | set | bytearray | collections.deque)
-        )
-        packed = [(i, self._pack(a)) for i, a in mutable]
-        answer["changed"] = [(i, now) for i, now in packed if now != message["args"][i]]
-        self._send(answer)
-
-    def _perform(self, action: str, target: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if action == "call":
-            return target(*args, **kwargs)
-        if self._untrusted_peer:
-            kind = target if inspect.isclass(target) else type(target)
-            is_private = action in ("get", "set", "del") and str(args[0]).startswith("_")
-            if is_private or (kind.__module__ != self._module and action not in ("__iter__", "__next__")):
-                raise AttributeError(f"the program has no access to a {kind.__name__} of the tests")
-        if action in _OPERATORS:
-            return _OPERATORS[action](target, *args)
-        return {"get": getattr, "set": setattr, "del": delattr}[action](target, *args)
-
-    def _pack(self, value: Any) -> Any:
-        kind = type(value)
-        if kind in _PLAIN:
-            return value
-        if kind is list:
-            plain = all(type(item) in _PLAIN for item in value)
-            return ["list", list(value) if plain else [self._pack(item) for item in value]]
-        if kind is dict:
-            return ["dict", [[self._pack(k), self._pack(v)] for k, v in value.items()]]
-        if kind in _NAME_OF_TYPE:
-            parts = _CONSTRUCTORS[_NAME_OF_TYPE[kind]][1](value)
-            return ["constructed", _NAME_OF_TYPE[kind], [self._pack(part) for part in parts]]
-        if kind is RemoteObject:
+    def _object(self, value: Any) -> Any:
+        if type(value) is TestsObject:
             return ["exported", value._remote_id]
-        if kind.__name__ in _MAPPINGS and isinstance(value, dict):
-            return ["mapping", kind.__name__, [[self._pack(k), self._pack(v)] for k, v in value.items()]]
-        base: Any = next((b for b in _BASES if isinstance(value, b)), None)
-        if base is not None and not isinstance(value, Enum):
-            return self._pack(base(value))
-        if isinstance(value, Real):  # e.g. numbers of numpy
-            return int(value) if isinstance(value, Integral) else float(value)
-        return self._export(value)
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, Enum):
+            return ["member", self._reference(type(value)), value.name]
+        if local_classes.is_record(type(value)):
+            fields = [self.pack(v) for v in local_classes.record_values(value)]
+            return ["record", self._reference(type(value)), fields]
+        kind = "object"
+        if inspect.isasyncgen(value):
+            kind = "async iterator"
+        elif type(value).__module__ in ("builtins", "itertools") and "__next__" in dir(type(value)):
+            kind = "generator" if inspect.isgenerator(value) else "iterator"
+        elif callable(value):
+            kind = "callable"
+        return [kind, self.export(value), [self.export(base) for base in type(value).__mro__]]
 
-    def _export(self, value: Any) -> Any:
-        """Return a reference to an object, with which the peer can send requests for it."""
-        if self._untrusted_peer and isinstance(value, ModuleType):
-            raise TypeError("a module of the tests cannot be passed to the program")
-        if id(value) not in self._ids:
-            self._ids[id(value)] = len(self._exported)
-            self._exported[len(self._exported)] = value
-        id_ = self._ids[id(value)]
-        if inspect.isclass(value) and issubclass(value, BaseException):
-            known = builtins.__dict__.get(value.__name__) is value
-            bases = [] if known else [self._export(b) for b in value.__bases__ if issubclass(b, BaseException)]
-            return ["exception", id_, value.__name__, bases]
-        return ["object", id_]
+    def _class(self, value: Any) -> Any:
+        id_ = self.export(value)
+        if values.is_named_tuple(value):
+            return ["named class", id_, value.__name__, list(value._fields)]
+        if isinstance(value, EnumMeta) and list(value):
+            return ["enum", id_, *local_classes.describe_enum(value, self.pack)]
+        if local_classes.is_record(value):
+            return ["record class", id_, *local_classes.describe_record(value, self.pack)]
+        return ["class", id_, [self.export(base) for base in value.__mro__]]
 
-    def _unpack(self, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        kind, first, *rest = value
-        if kind == "list":
-            return [self._unpack(item) for item in first]
-        if kind == "dict":
-            return {self._unpack(k): self._unpack(v) for k, v in first}
-        if kind == "constructed":
-            return _CONSTRUCTORS[first][0](*(self._unpack(part) for part in rest[0]))
-        if kind == "mapping":
-            return _MAPPINGS[first]({self._unpack(k): self._unpack(v) for k, v in rest[0]})
-        if kind == "exported":
-            return self._exported[first]
-        if first not in self._remotes:
-            self._remotes[first] = RemoteObject(self, first) if kind == "object" else self._exception_class(*rest)
-        return self._remotes[first]
-
-    def _exception_class(self, name: str, bases: list[Any]) -> type[BaseException]:
-        if not bases:
-            known = builtins.__dict__.get(name)
-            return known if inspect.isclass(known) and issubclass(known, BaseException) else Exception
-        return type(name, tuple(self._unpack(base) for base in bases), {})
-
-    def _error(self, error: BaseException) -> dict[str, Any]:
-        attributes = {k: v for k, v in vars(error).items() if not k.startswith("_")}
-        return {
-            "class": self._export(type(error)),
-            "args": self._pack(list(error.args)),
-            "attributes": self._pack_values(attributes),
-        }
-
-    def _exception(self, message: dict[str, Any]) -> BaseException:
-        kind = self._unpack(message["class"])
-        error = kind.__new__(kind)
-        error.args = tuple(self._unpack(message["args"]))
-        for name, value in message["attributes"].items():
-            setattr(error, name, self._unpack(value))
-        return error
-
-    def _pack_values(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {name: self._pack(value) for name, value in (values or {}).items()}
-
-    def _send(self, message: dict[str, Any]) -> None:
-        messages.send(self._sock, {}, json.dumps(message).encode())
-
-    def _receive(self) -> dict[str, Any]:
-        return json.loads(messages.receive(self._sock, max_body=_MAX_MESSAGE)[1])
-
-
-async def _awaitable(value: Any) -> Any:
-    return value
-
-
-def _assign(old: Any, new: Any) -> None:
-    """Assign the contents of a container to another in place, including nested containers of the same type."""
-    if isinstance(old, list) and isinstance(new, list):
-        for index, (before, after) in enumerate(zip(old, new, strict=False)):
-            if type(before) is type(after) and isinstance(before, list | dict | set):
-                _assign(before, after)
-                new[index] = before
-        old[:] = new
-    elif isinstance(old, dict | set) and isinstance(new, dict | set):
-        old.clear()
-        old.update(new)
-    elif isinstance(old, bytearray | collections.deque):
-        old.clear()
-        old.extend(new)
+    def _proxy(self, kind: str, id_: int, rest: list[Any]) -> Any:
+        if id_ not in self._proxies:
+            self._proxies[id_] = TestsObject(self, id_) if kind == "object" else self._make(kind, id_, rest)
+        return self._proxies[id_]
 
 
 def serve(sock: socket.socket, names: Mapping[str, Any]) -> None:
     """Serve the names of a program to unit tests until they end."""
     try:
-        Connection(sock, untrusted_peer=False, module="solution").serve_names(names)
-    except (EOFError, ConnectionError):
+        ProgramEnd(sock).serve_names({k: v for k, v in names.items() if not isinstance(v, ModuleType)})
+    except LostError:
         return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import _sitebuiltins
 import atexit
 import builtins
 import contextlib
 import json
 import numbers
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -19,7 +19,7 @@ from collections.abc import KeysView, ValuesView
 from types import CodeType
 from typing import Any, NoReturn
 
-from roll_gspo.sandbox import rpc, unit_tests
+from roll_gspo.sandbox import rpc, unit_tests, values
 
 # LiveCodeBench and ROLL put these imports before every program, and solutions rely on them. `builtins` comes last, so
 # that `math.pow` or `operator.abs` do not hide built-in names.
@@ -36,6 +36,7 @@ _PREAMBLE = "\n".join(
         "import functools, operator, io, sys, json, typing",
     ]
 )
+_MODULES_OF_PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
 _RECURSION_LIMIT = 50_000
 _names: dict[str, Any] = {}
 
@@ -45,6 +46,9 @@ def prepare() -> None:
     exec(_PREAMBLE, _names)
     for name in [n for n in _names if n.startswith("__")]:
         del _names[name]
+    for name in ("exit", "quit"):  # which `site` adds
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    unit_tests.warm_up()
 
 
 def run_case(header: dict[str, Any], body: bytes, code: CodeType | None, descriptor: int | None) -> NoReturn:
@@ -57,14 +61,17 @@ def run_case(header: dict[str, Any], body: bytes, code: CodeType | None, descrip
         code: compiled program.
         descriptor: socket that connects `serve` and `tests`.
     """
-    for name in [n for n in sys.modules if n.partition(".")[0] == "roll_gspo"]:
+    runs_tests = header["do"] == "tests"
+    hidden = ("roll_gspo",) if runs_tests else ("roll_gspo", *_MODULES_OF_PYTEST)
+    for name in [n for n in sys.modules if n.partition(".")[0] in hidden]:
         del sys.modules[name]
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    if code is not None:
+    sys.set_int_max_str_digits(0)
+    if not runs_tests:
         builtins.__dict__.update(_names)  # not into globals, where e.g. `merge` would look like a name of the program
     status = 1
     try:
-        if header["do"] == "tests":
+        if runs_tests:
             result = _redirect_stdout()
             _write_result(result, unit_tests.run_tests(json.loads(body), _names, descriptor))
             status = 0
@@ -88,9 +95,10 @@ def _run_program(header: dict[str, Any], body: bytes, code: CodeType, descriptor
 def _call(header: dict[str, Any], body: bytes, code: CodeType, descriptor: int | None) -> int:
     """Write the returned value as JSON to stdout; the output of the program is discarded."""
     result = _redirect_stdout()
+    arguments = values.unpack(json.loads(body), list)
     names = _module("solution")
     exec(code, names)
-    _write_result(result, _function(names, header["function"])(*json.loads(body)))
+    _write_result(result, _function(names, header["function"])(*arguments))
     return 0
 
 
@@ -136,7 +144,9 @@ def _to_json(value: Any) -> Any:
     """Convert iterables to lists and other numbers to int or float."""
     if isinstance(value, tuple | set | frozenset | range | map | filter | zip | deque | KeysView | ValuesView):
         return list(value)
-    if isinstance(value, numbers.Real):  # e.g. numbers of numpy
+    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic | sys.modules["numpy"].ndarray):
+        return value.tolist()
+    if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise TypeError(f"the function returned a {type(value).__name__}, which cannot be compared with a test case")
 
@@ -166,13 +176,3 @@ def _finish(status: int) -> NoReturn:
                 stream.flush()
     finally:
         os._exit(status)
-
-
-def empty_folder(path: str) -> None:
-    """Remove the contents of a folder, without following links."""
-    for entry in os.scandir(path):
-        with contextlib.suppress(OSError):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)

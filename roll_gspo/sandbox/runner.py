@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NoReturn
 
-from roll_gspo.sandbox import messages, namespaces, run_case, seccomp, syscalls
+from roll_gspo.sandbox import folders, messages, namespaces, run_case, seccomp, syscalls
 from roll_gspo.sandbox.limits import Limits
 
 _STACK_BYTES = 64 << 20
@@ -60,7 +60,7 @@ def _confine(descriptor: int, limits: Limits, isolated: bool, folder: str | None
         namespaces.mount_own_proc()
         namespaces.drop_privileges()
         os.chdir("/tmp")
-        syscalls.install_seccomp_filter(seccomp.build_filter())
+        syscalls.install_seccomp_filter(seccomp.build_filter(is_runner=True))
     else:
         os.chdir(folder or "/")
         with contextlib.suppress(OSError):  # seccomp requires it; both may be unavailable
@@ -240,7 +240,7 @@ class _Case:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, 0 if self.isolated else os.WNOHANG)[0]:
                 pass
-        run_case.empty_folder(".")
+        folders.empty_folder(".")
 
 
 def _write_some(descriptor: int, left: memoryview) -> memoryview:

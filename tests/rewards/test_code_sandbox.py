@@ -101,7 +101,7 @@ def test_values_are_compared_recursively(actual, expected, same):
                 "test_cases": [{"input": '[1]\n"a"', "output": "true", "testtype": "functional"}],
                 "metadata": '{"func_name": "f"}',
             },
-            CallCase("f", [[1], "a"], [True]),
+            CallCase("f", [[1], "a"], ["true", True]),
         ),
         (
             {"case_type": "input", "test_case_function": "f", "test_cases": [{"stdin": "1", "expected_stdout": "x"}]},
@@ -147,7 +147,10 @@ def test_invalid_row_raises_with_its_id(reward):
         score(reward, SUM, [], id="r7")
     for source, error in (
         ("assert (", "SyntaxError"),
-        ("import pytest\npytest.importorskip('x')\nassert x == 1", "pytest.importorskip"),
+        ("import absent\nassert x == 1", "the tests import absent"),
+        ("def test_it(absent): assert x == 1", "the fixture absent"),
+        ("import pytest\n@pytest.mark.skip\ndef test_it(): assert x == 1", "marked as skipped"),
+        ("def helper(): assert x == 1", "never call"),
     ):
         with pytest.raises(ValueError, match=f"row 'r8': test_cases: .*{error}"):
             score(reward, "x = 1", [source], case_type="assert", id="r8")
@@ -231,7 +234,7 @@ def test_argument_is_changed_in_place():
 def test_classes_and_errors():
     account = Account(5)
     account.owner = "me"
-    assert isinstance(account, Account) and account.owner == "me" and account == Account(5) and account != Account(6)
+    assert isinstance(account, Account) and account.owner == "me"
     with pytest.raises(Broke, match="short of 2") as caught:
         account.spend(7)
     assert caught.value.missing == 2 and issubclass(Broke, ValueError)

@@ -210,7 +210,8 @@ def run_as_nobody(code: str, without_namespaces: bool) -> subprocess.CompletedPr
         pytest.skip("needs root, setpriv and a system Python 3.11")
     user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     limit = ("unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$@"', "sh")
-    path = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
+    paths = [str(ROOT), str(Path(pytest.__file__).parents[1])]
+    path = f"import sys; sys.path.extend({paths!r}); sys.dont_write_bytecode = True\n"
     return subprocess.run(
         [*user, *(limit if without_namespaces else ()), "/usr/bin/python3.11", "-c", path + textwrap.dedent(code)],
         cwd="/",
@@ -224,8 +225,9 @@ def run_as_nobody(code: str, without_namespaces: bool) -> subprocess.CompletedPr
 @pytest.fixture
 def readable() -> None:
     """Skip the test if `nobody` cannot read this checkout."""
-    if not all(folder.stat().st_mode & 0o005 == 0o005 for folder in (ROOT, *ROOT.parents)):
-        pytest.skip("the user nobody cannot read this checkout")
+    libraries = Path(pytest.__file__).parents[1]
+    if not all(folder.stat().st_mode & 0o005 == 0o005 for p in (ROOT, libraries) for folder in (p, *p.parents)):
+        pytest.skip("the user nobody cannot read this checkout or pytest")
 
 
 def test_sandbox_works_without_root(sandbox, readable):
