@@ -211,6 +211,9 @@ class TrainBatch:
         values: [B, T] float32 of the critic before its update, or None.
         returns: [B, T] float32, the targets of the critic, or None.
         routed_experts: [B, S, L, K] int16 that the routers replay (-1: choose freely), or None.
+        policy_mask: [B, T] bool, the tokens of the loss mask that the policy loss sees; None if it sees all. The KL and
+            entropy terms see all.
+        length_quartiles: [B] int64, 0 to 3: the quartile of the rollout's response lengths; None if unknown.
     """
 
     sequences: Sequences
@@ -223,6 +226,8 @@ class TrainBatch:
     values: Tensor | None = None
     returns: Tensor | None = None
     routed_experts: Tensor | None = None
+    policy_mask: Tensor | None = None
+    length_quartiles: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -241,7 +246,7 @@ class TrainBatch:
     def rows(self, index: Tensor) -> TrainBatch:
         """Return the samples of `index`, trimmed to their own maximum widths."""
         positions, width = self.sequences.trimmed_widths(index)
-        widths = {"sample_weights": None, "routed_experts": positions}
+        widths = {"sample_weights": None, "length_quartiles": None, "routed_experts": positions}
         changes: dict[str, Any] = {
             "sequences": self.sequences.rows(index),
             "sample_ids": self.sample_ids[index],

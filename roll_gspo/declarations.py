@@ -103,13 +103,16 @@ class AdvantageEstimator(Declaration):
 
     Attributes:
         needs_critic: reads `shaped.values`; the critic is built and trained on advantages plus values.
-        compares_group: compares the samples of a prompt, of which there must be at least two.
+        compares_group: compares the samples of a prompt, of which there must be at least two. `reward_clip` then bounds
+            the result.
+        normalises_scores: defines how scores are normalised, so that `reward_norm` must be null.
         whitens: advantages are whitened by definition, whether or not `whiten_advantages` is set.
     """
 
     inputs: ClassVar[str] = "shaped, settings"
     needs_critic: bool = False
     compares_group: bool = False
+    normalises_scores: bool = False
     whitens: bool = False
 
     @property

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
+from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.plan import make_plan
 from roll_gspo.run import run, shipped_folders
@@ -22,7 +22,7 @@ GROUPS = shipped_folders()[1]
 # In the order of base.yaml, which decides which file wins.
 AXES = (
     *("adv_estimator", "importance_sampling", "policy_loss", "loss_agg_mode", "reward_norm", "kl", "query_filter"),
-    *("train_infer_correction", "old_log_probs"),
+    *("train_infer_correction", "old_log_probs", "off_policy_mask", "token_mask"),
 )
 OPTIONS = {
     axis: sorted(EXTENSIBLE[axis] if axis in EXTENSIBLE else (file.stem for file in (GROUPS / axis).glob("*.yaml")))
@@ -38,6 +38,10 @@ def expected_refusals(choice: Choice) -> set[str]:
         broken.add("policy_loss")
     if choice["train_infer_correction"] != "none" and choice["old_log_probs"] == "rollout":
         broken.add("train_infer_correction")  # every weight would be 1
+    if ADVANTAGE_ESTIMATORS.declaration(choice["adv_estimator"]).normalises_scores and choice["reward_norm"] != "none":
+        broken.add("reward_norm")
+    if choice["token_mask"] != "none" and choice["old_log_probs"] == "rollout":
+        broken.add("top_entropy_quantile")  # no entropies
     return broken
 
 
@@ -61,10 +65,13 @@ def fragments() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def combinations(estimator: str, number: int | None) -> list[Choice]:
-    """Return `number` random combinations with this estimator, or all of them if None."""
-    product = itertools.product(*(OPTIONS | {"adv_estimator": [estimator]}).values())
-    every = [dict(zip(AXES, options, strict=True)) for options in product]
-    return every if number is None else random.Random(estimator).sample(every, number)
+    """Return `number` random combinations with this estimator, or all of them without masks if None."""
+    if number is None:
+        chosen = OPTIONS | {"adv_estimator": [estimator], "off_policy_mask": ["none"], "token_mask": ["none"]}
+        return [dict(zip(AXES, options, strict=True)) for options in itertools.product(*chosen.values())]
+    generator = random.Random(estimator)
+    chosen = OPTIONS | {"adv_estimator": [estimator]}
+    return [{axis: generator.choice(chosen[axis]) for axis in AXES} for _ in range(number)]
 
 
 def pairs(choices: list[Choice]) -> set[tuple[tuple[str, str], ...]]:
@@ -81,7 +88,10 @@ def lines_of(error: ValidationError) -> list[str]:
 @pytest.mark.parametrize("estimator", OPTIONS["adv_estimator"])
 def test_every_combination_of_the_axes_has_a_plan_or_a_reason(estimator: str, number: int | None) -> None:
     choices = combinations(estimator, number)
-    assert pairs(choices) == pairs(combinations(estimator, None)), "every pair of options occurs"
+    if number is not None:
+        options = [[(axis, option) for option in OPTIONS[axis]] for axis in AXES if axis != "adv_estimator"]
+        every = {pair for two in itertools.combinations(options, 2) for pair in itertools.product(*two)}
+        assert pairs(choices) >= every, "every pair of options occurs"
     parts = fragments()
     base = load_config("base").config
     chosen_by_axes = {key for options in parts.values() for keys in options.values() for key in keys}
@@ -104,8 +114,10 @@ def test_every_combination_of_the_axes_has_a_plan_or_a_reason(estimator: str, nu
         plan = make_plan(config)
         assert not plan.not_runnable
         num_planned += 1
-    assert num_planned > len(choices) / 3
-    assert len(reasons) == 3, reasons
+    normalises = ADVANTAGE_ESTIMATORS.declaration(estimator).normalises_scores
+    assert num_planned > len(choices) / (20 if normalises else 4)
+    # Four losses with a ratio of the whole response, the correction, and the masks; three normalisations.
+    assert len(reasons) == 5 + (number is not None) + 3 * normalises, reasons
     for line in reasons:
         assert re.match(r"[a-z_]+", line)[0] in ExperimentConfig.model_fields  # type: ignore[index]
         assert re.search(r"; (set|remove|lower|add) ", line), f"says no way out: {line}"
@@ -126,9 +138,8 @@ def test_combination_is_the_same_through_hydra_and_dry_run(
         if keys := expected_refusals(choice):
             with pytest.raises(ConfigError) as caught:
                 load_config("base", *overrides)
-            assert {
-                line.partition("): ")[2].partition(" ")[0].rstrip(":") for line in str(caught.value).splitlines()
-            } == keys
+            located = [re.match(r".*?(?:\): |yaml:\d+: )(\w+)", line) for line in str(caught.value).splitlines()]
+            assert {match[1] if match else None for match in located} == keys
             continue
         loaded = load_config("base", *overrides)
         assert loaded.warnings == ()

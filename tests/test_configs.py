@@ -52,6 +52,12 @@ def is_refused(config: AnyConfig, group: str, option: str) -> str | None:
     loss = option if group == "policy_loss" else config.policy_loss
     if EXTENSIBLE["policy_loss"].declaration(loss).own_ratio and level != "token":
         return "policy_loss"
+    estimator = option if group == "adv_estimator" else config.adv_estimator
+    normalises = EXTENSIBLE["adv_estimator"].declaration(estimator).normalises_scores
+    if normalises and (option != "none" if group == "reward_norm" else config.reward_norm is not None):
+        return "reward_norm"
+    if group == "token_mask" and option != "none" and not config.enable_old_logprobs_recompute:
+        return "top_entropy_quantile"
     args = config.actor_train.strategy_args
     if group == "router_replay" and option != "none" and args.can_replay_routing:
         return "actor_train" if args.replay_conflicts else None

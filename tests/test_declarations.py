@@ -70,7 +70,7 @@ def test_keys_of_a_need_are_read() -> None:
     assert {"pg_clip", "pg_clip_low", "dual_clip_loss"} <= set(POLICY_LOSSES.declaration("clip").keys)
     assert set(POLICY_LOSSES.declaration("sapo").keys) == {"sapo_tau_positive", "sapo_tau_negative"}
     assert set(ADVANTAGE_ESTIMATORS.declaration("gae").keys) == {"gamma", "lambd", "value_clip", "critic_warmup"}
-    assert POLICY_LOSSES.readers("pg_clip") == ["clip", "cispo", "gmpo"]
+    assert POLICY_LOSSES.readers("pg_clip") == ["clip", "cispo", "gmpo", "fspo"]
 
 
 def test_function_of_a_user_is_found_by_dotted_path(module: str) -> None:

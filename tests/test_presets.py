@@ -33,7 +33,12 @@ DOCUMENTED: dict[str, tuple[Any, ...]] = {
     "cispo": ("grpo", "token", "cispo", (1.0, 4.0), "token-mean"),
     "gmpo": ("grpo", "token", "gmpo", (0.3297, 0.4918), "seq-mean-token-mean"),
     "sapo": ("grpo", "token", "sapo", None, "seq-mean-token-mean"),
-    "luspo": ("grpo", "seq", "clip", SEQ_RANGE, "seq-mean-token-sum"),
+    "luspo": ("grpo", "seq", "clip", (2e-3, 2.5e-3), "seq-mean-token-sum"),
+    "fspo": ("grpo", "token", "fspo", (0.03, 0.03), "seq-mean-token-mean"),
+    "vespo": ("grpo", "token", "vespo", None, "token-mean"),
+    "dppo": ("grpo", "token", "dppo", None, "token-mean"),
+    "maxrl": ("maxrl", "token", "clip", TOKEN_RANGE, "token-mean"),
+    "gdpo": ("gdpo", "token", "clip", TOKEN_RANGE, "seq-mean-token-mean"),
 }
 WITH_KL_LOSS, WITH_TOKEN_LEVEL_KL = {"gspo", "grpo", "ppo"}, {"reinforce_plus_plus"}
 
@@ -80,9 +85,9 @@ def test_preset_on_the_command_line_is_its_example(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_is_warned_of_only_where_weighting_by_length_is_its_point(preset: str) -> None:
+def test_preset_is_warned_of_only_if_it_weights_by_length_or_needs_several_rewards(preset: str) -> None:
     plan = make_plan(load_config(EXAMPLE_OF[preset]).config)
-    expected = ["loss_agg_mode"] if preset in ("gspo", "luspo") else []
+    expected = {"gspo": ["loss_agg_mode"], "luspo": ["loss_agg_mode"], "gdpo": ["adv_estimator"]}.get(preset, [])
     assert [warning.key for warning in plan.warnings] == expected
     assert plan.not_runnable == ()
 

@@ -1,5 +1,7 @@
 """Advantages of a whole rollout from its rewards, in the order: normalise, clip, KL, estimate, whiten, clip.
 
+Estimators that compare the samples of a prompt are part of the normalisation, so that the first clip follows them.
+
 Legend: B samples of the rollout (all ranks), T response positions. Nothing here has a gradient.
 """
 
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, ShapedRewards
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, RewardParts, ShapedRewards
 from roll_gspo.algorithms.kl import kl_estimate
 from roll_gspo.algorithms.masking import zero_masked
 from roll_gspo.algorithms.reward_norm import (
@@ -119,6 +121,7 @@ def advantages(
     running: RunningMoments | None = None,
     values: Tensor | None = None,
     loss_mask: Tensor | None = None,
+    parts: RewardParts | None = None,
 ) -> Estimated:
     """Return the advantages of a whole rollout, with returns and statistics.
 
@@ -133,39 +136,65 @@ def advantages(
         values: [B, T] of the critic, for estimators that need one.
         loss_mask: [B, T] bool, the valid tokens of samples in the loss; None for `response_mask`. Other samples count
             in the moments of the rewards, but not in whitening and the statistics of the advantages.
+        parts: of the scores, for estimators that normalise each part; None if the score is the only part.
 
     Returns:
         Advantages (0 outside `loss_mask`; float32, or float64 for float64 scores). Returns if the estimator needs a
         critic: advantages before whitening, plus values. Statistics: `reward/score_{mean,std,min,max}` (of `scores`),
-        `reward/mean` (normalised and clipped), `reward/clip_fraction`, `reward/groups_without_spread`,
+        `reward/mean` (as the estimator gets them), `reward/clip_fraction`, `reward/groups_without_spread`,
         `advantage/{mean,std,min,max}` (before the clip), `advantage/clip_fraction` and, with `add_token_level_kl`,
         `reward/kl` (per valid token).
 
     Raises:
         ValueError: log-probs, values or moments that the settings need are missing.
     """
-    rewards = normalise_rewards(
-        scores, group_ids, settings.reward_norm, settings.reward_shift, settings.reward_scale, running
-    )
-    rewards, clip_fraction = clip_rewards(rewards, settings.reward_clip)
-    statistics = _reward_statistics(scores, group_ids, rewards) | {"reward/clip_fraction": clip_fraction}
-    penalties = None
-    if settings.add_token_level_kl:
-        if log_probs is None or ref_log_probs is None:
-            raise ValueError("add_token_level_kl: log_probs or ref_log_probs missing; build the reference")
-        kl = kl_estimate(log_probs, ref_log_probs, response_mask, settings.kl_penalty)
+    declared = ADVANTAGE_ESTIMATORS.declaration(settings.adv_estimator)
+    rewards, clip_fraction = _normalised(scores, group_ids, settings, running, clips=not declared.compares_group)
+    statistics = _reward_statistics(scores, group_ids, rewards)
+    kl = _token_level_kl(log_probs, ref_log_probs, response_mask, settings)
+    if kl is not None:
         statistics["reward/kl"] = float(kl.sum(-1).sum(dtype=torch.float64)) / max(int(response_mask.sum()), 1)
-        penalties = kl_coef * kl
-    shaped = ShapedRewards(rewards, penalties, group_ids, response_mask, values)
+    penalties = None if kl is None else kl_coef * kl
+    shaped = ShapedRewards(rewards, penalties, group_ids, response_mask, values, parts)
     estimator = ADVANTAGE_ESTIMATORS.load(settings.adv_estimator)
     estimated = estimator(shaped, settings, **settings.adv_estimator_args).expand(response_mask.shape)
+    if declared.compares_group:
+        estimated, clip_fraction = _clip_estimated(estimated, response_mask, settings.reward_clip)
+    statistics["reward/clip_fraction"] = clip_fraction
     returns = None
-    if ADVANTAGE_ESTIMATORS.declaration(settings.adv_estimator).needs_critic and values is not None:
+    if declared.needs_critic and values is not None:
         returns = zero_masked(estimated + values, response_mask)
-
     seen = response_mask if loss_mask is None else response_mask & loss_mask
     final, of_advantages = _finished(estimated, seen, settings)
     return Estimated(final, returns, statistics | of_advantages)
+
+
+def _normalised(
+    scores: Tensor, group_ids: Tensor, settings: AdvantageSettings, running: RunningMoments | None, clips: bool
+) -> tuple[Tensor, float]:
+    """Return the normalised rewards [B], clipped if `clips`, and the fraction that was beyond the clip."""
+    shift, scale = settings.reward_shift, settings.reward_scale
+    rewards = normalise_rewards(scores, group_ids, settings.reward_norm, shift, scale, running)
+    return clip_rewards(rewards, settings.reward_clip if clips else None)
+
+
+def _token_level_kl(
+    log_probs: Tensor | None, ref_log_probs: Tensor | None, mask: Tensor, settings: AdvantageSettings
+) -> Tensor | None:
+    """Return the divergence [B, T] from the reference with `add_token_level_kl`, else None."""
+    if not settings.add_token_level_kl:
+        return None
+    if log_probs is None or ref_log_probs is None:
+        raise ValueError("add_token_level_kl: log_probs or ref_log_probs missing; build the reference")
+    return kl_estimate(log_probs, ref_log_probs, mask, settings.kl_penalty)
+
+
+def _clip_estimated(estimated: Tensor, mask: Tensor, reward_clip: float | None) -> tuple[Tensor, float]:
+    """Return [B, T] clamped to +-`reward_clip` (None: unchanged), and the fraction of samples with a token beyond."""
+    if reward_clip is None or not len(estimated):
+        return estimated, 0.0
+    beyond = ((estimated.abs() > reward_clip) & mask).any(-1)
+    return estimated.clamp(-reward_clip, reward_clip), float(beyond.double().mean())
 
 
 def _finished(estimated: Tensor, mask: Tensor, settings: AdvantageSettings) -> tuple[Tensor, dict[str, float]]:

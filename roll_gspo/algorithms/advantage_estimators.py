@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from roll_gspo.algorithms.discounted import discounted_returns, generalised_advantages
 from roll_gspo.algorithms.masking import zero_masked
-from roll_gspo.algorithms.reward_norm import normalise_rewards
+from roll_gspo.algorithms.reward_norm import EPSILON, group_moments, normalise_rewards
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, AdvantageEstimator
 
 
@@ -29,7 +29,7 @@ class AdvantageSettings:
         adv_estimator: a name in `ADVANTAGE_ESTIMATORS`, or the dotted path of a user's function.
         gamma: discount per valid token.
         reward_norm, reward_shift, reward_scale: see `normalise_rewards`.
-        reward_clip: bound of the normalised reward, or None.
+        reward_clip: bound of the normalised reward, or None. It bounds the result of an estimator that compares groups.
         add_token_level_kl: subtract `kl_coef * kl` from the reward of every token.
         kl_penalty: estimator of that KL, a name in `KL_ESTIMATORS`.
         whiten_advantages: zero mean and unit variance over all valid tokens.
@@ -62,16 +62,29 @@ class AdvantageSettings:
         return ADVANTAGE_ESTIMATORS.declaration(self.adv_estimator).compares_group or self.reward_norm == "group"
 
 
+class RewardParts(NamedTuple):
+    """The parts of the scores.
+
+    Attributes:
+        scores: [B, K] of each part; a part that a prompt does not have is 0 in its whole group.
+        weights: [K] of the parts in the score.
+    """
+
+    scores: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class ShapedRewards:
     """Inputs of an advantage estimator.
 
     Attributes:
-        rewards: [B] normalised and clipped.
+        rewards: [B] normalised as `reward_norm` says, and clipped unless the estimator compares groups.
         penalties: [B, T] token-level KL to subtract from each token's reward, 0 where masked; None without one.
         group_ids: [B] integers.
         response_mask: [B, T] bool.
         values: [B, T] of the critic, anything where masked; None without one.
+        parts: of the scores, or None if the score is the only part.
     """
 
     rewards: Tensor
@@ -79,6 +92,7 @@ class ShapedRewards:
     group_ids: Tensor
     response_mask: Tensor
     values: Tensor | None = None
+    parts: RewardParts | None = None
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -129,8 +143,7 @@ def grpo(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
     """R_i, normalised by its group, on every token (GSPO eq. 6; arXiv 2402.03300, 4.1.2).
 
     With `reward_norm: group` the reward is unchanged: it is already normalised, as `reward_shift` and `reward_scale`
-    choose. Otherwise it becomes `(r - mean) / (std + 1e-6)` of its group. In that case `reward_clip` has clipped the
-    reward before this normalisation.
+    choose. Otherwise it becomes `(r - mean) / (std + 1e-6)` of its group.
     """
     totals = shaped.totals
     if settings.reward_norm != "group":
@@ -213,6 +226,35 @@ def opo(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
     weights = zeros.index_add(0, index, lengths).clamp(min=1)
     baselines = zeros.index_add(0, index, lengths * distances) / weights
     return (distances - baselines[index])[:, None]
+
+
+@AdvantageEstimator(compares_group=True, normalises_scores=True)
+def maxrl(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
+    """`(R_i - mean) / mean` of its group, on every token (MaxRL, arXiv 2602.02710, algorithm 1).
+
+    With rewards of 0 and 1 the mean is the share of right answers, so that rare ones weigh more than in `grpo`. Rewards
+    must not be negative: a group with a mean of 0 or below has advantage 0.
+    """
+    totals = shaped.totals.double()
+    means = group_moments(totals, shaped.group_ids, None).mean
+    relative = torch.where(means > EPSILON, (totals - means) / means.clamp(min=EPSILON), 0.0)
+    return relative.to(shaped.totals.dtype)[:, None]
+
+
+@AdvantageEstimator(compares_group=True, normalises_scores=True)
+def gdpo(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
+    """The weighted sum of the normalised parts of the reward, normalised over the rollout (GDPO, arXiv 2601.05242).
+
+    Each part of a `weighted_sum` becomes `(r - mean) / (std + 1e-6)` of its group. The sum of weight times part becomes
+    `(a - mean) / (std + 1e-6)` of all samples. Parts with a small range thus count as much as their weights say. A
+    token-level KL reduces the result by its sum over the response.
+    """
+    scores, weights = shaped.parts or RewardParts(shaped.rewards[:, None], shaped.rewards.new_ones(1))
+    summed = torch.zeros_like(shaped.rewards, dtype=torch.float64)
+    for part, weight in zip(scores.double().unbind(-1), weights.tolist(), strict=True):
+        summed += weight * normalise_rewards(part, shaped.group_ids, "group")
+    result = normalise_rewards(summed, shaped.group_ids, "batch").to(shaped.rewards.dtype)
+    return (result if shaped.penalties is None else result - shaped.penalties.sum(-1))[:, None]
 
 
 @AdvantageEstimator(needs_critic=True, reads=("gamma", "lambd"))

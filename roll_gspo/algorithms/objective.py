@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardtanh
 
 from roll_gspo.algorithms.correction import CorrectionSettings
 from roll_gspo.algorithms.ratio import MAX_LOG_RATIO
@@ -34,7 +35,13 @@ class PolicyLossSettings:
         kl_loss_type: a name in `KL_ESTIMATORS`.
         entropy_loss_coef: coefficient of the entropy bonus; 0 switches it off.
         policy_loss: a name in `POLICY_LOSSES`, or the dotted path of a user's function.
+        pg_clip_length_scaling: divide the range by the square root of the response's length, in log space (see `clip`).
         sapo_tau_positive, sapo_tau_negative: temperatures of SAPO's gate by the sign of the advantage.
+        vespo_k_positive, vespo_lambda_positive, vespo_k_negative, vespo_lambda_negative: exponent and decay of VESPO's
+            weight by the sign of the advantage.
+        dppo_divergence, dppo_threshold: divergence of DPPO's trust region (`tv` or `kl`), and its largest value.
+        off_policy_mask_threshold: KL per token beyond which samples with negative advantage leave the policy loss, or
+            None.
         correction: weights that correct the mismatch of trainer and generation engine, or None.
         policy_loss_args, importance_sampling_args: keyword arguments of a user's functions.
     """
@@ -51,6 +58,14 @@ class PolicyLossSettings:
     policy_loss: str = "clip"
     sapo_tau_positive: float = 1.0
     sapo_tau_negative: float = 1.05
+    pg_clip_length_scaling: bool = False
+    vespo_k_positive: float = 2.0
+    vespo_lambda_positive: float = 3.0
+    vespo_k_negative: float = 3.0
+    vespo_lambda_negative: float = 2.0
+    dppo_divergence: str = "tv"
+    dppo_threshold: float = 0.15
+    off_policy_mask_threshold: float | None = None
     correction: CorrectionSettings | None = None
     policy_loss_args: Mapping[str, Any] = field(default_factory=dict)
     importance_sampling_args: Mapping[str, Any] = field(default_factory=dict)
@@ -85,10 +100,19 @@ class Terms:
     ref_log_probs: Tensor | None = None
 
 
-@PolicyLoss(needs_clip_range=True, allows_dual_clip=True)
+@PolicyLoss(needs_clip_range=True, allows_dual_clip=True, reads=("pg_clip_length_scaling",))
 def clip(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
-    """`-min(ratio A, clip(ratio) A)` (PPO, arXiv 1707.06347 eq. 7; GSPO eq. 5, and eq. 13 with `seq_token`)."""
-    return clipped_objective(terms.ratio, terms.advantages, *settings.clip_range)
+    """`-min(ratio A, clip(ratio) A)` (PPO, arXiv 1707.06347 eq. 7; GSPO eq. 5, and eq. 13 with `seq_token`).
+
+    With `pg_clip_length_scaling`, the ratio `exp(S_i / n_i)` of a response is clipped to `exp(-clip_low / sqrt(n_i))`
+    and `exp(clip_high / sqrt(n_i))`. The same responses are clipped as in `fspo`, whose band is that of `S_i`.
+    """
+    low, high = settings.clip_range
+    if not settings.pg_clip_length_scaling:
+        return clipped_objective(terms.ratio, terms.advantages, low, high)
+    scale = terms.lengths.clamp(min=1).to(terms.ratio.dtype).rsqrt()[:, None]
+    bounded = terms.ratio.detach().log().clamp(min=-low * scale, max=high * scale).exp()
+    return _pessimistic(terms.ratio, bounded, terms.advantages)
 
 
 def clipped_objective(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
@@ -97,9 +121,14 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip_low: float, clip_h
     Returns:
         The loss [B, T], and [B, T] bool: true where the clip removes the gradient (`surr2 < surr1`).
     """
+    return _pessimistic(ratio, ratio.detach().clamp(1.0 - clip_low, 1.0 + clip_high), advantages)
+
+
+def _pessimistic(ratio: Tensor, bounded: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `-min(ratio A, bounded A)` [B, T], and where the bounded ratio (without gradient) decides."""
     minus = -advantages
     loss = ratio * minus
-    bound = ratio.detach().clamp(1.0 - clip_low, 1.0 + clip_high).mul_(minus)
+    bound = bounded * minus
     clipped = bound > loss.detach()
     return torch.where(clipped, bound, loss), clipped
 
@@ -177,3 +206,61 @@ def topr(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     negative = terms.advantages < 0
     weighted = torch.where(negative, whole.clamp(max=0.0).exp(), 1.0) * -terms.advantages
     return weighted * terms.log_probs, negative & (whole > 0)
+
+
+@PolicyLoss(needs_clip_range=True, clip_range=(0.03, 0.03), own_ratio="the product of its token ratios")
+def fspo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
+    """`-min(w A, exp(clip(S_i)) A)` with `S_i = sum_t d_it` and `w = exp(S_i)` (FSPO, arXiv 2509.09177 eqs. 3 to 5).
+
+    The range is a band of the log-ratio of the response that grows with the square root of its length:
+    `-clip_low sqrt(n_i)` to `clip_high sqrt(n_i)`. Long and short responses are then clipped equally often.
+    """
+    low, high = settings.clip_range
+    width = terms.lengths.to(terms.log_ratio.dtype).sqrt()[:, None]
+    whole = hardtanh(terms.log_ratio.sum(-1, keepdim=True), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    bounded = whole.detach().clamp(min=-low * width, max=high * width).exp()
+    return _pessimistic(whole.exp(), bounded, terms.advantages)
+
+
+@PolicyLoss(
+    own_ratio="the product of its token ratios",
+    reads=("vespo_k_positive", "vespo_lambda_positive", "vespo_k_negative", "vespo_lambda_negative"),
+)
+def vespo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
+    """`-sg[w^k exp(lambda (1 - w))] A log_prob` with `w = exp(sum_t d_it)` (VESPO, arXiv 2602.10693, section 3.4).
+
+    The weight is 1 on policy and falls smoothly to 0 as the response becomes unlikely or too likely, without a clip and
+    without a mean over its length. `k` and `lambda` depend on the sign of the advantage. Nothing is counted as clipped.
+    """
+    positive = terms.advantages >= 0
+    exponent = torch.where(positive, terms.advantages.new_tensor(settings.vespo_k_positive), settings.vespo_k_negative)
+    decay = torch.where(
+        positive, terms.advantages.new_tensor(settings.vespo_lambda_positive), settings.vespo_lambda_negative
+    )
+    whole = terms.log_ratio.detach().sum(-1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    weight = (exponent * whole - decay * whole.expm1()).exp()
+    return weight.mul_(terms.advantages).neg_() * terms.log_probs, torch.zeros_like(positive)
+
+
+@PolicyLoss(reads=("dppo_divergence", "dppo_threshold"))
+def dppo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
+    """`-ratio A` for tokens within a trust region, 0 for the others (DPPO, arXiv 2602.04879, Binary-TV and Binary-KL).
+
+    A token is outside if its probability has moved in the direction of its advantage, and the divergence of the two
+    policies, with the vocabulary reduced to this token and all others, is above `dppo_threshold`. That is
+    `|p - p_old|` (`tv`) or `p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))` (`kl`).
+
+    Counted as clipped: the tokens outside.
+    """
+    log_probs = terms.log_probs.detach()
+    new, old = log_probs.clamp(max=0.0), (log_probs - terms.log_ratio.detach()).clamp(max=0.0)
+    moved = new.exp() - old.exp()
+    divergence = moved.abs() if settings.dppo_divergence == "tv" else _binary_kl(old, new)
+    outside = (moved * terms.advantages > 0) & (divergence > settings.dppo_threshold)
+    return torch.where(outside, 0.0, -terms.ratio * terms.advantages), outside
+
+
+def _binary_kl(old: Tensor, new: Tensor) -> Tensor:
+    """Return KL(old || new) of the events "this token" and "another token" from the log-probs of this token."""
+    others_old, others_new = -old.expm1(), -new.expm1()
+    return old.exp() * (old - new) + torch.xlogy(others_old, others_old) - torch.xlogy(others_old, others_new)

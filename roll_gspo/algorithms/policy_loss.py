@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.aggregate import Denominators, aggregate_sums
+from roll_gspo.algorithms.aggregate import Denominators, aggregate, aggregate_sums
 from roll_gspo.algorithms.correction import correction_weights
 from roll_gspo.algorithms.kl import MAX_K3, kl_estimate
-from roll_gspo.algorithms.masking import count_true, raised, zero_masked
+from roll_gspo.algorithms.masking import count_true, masked_difference, raised, zero_masked
 from roll_gspo.algorithms.objective import PolicyLossSettings, Terms, dual_clip
 from roll_gspo.algorithms.ratio import clamped_log_ratio
 from roll_gspo.batch import TrainBatch
@@ -22,6 +22,7 @@ def policy_loss(
     batch: TrainBatch,
     denominators: Denominators,
     settings: PolicyLossSettings,
+    policy_denominators: Denominators | None = None,
 ) -> tuple[Tensor, dict[str, Metric]]:
     """Return this micro-batch's share of `pg_loss + kl_loss_coef kl - entropy_loss_coef entropy`, and its metrics.
 
@@ -33,6 +34,7 @@ def policy_loss(
         batch: the samples; masked positions may hold anything.
         denominators: of the whole mini-batch.
         settings: of the policy loss.
+        policy_denominators: of the tokens in `batch.policy_mask`; None if that is None.
 
     Returns:
         The scalar loss, and metrics without gradient: `actor/{pg,kl,total}_loss` are shares; the others are means
@@ -46,11 +48,15 @@ def policy_loss(
     log_probs = raised(log_probs)  # once, so that the gradients of all terms meet in float32
     token_loss, metrics = _token_loss(log_probs, batch, lengths, settings)
 
-    def share(zeroed: Tensor, sample_weights: Tensor | None = None) -> Tensor:
-        mode, length = settings.loss_agg_mode, settings.response_length
-        return aggregate_sums(zeroed.sum(-1), lengths, denominators, mode, length, sample_weights)
+    mode, length = settings.loss_agg_mode, settings.response_length
 
-    loss = share(token_loss, batch.sample_weights)
+    def share(zeroed: Tensor) -> Tensor:
+        return aggregate_sums(zeroed.sum(-1), lengths, denominators, mode, length)
+
+    if batch.policy_mask is None or policy_denominators is None:
+        loss = aggregate_sums(token_loss.sum(-1), lengths, denominators, mode, length, batch.sample_weights)
+    else:
+        loss = aggregate(token_loss, batch.policy_mask & mask, policy_denominators, mode, length, batch.sample_weights)
     metrics["actor/pg_loss"] = _share_metric(loss)
     if batch.ref_log_probs is not None:
         kl = kl_estimate(log_probs, batch.ref_log_probs, mask, settings.kl_loss_type)
@@ -95,6 +101,12 @@ def _token_loss(
         token_loss, dual_clipped = dual_clip(token_loss, terms.advantages, settings.dual_clip_ratio)
     metrics = _ratio_metrics(terms, mask)
     metrics |= _clip_metrics(clipped, dual_clipped, terms, declared.needs_clip_range)
+    if batch.length_quartiles is not None:
+        metrics |= _clip_metrics_by_length(clipped, lengths, batch.length_quartiles)
+    if settings.off_policy_mask_threshold is not None:
+        kept, mask_metrics = _off_policy_mask(log_probs, batch, lengths, settings.off_policy_mask_threshold)
+        token_loss = torch.where(kept, token_loss, 0.0)
+        metrics |= mask_metrics
     if settings.correction is not None:
         weights, weight_metrics = correction_weights(
             batch.old_log_probs, batch.rollout_log_probs, mask, settings.correction
@@ -102,6 +114,22 @@ def _token_loss(
         token_loss = token_loss * weights.to(token_loss.dtype)
         metrics |= weight_metrics
     return token_loss, metrics
+
+
+@torch.no_grad()
+def _off_policy_mask(
+    log_probs: Tensor, batch: TrainBatch, lengths: Tensor, threshold: float
+) -> tuple[Tensor, dict[str, Metric]]:
+    """Return [B, T] bool, false for the tokens that off-policy sequence masking drops, and the fraction of samples.
+
+    It drops tokens with negative advantage in samples whose mean of `log pi_old - log pi` is above the threshold
+    (DeepSeek-V3.2, arXiv 2512.02556, eqs. 8 and 9). `pi_old` is the generation engine, so that the mean includes both
+    the updates since then and the mismatch of the engines.
+    """
+    moved = masked_difference(batch.rollout_log_probs, log_probs, batch.response_mask).sum(-1) / lengths.clamp(min=1)
+    dropped = (moved > threshold)[:, None] & (batch.advantages < 0) & batch.response_mask
+    share = Metric(dropped.any(-1).sum().to(log_probs.dtype), (lengths > 0).sum())
+    return ~dropped, {"actor/off_policy_masked_fraction": share}
 
 
 def _reference(batch: TrainBatch, policy_loss: str) -> Tensor:
@@ -164,3 +192,28 @@ def _clip_metrics(clipped: Tensor, dual_clipped: Tensor | None, terms: Terms, ha
     if dual_clipped is not None:
         metrics["actor/dual_clip_fraction"] = share_of_tokens(count_true(dual_clipped).sum())
     return metrics
+
+
+def _clip_metrics_by_length(clipped: Tensor, lengths: Tensor, quartiles: Tensor) -> dict[str, Metric]:
+    """Return the fraction of clipped tokens in each quartile of the rollout's response lengths."""
+    counts = count_true(clipped).to(torch.float32)
+    metrics = {}
+    for quartile in range(4):
+        inside = quartiles == quartile
+        metrics[f"actor/clip_fraction_length_q{quartile + 1}"] = Metric(counts[inside].sum(), lengths[inside].sum())
+    return metrics
+
+
+def has_gradient(batch: TrainBatch, settings: PolicyLossSettings) -> bool:
+    """Return whether the loss of these samples depends on the policy.
+
+    It does not if no token is valid. It does not either if every advantage is 0 and there is no KL and no entropy term,
+    because the shipped policy losses are then 0 for any policy. A user's policy loss may have other terms.
+    """
+    mask = batch.response_mask
+    if not bool(mask.any()):
+        return False
+    if settings.kl_loss_coef or settings.entropy_loss_coef or settings.policy_loss not in POLICY_LOSSES:
+        return True
+    seen = mask if batch.policy_mask is None else mask & batch.policy_mask
+    return bool((zero_masked(batch.advantages, seen) != 0).any())

@@ -1,4 +1,4 @@
-"""Sample masks, sample weights and the penalty of overlong responses.
+"""Sample and token masks, sample weights, length quartiles and the penalty of overlong responses.
 
 Legend: B samples of the rollout. All are computed on the whole rollout, so that they do not depend on its split into
 mini- and micro-batches.
@@ -6,6 +6,7 @@ mini- and micro-batches.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -112,3 +113,34 @@ def overlong_penalty(
     """
     over = lengths.double() - (response_length - overlong_buffer_length)
     return (-overlong_penalty_factor * (over / overlong_buffer_length).clamp(0, 1)).float()
+
+
+def top_entropy_tokens(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """Return [B, T] bool: the fraction `quantile` of the tokens in `mask` with the highest entropy.
+
+    High-entropy tokens decide how the response goes on (arXiv 2506.01939, eq. 6). Tokens as high as the lowest one that
+    is kept are kept too.
+
+    Args:
+        entropy: [B, T] of the policy's token distributions, anything where masked.
+        mask: [B, T] bool of the whole rollout.
+        quantile: above 0, at most 1.
+    """
+    values = entropy[mask]
+    if not len(values):
+        return mask
+    count = max(math.ceil(quantile * len(values) - 1e-9), 1)  # 0.07 * 100 is above 7
+    threshold = values.sort(descending=True).values[count - 1]
+    return mask & (torch.where(mask, entropy, -math.inf) >= threshold)
+
+
+def length_quartiles(lengths: Tensor) -> Tensor:
+    """Return [B] int64, 0 to 3: the quartile of each response among the lengths [B] above 0 of the rollout.
+
+    Equally long responses are in the same quartile. Responses without a token are in the first.
+    """
+    present = lengths[lengths > 0].sort().values
+    if not len(present):
+        return torch.zeros_like(lengths)
+    bounds = torch.stack([present[math.ceil(len(present) * k / 4) - 1] for k in (1, 2, 3)])
+    return (lengths[:, None] > bounds).sum(-1)

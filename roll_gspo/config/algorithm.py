@@ -68,6 +68,9 @@ class AlgorithmConfig(Schema):
     pg_clip_ranges: dict[str, ClipRange] = Field(default_factory=dict)
     """Default clip ranges [low, high] by `importance_sampling`, e.g. `{token: [0.2, 0.28]}`. Presets set it, so that
     their range applies to one level of the ratio only."""
+    pg_clip_length_scaling: bool = False
+    """Divide the clip range by the square root of the response's length, so that long and short responses are clipped
+    equally often (FSPO). Needs `importance_sampling: seq` or `seq_token`. Default range: 0.03 on both sides."""
     dual_clip_loss: bool = False
     """Bound the loss of samples with negative advantage by `dual_clip_ratio` times the advantage. `auto`: true if
     `policy_loss` allows it (clip)."""
@@ -77,6 +80,23 @@ class AlgorithmConfig(Schema):
     """Temperature of SAPO's gate for positive advantages."""
     sapo_tau_negative: PositiveFloat = 1.05
     """Temperature of SAPO's gate for negative advantages. A higher value closes the gate sooner."""
+    vespo_k_positive: PositiveFloat = 2.0
+    """Exponent of VESPO's weight for positive advantages. A higher value suppresses unlikely responses more."""
+    vespo_lambda_positive: PositiveFloat = 3.0
+    """Decay of VESPO's weight for positive advantages. A higher value suppresses likely responses more."""
+    vespo_k_negative: PositiveFloat = 3.0
+    """Exponent of VESPO's weight for negative advantages."""
+    vespo_lambda_negative: PositiveFloat = 2.0
+    """Decay of VESPO's weight for negative advantages."""
+    dppo_divergence: Literal["tv", "kl"] = "tv"
+    """Divergence of DPPO's trust region: total variation or KL of the sampled token against all others."""
+    dppo_threshold: PositiveFloat = 0.15
+    """Divergence beyond which a token that moves further away loses its gradient; the paper has 0.05 for `kl`."""
+    off_policy_mask_threshold: PositiveFloat | None = None
+    """Exclude samples with negative advantage from the policy loss if their KL per token from the generation engine to
+    the current policy is above this value (off-policy sequence masking); null: off."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of a rollout's tokens that the policy loss sees: those with the highest entropy. 1: all."""
 
     reward_norm: RewardNorm | None = None
     """Normalise scores over their group, the batch or the whole run; null: no normalisation."""
@@ -85,7 +105,8 @@ class AlgorithmConfig(Schema):
     reward_scale: bool = False
     """Divide by the standard deviation without subtracting the mean. Needs `reward_norm`."""
     reward_clip: PositiveFloat | None = None
-    """Clamp rewards to ± this value after normalisation."""
+    """Clamp rewards to ± this value after normalisation. An estimator that compares the samples of a prompt is part of
+    the normalisation."""
     overlong_buffer_length: PositiveInt | None = None
     """Number of tokens before `response_length` with a soft length penalty (DAPO), or, below 1, their share of
     `response_length`; null: no penalty."""
@@ -158,7 +179,8 @@ class AlgorithmConfig(Schema):
         loss, level = (values.get(key, cls.model_fields[key].default) for key in ("policy_loss", "importance_sampling"))
         try:
             declared = POLICY_LOSSES.declaration(loss)
-            default = default_clip_range(loss, level, values.get("pg_clip_ranges", {}))
+            scaled = values.get("pg_clip_length_scaling") is True
+            default = default_clip_range(loss, level, values.get("pg_clip_ranges", {}), scaled)
         except (RollGspoError, TypeError):  # the fields report what is wrong
             return {key: value for key, value in values.items() if value != AUTO}
         for key, is_on in (
@@ -187,7 +209,9 @@ class AlgorithmConfig(Schema):
         """The key that decides the clip range, e.g. `importance_sampling: seq` or `pg_clip`."""
         if not self.use_pg_clip_range:
             return "pg_clip"
-        default = default_clip_range(self.policy_loss, self.importance_sampling, self.pg_clip_ranges)
+        default = default_clip_range(
+            self.policy_loss, self.importance_sampling, self.pg_clip_ranges, self.pg_clip_length_scaling
+        )
         is_default = default is not None and self.clip_range == (default.low, default.high)
         return default.origin if default is not None and is_default else "pg_clip_low, pg_clip_high"
 
@@ -243,6 +267,9 @@ class AlgorithmConfig(Schema):
                 f"importance_sampling: {self.importance_sampling} would be ignored; set importance_sampling: token",
                 ("importance_sampling",),
             )
+        if ADVANTAGE_ESTIMATORS.declaration(self.adv_estimator).normalises_scores and self.reward_norm is not None:
+            message = f"{self.reward_norm} would come before {self.adv_estimator}, which normalises scores itself; "
+            yield Problem("reward_norm", f"{message}set reward_norm: null (reward_norm=none)", ("adv_estimator",))
 
     def _keys_without_effect(self) -> Iterator[Problem]:
         """Yield keys that differ from their default but have no effect."""
@@ -284,6 +311,9 @@ class AlgorithmConfig(Schema):
                 yield Problem(f"pg_clip_ranges.{name}", f"is not an importance_sampling{hint}; rename or remove it")
         if not self.use_pg_clip_range and given:
             yield used_only_with(given[0], "use_pg_clip_range", "true")
+        if self.pg_clip_length_scaling and self.importance_sampling not in ("seq", "seq_token"):
+            message = f"needs one ratio per response, not importance_sampling: {self.importance_sampling}; set seq"
+            yield Problem("pg_clip_length_scaling", message, ("importance_sampling",))
         if self.dual_clip_ratio is not None and not self.dual_clip_loss:
             yield used_only_with("dual_clip_ratio", "dual_clip_loss", "true")
 
@@ -316,6 +346,12 @@ class AlgorithmConfig(Schema):
                 yield used_only_with(key, "add_token_level_kl", "true")
 
     def _broken_correction_rules(self) -> Iterator[Problem]:
+        if self.top_entropy_quantile < 1 and not self.enable_old_logprobs_recompute:
+            message = (
+                f"{self.top_entropy_quantile:g} needs the entropies of the trainer, which only the recompute of old "
+                "log-probs gives; set enable_old_logprobs_recompute: true (old_log_probs=recompute)"
+            )
+            yield Problem("top_entropy_quantile", message, ("enable_old_logprobs_recompute",))
         if self.train_infer_correction is not None and not self.enable_old_logprobs_recompute:
             yield Problem(
                 "train_infer_correction",

@@ -20,6 +20,9 @@ def _tuple_of_list(value: Any) -> Any:
 ClipRange = Annotated[tuple[ClipLow, ClipHigh], BeforeValidator(_tuple_of_list)]
 
 
+LENGTH_SCALED_RANGE = (0.03, 0.03)  # as of policy_loss fspo
+
+
 class DefaultClipRange(NamedTuple):
     """A clip range and the key that it belongs to.
 
@@ -35,12 +38,15 @@ class DefaultClipRange(NamedTuple):
 
 
 def default_clip_range(
-    policy_loss: str, importance_sampling: str, ranges: Mapping[str, tuple[float, float]]
+    policy_loss: str,
+    importance_sampling: str,
+    ranges: Mapping[str, tuple[float, float]],
+    length_scaling: bool = False,
 ) -> DefaultClipRange | None:
     """Return the clip range of a combination, or None if it has none.
 
-    The range of the policy loss comes first, since it has its own scale. Next come `ranges` (`pg_clip_ranges`, which
-    presets set), and last the range of the ratio.
+    The range of the policy loss comes first, since it has its own scale. That of `length_scaling` follows
+    (`pg_clip_length_scaling`), then `ranges` (`pg_clip_ranges`, which presets set), and last the range of the ratio.
 
     Raises:
         ConfigError: a name is unknown.
@@ -50,6 +56,8 @@ def default_clip_range(
         return None
     if loss.clip_range is not None:
         return DefaultClipRange(*loss.clip_range, f"policy_loss: {policy_loss}")
+    if length_scaling:
+        return DefaultClipRange(*LENGTH_SCALED_RANGE, "pg_clip_length_scaling")
     if importance_sampling in ranges:
         return DefaultClipRange(*ranges[importance_sampling], f"pg_clip_ranges.{importance_sampling}")
     bounds = RATIOS.declaration(importance_sampling).clip_range

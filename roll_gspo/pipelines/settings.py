@@ -94,7 +94,17 @@ def experience_settings(config: ExperimentConfig) -> ExperienceSettings:
         advantages=settings_from(AdvantageSettings, config),
         masks=settings_from(SampleMaskSettings, config),
         response_length=config.max_response_length,
+        part_weights=_part_weights(config) if config.adv_estimator == "gdpo" else {},
     )
+
+
+def _part_weights(config: ExperimentConfig) -> dict[str, dict[str, float]]:
+    """Return the weights of the parts of every reward that is a weighted sum, by domain and part."""
+    return {
+        domain: {name: 1.0 if part.weight is None else part.weight for name, part in block.parts.items()}
+        for domain, block in config.rewards.items()
+        if block.combine == "weighted_sum"
+    }
 
 
 def query_filter_settings(config: ExperimentConfig) -> dict[str, QueryFilterSettings]:

@@ -45,6 +45,8 @@ _MIXED = re.compile(
     r"(?<![\w.}^)/\\])(\d+)(?: ?\\[dtc]?frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))| (\d+) ?/ ?(\d+)(?![\w.]))"
 )
 _PLAIN_NAME = re.compile(r"(?<![\\A-Za-z{])(pi|sqrt)(?![A-Za-z])")
+_WHOLE_TEXT = re.compile(r"\\(?:text(?:rm|normal)?|mathrm|mbox)\s?\{([^{}]*\d[^{}]*)\}")
+_SEVERAL_NUMBERS = re.compile(r"-?\d+(?:\.\d+)?(?: -?\d+(?:\.\d+)?)+")
 _MAX_DIGITS = 400
 
 
@@ -55,13 +57,16 @@ def normalize(formula: str) -> str:
     * Digit groups (`1,234`, `1\,234`, `1 234`, `1{,}234`) are joined. A comma joins only outside of brackets, and only
       if all commas between two spaces belong to one number; others separate values.
     * Mixed numbers (`2 2/3`, `2\frac23`), repeating decimals (`0.\overline{3}`, `0.(3)`) and `1e-05` become fractions.
-    * Upright `\mathrm{e}` and `\text{i}` are the constants, not units.
+    * Upright `\mathrm{e}` and `\text{i}` are the constants, not units. `\text` around a whole answer with digits is removed.
+    * Numbers between spaces that form no group (`3 4`) are a list.
     """
     text = _GROUP_COMMA.sub("{,}", formula.translate(_CHARACTERS)).replace("{:}", ":")
     text = _SPACES.sub(" ", _DOT_DELIMITER.sub(" ", text)).strip()
     text = _UPRIGHT_CONSTANT.sub(r"\1", _LOOSE_UPRIGHT_CONSTANT.sub(r"\1", _STYLE.sub("", _LAYOUT.sub("", text))))
     text = text.strip().rstrip(".。 ") if not text.endswith("...") else text.strip()
     text = _unwrap_braces(text)
+    if whole := _WHOLE_TEXT.fullmatch(text):
+        text = whole[1].strip()
     for pattern in (_GROUPED, _SPACED, _SPACED_DECIMALS):
         text = pattern.sub(lambda found: re.sub(r"\D", "", found[0]), text)
     text = _join_commas(text).replace("{,}", ",")
@@ -71,7 +76,8 @@ def normalize(formula: str) -> str:
     text = _OVERLINED.sub(lambda found: rf"\overline{{{found[0].replace(chr(0x305), '')}}}", text)
     text = _PLAIN_NAME.sub(r"\\\1 ", text).replace("**", "^")
     text = _ELLIPSIS.sub(_from_ellipsis, _REPEATING.sub(_from_repeating, text))
-    return _MIXED.sub(_from_mixed, text)
+    text = _MIXED.sub(_from_mixed, text)
+    return text.replace(" ", ",") if _SEVERAL_NUMBERS.fullmatch(text) else text
 
 
 def read_short_e_notation(text: str) -> str | None:

@@ -86,11 +86,13 @@ class Actor(TrainedPolicy):
         return summary(self._mini_batches.train(batch, step, optimizer_step, progress), "actor")
 
     def _optimizer_step(self, mini_batch: TrainBatch, measure_mismatch: bool) -> UpdateResult:
-        denominators = Denominators.of(mini_batch.response_mask)
+        denominators, policy_denominators = Denominators.of(mini_batch.response_mask), None
+        if mini_batch.policy_mask is not None:
+            policy_denominators = Denominators.of(mini_batch.policy_mask & mini_batch.response_mask)
 
         def loss(scores: TokenScores, micro_batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
             share, metrics = policy_loss(
-                scores.log_probs, scores.entropy, micro_batch, denominators, self._loss_settings
+                *(scores.log_probs, scores.entropy, micro_batch, denominators, self._loss_settings, policy_denominators)
             )
             if measure_mismatch:
                 mask = micro_batch.response_mask

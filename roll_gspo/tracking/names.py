@@ -58,6 +58,19 @@ METRICS: dict[str, MetricInfo] = {
             "fraction",
             _TOKENS,
         ),
+        **{
+            f"actor/clip_fraction_length_q{number}": (
+                f"`actor/clip_fraction` of the {which} quarter of the rollout's responses.",
+                "fraction",
+                "mean over their tokens",
+            )
+            for number, which in enumerate(("shortest", "second shortest", "second longest", "longest"), start=1)
+        },
+        "actor/off_policy_masked_fraction": (
+            "Samples with negative advantage that `off_policy_mask_threshold` excludes from the policy loss.",
+            "fraction",
+            _SEQUENCES,
+        ),
         "actor/dual_clip_fraction": ("Tokens whose loss the dual clip bounds.", "fraction", _TOKENS),
         "actor/ratio_mean": ("Importance ratio of current to old policy.", "ratio", _TOKENS),
         "actor/ratio_max": ("Largest importance ratio.", "ratio", "max over response tokens"),
@@ -83,7 +96,7 @@ METRICS: dict[str, MetricInfo] = {
         "actor/grad_norm": ("Global gradient norm before clipping.", "norm", _UPDATES),
         "actor/lr": ("Learning rate of the last optimizer step.", "1", _STEP),
         "actor/skipped_updates": (
-            "Optimizer steps skipped: loss or gradient not finite, or nothing left to learn from.",
+            "Optimizer steps skipped: loss or gradient not finite, or a loss without a gradient.",
             "optimizer steps",
             _SUM,
         ),
@@ -169,7 +182,11 @@ METRICS: dict[str, MetricInfo] = {
         "reward/score_std": ("Spread of the scores.", "score", "standard deviation over samples"),
         "reward/score_min": ("Lowest score.", "score", "min over samples"),
         "reward/score_max": ("Highest score.", "score", "max over samples"),
-        "reward/mean": ("Reward: the score after `reward_norm` and `reward_clip`.", "reward", _SAMPLES),
+        "reward/mean": (
+            "Reward: the score after `reward_norm` and, unless the estimator compares samples, `reward_clip`.",
+            "reward",
+            _SAMPLES,
+        ),
         "reward/kl": (
             "KL of the old policy to the reference, by `kl_penalty`; what an adaptive `kl/coef` follows.",
             "nats per token",

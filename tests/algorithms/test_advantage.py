@@ -9,7 +9,7 @@ from reference.gspo_cases import random_case
 from reference.gspo_reference import kl_table
 
 from roll_gspo.algorithms.advantage import advantages, whiten
-from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, token_rewards
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, RewardParts, token_rewards
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 
@@ -97,6 +97,45 @@ def test_advantages_clip_fractions_are_per_sample_and_per_valid_token():
     assert statistics["advantage/max"] == 3.0
 
 
+@pytest.mark.parametrize(
+    ("estimator", "expected", "fraction"),
+    [
+        ("grpo", [-1.1119, -0.4096, 0.2926, 1.2289], 0.0),
+        ("dr_grpo", [-10.0, -10.0, 10.0, 10.0], 1.0),
+        ("rloo", [-10.0, -10.0, 10.0, 10.0], 1.0),
+        ("raft_plus_plus", [0.0, 0.0, 0.0, 1.0], 0.0),
+        ("maxrl", [-1.0, -17.5 / 47.5, 12.5 / 47.5, 52.5 / 47.5], 0.0),
+        ("gdpo", [-1.1119, -0.4096, 0.2926, 1.2289], 0.0),
+        ("reinforce", [0.0, 10.0, 10.0, 10.0], 0.75),
+    ],
+)
+def test_advantages_clip_follows_the_normalisation_of_the_estimator(estimator, expected, fraction):
+    scores, mask = torch.tensor([0.0, 30.0, 60.0, 100.0]), torch.ones(4, 2, dtype=torch.bool)
+    chosen = AdvantageSettings(estimator, reward_clip=10.0)
+    result, _, statistics = advantages(scores, torch.zeros(4, dtype=torch.int64), mask, chosen)
+    torch.testing.assert_close(result, torch.tensor(expected)[:, None].expand(4, 2), rtol=0, atol=1e-4)
+    assert statistics["reward/clip_fraction"] == fraction
+
+
+def test_advantages_maxrl_weighs_rare_right_answers():
+    scores = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0, -1.0])
+    groups, mask = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3]), torch.ones(10, 1, dtype=torch.bool)
+    result = advantages(scores, groups, mask, AdvantageSettings("maxrl")).advantages
+    assert result[:, 0].tolist() == [-1.0, -1.0, -1.0, 3.0, *[0.0] * 6]
+
+
+def test_advantages_gdpo_tells_one_right_part_from_two():
+    # Group 0 differs in both parts, group 1 in one. GRPO of the sum gives both groups the same advantages.
+    parts = RewardParts(torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), torch.tensor([1.0, 1.0]))
+    groups, mask = torch.tensor([0, 0, 1, 1]), torch.ones(4, 1, dtype=torch.bool)
+    scores = parts.scores.sum(-1)
+    result = advantages(scores, groups, mask, AdvantageSettings("gdpo"), parts=parts).advantages
+    two = math.sqrt(2) / math.sqrt(5 / 3)
+    torch.testing.assert_close(result[:, 0], torch.tensor([-two, two, -two / 2, two / 2]), rtol=1e-5, atol=0)
+    merged = advantages(scores, groups, mask, AdvantageSettings("grpo")).advantages
+    torch.testing.assert_close(merged[:2], merged[2:], rtol=1e-5, atol=0)
+
+
 def test_advantages_token_level_kl_hand_computed():
     log_probs = torch.tensor([[-1.0, -1.0, math.nan], [-2.0, -1.0, -1.0]])
     ref = torch.tensor([[-1.5, -1.0, math.inf], [-1.0, -1.0, -1.0]])
@@ -143,9 +182,22 @@ def with_holes(seed: int, batch: int, width: int, hole: float) -> torch.Tensor:
     whitened=st.booleans(),
     advantage_clip=st.sampled_from([None, 0.8]),
     dropped=st.booleans(),
+    weights=st.sampled_from([None, (1.0,), (1.0, 0.25), (2.0, -0.5, 1.0)]),
 )
 def test_advantages_equal_the_reference(
-    seed, batch, width, hole, estimator, norm, discounts, reward_clip, kl_coef, whitened, advantage_clip, dropped
+    seed,
+    batch,
+    width,
+    hole,
+    estimator,
+    norm,
+    discounts,
+    reward_clip,
+    kl_coef,
+    whitened,
+    advantage_clip,
+    dropped,
+    weights,
 ):
     case, mask = random_case(seed, batch, width), with_holes(seed, batch, width, hole)
     generator = torch.Generator().manual_seed(seed)
@@ -153,6 +205,10 @@ def test_advantages_equal_the_reference(
     groups = torch.randint(-2, 2, (batch,), generator=generator) * 1000
     values = torch.randn(batch, width, generator=generator, dtype=torch.float64)
     loss_mask = mask & (torch.rand(batch, 1, generator=generator) < 0.7) if dropped else mask
+    parts = None
+    if weights is not None and estimator == "gdpo":
+        table = torch.randint(0, 3, (batch, len(weights)), generator=generator).double()
+        parts = RewardParts(table, torch.tensor(weights))
     gamma, lambd = discounts
     chosen = AdvantageSettings(
         estimator,
@@ -176,6 +232,7 @@ def test_advantages_equal_the_reference(
         running=RunningMoments(),
         values=values,
         loss_mask=loss_mask if dropped else None,
+        parts=parts,
     )
     kl = kl_table(case.old.tolist(), case.ref.tolist(), mask.tolist(), "k3")
     theirs, returns = reference.advantages(
@@ -192,6 +249,7 @@ def test_advantages_equal_the_reference(
         [[kl_coef * x for x in row] for row in kl],
         whitened,
         advantage_clip,
+        None if parts is None else list(zip(weights, parts.scores.T.tolist(), strict=True)),
     )
     torch.testing.assert_close(ours.advantages, torch.tensor(theirs, dtype=torch.float64), rtol=1e-6, atol=1e-7)
     assert (ours.returns is not None) == (estimator == "gae")

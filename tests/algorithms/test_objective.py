@@ -10,10 +10,13 @@ from roll_gspo.algorithms.objective import (
     cispo,
     clip,
     clipped_objective,
+    dppo,
     dual_clip,
+    fspo,
     gmpo,
     sapo,
     topr,
+    vespo,
 )
 from roll_gspo.declarations import POLICY_LOSSES
 
@@ -182,6 +185,93 @@ def test_topr_hand_computed(log_ratio, advantages, weights, clipped):
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(loss, -0.5 * expected)
     assert counted == clipped
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "expected", "slope"),
+    [
+        ([0.5, 0.3], 1.0, -math.exp(0.2 * 2**0.5), 0.0),  # 0.8 is above 0.2 sqrt(2)
+        ([0.5, 0.3], -1.0, math.exp(0.8), 2 * math.exp(0.8)),  # two tokens of loss
+        ([-0.5, 0.3], -1.0, math.exp(-0.1 * 2**0.5), 0.0),  # -0.2 is below -0.1 sqrt(2)
+        ([-0.5, 0.4], -1.0, math.exp(-0.1), 2 * math.exp(-0.1)),
+        ([0.02] * 100, 1.0, -math.exp(0.2 * 10), 0.0),  # 2.0 is at the band of 100 tokens ...
+        ([0.019] * 100, 1.0, -math.exp(1.9), -100 * math.exp(1.9)),  # ... and 1.9 is within
+        ([15.0, 15.0], -1.0, math.exp(20), 0.0),  # the clamp of the exponent
+    ],
+)
+def test_fspo_hand_computed(log_ratio, advantage, expected, slope):
+    inputs = inputs_of([d + 1e-9 for d in log_ratio], [advantage] * len(log_ratio), clip_low=0.1, clip_high=0.2)
+    loss, gradient, clipped = evaluated(fspo, inputs)
+    torch.testing.assert_close(loss, torch.full_like(loss, expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, slope), rtol=1e-6, atol=0)
+    assert clipped == [slope == 0.0 and expected != math.exp(20)] * len(log_ratio)
+
+
+def test_clip_with_length_scaling_clips_the_responses_that_fspo_clips():
+    generator = torch.Generator().manual_seed(0)
+    counts = 0
+    for length in (1, 4, 50, 400):
+        for advantage in (1.0, -2.0):
+            d = 0.03 * torch.randn(length, generator=generator, dtype=torch.float64)
+            terms, chosen = inputs_of(d.tolist(), [advantage] * length, clip_low=0.01, clip_high=0.02)
+            chosen = replace(chosen, pg_clip_length_scaling=True)
+            mean = terms.log_ratio.mean()
+            terms = replace(terms, ratio=mean.exp().expand(1, length))
+            loss, gradient, clipped = evaluated(clip, (terms, chosen))
+            assert clipped == evaluated(fspo, (terms, chosen))[2]
+            counts += clipped[0]
+            bounds = math.exp(-0.01 / length**0.5), math.exp(0.02 / length**0.5)
+            if clipped[0]:
+                torch.testing.assert_close(loss, torch.full_like(loss, -advantage * bounds[int(advantage > 0)]))
+            assert (float(gradient.abs().max()) == 0) == clipped[0]
+    assert 0 < counts < 8
+
+
+def test_vespo_hand_computed():
+    # w = 2: 2^2 e^(3 (1 - 2)) for A > 0, 2^3 e^(2 (1 - 2)) for A < 0. The weight has no gradient.
+    log_ratio = [math.log(4.0), -math.log(2.0)]
+    for advantage, weight in ((1.5, 4 * math.exp(-3)), (-1.5, 8 * math.exp(-2))):
+        loss, gradient, clipped = evaluated(vespo, inputs_of(log_ratio, [advantage] * 2, log_probs=-0.5))
+        torch.testing.assert_close(gradient, row(*[-weight * advantage] * 2))
+        torch.testing.assert_close(loss, row(*[0.5 * weight * advantage] * 2))
+        assert clipped == [False] * 2
+    on_policy = evaluated(vespo, inputs_of([0.0], [-3.0]))[1]
+    torch.testing.assert_close(on_policy, row(3.0))
+    far = evaluated(vespo, inputs_of([19.0, 19.0], [1.0, -1.0]))[1]
+    assert far.tolist() == [[0.0, 0.0]], "a response that has become too likely has no weight"
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "advantage", "divergence", "outside"),
+    [
+        (0.9, 0.7, 1.0, "tv", True),  # 0.2 further up
+        (0.9, 0.7, -1.0, "tv", False),  # moves back
+        (0.7, 0.9, -1.0, "tv", True),
+        (0.7, 0.9, 1.0, "tv", False),
+        (0.9, 0.8, 1.0, "tv", False),  # 0.1
+        (1e-3, 1e-5, 1.0, "tv", False),  # a ratio of 100, which a clip of the ratio would remove
+        (0.9, 0.7, 1.0, "kl", True),  # 0.7 log(7 / 9) + 0.3 log 3 = 0.154
+        (0.9, 0.8, 1.0, "kl", False),  # 0.8 log(8 / 9) + 0.2 log 2 = 0.044
+        (0.9, 0.79, 1.0, "kl", True),  # 0.053
+        (1.0, 0.5, 1.0, "kl", True),
+        (0.5, 1.0, -1.0, "kl", True),  # 0.69
+        (1.0, 1.0, 1.0, "kl", False),
+    ],
+)
+def test_dppo_hand_computed(new, old, advantage, divergence, outside):
+    threshold = {"tv": 0.15, "kl": 0.05}[divergence]
+    inputs = inputs_of(
+        [math.log(new / old)],
+        [advantage],
+        log_probs=math.log(new),
+        dppo_divergence=divergence,
+        dppo_threshold=threshold,
+    )
+    loss, gradient, clipped = evaluated(dppo, inputs)
+    expected = 0.0 if outside else -new / old * advantage
+    torch.testing.assert_close(loss, row(expected))
+    torch.testing.assert_close(gradient, row(expected))
+    assert clipped == [outside]
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)

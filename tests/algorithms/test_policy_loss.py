@@ -11,7 +11,7 @@ from reference.gspo_cases import Case, random_case
 from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES, Denominators
 from roll_gspo.algorithms.correction import CorrectionSettings
 from roll_gspo.algorithms.objective import PolicyLossSettings
-from roll_gspo.algorithms.policy_loss import policy_loss
+from roll_gspo.algorithms.policy_loss import has_gradient, policy_loss
 from roll_gspo.declarations import RATIOS
 from roll_gspo.metrics import to_floats
 
@@ -354,3 +354,58 @@ def test_policy_loss_high_and_low_clips_add_up():
     for name in ("sapo", "topr"):
         chosen = replace(WIDE, importance_sampling="token", policy_loss=name, clip_low=None, clip_high=None)
         assert "actor/clip_fraction_high" not in loss_and_gradient(case, chosen)[2]
+
+
+def test_off_policy_mask_hand_computed():
+    """Mean log(old / new) of 0.2, 0.2 and 0.1, against a threshold of 0.15; only negative advantages are dropped."""
+    old = torch.full((3, 2), -1.0)
+    log_probs = old + torch.tensor([[-0.3, -0.1], [-0.3, -0.1], [-0.1, -0.1]])
+    advantages = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    case = Case(log_probs, old, advantages, torch.ones(3, 2, dtype=torch.bool), old)
+    chosen = replace(WIDE, importance_sampling="token", clip_low=0.9, clip_high=0.9, loss_agg_mode="token-mean")
+    loss, gradient, metrics = loss_and_gradient(case, replace(chosen, off_policy_mask_threshold=0.15))
+    kept = -(math.exp(-0.3) + math.exp(-0.1)) + 2 * math.exp(-0.1)
+    assert float(loss) == pytest.approx(kept / 6), "the denominators count every token"
+    assert (gradient == 0).all(-1).tolist() == [True, False, False]
+    assert to_floats(metrics)["actor/off_policy_masked_fraction"] == pytest.approx(1 / 3)
+    # Against the generation engine: the mismatch counts too.
+    shifted = replace(case, rollout=old + 0.3)
+    _, gradient, metrics = loss_and_gradient(shifted, replace(chosen, off_policy_mask_threshold=0.45))
+    assert (gradient == 0).all(-1).tolist() == [True, False, False]
+    assert "actor/off_policy_masked_fraction" not in loss_and_gradient(case, chosen)[2]
+
+
+def test_clip_fraction_by_length_is_that_of_the_quartile():
+    case = hand_case()
+    case.quartiles = torch.tensor([0, 3])
+    figures = to_floats(loss_and_gradient(case, replace(GSPO, clip_low=0.15, clip_high=0.2))[2])
+    assert [figures[f"actor/clip_fraction_length_q{q}"] for q in (1, 2, 3, 4)] == [0.0, 0.0, 0.0, 1.0]
+    assert "actor/clip_fraction_length_q1" not in loss_and_gradient(hand_case(), GSPO)[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "advantage", "expected"),
+    [
+        ({}, 0.0, False),
+        ({}, 1.0, True),
+        ({"kl_loss_coef": 0.1}, 0.0, True),
+        ({"entropy_loss_coef": 0.1}, 0.0, True),
+        ({"policy_loss": "my_package.loss"}, 0.0, True),
+        ({"policy_loss": "dppo"}, 0.0, False),
+    ],
+)
+def test_has_gradient(changes, advantage, expected):
+    case = hand_case()
+    case.advantages = torch.full((2, 3), advantage)
+    case.advantages[0, 2] = math.nan  # masked
+    chosen = replace(GSPO, **changes)
+    assert has_gradient(case.batch(), chosen) is expected
+    assert not has_gradient(replace(case, mask=case.mask & False).batch(), chosen)
+
+
+def test_has_gradient_sees_only_the_tokens_of_the_policy_loss():
+    case = hand_case()
+    case.advantages = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    case.policy_mask = torch.tensor([[True, False, False], [True, True, True]])
+    assert not has_gradient(case.batch(), GSPO)
+    assert has_gradient(replace(case, policy_mask=None).batch(), GSPO)

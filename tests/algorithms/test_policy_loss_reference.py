@@ -14,6 +14,7 @@ from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES, Denominators
 from roll_gspo.algorithms.correction import CorrectionSettings
 from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.algorithms.policy_loss import policy_loss
+from roll_gspo.algorithms.sample_weighting import length_quartiles
 from roll_gspo.declarations import POLICY_LOSSES, RATIOS
 from roll_gspo.metrics import merge, to_floats
 
@@ -26,6 +27,7 @@ CORRECTIONS = [
     CorrectionSettings("sequence", "truncate", 0.5, 2.0),
 ]
 TAU = (0.8, 1.3)
+VESPO = {"vespo_positive": (1.5, 2.5), "vespo_negative": (2.5, 1.5)}
 WIDTH = 9
 
 
@@ -42,15 +44,21 @@ def settings_of(pair, mode, low=0.2, high=0.27, dual=None, correction=None) -> P
         policy_loss=name,
         sapo_tau_positive=TAU[0],
         sapo_tau_negative=TAU[1],
+        vespo_k_positive=VESPO["vespo_positive"][0],
+        vespo_lambda_positive=VESPO["vespo_positive"][1],
+        vespo_k_negative=VESPO["vespo_negative"][0],
+        vespo_lambda_negative=VESPO["vespo_negative"][1],
         correction=correction,
     )
 
 
-def loss_and_gradient(case: Case, chosen: PolicyLossSettings, denominators: Denominators | None = None):
+def loss_and_gradient(case: Case, chosen: PolicyLossSettings, denominators: tuple[Denominators, ...] = ()):
     """Loss, gradient [B, T] and metrics; a differentiable stand-in entropy."""
     log_probs = case.log_probs.clone().requires_grad_()
     entropy = -log_probs.square()
-    loss, metrics = policy_loss(log_probs, entropy, case.batch(), denominators or Denominators.of(case.mask), chosen)
+    seen = case.mask if case.policy_mask is None else case.policy_mask
+    whole, of_policy = denominators or (Denominators.of(case.mask), Denominators.of(seen))
+    loss, metrics = policy_loss(log_probs, entropy, case.batch(), whole, chosen, of_policy)
     loss.backward()
     return loss.detach(), log_probs.grad, metrics
 
@@ -67,14 +75,24 @@ def loss_and_gradient(case: Case, chosen: PolicyLossSettings, denominators: Deno
     mode=st.sampled_from(MODES),
     correction=st.sampled_from([None, *CORRECTIONS]),
     gaps=st.booleans(),
+    scaling=st.booleans(),
+    region=st.sampled_from([("tv", 0.15), ("tv", 0.01), ("kl", 0.05)]),
 )
 def test_policy_loss_value_and_gradient_equal_the_reference(
-    pair, seed, batch, width, spread, clip, dual, mode, correction, gaps
+    pair, seed, batch, width, spread, clip, dual, mode, correction, gaps, scaling, region
 ):
     case = random_case(seed, batch, width, spread, gaps=gaps, weighted=True)
     case.advantages[:, -1] = 0.0
-    loss, gradient, metrics = loss_and_gradient(case, settings_of(pair, mode, *clip, dual, correction))
-    chosen = reference.Objective(*pair, *clip, dual if pair[1] == "clip" else None, *TAU)
+    scaling = scaling and pair in (("seq", "clip"), ("seq_token", "clip"))
+    ours = replace(
+        settings_of(pair, mode, *clip, dual, correction),
+        pg_clip_length_scaling=scaling,
+        dppo_divergence=region[0],
+        dppo_threshold=region[1],
+    )
+    loss, gradient, metrics = loss_and_gradient(case, ours)
+    chosen = reference.Objective(*pair, *clip, dual if pair[1] == "clip" else None, *TAU, scaling, **VESPO)
+    chosen = replace(chosen, divergence=region[0], threshold=region[1])
     new, old, a, mask = case.tables()
     token_weights = [[1.0] * width for _ in mask]
     if correction is not None:
@@ -97,10 +115,10 @@ def test_policy_loss_value_and_gradient_equal_the_reference(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("pair", [p for p in PAIRS if p[1] in ("clip", "gmpo", "sapo")], ids="/".join)
+@pytest.mark.parametrize("pair", [p for p in PAIRS if p[1] in ("clip", "gmpo", "sapo", "fspo", "dppo")], ids="/".join)
 def test_policy_loss_gradcheck_of_every_differentiable_pair(pair, mode):
-    # cispo and topr stop gradients in their value, and seq_token where advantages vary within a sample: there only the
-    # analytic gradients of the reference can tell.
+    # cispo, topr and vespo stop gradients in their value, and seq_token where advantages vary within a sample: there
+    # only the analytic gradients of the reference can tell.
     constant = pair[0] == "seq_token"
     case = random_case(11, batch=4, width=5, constant_advantages=constant, gaps=True, weighted=True)
     correction = CORRECTIONS[2] if constant else CORRECTIONS[0]
@@ -122,7 +140,9 @@ def padded(case: Case, rows: torch.Tensor, extra: int) -> Case:
 
     mask = torch.nn.functional.pad(case.mask[rows], (0, extra))
     tensors = [widened(t) for t in (case.log_probs, case.old, case.advantages)]
-    return Case(*tensors, mask, widened(case.ref), widened(case.rollout), case.weights[rows])
+    policy_mask = torch.nn.functional.pad(case.policy_mask[rows], (0, extra))
+    quartiles = case.quartiles[rows]
+    return Case(*tensors, mask, widened(case.ref), widened(case.rollout), case.weights[rows], policy_mask, quartiles)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -130,9 +150,12 @@ def padded(case: Case, rows: torch.Tensor, extra: int) -> Case:
 @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
 def test_policy_loss_of_a_mini_batch_is_invariant_to_split_order_and_padding(pair, mode, dtype, tolerance):
     case = random_case(7, batch=6, width=7, dtype=dtype, gaps=True, weighted=True)
+    case.policy_mask = case.mask & (case.ref > case.ref[case.mask].median())
+    case.quartiles = length_quartiles(case.mask.sum(-1))
     correction = CORRECTIONS[(PAIRS.index(pair) + MODES.index(mode)) % len(CORRECTIONS)]
     chosen = replace(settings_of(pair, mode, dual=1.4, correction=correction), kl_loss_coef=0.1, entropy_loss_coef=0.05)
-    denominators = Denominators.of(case.mask)
+    chosen = replace(chosen, off_policy_mask_threshold=0.05)
+    denominators = Denominators.of(case.mask), Denominators.of(case.policy_mask)
     whole, gradient, metrics = loss_and_gradient(case, chosen)
     assert float(gradient[case.mask].abs().max()) > 1e-3
     generator = torch.Generator().manual_seed(3)
@@ -216,3 +239,28 @@ def test_policy_loss_sapo_and_clip_agree_in_gradient_on_policy(level):
     sapo = loss_and_gradient(case, settings_of((level, "sapo"), "token-mean"))[1]
     clip = loss_and_gradient(case, settings_of((level, "clip"), "token-mean"))[1]
     torch.testing.assert_close(sapo, clip, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_policy_loss_sees_only_the_tokens_of_its_mask(mode):
+    # Eq. 6 of arXiv 2506.01939: the mask is a factor of the surrogate and of the normaliser, not of ratio and KL.
+    case = random_case(13, batch=6, gaps=True, weighted=True)
+    case.policy_mask = case.mask & (case.ref > case.ref[case.mask].median())
+    chosen = settings_of(("seq", "clip"), mode)
+    loss, gradient, metrics = loss_and_gradient(case, chosen)
+    objective = reference.Objective("seq", "clip", 0.2, 0.27)
+    new, old, a, mask = case.tables()
+    rows = [reference.row_loss(*row, objective) for row in zip(new, old, a, mask, strict=True)]
+    seen = case.policy_mask.tolist()
+    expected = reference.aggregated([row[0] for row in rows], seen, mode, WIDTH, case.weights.tolist())
+    assert float(loss) == pytest.approx(expected, rel=1e-9)
+    unseen = case.mask & ~case.policy_mask
+    assert float(gradient[unseen].abs().max()) > 0, "the ratio of the sequence depends on all of its tokens"
+    alone = loss_and_gradient(case, settings_of(("token", "clip"), mode))[1]
+    assert float(alone[unseen].abs().max()) == 0 and float(alone[case.policy_mask].abs().max()) > 0
+    without = to_floats(loss_and_gradient(replace(case, policy_mask=None), replace(chosen, kl_loss_coef=0.1))[2])
+    assert (
+        without["actor/kl_loss"]
+        == to_floats(loss_and_gradient(case, replace(chosen, kl_loss_coef=0.1))[2])["actor/kl_loss"]
+    )
+    assert set(without) == set(metrics) | {"actor/kl_loss"}

@@ -8,8 +8,10 @@ from roll_gspo.algorithms.sample_weighting import (
     SampleMaskSettings,
     comparable_samples,
     kept_samples,
+    length_quartiles,
     overlong_penalty,
     sample_weights,
+    top_entropy_tokens,
 )
 
 SCORES = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
@@ -41,6 +43,35 @@ def test_comparable_samples_hand_computed():
     valid = torch.tensor([True, False, True, True, False, False, True])
     assert comparable_samples(valid, GROUPS).tolist() == [False, False, True, True, False, False, True]
     assert comparable_samples(torch.ones_like(valid), GROUPS).all()
+
+
+def test_length_quartiles_hand_computed():
+    assert length_quartiles(torch.tensor([8, 1, 5, 3, 2, 6, 7, 4])).tolist() == [3, 0, 2, 1, 0, 2, 3, 1]
+    assert length_quartiles(torch.tensor([5, 0, 5, 5])).tolist() == [0, 0, 0, 0], "equal lengths stay together"
+    assert length_quartiles(torch.tensor([9, 1, 1, 1, 0])).tolist() == [3, 0, 0, 0, 0]
+    assert length_quartiles(torch.tensor([0, 0])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("quantile", "expected"),
+    [
+        (0.2, [[False, True, False], [False, False, False]]),
+        (0.4, [[False, True, False], [True, True, False]]),  # a tie
+        (0.8, [[False, True, False], [True, True, True]]),
+        (1.0, [[True, True, False], [True, True, True]]),
+    ],
+)
+def test_top_entropy_tokens_hand_computed(quantile, expected):
+    entropy = torch.tensor([[0.1, 0.9, float("nan")], [0.5, 0.5, 0.2]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert top_entropy_tokens(entropy, mask, quantile).tolist() == expected
+    assert not top_entropy_tokens(entropy, mask & False, quantile).any()
+
+
+def test_top_entropy_tokens_keep_the_exact_fraction():
+    entropy = torch.randperm(100).reshape(10, 10) / 100
+    for percent in range(1, 101):
+        assert int(top_entropy_tokens(entropy, torch.ones(10, 10, dtype=torch.bool), percent / 100).sum()) == percent
 
 
 def test_sample_weights_hand_computed():

@@ -37,6 +37,21 @@ ONE_MICRO_BATCH = "actor_train.training_args.gradient_accumulation_steps=1"
         (("adv_estimator=gae", "critic.model_args.dtype=fp16"), "critic.model_args.dtype", ("fp16", "bf16", "fp32")),
         (("policy_loss=gmpo",), "policy_loss", ("gmpo", "importance_sampling", "seq")),
         (("policy_loss=topr",), "policy_loss", ("topr", "importance_sampling", "seq")),
+        (("policy_loss=fspo",), "policy_loss", ("fspo", "importance_sampling", "seq")),
+        (("vespo_k_positive=1.0",), "vespo_k_positive", ("policy_loss", "vespo")),
+        (("dppo_threshold=0.2",), "dppo_threshold", ("policy_loss", "dppo")),
+        (
+            ("importance_sampling=token", "pg_clip_length_scaling=true"),
+            "pg_clip_length_scaling",
+            ("importance_sampling", "token", "seq"),
+        ),
+        (("policy_loss=sapo", "pg_clip_length_scaling=true"), "pg_clip_length_scaling", ("policy_loss", "clip")),
+        (("adv_estimator=maxrl", "reward_norm=batch"), "reward_norm", ("maxrl", "batch", "null")),
+        (
+            ("token_mask=top_entropy", "old_log_probs=rollout"),
+            "top_entropy_quantile",
+            ("0.2", "enable_old_logprobs_recompute"),
+        ),
         (("policy_loss=sapo", "pg_clip=0.1"), "pg_clip", ("policy_loss", "clip", "cispo")),
         (
             ("policy_loss=cispo", "dual_clip_loss=true"),
@@ -143,7 +158,7 @@ def test_groups_of_one_sample_are_enough_for_other_estimators(estimator: str) ->
     assert load_config("example_gspo", *overrides, "gamma=0.9").config.gamma == 0.9
 
 
-@pytest.mark.parametrize("policy_loss", ["sapo", "topr"])
+@pytest.mark.parametrize("policy_loss", ["sapo", "topr", "vespo", "dppo"])
 def test_objectives_without_a_clip_have_no_clip_range(policy_loss: str) -> None:
     config = load_config("example_gspo", f"policy_loss={policy_loss}", "importance_sampling=token").config
     assert (config.clip_range, config.effective_dual_clip_ratio) == (None, None)

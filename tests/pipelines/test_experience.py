@@ -93,6 +93,8 @@ ESTIMATORS = {
     "rloo": AdvantageSettings("rloo", whiten_advantages=True),
     "opo": AdvantageSettings("opo"),
     "raft++": AdvantageSettings("raft_plus_plus"),
+    "maxrl": AdvantageSettings("maxrl"),
+    "gdpo": AdvantageSettings("gdpo"),
     "gae": AdvantageSettings("gae", gamma=0.9),
 }
 
@@ -143,6 +145,53 @@ def test_failed_samples_are_as_if_they_had_never_been(name: str) -> None:
     assert after.running_moments.state_dict() == expected_after.running_moments.state_dict()
     if after.kl_controller is not None and expected_after.kl_controller is not None:
         assert after.kl_controller.state_dict() == expected_after.kl_controller.state_dict()
+
+
+def test_gdpo_normalises_the_parts_of_each_domain() -> None:
+    """One domain has a weighted sum of two parts, the other a single score; both are overlong in part."""
+    results = (
+        RewardResult(1.5, components={"answer": 1.0, "format": 1.0, "answer/steps": 9.0}),
+        RewardResult(1.0, components={"answer": 1.0, "format": 0.0}),
+        RewardResult(40.0, components={"answer": -7.0}),
+        RewardResult(60.0),
+    )
+    settings = replace(
+        GRPO,
+        advantages=AdvantageSettings("gdpo"),
+        part_weights={"sums": {"answer": 1.0, "format": 0.5}},
+        overlong_buffer_length=2,
+        overlong_penalty_factor=4.0,
+    )
+    rewarded = Collected(rollouts(), results, {})
+    batch, _ = train_batch(rewarded, scoring(), settings, state(), ("sums", "sums", "other", "other"))
+    # Group 0: answers equal, formats +-0.7071 of weight 0.5. Group 1: scores -+0.7071, and a penalty of 2.
+    halves = [0.25 * 2**0.5, -0.25 * 2**0.5, -(2**0.5), 2**0.5]
+    std = (sum(x * x for x in halves) / 3) ** 0.5
+    assert batch.advantages[:, 0].tolist() == pytest.approx([x / std for x in halves], rel=1e-5)
+
+
+def test_policy_loss_sees_the_tokens_of_highest_entropy_of_the_whole_rollout() -> None:
+    entropy = torch.tensor([[0.9, 0.1, 9.0], [0.8, 9.0, 9.0], [0.2, 0.3, 0.7], [0.4, 9.0, 9.0]])
+    scores = collected(1.0, 0.0, 3.0, 1.0)
+    batch, _ = train_batch(scores, scoring(entropy=entropy), replace(GRPO, top_entropy_quantile=0.4), state())
+    assert batch.policy_mask is not None
+    assert batch.policy_mask.tolist() == [
+        [True, False, False],
+        [True, False, False],
+        [False, False, True],
+        [False, False, False],
+    ]
+    assert torch.equal(batch.response_mask, rollouts().sequences.response_mask), "ratio and KL see every token"
+    part = batch.rows(torch.tensor([2, 1]))
+    assert part.policy_mask is not None and part.policy_mask.tolist() == [[False, False, True], [True, False, False]]
+    assert train_batch(scores, scoring(entropy=entropy), GRPO, state())[0].policy_mask is None
+
+
+def test_length_quartiles_are_those_of_the_rollout_and_stay_with_their_samples() -> None:
+    batch, _ = train_batch(collected(1.0, 0.0, 3.0, 1.0), scoring(), GRPO, state())
+    assert batch.length_quartiles is not None and batch.length_quartiles.tolist() == [2, 0, 3, 0]
+    part = batch.rows(torch.tensor([2, 1]))
+    assert part.length_quartiles is not None and part.length_quartiles.tolist() == [3, 0]
 
 
 def with_failures(*scores: float | None) -> Collected:

@@ -47,6 +47,15 @@ SWITCHES = {
         ("train_infer_correction=token_truncate", "train_infer_correction.upper_bound=1.0"),
         ("correction/weight_mean", "correction/bounded_fraction"),
     ),
+    "DPPO on several rewards, with masks": (
+        (
+            *("policy_loss=dppo", "importance_sampling=token", "adv_estimator=gdpo"),
+            *("off_policy_mask=opsm", "token_mask=top_entropy"),
+            "rewards.column_addition={worker_cls: null, combine: weighted_sum, parts: "
+            f"{{digits: {{worker_cls: {REWARD}, weight: 0.5}}, half: {{worker_cls: my_reward.half}}}}}}",
+        ),
+        ("actor/off_policy_masked_fraction", "actor/clip_fraction_length_q1", "actor/clip_fraction_length_q4"),
+    ),
     "PPO": (("algorithm=ppo",), ("critic/loss", "critic/explained_variance", "time/values", "time/update_critic")),
     **{
         preset: ((f"algorithm={preset}",), ())
@@ -154,16 +163,15 @@ def test_real_reward_and_short_warm_start_keep_running(command: Command, small: 
     assert outcome.code == 0, outcome.err
     rows = metrics_of(RUN)[1:]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    for row in rows:
-        taken, skipped = row["actor/num_updates"], row["actor/skipped_updates"]
-        assert (taken, skipped) == ((0, 4) if row["reward/score_std"] == 0 else (4, 0))
+    assert [(row["actor/num_updates"], row["actor/skipped_updates"]) for row in rows] == [(4, 0)] * 6, "the KL trains"
     assert not (RUN / "tensorboard").exists()
     assert "step 3/6" in outcome.out and "step 6/6" in outcome.out and "step 2/6  " not in outcome.out
 
 
-def test_all_rewards_equal_skip_the_update_and_say_so(command: Command, small: tuple[str, ...]) -> None:
-    outcome = _train(command, *HF, *small, "rewards.column_addition={worker_cls: my_reward.half}")
-    assert "every reward is 0.5; nothing to learn from, the update is skipped" in outcome.out
+def test_loss_without_a_gradient_skips_the_update_and_says_so(command: Command, small: tuple[str, ...]) -> None:
+    outcome = _train(command, *HF, *small, "rewards.column_addition={worker_cls: my_reward.half}", "kl=none")
+    reason = "every advantage is 0 (every reward is 0.5) and there is no KL or entropy term; the update is skipped"
+    assert reason in outcome.out
     rows = metrics_of(RUN)[1:]
     assert [(r["actor/num_updates"], r["actor/skipped_updates"], r["reward/failed"]) for r in rows] == [(0, 4, 0)] * 2
     assert rows[1]["rollout/weights_version"] == 0, "the engine keeps the weights that nothing has changed"

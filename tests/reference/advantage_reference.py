@@ -87,10 +87,20 @@ def per_sample(
     if estimator == "opo":
         weight = sum(lengths[j] for j in group)
         return totals[i] - (math.fsum(lengths[j] * totals[j] for j in group) / weight if weight else mean)
+    if estimator == "maxrl":
+        mean = math.fsum(totals[j] for j in group) / len(group)
+        return (totals[i] - mean) / mean if mean > 1e-6 else 0.0
     if estimator == "raft_plus_plus":
         best = max(rewards[j] for j in group)
         return 1.0 - kl[i] if rewards[i] == best and best > 0 else 0.0
     raise AssertionError(estimator)
+
+
+def decoupled(parts: list[tuple[float, Row]], groups: list[int]) -> Row:
+    """GDPO: each part over its group, their weighted sum over the rollout."""
+    columns = [(weight, normalised(scores, groups, "group")) for weight, scores in parts]
+    summed = [math.fsum(weight * column[i] for weight, column in columns) for i in range(len(groups))]
+    return normalised(summed, groups, "batch")
 
 
 def estimated(
@@ -103,6 +113,7 @@ def estimated(
     gamma: float,
     lambd: float,
     values: Table,
+    parts: list[tuple[float, Row]] | None,
 ) -> Table:
     """Advantages before whitening and clip."""
     shaped = [shaped_row(r, m, p) for r, m, p in zip(rewards, mask, penalties, strict=True)]
@@ -114,8 +125,13 @@ def estimated(
     totals, lengths = [math.fsum(row) for row in shaped], [sum(m) for m in mask]
     kl = [math.fsum(p[t] for t in times(m)) for p, m in zip(penalties, mask, strict=True)]
     result = []
+    of_parts = decoupled(parts or [(1.0, rewards)], groups) if estimator == "gdpo" else None
     for i, m in enumerate(mask):
-        advantage = per_sample(estimator, i, rewards, totals, kl, groups, lengths, norm)
+        advantage = (
+            of_parts[i] - kl[i]
+            if of_parts is not None
+            else per_sample(estimator, i, rewards, totals, kl, groups, lengths, norm)
+        )
         result.append([advantage if valid else 0.0 for valid in m])
     return result
 
@@ -134,12 +150,19 @@ def advantages(
     penalties: Table,
     whiten: bool,
     advantage_clip: float | None,
+    parts: list[tuple[float, Row]] | None = None,
 ) -> tuple[Table, Table]:
-    """(advantages, returns): normalise, clip, KL, estimate, whiten over the loss mask, clip."""
+    """(advantages, returns): normalise, clip, KL, estimate, whiten over the loss mask, clip.
+
+    An estimator that compares samples is part of the normalisation, so that the first clip follows it.
+    """
     rewards = normalised(scores, groups, norm)
-    if reward_clip is not None:
+    alone = estimator in ("reinforce", "reinforce_plus_plus", "gae")
+    if reward_clip is not None and alone:
         rewards = [bounded(r, -reward_clip, reward_clip) for r in rewards]
-    table = estimated(estimator, rewards, groups, mask, penalties, norm, gamma, lambd, values)
+    table = estimated(estimator, rewards, groups, mask, penalties, norm, gamma, lambd, values, parts)
+    if reward_clip is not None and not alone:
+        table = [[bounded(a, -reward_clip, reward_clip) for a in row] for row in table]
     returns = [
         [a + v if valid else 0.0 for a, v, valid in zip(*rows, strict=True)]
         for rows in zip(table, values, mask, strict=True)

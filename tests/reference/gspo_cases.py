@@ -27,12 +27,17 @@ class Case:
     ref: Tensor
     rollout: Tensor | None = None
     weights: Tensor | None = None
+    policy_mask: Tensor | None = None
+    quartiles: Tensor | None = None
 
     def batch(self) -> TrainBatch:
         rows = torch.arange(len(self.mask))
         rollout = self.old if self.rollout is None else self.rollout
         return TrainBatch(
-            sequences_of(self.mask), rows, self.advantages, self.old, rollout, self.ref, sample_weights=self.weights
+            *(sequences_of(self.mask), rows, self.advantages, self.old, rollout, self.ref),
+            sample_weights=self.weights,
+            policy_mask=self.policy_mask,
+            length_quartiles=self.quartiles,
         )
 
     def tables(self) -> tuple[list[list[float]], ...]:

@@ -1,8 +1,8 @@
 """The policy losses, their gradients and the correction weights once more, in plain Python floats and loops.
 
-Written from the papers (arXiv 1707.06347, 2507.18071, 2506.13585, 2507.20673, 2511.20347, 2503.14286, 2510.18855) and
-the algorithm definitions, not from the product; nothing here imports it. Gradients are derived by hand, with every
-stop-gradient taken as a constant, which finite differences cannot do.
+Written from the papers (arXiv 1707.06347, 2507.18071, 2506.13585, 2507.20673, 2511.20347, 2503.14286, 2510.18855,
+2509.09177, 2602.10693, 2602.04879) and the algorithm definitions, not from the product; nothing here imports it.
+Gradients are derived by hand, with every stop-gradient taken as a constant, which finite differences cannot do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ class Objective:
     dual: float | None = None
     tau_positive: float = 1.0
     tau_negative: float = 1.05
+    length_scaling: bool = False
+    vespo_positive: tuple[float, float] = (2.0, 3.0)
+    vespo_negative: tuple[float, float] = (3.0, 2.0)
+    divergence: str = "tv"
+    threshold: float = 0.15
 
 
 def runs(mask: list[bool]) -> list[list[int]]:
@@ -61,15 +66,18 @@ def ratio_and_derivative(d: Row, slope: Row, mask: list[bool], level: str) -> tu
     return rho, derivative
 
 
-def of_the_ratio(rho: float, a: float, chosen: Objective) -> tuple[float, float]:
+def of_the_ratio(rho: float, a: float, chosen: Objective, length: int) -> tuple[float, float]:
     """Loss of a token of `clip` or `sapo`, and its derivative by the ratio."""
     if chosen.policy_loss == "sapo":
         tau = chosen.tau_positive if a > 0 else chosen.tau_negative
         gate = 1 / (1 + math.exp(-tau * (rho - 1)))
         return -4 / tau * gate * a, -4 * gate * (1 - gate) * a
     value, slope = -rho * a, -a
-    if (a > 0 and rho > 1 + chosen.high) or (a < 0 and rho < 1 - chosen.low):
-        value, slope = -bounded(rho, 1 - chosen.low, 1 + chosen.high) * a, 0.0
+    lowest, highest = 1 - chosen.low, 1 + chosen.high
+    if chosen.length_scaling:
+        lowest, highest = math.exp(-chosen.low / length**0.5), math.exp(chosen.high / length**0.5)
+    if (a > 0 and rho > highest) or (a < 0 and rho < lowest):
+        value, slope = -bounded(rho, lowest, highest) * a, 0.0
     if chosen.dual is not None and a < 0 and value > -chosen.dual * a:
         return -chosen.dual * a, 0.0
     return value, slope
@@ -84,7 +92,7 @@ def row_loss(new: Row, old: Row, a: Row, mask: list[bool], chosen: Objective) ->
     loss, derivative = [0.0] * width, [[0.0] * width for _ in range(width)]
     for t in valid:
         if chosen.policy_loss in ("clip", "sapo"):
-            loss[t], outer = of_the_ratio(rho[t], a[t], chosen)
+            loss[t], outer = of_the_ratio(rho[t], a[t], chosen, len(valid))
             derivative[t] = [outer * inner for inner in by_ratio[t]]
         elif chosen.policy_loss == "cispo":
             weight = bounded(rho[t], 1 - chosen.low, 1 + chosen.high)
@@ -93,6 +101,17 @@ def row_loss(new: Row, old: Row, a: Row, mask: list[bool], chosen: Objective) ->
             whole = max(math.fsum(d), -20)
             weight = 1.0 if a[t] >= 0 else min(math.exp(min(whole, 1.0)), 1.0)
             loss[t], derivative[t][t] = -weight * a[t] * new[t], -weight * a[t]
+        elif chosen.policy_loss == "vespo":
+            k, decay = chosen.vespo_positive if a[t] >= 0 else chosen.vespo_negative
+            whole = bounded(math.fsum(d), -20, 20)
+            weight = math.exp(k * whole + decay * (1 - math.exp(whole)))
+            loss[t], derivative[t][t] = -weight * a[t] * new[t], -weight * a[t]
+        elif chosen.policy_loss == "fspo":
+            loss[t], derivative[t] = band_of_the_sum(d, slope, a[t], len(valid), chosen)
+        elif chosen.policy_loss == "dppo":
+            if not has_left_the_region(new[t], new[t] - d[t], a[t], chosen):
+                loss[t] = -rho[t] * a[t]
+                derivative[t] = [-a[t] * inner for inner in by_ratio[t]]
         else:
             loss[t], derivative[t] = geometric_mean(d, slope, a, t, valid, chosen)
     return loss, derivative
@@ -107,6 +126,32 @@ def geometric_mean(d: Row, slope: Row, a: Row, t: int, valid: list[int], chosen:
         product *= (bounded(r, 1 - chosen.low, 1 + chosen.high) if held else r) ** (1 / len(valid))
         free[j] = 0.0 if held else slope[j] / len(valid)
     return -product * a[t], [-product * a[t] * f for f in free]
+
+
+def band_of_the_sum(d: Row, slope: Row, a: float, length: int, chosen: Objective) -> tuple[float, Row]:
+    """FSPO: the log-ratio of the response is clipped to a band that grows with the root of its length."""
+    total = math.fsum(d)
+    whole = bounded(total, -20, 20)
+    lowest, highest = -chosen.low * length**0.5, chosen.high * length**0.5
+    if (a > 0 and whole > highest) or (a < 0 and whole < lowest):
+        return -math.exp(bounded(whole, lowest, highest)) * a, [0.0] * len(d)
+    inside = float(abs(total) < 20)
+    return -math.exp(whole) * a, [-math.exp(whole) * a * s * inside for s in slope]
+
+
+def has_left_the_region(new: float, old: float, a: float, chosen: Objective) -> bool:
+    """DPPO: the probability has moved with the advantage, and the two-event divergence is above the threshold."""
+    new, old = min(new, 0.0), min(old, 0.0)
+    p, q = math.exp(new), math.exp(old)
+    if (p - q) * a <= 0:
+        return False
+    if chosen.divergence == "tv":
+        return abs(p - q) > chosen.threshold
+    rest_p, rest_q = -math.expm1(new), -math.expm1(old)
+    kl = q * (old - new)
+    if rest_q > 0:
+        kl += rest_q * math.log(rest_q / rest_p) if rest_p > 0 else math.inf
+    return kl > chosen.threshold
 
 
 def correction(old: Table, rollout: Table, mask: Mask, level: str, mode: str, low: float, high: float) -> Table:

@@ -12,6 +12,7 @@ from engine_cases import model_setup, optimizer_setup, train_batch
 from tiny_models import write_model
 
 from roll_gspo.algorithms.objective import PolicyLossSettings
+from roll_gspo.algorithms.sample_weighting import length_quartiles
 from roll_gspo.batch import TrainBatch
 from roll_gspo.errors import TrainingError
 from roll_gspo.roles.actor import Actor
@@ -63,6 +64,13 @@ def rollout(actor: Actor) -> TrainBatch:
     return replace(batch, old_log_probs=old, rollout_log_probs=old, ref_log_probs=old + 0.1 * noise)
 
 
+def with_policy_mask(batch: TrainBatch) -> TrainBatch:
+    """The batch with a third of its tokens hidden from the policy loss."""
+    hidden = torch.rand(batch.response_mask.shape, generator=torch.Generator().manual_seed(2)) < 1 / 3
+    quartiles = length_quartiles(batch.response_mask.sum(-1))
+    return replace(batch, policy_mask=batch.response_mask & ~hidden, length_quartiles=quartiles)
+
+
 def nothing(done: int, total: int) -> None:
     """No one watches."""
 
@@ -79,6 +87,17 @@ def test_update_makes_every_optimizer_step_and_reports_means_over_them(checkpoin
     assert metrics["actor/total_loss"] == pytest.approx(metrics["actor/pg_loss"] + 0.01 * metrics["actor/kl_loss"])
     assert metrics["actor/ratio_min"] < 1 < metrics["actor/ratio_max"], "later mini-batches are off-policy"
     assert metrics["actor/grad_norm"] > 0 and metrics["actor/lr"] > 0
+
+
+def test_masks_of_the_policy_loss_do_not_depend_on_the_micro_batches(checkpoint: Path) -> None:
+    metrics = []
+    for size in (1, 3):
+        actor = actor_of(hf(checkpoint), micro_batching=MicroBatching(size), num_epochs=1)  # type: ignore[arg-type]
+        metrics.append(actor.update(with_policy_mask(rollout(actor)), 1, nothing))
+    for name, value in metrics[0].items():
+        assert metrics[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    unmasked = actor_of(hf(checkpoint), num_epochs=1)
+    assert unmasked.update(rollout(unmasked), 1, nothing)["actor/grad_norm"] != metrics[0]["actor/grad_norm"]
 
 
 def test_update_that_is_not_finite_changes_nothing_is_counted_and_stops_the_run_in_the_end(
@@ -150,9 +169,10 @@ def test_megatron_and_transformers_train_the_same_policy(checkpoint: Path) -> No
 
     ours = actor_of(MegatronTrain(model_setup(checkpoint), optimizer_setup(), MegatronConfig()))
     oracle = actor_of(hf(checkpoint))
-    batch = rollout(oracle)
+    batch = with_policy_mask(rollout(oracle))
     torch.testing.assert_close(ours.score(batch.sequences).log_probs, batch.old_log_probs, atol=1e-4, rtol=0)
     found, expected = ours.update(batch, 1, nothing), oracle.update(batch, 1, nothing)
+    assert set(found) == set(expected)
     for name in ("actor/total_loss", "actor/grad_norm", "actor/kl_loss", "actor/ratio_mean", "actor/lr"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
     theirs = dict(oracle.weights())

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from roll_gspo.algorithms.advantage import Estimated, advantages
-from roll_gspo.algorithms.advantage_estimators import AdvantageSettings
+from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, RewardParts
 from roll_gspo.algorithms.correction import mismatch_metrics
 from roll_gspo.algorithms.routing import expert_difference
 from roll_gspo.algorithms.sample_weighting import (
     SampleMaskSettings,
     comparable_samples,
     kept_samples,
+    length_quartiles,
     overlong_penalty,
     sample_weights,
+    top_entropy_tokens,
 )
 from roll_gspo.algorithms.value_loss import explained_variance
 from roll_gspo.batch import Prompt, Rollouts, TrainBatch
@@ -37,6 +39,8 @@ class ExperienceSettings:
         length_loss_weight, difficulty_loss_weight: weight samples by length, or by the `difficulty` of their row.
         overlong_buffer_length: number of tokens before `response_length` in which the score falls; None disables it.
         overlong_penalty_factor: largest reduction of the score.
+        top_entropy_quantile: fraction of the tokens that the policy loss sees, those with the highest entropy.
+        part_weights: weight of each part of a weighted sum, by domain; empty unless the estimator normalises parts.
     """
 
     advantages: AdvantageSettings
@@ -46,6 +50,8 @@ class ExperienceSettings:
     difficulty_loss_weight: bool = False
     overlong_buffer_length: int | None = None
     overlong_penalty_factor: float = 1.0
+    top_entropy_quantile: float = 1.0
+    part_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,29 +63,37 @@ class TokenScoring:
         ref_log_probs: log-probs [B, T] of the reference, or None.
         values: predictions [B, T] of the critic, or None.
         routed_experts: experts [B, S, L, K] for replay or comparison, or None.
+        entropy: entropies [B, T] of the old policy, or None if its log-probs are those of the generation engine.
     """
 
     old_log_probs: Tensor
     ref_log_probs: Tensor | None = None
     values: Tensor | None = None
     routed_experts: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def train_batch(
-    collected: Collected, scoring: TokenScoring, settings: ExperienceSettings, state: RlvrState
+    collected: Collected,
+    scoring: TokenScoring,
+    settings: ExperienceSettings,
+    state: RlvrState,
+    domains: Sequence[str] = (),
 ) -> tuple[TrainBatch, dict[str, float]]:
     """Build the training batch of a rollout and its metrics. Update the running statistics in `state`.
 
-    Samples whose reward failed are masked from the loss and have advantage 0. Every statistic excludes them.
+    Samples whose reward failed are masked from the loss and have advantage 0. Every statistic excludes them. `domains`
+    has the domain of each sample; it is needed with `part_weights`.
     """
     rollouts = collected.rollouts
     valid = collected.valid
     scores, metrics = _shaped_scores(collected, settings)
+    parts = reward_parts(collected, scores, domains, settings.part_weights) if settings.part_weights else None
     kept = _kept(collected, settings)
     loss_mask = rollouts.sequences.response_mask & kept[:, None]
     controller = state.kl_controller
     kl_coef = controller.kl_coef if controller else 0.0
-    estimated = _estimated(collected, scores, scoring, loss_mask, settings.advantages, kl_coef, state)
+    estimated = _estimated(collected, scores, scoring, loss_mask, settings.advantages, kl_coef, state, parts)
     metrics |= estimated.statistics
     if controller is not None:
         metrics["kl/coef"] = kl_coef
@@ -88,6 +102,9 @@ def train_batch(
         mask = rollouts.sequences.response_mask & valid[:, None]
         metrics["critic/explained_variance"] = explained_variance(scoring.values, estimated.returns, mask)
     metrics["actor/masked_fraction"] = 1.0 - float(kept.double().mean())
+    policy_mask = None
+    if settings.top_entropy_quantile < 1 and scoring.entropy is not None:
+        policy_mask = top_entropy_tokens(scoring.entropy, loss_mask, settings.top_entropy_quantile)
     weights = _weights(rollouts, kept, settings)
     if weights is not None:
         metrics["actor/sample_weight_max"] = float(weights.max())
@@ -102,6 +119,8 @@ def train_batch(
         values=scoring.values,
         returns=estimated.returns,
         routed_experts=scoring.routed_experts,
+        policy_mask=policy_mask,
+        length_quartiles=length_quartiles(loss_mask.sum(-1)),
     )
     return batch, metrics
 
@@ -123,6 +142,7 @@ def _estimated(
     settings: AdvantageSettings,
     kl_coef: float,
     state: RlvrState,
+    parts: RewardParts | None,
 ) -> Estimated:
     """Estimate advantages and returns [B, T] from the samples that have a score; both are 0 for the others."""
     valid = collected.valid
@@ -146,6 +166,7 @@ def _estimated(
         running=state.running_moments,
         values=present(scoring.values),
         loss_mask=loss_mask[valid],
+        parts=None if parts is None else parts._replace(scores=parts.scores[valid]),
     )
     returns = None if estimated.returns is None else restored(estimated.returns)
     return Estimated(restored(estimated.advantages), returns, estimated.statistics)
@@ -164,6 +185,27 @@ def _shaped_scores(collected: Collected, settings: ExperienceSettings) -> tuple[
     )
     present = penalty[collected.valid].double()
     return scores + penalty, {"reward/overlong_penalty": float(present.sum() / max(len(present), 1))}
+
+
+def reward_parts(
+    collected: Collected, scores: Tensor, domains: Sequence[str], part_weights: Mapping[str, Mapping[str, float]]
+) -> RewardParts:
+    """Return the parts of each score, one column per domain and part.
+
+    A domain without a weighted sum has its score as its only part. What changes a score afterwards (the overlong
+    penalty) is one more part of weight 1.
+    """
+    columns = {(domain, part): weight for domain, parts in part_weights.items() for part, weight in parts.items()}
+    single = sorted(set(domains) - set(part_weights))
+    columns |= {(domain, ""): 1.0 for domain in single} | {("", ""): 1.0}
+    table = torch.zeros(len(domains), len(columns), dtype=torch.float64)
+    penalties = scores.double() - collected.scores.double()
+    for row, (domain, result) in enumerate(zip(domains, collected.results, strict=True)):
+        for column, (of_domain, part) in enumerate(columns):
+            if of_domain == domain and result.failed is None:
+                table[row, column] = result.components[part] if part else result.score
+    table[:, -1] = penalties
+    return RewardParts(table, torch.tensor(list(columns.values()), dtype=torch.float64))
 
 
 def _weights(rollouts: Rollouts, kept: Tensor, settings: ExperienceSettings) -> Tensor | None:

@@ -54,8 +54,9 @@ class RewardAlarm:
             if _is_due(self._equal[domain], FEW_STEPS):
                 logger.warning(
                     "step %d: rewards.%s: all scores were equal in each of the last %d steps (now %g, %d samples), so "
-                    "that nothing is learned from them; see in rollouts/ whether responses have the form that the "
-                    "reward reads (response_length cuts them?) and ground_truth is right, or the task is too %s",
+                    "that estimators that compare samples learn nothing from them; see in rollouts/ whether responses "
+                    "have the form that the reward reads (response_length cuts them?) and ground_truth is right, or "
+                    "the task is too %s",
                     *(step, domain, self._equal[domain], scores[0], len(scores), "hard" if scores[0] <= 0 else "easy"),
                 )
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from roll_gspo.algorithms.policy_loss import has_gradient
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.pipelines.rlvr.build import RlvrComponents
@@ -26,6 +27,7 @@ from roll_gspo.pipelines.rlvr.experience import (
 from roll_gspo.pipelines.rlvr.sample_files import traced_samples
 from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
+from roll_gspo.pipelines.settings import policy_loss_settings
 from roll_gspo.pipelines.step_loop import Steps
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.tracking.samples import SampleTable
@@ -51,10 +53,10 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         metrics = collected.metrics | rollout_metrics(rollouts)
         scoring, figures = self._score_tokens(rollouts)
         with stage("advantages"):
-            batch, statistics = train_batch(collected, scoring, components.experience, components.state)
+            domains = components.rewards.domains(rollouts.prompts)
+            batch, statistics = train_batch(collected, scoring, components.experience, components.state, domains)
         metrics |= figures | statistics
         with stage("log"):  # Write before the update: its error messages refer to samples in this file.
-            domains = components.rewards.domains(rollouts.prompts)
             table = SampleTable() if self._logs_samples(step) else None
             components.samples.write_rollouts(step, rollouts, domains, collected.results, batch, table)
             if table is not None:
@@ -94,7 +96,8 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         routed_experts = rollouts.routed_experts
         if own is not None and self.config.actor_train.router_replay.mode != "R3":
             routed_experts = own.routed_experts
-        return TokenScoring(old_log_probs, ref_log_probs, values, routed_experts), metrics
+        entropy = None if own is None else own.entropy
+        return TokenScoring(old_log_probs, ref_log_probs, values, routed_experts, entropy), metrics
 
     def _old_log_probs(self, rollouts: Rollouts) -> tuple[torch.Tensor, TokenScores | None, dict[str, float]]:
         """Return the old log-probs, the trainer's scores if they were computed, and metrics.
@@ -125,8 +128,9 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         reason = None
         if not bool(batch.response_mask.any()):
             reason = "every sample is masked (max_len_mask, difficulty_mask, failed rewards); the update is skipped"
-        elif lowest == highest:
-            reason = f"every reward is {lowest:g}; nothing to learn from, the update is skipped"
+        elif not has_gradient(batch, policy_loss_settings(self.config)):
+            rewards = f" (every reward is {lowest:g})" if lowest == highest else ""
+            reason = f"every advantage is 0{rewards} and there is no KL or entropy term; the update is skipped"
         if reason is not None:
             logger.warning("step %d: %s", step, reason)
             return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self.config.updates_per_rollout)}

@@ -18,6 +18,7 @@ def rlvr_warnings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _clip_scale(config)
     yield from _truncated_sampling(config)
     yield from _rewards(config)
+    yield from _parts(config)
     yield from _whitening(config)
 
 
@@ -37,13 +38,13 @@ def _length_weighting(config: ExperimentConfig) -> Iterator[Problem]:
     if scale == "sequence" and config.loss_agg_mode != "seq-mean-token-mean":
         yield Problem(
             "loss_agg_mode",
-            f"{config.loss_agg_mode} weights sequences by length, unlike the GSPO paper (LUSPO does, with "
-            "seq-mean-token-sum); the paper's is seq-mean-token-mean",
+            f"{config.loss_agg_mode} weights sequences by length, unlike the GSPO paper (LUSPO and ROLL's page of "
+            "August 2025 do, with seq-mean-token-sum); the paper's is seq-mean-token-mean",
         )
 
 
 def _clip_scale(config: ExperimentConfig) -> Iterator[Problem]:
-    if config.clip_range is None:
+    if config.clip_range is None or config.pg_clip_length_scaling:
         return
     widest, level = max(config.clip_range), config.importance_sampling
     scale = RATIOS.declaration(level).scale
@@ -88,6 +89,15 @@ def _rewards(config: ExperimentConfig) -> Iterator[Problem]:
             "adv_estimator",
             "dr_grpo with reward_norm: group is grpo: rewards are divided by the deviation of their group, which Dr. "
             "GRPO does not do; set reward_norm=none",
+        )
+
+
+def _parts(config: ExperimentConfig) -> Iterator[Problem]:
+    if config.adv_estimator == "gdpo" and not any(b.combine == "weighted_sum" for b in config.rewards.values()):
+        yield Problem(
+            "adv_estimator",
+            "gdpo without combine: weighted_sum in rewards normalises the only score over its group and then over the "
+            "rollout; give a block of rewards several parts, or set grpo",
         )
 
 
