@@ -57,7 +57,8 @@ def normalize(formula: str) -> str:
     * Digit groups (`1,234`, `1\,234`, `1 234`, `1{,}234`) are joined. A comma joins only outside of brackets, and only
       if all commas between two spaces belong to one number; others separate values.
     * Mixed numbers (`2 2/3`, `2\frac23`), repeating decimals (`0.\overline{3}`, `0.(3)`) and `1e-05` become fractions.
-    * Upright `\mathrm{e}` and `\text{i}` are the constants, not units. `\text` around a whole answer with digits is removed.
+    * Upright `\mathrm{e}` and `\text{i}` are the constants, not units. `\text` around a whole answer is removed if it
+      contains digits.
     * Numbers between spaces that form no group (`3 4`) are a list.
     """
     text = _GROUP_COMMA.sub("{,}", formula.translate(_CHARACTERS)).replace("{:}", ":")
