@@ -127,7 +127,7 @@ def load(name: str, overrides: Sequence[str] = (), config_dir: str | Path | None
             with open_dict(composed):
                 del composed["hydra"]
             return run.load_composed(composed)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(run.composition_problem(error, run.configuration_names(flags))) from error
     finally:
         HydraConfig.instance().cfg = outer

@@ -16,7 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import hydra
 import yaml
@@ -87,9 +87,16 @@ def shipped_folders() -> list[Path]:
 
 
 class ShippedConfigs(SearchPathPlugin):
-    """Append the shipped folders and user functions to Hydra's search path, after the user's folders."""
+    """Append the shipped folders and user functions to Hydra's search path, after the user's folders.
+
+    Hydra appends the folder of --config-dir after those of plugins, so it is added here as well.
+    """
+
+    user_folders: ClassVar[tuple[Path, ...]] = ()
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in self.user_folders:
+            search_path.append(provider="user", path=f"file://{folder.resolve()}")
         for folder in shipped_folders():
             search_path.append(provider="roll_gspo", path=f"file://{folder}")
         SourcesRegistry.instance().register(FunctionOptions)
@@ -155,6 +162,7 @@ def with_composed(
         sys.path.append(os.getcwd())  # makes user modules importable with the console script
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise: `composition_problem` words the errors
     Plugins.instance().register(ShippedConfigs)
+    ShippedConfigs.user_folders = tuple(_user_folders(arguments))
     started: list[bool] = []
 
     def job(composed: DictConfig) -> None:
@@ -167,7 +175,7 @@ def with_composed(
             sys.argv[1:] = hydra_arguments(arguments, scratch)
             hydra.main(version_base="1.3", config_path=None)(job)()
             finish()
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, RollGspoError) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError, RollGspoError) as error:
             if started:
                 raise
             report_problems([composition_problem(error, configuration_names(arguments))])
@@ -177,13 +185,19 @@ def with_composed(
 def configuration_names(arguments: list[str]) -> list[str]:
     """Return the names that --config-name accepts: shipped, then the user's with the --config-dir in `arguments`."""
     folders = [shipped_folders()[0], *_user_folders(arguments)]
-    return [name for folder in folders for name in sorted(file.stem for file in folder.glob("*.yaml"))]
+    names = [name for folder in folders for name in sorted(file.stem for file in folder.glob("*.yaml"))]
+    return list(dict.fromkeys(names))
 
 
 def composition_problem(error: Exception, names: list[str]) -> str:
     """Describe a composition error of Hydra; `names` are the shipped configurations."""
     if isinstance(error, RollGspoError):
         return str(error)
+    if isinstance(error, RecursionError):
+        return (
+            "defaults: a file leads back to itself; a file in --config-dir cannot derive from the shipped one of the same "
+            "name, which it replaces; rename your file"
+        )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         known = list(error.options) if group and error.options else names
@@ -322,9 +336,8 @@ def load_composed(composed: DictConfig) -> Loaded:
         Path(source.path.removeprefix("file://")) for source in info.runtime.config_sources if source.schema == "file"
     ]
     name = info.job.config_name.removesuffix(".yaml")
-    primary = next((f / f"{name}.yaml" for f in folders if (f / f"{name}.yaml").is_file()), None)
     choices = {k: v for k, v in info.runtime.choices.items() if isinstance(v, str) and not k.startswith("hydra/")}
-    where = sources.collect(primary, folders, choices, info.overrides.task)
+    where = sources.collect(name, folders, choices, info.overrides.task)
     return load(composed, where, choices)
 
 

@@ -55,7 +55,7 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
         problems += _problems_of(error, own, root, sources)
     if config is None or problems:
         raise ConfigError("\n".join(sorted(set(problems), key=_by_line)))
-    return Loaded(config, tuple(_ignored(sifted.warnings, sources)))
+    return Loaded(config, (*sources.replacements(), *_ignored(sifted.warnings, sources)))
 
 
 def _ignored(warnings: tuple[tuple[str, str], ...], sources: Sources) -> Iterator[str]:

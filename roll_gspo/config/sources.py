@@ -17,12 +17,14 @@ from roll_gspo.config.base import Problem
 class Sources:
     """The files and command-line overrides of a composed configuration.
 
-    `files` are in order of precedence, highest first; `option_files` are those that are options of groups.
+    `files` are in order of precedence, highest first; `option_files` are those that are options of groups. `shadowed`
+    has pairs of a file that is used and one of the same name that it replaces.
     """
 
     files: tuple[Path, ...] = ()
     overrides: tuple[str, ...] = ()
     option_files: tuple[Path, ...] = ()
+    shadowed: tuple[tuple[Path, Path], ...] = ()
 
     def locate(self, path: tuple[str, ...]) -> str:
         """Return `file:line: ` or `command line: ` of the nearest enclosing key that is set, or ''."""
@@ -45,6 +47,11 @@ class Sources:
         keys = [tuple(key.split(".")) for key in (problem.key, *problem.also)]
         return f"{self.locate_any(keys)}{problem.key}: {problem.message}"
 
+    def replacements(self) -> Iterator[str]:
+        """Yield a warning per used file that replaces one of the same name in another folder."""
+        for used, replaced in self.shadowed:
+            yield f"{_short(used)} replaces {_short(replaced)}, which has the same name"
+
     def idle_options(self, unread: Collection[str]) -> Iterator[tuple[str, str]]:
         """Yield (group, option) of the chosen options whose every key is one of `unread`."""
         for file in self.option_files:
@@ -66,16 +73,25 @@ class Sources:
         return ""
 
 
-def collect(
-    primary: Path | None, folders: Iterable[Path], choices: dict[str, str], overrides: Iterable[str]
-) -> Sources:
-    """The primary file, the configs its defaults list names (recursively), and every chosen group file."""
-    folders = list(folders)
+def collect(name: str, folders: Iterable[Path], choices: dict[str, str], overrides: Iterable[str]) -> Sources:
+    """Find the files of a composed configuration.
+
+    Args:
+        name: the configuration; the files that its defaults list names are added recursively.
+        folders: search path, highest precedence first.
+        choices: chosen option per config group.
+        overrides: keys set on the command line.
+    """
+    folders = list(dict.fromkeys(folders))
     files: list[Path] = []
+    shadowed: list[tuple[Path, Path]] = []
 
     def find(name: str) -> Path | None:
-        candidates = (folder / f"{name}.yaml" for folder in folders)
-        return next((c for c in candidates if c.is_file()), None)
+        candidates = [folder / f"{name}.yaml" for folder in folders]
+        found = [candidate for candidate in candidates if candidate.is_file()]
+        if found and found[0] not in files:
+            shadowed.extend((found[0], other) for other in found[1:])
+        return found[0] if found else None
 
     def follow(file: Path | None) -> None:
         if file is None or file in files:
@@ -85,12 +101,12 @@ def collect(
             if isinstance(item, str) and item != "_self_":
                 follow(find(item.removeprefix("/")))
 
-    follow(primary)
+    follow(find(name))
     num_written = len(files)
     for group, choice in choices.items():
         if choice and not group.startswith("hydra/"):
             follow(find(f"{group}/{choice}"))
-    return Sources(tuple(files), tuple(overrides), tuple(files[num_written:]))
+    return Sources(tuple(files), tuple(overrides), tuple(files[num_written:]), tuple(shadowed))
 
 
 def _override_of(path: tuple[str, ...], overrides: Sequence[str]) -> str:

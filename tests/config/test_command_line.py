@@ -149,6 +149,23 @@ def test_own_group_options_stand_beside_the_shipped_ones(command: Command) -> No
     assert OmegaConf.create(text).actor_train.data_args.file_name == "sums.jsonl"
 
 
+def test_own_file_replaces_a_shipped_one_of_the_same_name(command: Command) -> None:
+    (command.folder / "mine" / "model").mkdir(parents=True)
+    (command.folder / "mine" / "example_gspo.yaml").write_text("defaults: [example_grpo, _self_]\nmax_steps: 3\n")
+    (command.folder / "mine" / "model" / "tiny_qwen3.yaml").write_text(
+        "# @package _global_\ndefaults: [tiny_qwen3_moe]\nresponse_length: 40\n"
+    )
+    text = command("--config-dir", "mine", "--config-name", "example_gspo", "--dry-run")
+    assert "response ≤ 40 tokens" in text and "run         3 steps" in text and "ratio       token, " in text
+    for name, shipped in (("example_gspo", "examples/docs_examples"), ("model/tiny_qwen3", "conf")):
+        assert f"warning     mine/{name}.yaml replaces {ROOT / shipped / name}.yaml, which has the same name" in text
+
+
+def test_file_that_derives_from_its_own_name_is_refused(command: Command) -> None:
+    (command.folder / "example_gspo.yaml").write_text("defaults: [example_gspo, _self_]\nmax_steps: 3\n")
+    assert "rename your file" in command("--config-dir", ".", "--config-name", "example_gspo", "--dry-run", code=2)
+
+
 def test_group_option_on_a_flat_file_is_told_the_plus(command: Command) -> None:
     folder = str(Path(__file__).parent)
     text = command("--config-dir", folder, "--config-name", "roll_example_gspo", "importance_sampling=token", code=2)
