@@ -17,7 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
+
 from roll_gspo.report.page import write_report
+from roll_gspo.rollout_files import SCHEMA, StepFile, step_path
 from roll_gspo.tracking.names import METRICS
 
 STAGES = ("generate", "reward", "old_log_probs", "reference", "update", "sync", "other")
@@ -37,11 +40,18 @@ def write_run(folder: Path, num_steps: int) -> None:
             row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
             file.write(json.dumps({"step": step, **row}) + "\n")
             samples = [
-                {"prompt": "What is 6 * 7?", "response": "42 " * 20, "score": noise.random(), "group": i // 4}
+                {
+                    "sample": i,
+                    "prompt": "What is 6 * 7?",
+                    "response": "42 " * 20,
+                    "score": noise.random(),
+                    "group": i // 4,
+                }
                 for i in range(SAMPLES_PER_STEP)
             ]
-            text = "".join(json.dumps(sample) + "\n" for sample in samples)
-            (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
+            file = StepFile(step_path(folder / "rollouts", step))
+            file.add(pa.RecordBatch.from_pylist(samples, schema=SCHEMA))
+            file.complete()
 
 
 def seconds_of(folder: Path) -> float:

@@ -62,10 +62,11 @@ def _is_compared(key: str) -> bool:
 
 
 def _samples_digest(run: Path) -> str:
+    from pyarrow import parquet
+
     digest = hashlib.sha256()
-    for file in sorted(run.glob("rollouts/step_*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+    for file in sorted(run.glob("rollouts/step_*.parquet")):
+        for row in parquet.read_table(file, columns=list(SAMPLE_COLUMNS)).to_pylist():
             digest.update(json.dumps([row.get(column) for column in SAMPLE_COLUMNS]).encode())
     return digest.hexdigest()
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roll_gspo.rollout_files import Sample, read_samples, rollout_files
+
 ROOT = Path(__file__).parents[1]
 
 # Four optimizer steps per rollout, so that the ratio leaves 1 and the clip is active.
@@ -112,9 +114,9 @@ def computed(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in metrics_of(run)]
 
 
-def rollouts_of(run: Path) -> dict[str, str]:
-    """Return the files of rollouts/ by name."""
-    return {file.name: file.read_text(encoding="utf-8") for file in sorted((run / "rollouts").iterdir())}
+def rollouts_of(run: Path) -> dict[int, list[Sample]]:
+    """Return the samples of rollouts/ by step."""
+    return {file.step: read_samples(file.path).samples for file in rollout_files(run / "rollouts")}
 
 
 def checkpoints_of(run: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from composed import load_config
 from forked_command import train
 
 from roll_gspo.data.__main__ import main as check_data
+from roll_gspo.rollout_files import read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -106,7 +106,7 @@ def test_documented_reward_scores_a_run(folder: Path, pretrained: Path) -> None:
     outcome = spawn(*arguments, *SIZES, "max_steps=1", f"pretrain={pretrained}", "strategy=hf", folder=folder)
     assert outcome.code == 0, outcome.err
     (run,) = (folder / "output/example_gspo").iterdir()
-    rows = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    rows = read_samples(run / "rollouts/step_000001.parquet").samples
     assert {row["score"] for row in rows} <= {0.0, 1.0} and not any(row["failed"] for row in rows)
     assert all(row["score"] == float(len(row["response"].removesuffix("<|end|>")) < 20) for row in rows)
 

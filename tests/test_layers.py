@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "roll_gspo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(("errors", "printable", "registry", "declarations", "metrics", "batch"), 0),
+    **dict.fromkeys(("errors", "printable", "registry", "declarations", "metrics", "batch", "rollout_files"), 0),
     **dict.fromkeys(("config", "algorithms", "sandbox"), 1),
     **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
@@ -25,7 +25,8 @@ LAYERS = {
     "evaluation": 7,
     **dict.fromkeys(("api", "evaluate"), 8),
 }
-BOTTOM = ("metrics", "batch", "declarations", "registry", "printable", "errors")  # each may import later ones
+# Each may import later ones.
+BOTTOM = ("rollout_files", "metrics", "batch", "declarations", "registry", "printable", "errors")
 ALLOWED = {  # stricter than their layer
     "config": ("declarations", "registry", "printable", "errors"),
     "algorithms": ("batch", "declarations", "metrics", "errors"),

@@ -7,11 +7,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from browsed_run import record
 
 from roll_gspo.printable import printable, printable_line
 from roll_gspo.tracking.console import Console
-from roll_gspo.tracking.samples import SampleTable
+from roll_gspo.tracking.samples import Sample
 
 EVIL = "a\x1b]0;owned\x07\x1b[2J\r\x00\x9b31m \u202eevil\u2066 \ud83d \u2028 \ufeff\U000e0041z"
 SAFE = r"a\x1b]0;owned\x07\x1b[2J\r\x00\x9b31m \u202eevil\u2066 \ud83d \u2028 \ufeff\U000e0041z"  # as `ascii` writes it
@@ -56,7 +55,5 @@ def test_console_and_run_log_show_any_text(tmp_path: Path) -> None:
 
 
 def test_samples_of_trackers_are_printable() -> None:
-    table = SampleTable()
-    list(table.collect([record([EVIL], prompt=EVIL, ground_truth=EVIL, answer=EVIL, domain=EVIL)]))
-    [sample] = table.spread()
+    sample = Sample(1.0, 0.5, 1, "stop", EVIL, EVIL, EVIL, EVIL, EVIL)
     assert sample.values[-5:] == (SAFE,) * 5

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated, Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
 
 from roll_gspo.config.base import Problem, Schema
+
+
+class LogRolloutsConfig(Schema):
+    """The files of samples."""
+
+    samples: NonNegativeInt | None = 256
+    """Samples per file with texts; null: all. Scores, token ids and values per token are written for every sample."""
+
+
+def _log_rollouts(value: Any) -> Any:
+    if isinstance(value, bool):
+        return {} if value else None
+    return {"samples": value} if isinstance(value, int) else value
 
 
 class BatchConfig(Schema):
@@ -26,6 +40,9 @@ class BatchConfig(Schema):
     """Rollouts of the whole run."""
     trace_groups: NonNegativeInt = 1
     """Groups per step to score again after the update, for the ratio of each token in the report."""
+    log_rollouts: Annotated[LogRolloutsConfig | None, BeforeValidator(_log_rollouts)] = LogRolloutsConfig()
+    """Write the samples of every step and validation to `rollouts/` and `validation/`. `false`: no files. A number sets
+    `samples`."""
     log_samples_every: NonNegativeInt = 10
     """Steps between the tables of a few rollouts in trackers; 0: no tables."""
     val_prompt_length: PositiveInt | None = None

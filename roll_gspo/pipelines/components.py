@@ -18,7 +18,7 @@ from roll_gspo.execution.base import Executor
 from roll_gspo.models.config_files import CONFIG, end_of_sequence_ids, read_object, text_config
 from roll_gspo.models.folder_check import NO_END
 from roll_gspo.pipelines.data_sources import chat_format
-from roll_gspo.pipelines.output import Output
+from roll_gspo.pipelines.output import BackgroundFiles, Output
 from roll_gspo.pipelines.placement import execution_settings
 from roll_gspo.pipelines.run_folder import RunFolder, config_yaml
 from roll_gspo.pipelines.state import ACTOR, RunState
@@ -144,7 +144,13 @@ def resume(
     console.message(f"resumed after step {state.step} from {source}")
 
 
-def make_output(config: AnyConfig, folder: RunFolder, console: Console, state: RunState[Any]) -> Output:
+def make_output(
+    config: AnyConfig,
+    folder: RunFolder,
+    console: Console,
+    state: RunState[Any],
+    files: BackgroundFiles | None = None,
+) -> Output:
     """Build the writer of the run's folder, after `resume`. Metrics of steps that will be repeated are dropped."""
     run = RunInfo(
         folder=folder.path,
@@ -164,4 +170,5 @@ def make_output(config: AnyConfig, folder: RunFolder, console: Console, state: R
         config_text=config_yaml(config),
         save_hf_model=config.actor_train.training_args.save_hf_model,
         asynchronous=config.checkpoint_config.async_save,
+        files=files,
     )

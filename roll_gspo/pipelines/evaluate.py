@@ -22,13 +22,15 @@ from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.rlvr.build import new_validation
 from roll_gspo.pipelines.rlvr.datasets import read_validation, tokenize
-from roll_gspo.pipelines.rlvr.validation import Answers, Summary, answers_of, summaries, validation_records
+from roll_gspo.pipelines.rlvr.sample_files import validation_samples
+from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, Summary, answers_of, summaries
 from roll_gspo.pipelines.run_folder import config_yaml, make_folder
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.rewards.routing import Router
 from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.tracking.console import Console
-from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
+from roll_gspo.tracking.rollouts import RolloutWriter
+from roll_gspo.tracking.token_texts import TokenTexts
 
 TABLE, SAMPLES = "evaluation.md", "validation"
 
@@ -104,16 +106,19 @@ def _sample(
     def judged(rollouts: Rollouts) -> list[RewardResult]:
         return judge.score(rollouts, [response_text(tokenizer, c.token_ids, stops) for c in rollouts.completions])
 
-    def records() -> Iterator[RolloutRecord]:
+    def batches() -> Iterator[ScoredBatch]:
         with console.stage("evaluate") as progress:
             for batch in validation.judged(generator, judged, progress):
                 answers.extend(answers_of(batch, validation.config.group_by))
                 failures.extend(result.failed for result in batch.results if result.failed is not None)
-                yield from validation_records(batch, lambda ids: tokenizer.decode(list(ids)))
+                yield batch
 
+    writer = RolloutWriter(evaluated.out / SAMPLES)
     try:
-        RolloutWriter(evaluated.out / SAMPLES).write(evaluated.step, records())
+        writer.write(evaluated.step, validation_samples(batches(), TokenTexts(lambda ids: tokenizer.decode(list(ids)))))
+        writer.flush()
     finally:
+        writer.close()
         generator.close()
     _say_what_is_missing(rows, prompts, console)
     return answers, failures

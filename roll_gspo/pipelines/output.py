@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from roll_gspo.checkpoint import HF_EXPORT, Best, CheckpointStore
 from roll_gspo.pipelines.state import RunState
@@ -22,6 +22,18 @@ logger = logging.getLogger(__name__)
 REPORT_INTERVAL_S = 60.0  # a report takes about a second: not after every checkpoint of a fast run
 
 
+class BackgroundFiles(Protocol):
+    """Files that are written while training goes on."""
+
+    def flush(self) -> None:
+        """Wait until everything is written, or raise the error that prevents it."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left and stop."""
+        ...
+
+
 class Output:
     """Write metrics, checkpoints and report of a run.
 
@@ -33,6 +45,7 @@ class Output:
         config_text: `config.yaml`, kept in every checkpoint.
         save_hf_model: export the policy in Hugging Face layout with every checkpoint.
         asynchronous: continue training while a checkpoint is written.
+        files: further files of the run; they are complete before a checkpoint.
     """
 
     def __init__(
@@ -44,6 +57,7 @@ class Output:
         config_text: str,
         save_hf_model: bool,
         asynchronous: bool,
+        files: BackgroundFiles | None = None,
     ) -> None:
         self._folder = folder
         self._checkpoints = checkpoints
@@ -52,6 +66,7 @@ class Output:
         self._config_text = config_text
         self._save_hf_model = save_hf_model
         self._asynchronous = asynchronous
+        self._files = files
         self._saving: tuple[int, Best | None, list[TrainedRole[Any]]] | None = None
         self._reported_at = time.monotonic()
 
@@ -86,7 +101,10 @@ class Output:
 
         Raises:
             CheckpointError: this checkpoint or the one before it cannot be written; complete ones are untouched.
+            TrainingError: the samples of the steps before it cannot be written.
         """
+        if self._files is not None:
+            self._files.flush()
         self.finish_save()
         folder = self._checkpoints.begin(step)
         with self._checkpoints.filling(step):
@@ -140,5 +158,9 @@ class Output:
         self._trackers.finish(report)
 
     def close(self) -> None:
-        """Close the trackers. Calling it again does nothing."""
-        self._trackers.close()
+        """Close the trackers and the background files. Calling it again does nothing."""
+        try:
+            self._trackers.close()
+        finally:
+            if self._files is not None:
+                self._files.close()

@@ -118,12 +118,12 @@ function followLink() {
 
 function sampleView(s) {
   const facts = make('p', {className: 'facts'}, scoreBadge(s));
-  const details = [s.failure === undefined ? null : `counted as ${number(s.score)}`,
+  const details = [s.failure === undefined ? null : 'not trained on',
     s.advantage === undefined ? null : `advantage ${signed(s.advantage)}`,
     s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens`,
     s.finish === 'length' ? 'truncated at the length limit' : null,
     s.version === undefined ? null : `sampled by weights ${s.version}`,
-    s.sample === undefined ? null : `sample ${s.sample} of ${s.set === 'validation' ? 'validation' : 'rollouts'}/step_${String(s.step).padStart(6, '0')}`];
+    s.sample === undefined ? null : `sample ${s.sample} of ${s.set === 'validation' ? 'validation' : 'rollouts'}/step_${String(s.step).padStart(6, '0')}.parquet`];
   facts.append(details.filter(Boolean).map(t => ' \u00b7 ' + t).join(''), ' \u00b7 ', make('a', {href: linkTo(s), textContent: 'link'}));
   const origin = [['row', s.id], ['source', s.source]].filter(pair => pair[1] !== undefined).map(pair => `${pair[0]} ${visible(pair[1])}`);
   const heading = [s.set === 'validation' ? `Validation at step ${s.step}` : `Step ${s.step}`, s.group === undefined ? null : `group ${s.group}`, s.domain].filter(v => v !== null && v !== undefined);

@@ -63,5 +63,5 @@ def _description(samples: EmbeddedSamples, validation: EmbeddedSamples) -> str:
     )
     return (
         f"This page holds {samples.num_samples:,}{of_read} samples of {plural(len(samples.steps), 'step')}{left_out}."
-        f"{order}{of_validation} All samples are in <code>rollouts/step_*.jsonl</code> in the run's folder."
+        f"{order}{of_validation} All samples are in <code>rollouts/step_*.parquet</code> in the run's folder."
     )

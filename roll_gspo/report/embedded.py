@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from roll_gspo.report.run_folder import Rollout, RolloutFile, Sample, read_rollout
+from roll_gspo.report.run_folder import read_rollout
+from roll_gspo.rollout_files import RolloutFile, Sample, read_columns
 
 MAX_BYTES, MAX_VALIDATION_BYTES = 3 * 2**19, 2**19  # of the page
 MAX_READ = 64 * 2**20  # of rollouts/, all files together
@@ -22,7 +23,7 @@ _GZIP = 31  # zlib's number for a gzip header and the largest window
 
 @dataclass(frozen=True)
 class StepValues:
-    """Values of all samples of a step that were read.
+    """Values of all samples of a step.
 
     Attributes:
         step: of the samples.
@@ -85,7 +86,7 @@ def embed_samples(
             continue
         groups = _ranked_groups(rollout.samples) if ranked else group_samples(rollout.samples)
         text, count = _compress(rollout.step, groups, share)
-        values.append(_values(rollout))
+        values.append(_values(files[index]))
         max_bytes -= len(text)
         steps.append((rollout.step, text))
         num_samples += count
@@ -128,11 +129,10 @@ def finite_number(sample: Sample, key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _values(rollout: Rollout) -> StepValues:
-    scored = [sample for sample in rollout.samples if not sample.get("failed")]
-    scores = [score for sample in scored if (score := finite_number(sample, "score")) is not None]
-    ids = (sample.get("response_token_ids") for sample in rollout.samples)
-    return StepValues(rollout.step, scores, [float(len(one)) for one in ids if isinstance(one, list)])
+def _values(file: RolloutFile) -> StepValues:
+    columns = read_columns(file.path, ("score", "response_length"))
+    scores = [score for score in columns["score"] if score is not None and math.isfinite(score)]
+    return StepValues(file.step, scores, [float(n) for n in columns["response_length"] if n is not None])
 
 
 def _ranked_groups(samples: Sequence[Sample]) -> list[list[Sample]]:

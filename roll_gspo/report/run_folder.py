@@ -6,20 +6,19 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pyarrow import ArrowException
+
 from roll_gspo.errors import DataError
+from roll_gspo.rollout_files import RolloutFile, Sample, read_samples, rollout_files
 
 Points = list[tuple[int, float]]
 """(step, value) in the order of steps. Steps without a finite value are left out."""
-
-Sample = dict[str, Any]
-"""A line of `rollouts/step_*.jsonl`; any key may be missing. Two keys are added: `sample`, the number of the line,
-and `updated_log_probs` if the sample was scored again after the update."""
 
 # The mean score of all samples, or of those that dynamic sampling kept if the former is not logged.
 SCORE = ("rollout/score_mean", "reward/score_mean")
@@ -30,20 +29,12 @@ _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ (WARNING|ERROR|CRITICAL) ")
 
 
 @dataclass(frozen=True)
-class RolloutFile:
-    """A file with the samples of one step."""
-
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True)
 class Rollout:
     """The samples of one step.
 
     Attributes:
         step: in which they were sampled.
-        samples: those in the first bytes of the file, and those that were scored again after the update.
+        samples: those in the first bytes of the file that have texts. Traced ones come first in the file.
         is_complete: `samples` holds every sample of the file.
         num_bytes: number of bytes that were read.
     """
@@ -120,14 +111,14 @@ def read_run(folder: Path, num_rollouts: int = 4) -> RunFolder:
         raise DataError(f"{folder}: no metrics.jsonl; give the output folder of a run")
     by_step = {row["step"]: row for row in _json_lines(metrics.read_bytes()) if isinstance(row.get("step"), int)}
     config = _text(folder / "config.yaml")
-    files = _rollout_files(folder / "rollouts")
+    files = rollout_files(folder / "rollouts")
     exp_name = re.search(r"^exp_name:[ \t]*(\S.*?)[ \t]*$", config, re.MULTILINE)
     return RunFolder(
         name=exp_name[1].strip("'\"") if exp_name else folder.resolve().name,
         rows=[by_step[step] for step in sorted(by_step)],
         rollouts=_evenly_chosen_rollouts(files, num_rollouts),
         rollout_files=files,
-        validation_files=_rollout_files(folder / "validation"),
+        validation_files=rollout_files(folder / "validation"),
         config=config,
         plan=_text(folder / "plan.txt"),
         log_warnings=_log_warnings(folder / "run.log"),
@@ -137,56 +128,29 @@ def read_run(folder: Path, num_rollouts: int = 4) -> RunFolder:
 
 
 def read_rollout(file: RolloutFile, max_bytes: int = _MAX_ROLLOUT_BYTES) -> Rollout:
-    """Read the first samples of a step, and all that were scored again after the update."""
-    updated_file = file.path.with_name(f"{file.path.stem}.updated.jsonl")
-    updated = _json_lines(_head(updated_file, max_bytes)) if updated_file.is_file() else []
-    head = _head(file.path, max_bytes)
-    size = file.path.stat().st_size
-    samples = {line: row for line, row in enumerate(_lines(head), 1) if row is not None}
-    num_bytes = len(head)
-    for row in updated:
-        index, offset, log_probs = (row.get(name) for name in ("sample", "offset", "log_probs"))
-        if not isinstance(index, int) or not isinstance(offset, int) or not isinstance(log_probs, list):
-            continue
-        line = index + 1
-        if line not in samples:  # beyond the first bytes
-            with file.path.open("rb") as opened:
-                opened.seek(offset)
-                text = opened.readline(max_bytes)
-            num_bytes += len(text)
-            samples.update((line, found) for found in _json_lines(text))
-        if line in samples:
-            samples[line]["updated_log_probs"] = log_probs
-    numbered = [row | {"sample": line - 1} for line, row in sorted(samples.items())]
-    return Rollout(file.step, numbered, len(head) >= size, num_bytes)
+    """Read the first samples of a step that have texts. A file that cannot be read has no samples."""
+    try:
+        read = read_samples(file.path, max_bytes, with_text_only=True)
+    except (OSError, ArrowException):
+        return Rollout(file.step, [], False, 0)
+    return Rollout(file.step, read.samples, len(read.samples) == read.num_samples, read.num_bytes)
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _head(path: Path, max_bytes: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(max_bytes)
-
-
 def _json_lines(data: bytes) -> list[dict[str, Any]]:
-    """Return the JSON objects, without lines that a kill or the byte limit cut off."""
-    return [row for row in _lines(data) if row is not None]
-
-
-def _lines(data: bytes) -> Iterator[dict[str, Any] | None]:
+    """Return the JSON objects, without lines that a kill cut off."""
+    found = []
     for line in data.split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        yield row if isinstance(row, dict) else None
-
-
-def _rollout_files(folder: Path) -> list[RolloutFile]:
-    found = [(re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in folder.glob("step_*.jsonl")]
-    return sorted((RolloutFile(int(m[1]), path) for m, path in found if m), key=lambda file: file.step)
+        if isinstance(row, dict):
+            found.append(row)
+    return found
 
 
 def _evenly_chosen_rollouts(files: Sequence[RolloutFile], count: int) -> list[Rollout]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from roll_gspo.report.embedded import best_to_worst, finite_number, group_samples
 from roll_gspo.report.numbers import format_number
-from roll_gspo.report.run_folder import Rollout, Sample
+from roll_gspo.report.run_folder import Rollout
+from roll_gspo.rollout_files import Sample
 
 _MAX_GROUPS = 2
 _MAX_SAMPLES = 4
@@ -39,8 +40,7 @@ def _group(samples: Sequence[Sample]) -> str:
     chosen = best_to_worst(samples, _MAX_SAMPLES)
     head = chosen[0]
     facts = [f"group {head.get('group')}", f"{len(chosen)} of {len(samples)} responses, best to worst"]
-    if head.get("domain") is not None:
-        facts.insert(0, str(head["domain"]))
+    facts = [*(str(head[name]) for name in ("domain", "source", "id") if head.get(name)), *facts]
     truth = head.get("ground_truth")
     answer = f"<h5>Ground truth</h5>{_text(truth)}" if truth is not None else ""
     responses = "".join(_response(sample) for sample in chosen)

@@ -36,7 +36,7 @@ class MiniBatches:
         num_epochs: int,
         max_consecutive_skipped_steps: int,
         seed: int,
-        samples_of: str = "rollouts/step_{step:06d}.jsonl",
+        samples_of: str = "rollouts/step_{step:06d}.parquet",
     ) -> None:
         self._role = role
         self._size = mini_batch_size

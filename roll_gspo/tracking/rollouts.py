@@ -1,136 +1,210 @@
-"""rollouts/step_000012.jsonl: what was sampled in a step and how it was judged, one sample a line.
-
-step_000012.updated.jsonl beside it: what the policy says of some of these samples after the step's update.
-"""
+"""Write `rollouts/` and `validation/` in a thread, so that training does not wait for texts, compression and disk."""
 
 from __future__ import annotations
 
-import math
-import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from roll_gspo.tracking.jsonl import json_line
+import numpy as np
+import pyarrow as pa
 
-TokenValues = tuple[float | None, ...]
-"""One figure a response token, to six significant digits; None where it is not finite."""
+from roll_gspo.errors import TrainingError
+from roll_gspo.rollout_files import (
+    SCHEMA,
+    UPDATED_FOLDER,
+    UPDATED_SCHEMA,
+    StepFile,
+    remove_steps,
+    step_path,
+    valid_texts,
+)
+from roll_gspo.tracking.token_texts import TokenTexts
+
+logger = logging.getLogger(__name__)
+_MAX_WAITING = 2  # batches of samples; one of 16M tokens takes 200 MB
+_TOKENS_WITH_TEXT = 2**16  # of a row group: readers of texts read whole row groups
+_TOKENS_WITHOUT_TEXT = 2**20
+_ROUNDED_BITS = 4  # of the 23 of a float32 fraction; six significant digits remain
 
 
-@dataclass(frozen=True)
-class RolloutRecord:
-    """One sample. Non-finite values are written as null.
+class TokenLists(NamedTuple):
+    """One list per sample of token ids or values: sample i has `values[offsets[i] : offsets[i + 1]]`."""
 
-    Attributes:
-        prompt: text as it was sent to the engine.
-        response: text of the response, special tokens left in.
-        score: of the reward workers, before any normalisation.
-        failed: the reward could not be computed; `score` is the stand-in.
-        advantage: mean over the response's tokens.
-        ground_truth: what the reward compared with, if anything.
-        domain: which reward judged it.
-        group: samples of one prompt share this number.
-        finish_reason: `stop` or `length`.
-        prompt_token_ids, response_token_ids: what was trained on.
-        weights_version: of the policy that sampled it.
-        failure: why there is no score, or None.
-        answer: the final answer as the reward read it, or None.
-        components: the parts that the score is made of, by name.
-        response_tokens: text of each response token; joined they are the response.
-        rollout_log_probs: log-probability of each response token in the generation engine.
-        old_log_probs: the same of the policy that the ratio is taken against: the trainer's, where those are computed.
-        advantages: of each response token.
-    """
+    values: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any]
 
-    prompt: str
-    response: str
-    score: float
-    failed: bool
-    advantage: float
-    ground_truth: str | None
-    domain: str | None
-    group: int
-    finish_reason: str
-    prompt_token_ids: tuple[int, ...]
-    response_token_ids: tuple[int, ...]
-    weights_version: int
-    failure: str | None
-    answer: str | None
-    components: Mapping[str, float]
-    response_tokens: tuple[str, ...]
-    rollout_log_probs: TokenValues
-    old_log_probs: TokenValues
-    advantages: TokenValues
+    def of(self, row: int) -> list[int]:
+        """Return the list of one sample."""
+        return self.values[self.offsets[row] : self.offsets[row + 1]].tolist()
+
+    def array(self) -> pa.ListArray:
+        """Return the lists as an Arrow array, floats rounded to six significant digits."""
+        values = _rounded(self.values) if self.values.dtype == np.float32 else self.values
+        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(values))
 
 
 @dataclass(frozen=True)
-class UpdatedRecord:
-    """One sample, scored again after the update of its step.
+class SampleBatch:
+    """Samples as columns.
 
     Attributes:
-        sample: its line in the step's file, from 0.
-        log_probs: of its response tokens.
+        columns: values per sample by the names of `SCHEMA`, without texts and tokens.
+        prompts, ground_truths: texts per sample.
+        token_lists: token ids and values per token by the names of `SCHEMA`; missing ones are null in the file.
+        with_text: rows of the samples whose texts are written, in this order.
+        texts: converts token ids to text, special tokens included.
     """
 
-    sample: int
-    log_probs: TokenValues
+    columns: Mapping[str, Sequence[Any]]
+    prompts: Sequence[str]
+    ground_truths: Sequence[str | None]
+    token_lists: Mapping[str, TokenLists]
+    with_text: Sequence[int]
+    texts: TokenTexts
 
+    def write(self, file: StepFile) -> None:
+        """Append the samples to a file: those with texts first."""
+        rows = self._without_text()
+        chosen = np.zeros(rows.num_rows, bool)
+        chosen[list(self.with_text)] = True
+        first = rows.take(pa.array(self.with_text, pa.int64()))
+        for name, values in self._texts().items():
+            first = first.set_column(SCHEMA.names.index(name), SCHEMA.field(name), values)
+        for part, tokens in ((first, _TOKENS_WITH_TEXT), (rows.filter(pa.array(~chosen)), _TOKENS_WITHOUT_TEXT)):
+            num_tokens = len(part.column("response_token_ids").flatten())
+            file.add(part, max(1, part.num_rows * tokens // max(num_tokens, 1)))
 
-def compact(values: Iterable[float]) -> TokenValues:
-    """Round values to the digits of single precision, which are short to write."""
-    return tuple(float(f"{value:.6g}") if math.isfinite(value) else None for value in values)
+    def _without_text(self) -> pa.RecordBatch:
+        count = len(self.prompts)
+        arrays = []
+        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True):
+            if name in self.token_lists:
+                arrays.append(self.token_lists[name].array())
+            elif name in self.columns:
+                values = self.columns[name]
+                arrays.append(pa.array(valid_texts(values) if kind == pa.string() else values, kind, size=count))
+            else:
+                arrays.append(pa.nulls(count, kind))
+        return pa.record_batch(arrays, schema=SCHEMA)
+
+    def _texts(self) -> dict[str, pa.Array]:
+        ids = [self.token_lists["response_token_ids"].of(row) for row in self.with_text]
+        return {
+            "prompt": _text_array([self.prompts[row] for row in self.with_text]),
+            "ground_truth": _text_array([self.ground_truths[row] for row in self.with_text]),
+            "response": _text_array([self.texts.decode(tokens) for tokens in ids]),
+            "response_tokens": pa.array([self.texts(tokens) for tokens in ids], pa.list_(pa.string())),
+        }
 
 
 class RolloutWriter:
-    """Write the files of a step into `folder`, each complete or absent.
+    """Write files of samples in a thread. Each file is complete or absent.
+
+    An error of the thread is raised by the next call, at the latest by `flush` before a checkpoint. A killed process
+    loses at most files of steps after the last checkpoint, which a resumed run writes again.
 
     Args:
-        folder: `rollouts/` of the run; made with the first step.
+        folder: `rollouts/` or `validation/` of the run; created with the first file.
         first_step: files of this step or later come from an earlier process and are removed.
     """
 
     def __init__(self, folder: Path, first_step: int = 1) -> None:
         self._folder = folder
-        self._offsets: list[int] = []
-        for path in folder.glob("step_*.jsonl*"):
-            match = re.fullmatch(r"step_(\d+)(?:\.updated)?\.jsonl(\.tmp)?", path.name)
-            if match and (match[2] or int(match[1]) >= first_step):
-                path.unlink()
+        self._updated = folder.with_name(UPDATED_FOLDER)
+        remove_steps(folder, first_step)
+        if folder.name == "rollouts":
+            remove_steps(self._updated, first_step)
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_WAITING)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
-    def write(self, step: int, records: Iterable[RolloutRecord]) -> Path:
-        """Write one step's samples and return the file."""
-        path, self._offsets = self._write(f"step_{step:06d}.jsonl", map(_row, records))
-        return path
+    def write(self, step: int, batches: Iterable[SampleBatch]) -> None:
+        """Write the samples of a step, batch by batch. Waits while earlier batches fill the queue."""
+        steps: list[StepFile] = []
+        path = step_path(self._folder, step)
+        self._submit(lambda: steps.append(StepFile(path)), path)
+        try:
+            for batch in batches:
+                self._submit(lambda batch=batch: batch.write(steps[0]), path)
+        except BaseException:
+            self._submit(lambda: [file.discard() for file in steps], path)
+            raise
+        self._submit(lambda: steps[0].complete(), path)
 
-    def write_updated(self, step: int, records: Iterable[UpdatedRecord]) -> Path:
-        """Write what the updated policy says of samples of the step that was written last, and return the file.
+    def write_updated(self, step: int, samples: Sequence[int], log_probs: TokenLists) -> None:
+        """Write log-probs of some samples of the step after its update."""
+        path = step_path(self._updated, step)
+        self._submit(partial(_write_updated, path, samples, log_probs), path)
 
-        Each line also says at which byte of the step's file the sample begins.
+    def flush(self) -> None:
+        """Wait until every file is written.
+
+        Raises:
+            TrainingError: a file cannot be written.
         """
-        rows = ({**_row(record), "offset": self._offsets[record.sample]} for record in records)
-        return self._write(f"step_{step:06d}.updated.jsonl", rows)[0]
+        self._jobs.join()
+        self._raise_error()
 
-    def _write(self, name: str, rows: Iterable[dict[str, Any]]) -> tuple[Path, list[int]]:
-        """The file, and where its lines begin."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / name
-        temporary = path.with_name(name + ".tmp")
-        offsets = []
-        with temporary.open("wb") as file:
-            for row in rows:
-                offsets.append(file.tell())
-                # half a character of two (a lone surrogate, as JSON data may hold) is no UTF-8; its escape is JSON
-                file.write(json_line(row).encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        return path, offsets
+    def close(self) -> None:
+        """Write what is left and stop the thread. An error is logged, because the run has ended anyway."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            logger.error("%s", self._error)
+            self._error = None
+
+    def _submit(self, job: Callable[[], Any], path: Path) -> None:
+        self._raise_error()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"write {self._folder.name}", daemon=True)
+            self._thread.start()
+        self._jobs.put(partial(self._run, job, path))
+
+    def _run(self, job: Callable[[], Any], path: Path) -> None:
+        if self._error is None:
+            try:
+                job()
+            except OSError as error:
+                text = f"{path}: cannot be written ({error}); free space, or set log_rollouts: false"
+                self._error = TrainingError(text)
+            except BaseException as error:
+                self._error = error
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is not None:
+                job()
+            self._jobs.task_done()
+            if job is None:
+                return
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
 
-def _row(record: RolloutRecord | UpdatedRecord) -> dict[str, Any]:
-    row = {field.name: record.__dict__[field.name] for field in fields(record)}
-    if isinstance(record, RolloutRecord):
-        row["components"] = {name: v if math.isfinite(v) else None for name, v in record.components.items()}
-    return row
+def _write_updated(path: Path, samples: Sequence[int], log_probs: TokenLists) -> None:
+    file = StepFile(path, UPDATED_SCHEMA)
+    file.add(pa.record_batch([pa.array(samples, pa.int32()), log_probs.array()], schema=UPDATED_SCHEMA))
+    file.complete()
+
+
+def _rounded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Round the fraction of float32 values; bits that are 0 need no space. Non-finite values are kept."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(1 << (_ROUNDED_BITS - 1))) & np.uint32(2**32 - (1 << _ROUNDED_BITS))
+    return np.where(np.isfinite(values), rounded.view(np.float32), values)
+
+
+def _text_array(texts: Sequence[str | None]) -> pa.Array:
+    return pa.array(list(valid_texts(texts)), pa.string())

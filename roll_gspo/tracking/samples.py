@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 from roll_gspo.printable import printable
-from roll_gspo.tracking.rollouts import RolloutRecord
 
 SAMPLES_PER_STEP = 4
 
@@ -38,6 +37,11 @@ class Sample:
     prompt: str
     response: str
 
+    def __post_init__(self) -> None:
+        for name in ("domain", "ground_truth", "answer", "prompt", "response"):
+            text = self.__dict__[name]
+            object.__setattr__(self, name, None if text is None else printable(text))
+
     @property
     def values(self) -> tuple[Any, ...]:
         """Values in the order of `SAMPLE_COLUMNS`."""
@@ -55,40 +59,9 @@ class Sample:
 SAMPLE_COLUMNS = tuple(field.name for field in fields(Sample))
 
 
-class SampleTable:
-    """Collect the samples of a step while their records are written, then choose a few."""
-
-    def __init__(self) -> None:
-        self._samples: list[Sample] = []
-
-    def collect(self, records: Iterable[RolloutRecord]) -> Iterator[RolloutRecord]:
-        """Yield every record unchanged. Records whose reward failed are not collected."""
-        for record in records:
-            if not record.failed:
-                self._samples.append(_sample(record))
-            yield record
-
-    def spread(self, count: int = SAMPLES_PER_STEP) -> list[Sample]:
-        """Return at most `count` samples, evenly spaced from the lowest score to the highest."""
-        ordered = sorted(self._samples, key=lambda sample: sample.score)
-        if len(ordered) <= count:
-            return ordered
-        return [ordered[i * (len(ordered) - 1) // (count - 1)] for i in range(count)]
-
-
-def _sample(record: RolloutRecord) -> Sample:
-    return Sample(
-        score=record.score,
-        advantage=record.advantage,
-        num_tokens=len(record.response_token_ids),
-        finish_reason=record.finish_reason,
-        domain=_printable(record.domain),
-        ground_truth=_printable(record.ground_truth),
-        answer=_printable(record.answer),
-        prompt=printable(record.prompt),
-        response=printable(record.response),
-    )
-
-
-def _printable(text: str | None) -> str | None:
-    return None if text is None else printable(text)
+def spread(scores: Mapping[int, float], count: int = SAMPLES_PER_STEP) -> list[int]:
+    """Return at most `count` keys of `scores`, evenly spaced from the lowest score to the highest."""
+    ordered = sorted(scores, key=lambda key: scores[key])
+    if len(ordered) <= count:
+        return ordered
+    return [ordered[i * (len(ordered) - 1) // (count - 1)] for i in range(count)]

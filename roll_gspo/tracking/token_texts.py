@@ -9,40 +9,47 @@ _MAX_HELD = 8  # tokens in a row without a whole character; a character has four
 
 
 class TokenTexts:
-    """Token ids to texts that, joined, are the decoded response.
+    """Convert token ids to texts that, joined, are the decoded response.
 
     A character whose bytes lie in several tokens is the text of the last of them, and the others are empty. Bytes
     that never become a character are shown as the decoder shows them.
 
     Args:
-        decode: token ids to text, special tokens left in.
+        decode: converts token ids to text, special tokens included.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
+        self.decode = decode
         self._known: dict[int, str] = {}
+        self._broken: set[int] = set()
 
-    def __call__(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """One text a token."""
-        alone = [self._alone(i) for i in ids]
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        """Return one text per token."""
+        for token in set(ids) - self._known.keys():
+            self._learn(token)
+        alone = [self._known[token] for token in ids]
+        return alone if self._broken.isdisjoint(ids) else self._joined(ids, alone)
+
+    def _joined(self, ids: Sequence[int], alone: Sequence[str]) -> list[str]:
+        """Return the texts with each character of several tokens in the last of them."""
         texts, held, said = [], [], ""
         for i, (token, text) in enumerate(zip(ids, alone, strict=True)):
-            if not held and _BROKEN not in text:
+            if not held and token not in self._broken:
                 texts.append(text)
                 continue
             held.append(token)
-            decoded = self._decode(held)
+            decoded = self.decode(held)
             whole = decoded.rstrip(_BROKEN)
-            ends = i + 1 == len(ids) or _BROKEN not in alone[i + 1] or len(held) == _MAX_HELD
+            ends = i + 1 == len(ids) or ids[i + 1] not in self._broken or len(held) == _MAX_HELD
             if ends or whole == decoded:
                 whole, held = decoded, []
             texts.append(whole[len(said) :])
             said = whole if held else ""
-        return tuple(texts)
+        return texts
 
-    def _alone(self, token: int) -> str:
-        """Text of one token within a text: some decoders drop the space before the first one."""
-        if token not in self._known:
-            once = self._decode([token])
-            self._known[token] = self._decode([token, token])[len(once) :]
-        return self._known[token]
+    def _learn(self, token: int) -> None:
+        """Find the text of one token within a text: some decoders drop the space before the first one."""
+        once = self.decode([token])
+        self._known[token] = text = self.decode([token, token])[len(once) :]
+        if _BROKEN in text:
+            self._broken.add(token)

@@ -52,10 +52,10 @@ def test_run_writes_every_documented_file(whole: tuple[Outcome, Path]) -> None:
     outcome, run = whole
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "plan.txt", "metrics.jsonl", "rollouts", "tensorboard", "run.log", "checkpoints"),
-        *("report.html", "validation"),
+        *("report.html", "validation", "updated_log_probs"),
     }
-    files = [f"step_{step:06d}{kind}" for step in (1, 2, 3, 4) for kind in (".jsonl", ".updated.jsonl")]
-    assert list(rollouts_of(run)) == files
+    assert list(rollouts_of(run)) == [1, 2, 3, 4]
+    assert all(any("updated_log_probs" in s for s in samples) for samples in rollouts_of(run).values())
     assert checkpoints_of(run) == ["step_000002", "step_000004"]
     assert all(path.stat().st_size for path in run.rglob("*") if path.is_file())
     assert outcome.out.startswith((run / "plan.txt").read_text())

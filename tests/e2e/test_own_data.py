@@ -46,7 +46,7 @@ def test_question_and_answer_file_trains(
     rows = metrics_of(RUN)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["reward/failed"] == 0 for row in rows)
-    samples = [json.loads(line) for line in rollouts_of(RUN)["step_000001.jsonl"].splitlines()]
+    samples = rollouts_of(RUN)[1]
     assert {s["domain"] for s in samples} == {"gsm8k"}
     assert all("," not in s["ground_truth"] and float(s["ground_truth"]) > 0 for s in samples)
     assert all(s["prompt"].startswith("<|user|>") and s["prompt"].endswith("<|assistant|>") for s in samples)
@@ -59,8 +59,8 @@ def test_math_rule_scores_the_answers_of_the_policy(command: Callable[..., Outco
     arguments = [a for a in small if not a.startswith(("rewards.", "validation."))]
     outcome = command(*HF, *arguments, "max_steps=1", "actor_train.data_args.file_name=sums.jsonl")
     assert outcome.code == 0, outcome.err
-    (file,) = rollouts_of(RUN).values()
-    for sample in map(json.loads, file.splitlines()):
+    (samples,) = rollouts_of(RUN).values()
+    for sample in samples:
         said_it = sample["ground_truth"] in sample["response"]
         assert sample["score"] in (0.0, 1.0)
         assert said_it or sample["score"] == 0.0
@@ -80,16 +80,15 @@ def test_domains_keep_their_shares_and_order_after_a_resume(
     assert command(*arguments, "run_name=whole", "max_steps=4").code == 0
     whole, resumed = Path("out/example_gspo/whole"), Path("out/example_gspo/resumed")
     drawn = {}
-    for file, text in rollouts_of(whole).items():
-        samples = [json.loads(line) for line in text.splitlines()]
+    for step, samples in rollouts_of(whole).items():
         assert sorted(Counter(s["prompt"].count("sums") for s in samples).items()) == [(0, 8), (1, 24)]
-        drawn[file] = [s["prompt"] for s in samples]
+        drawn[step] = [s["prompt"] for s in samples]
     assert metrics_of(whole)[-1]["domain/column_addition/epoch"] == 3, "24 of 7 rows"
     shares = "actor_train.data_args.domain_interleave_probs.words"
     from_step_2 = f"resume_from_checkpoint={whole}/checkpoints/step_000002"
     assert command(*arguments, "run_name=resumed", "max_steps=4", from_step_2).code == 0
-    for file, text in rollouts_of(resumed).items():
-        assert [json.loads(line)["prompt"] for line in text.splitlines()] == drawn[file]
+    for step, samples in rollouts_of(resumed).items():
+        assert [s["prompt"] for s in samples] == drawn[step]
     assert len(rollouts_of(resumed)) == 2
     outcome = command(*arguments, "run_name=other", "max_steps=4", from_step_2, f"{shares}=0.2501")
     assert outcome.code == 1

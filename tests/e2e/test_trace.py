@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,6 @@ HF = ("--config-name", "example_gspo", "strategy=hf")
 RUNS = Path("out/example_gspo")
 
 
-def lines(run: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "rollouts" / name).read_text(encoding="utf-8").splitlines()]
-
-
 def log_probs(model: Any, row: dict[str, Any], temperature: float) -> list[float]:
     """Compute the log-probs of the response tokens with transformers."""
     ids = torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]])
@@ -31,14 +26,18 @@ def log_probs(model: Any, row: dict[str, Any], temperature: float) -> list[float
     return scores[torch.arange(first - 1, ids.shape[1] - 1), ids[0, first:]].tolist()
 
 
+def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != key}
+
+
 def test_traced_group_has_the_log_probs_of_the_updated_policy(command: Command, small: tuple[str, ...]) -> None:
     from transformers import AutoModelForCausalLM
 
     arguments = (*HF, *small, "max_steps=2", "actor_train.training_args.save_hf_model=true")
     assert command(*arguments, "run_name=traced").code == 0
     run = RUNS / "traced"
-    rows, again = lines(run, "step_000002.jsonl"), lines(run, "step_000002.updated.jsonl")
-    traced = [rows[line["sample"]] for line in again]
+    rows = rollouts_of(run)[2]
+    traced = [row for row in rows if "updated_log_probs" in row]
     assert len(traced) == 4 and len({row["group"] for row in traced}) == 1
     assert len({row["score"] for row in traced}) > 1, "a group that teaches something"
     for row in rows:
@@ -48,16 +47,16 @@ def test_traced_group_has_the_log_probs_of_the_updated_policy(command: Command, 
         assert "".join(row["response_tokens"]) == row["response"]
         assert row["rollout_log_probs"] == pytest.approx(row["old_log_probs"], abs=1e-4)
     model = AutoModelForCausalLM.from_pretrained(run / "checkpoints/step_000002/actor_train_hf", dtype=torch.float32)
-    for line, row in zip(again, traced, strict=True):
-        assert line["log_probs"] == pytest.approx(log_probs(model.eval(), row, 1.0), abs=1e-4)
+    for row in traced:
+        assert row["updated_log_probs"] == pytest.approx(log_probs(model.eval(), row, 1.0), abs=1e-4)
     moved = [
         abs(after - before)
-        for line, row in zip(again, traced, strict=True)
-        for after, before in zip(line["log_probs"], row["old_log_probs"], strict=True)
+        for row in traced
+        for after, before in zip(row["updated_log_probs"], row["old_log_probs"], strict=True)
     ]
     assert max(moved) > 1e-4, "the update did change the policy"
 
     assert command(*arguments, "run_name=untraced", "trace_groups=0").code == 0
     assert computed(RUNS / "untraced") == computed(run), "tracing changes nothing"
-    files = rollouts_of(RUNS / "untraced")
-    assert files == {name: text for name, text in rollouts_of(run).items() if "updated" not in name}
+    without = {step: [_without(row, "updated_log_probs") for row in rows] for step, rows in rollouts_of(run).items()}
+    assert rollouts_of(RUNS / "untraced") == without

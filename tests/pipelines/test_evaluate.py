@@ -12,6 +12,7 @@ import pytest
 from commands import Outcome, metrics_of
 
 import roll_gspo.evaluation
+from roll_gspo.rollout_files import read_samples
 
 Command = Callable[..., Outcome]
 HF = ("--config-name", "example_gspo", "strategy=hf", "output_dir=out")
@@ -61,8 +62,8 @@ def test_checkpoint_has_the_metrics_of_its_run(command: Command, evaluate: Comma
     figures = written(Path("result"))
     assert figures["all"]["avg@2"]["mean"] == pytest.approx(last["validation/score_mean"])  # type: ignore[index]
     assert figures["column_addition"]["num_prompts"] == 16
-    now = [json.loads(line) for line in Path("result/validation/step_000002.jsonl").read_text().splitlines()]
-    then = [json.loads(line) for line in (RUN / "validation/step_000002.jsonl").read_text().splitlines()]
+    now = read_samples(Path("result/validation/step_000002.parquet")).samples
+    then = read_samples(RUN / "validation/step_000002.parquet").samples
     assert [s["response_token_ids"] for s in now] == [s["response_token_ids"] for s in then], "the very same samples"
     table = Path("result/evaluation.md").read_text()
     assert table.splitlines()[2].startswith("| group") and table.splitlines()[2] in outcome.out
@@ -141,6 +142,6 @@ def test_vllm_gives_the_greedy_answers_of_transformers(evaluate: Command, pretra
     for name, engine in (("hf", ("strategy=hf",)), ("vllm", ("actor_infer.strategy_args.strategy_name=vllm",))):
         outcome = evaluate("--config-name", "example_gspo", "output_dir=out", *engine, *greedy, f"out={name}")
         assert outcome.code == 0, outcome.out + outcome.err
-    files = [Path(name, "validation/step_000000.jsonl").read_text().splitlines() for name in ("hf", "vllm")]
-    ours, theirs = ([json.loads(line)["response_token_ids"] for line in lines] for lines in files)
+    files = [read_samples(Path(name, "validation/step_000000.parquet")).samples for name in ("hf", "vllm")]
+    ours, theirs = ([sample["response_token_ids"] for sample in samples] for samples in files)
     assert ours == theirs and written(Path("hf")) == written(Path("vllm"))

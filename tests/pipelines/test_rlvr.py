@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def test_greedy_validation_is_the_same_each_time(command: Command, small: tuple[
 def test_rollouts_and_metrics_tell_the_same_story(command: Command, small: tuple[str, ...]) -> None:
     _train(command, *HF, *small)
     row = metrics_of(RUN)[2]
-    samples = [json.loads(line) for line in rollouts_of(RUN)["step_000002.jsonl"].splitlines()]
+    samples = rollouts_of(RUN)[2]
     assert len(samples) == 32 and len({s["group"] for s in samples}) == 8
     lengths = [len(s["response_token_ids"]) for s in samples]
     assert row["reward/score_mean"] == pytest.approx(sum(s["score"] for s in samples) / 32, rel=1e-6)
@@ -184,7 +183,7 @@ def test_groups_without_spread_are_replaced_and_their_tokens_are_counted(
     coarse = "rewards.column_addition.worker_cls=my_reward.coarse"
     _train(command, *HF, *small, coarse, "query_filter=std_filter", "max_sampling_rounds=3")
     for row in metrics_of(RUN)[1:]:
-        samples = [json.loads(line) for line in rollouts_of(RUN)[f"step_{row['step']:06d}.jsonl"].splitlines()]
+        samples = rollouts_of(RUN)[row["step"]]
         assert len(samples) == 32, "the batch is full"
         spread = [len({s["score"] for s in samples if s["group"] == g}) > 1 for g in range(8)]
         assert spread.count(False) == row["sampling/groups_filled"]

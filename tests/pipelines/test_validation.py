@@ -17,6 +17,7 @@ from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import DataError
 from roll_gspo.pipelines.rlvr.datasets import group_of, read_validation
 from roll_gspo.pipelines.rlvr.validation import Answers, metric_names, summaries, validation_metrics
+from roll_gspo.rollout_files import read_samples, step_path
 from roll_gspo.tracking.names import metric_info
 
 Command = Callable[..., Outcome]
@@ -116,7 +117,7 @@ def test_batches_change_no_sample_and_the_best_checkpoint_is_kept(
     best = read_best(RUN / "checkpoints")
     assert best is not None and (best.step, best.value) == (lowest, figures[lowest])
     assert checkpoints_of(RUN) == sorted({"best.json", f"step_{lowest:06d}", "step_000004"})
-    samples = [json.loads(line) for line in (RUN / "validation/step_000004.jsonl").read_text().splitlines()]
+    samples = read_samples(step_path(RUN / "validation", 4)).samples
     assert [sample["group"] for sample in samples] == [i for i in range(16) for _ in range(3)]
     assert {sample["advantage"] for sample in samples} == {None}
     assert sum(s["score"] for s in samples) / 48 == pytest.approx(figures[4])

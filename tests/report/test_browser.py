@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsed_run import record, write_step
+from browsed_run import record, write_samples, write_step
 
 from roll_gspo.report.page import write_report
-from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
+from roll_gspo.rollout_files import Sample, step_path
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install roll-gspo[test])")
 pytestmark = pytest.mark.e2e
@@ -28,7 +28,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def samples() -> list[RolloutRecord]:
+def samples() -> list[Sample]:
     """Return a group of each kind, all of one step."""
     return [
         record(tokens, group=i, prompt=f"prompt {name} {EVIL}", score=i / 10, domain="code" if i % 2 else "maths")
@@ -47,8 +47,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in range(3, 15):
         write_step(folder, step, [record(score=i / 16, group=i // 4, weights_version=step) for i in range(16)])
     for step in (7, 14):
-        held_out = [record(score=float(i == step / 7), group=i, prompt=f"held-out {i}") for i in range(2)]
-        RolloutWriter(folder / "validation", step).write(step, held_out)
+        held_out = [
+            record(score=float(i == step / 7), group=i, prompt=f"held-out {i}", id=f"row {i}") for i in range(2)
+        ]
+        write_samples(step_path(folder / "validation", step), held_out)
     return write_report(folder)
 
 
@@ -108,7 +110,7 @@ def test_browser_filters_and_orders(page: playwright.Page) -> None:
     page.select_option("[name=kind]", "failed")
     found(page, 1)
     assert "Reward failed: took longer than 5 s </script>" in page.inner_text("#sample .failure")
-    assert scores(page) == ["failed"] and "counted as 0" in page.inner_text("#sample")
+    assert scores(page) == ["failed"] and "not trained on" in page.inner_text("#sample")
     page.select_option("[name=kind]", "truncated")
     found(page, 1)
     assert "truncated at the length limit" in page.inner_text("#sample")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browsed_run import record, write_samples
 from parsed_page import ParsedPage
 
 from roll_gspo.errors import DataError
@@ -16,8 +17,8 @@ from roll_gspo.report.curve_sections import CHARTS
 from roll_gspo.report.page import write_report
 from roll_gspo.report.run_folder import MAX_LOG_WARNINGS, read_run
 from roll_gspo.report.warnings import COUNTED_PROBLEMS, run_warnings
+from roll_gspo.rollout_files import step_path
 from roll_gspo.tracking.names import METRICS
-from roll_gspo.tracking.rollouts import RolloutRecord, RolloutWriter
 
 EVIL = "<script>alert('&')</script>\"><img src=x onerror=alert(1)> </pre>"
 
@@ -42,33 +43,23 @@ def write_run(folder: Path, num_steps: int, **changes: float | None) -> None:
 
 
 def write_rollouts(folder: Path, steps: range, text: str = "1+1=2", samples: int = 8) -> None:
-    writer = RolloutWriter(folder / "rollouts")
     for step in steps:
         records = [
-            RolloutRecord(
+            record(
+                (f"response {i} ", text),
                 prompt=f"prompt {text}",
-                response=f"response {i} {text}",
                 score=float(i % 2),
-                failed=False,
                 advantage=i % 2 - 0.5,
                 ground_truth=text,
                 domain=text,
                 group=i // 4,
-                finish_reason="stop",
-                prompt_token_ids=(1,),
-                response_token_ids=(2, 3),
-                weights_version=step - 1,
                 failure=text,
                 answer=text,
                 components={text: 1.0},
-                response_tokens=(f"response {i} ", text),
-                rollout_log_probs=(-0.5, -0.25),
-                old_log_probs=(-0.5, -0.25),
-                advantages=(0.5, 0.5),
             )
             for i in range(samples)
         ]
-        writer.write(step, records)
+        write_samples(step_path(folder / "rollouts", step), records)
 
 
 def test_report_has_every_section_and_values_of_the_run(tmp_path: Path) -> None:
@@ -151,11 +142,12 @@ def test_report_of_a_young_run(tmp_path: Path, num_steps: int) -> None:
     assert expected in page.text
 
 
-def test_report_ignores_torn_lines(tmp_path: Path) -> None:
+def test_report_ignores_torn_files(tmp_path: Path) -> None:
     write_run(tmp_path, 3)
     write_rollouts(tmp_path, range(1, 2))
-    for path in (tmp_path / "metrics.jsonl", tmp_path / "rollouts" / "step_000001.jsonl"):
-        path.write_bytes(path.read_bytes() + b'{"step": 4, "reward/sco')
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_bytes(lines.read_bytes() + b'{"step": 4, "reward/sco')
+    (tmp_path / "rollouts" / "step_000002.parquet").write_bytes(b"PAR1 torn")
     run = read_run(tmp_path)
     assert run.steps == [1, 2, 3]
     assert len(run.rollouts[0].samples) == 8

@@ -110,7 +110,7 @@ def test_update_that_is_not_finite_changes_nothing_is_counted_and_stops_the_run_
     metrics = actor.update(bad, 1, nothing)
     assert metrics["actor/num_updates"] == 0 and metrics["actor/skipped_updates"] == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in actor.weights())
-    assert "step 1: optimizer step skipped" in caplog.text and "rollouts/step_000001.jsonl" in caplog.text
+    assert "step 1: optimizer step skipped" in caplog.text and "rollouts/step_000001.parquet" in caplog.text
     assert all(str(sample) in caplog.text for sample in good.sample_ids.tolist()), "the samples are named"
 
     actor.update(good, 2, nothing)  # a good step in between starts the count anew

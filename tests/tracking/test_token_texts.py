@@ -32,7 +32,7 @@ def sentence_piece() -> PreTrainedTokenizerFast:
 BYTE_LEVEL, SENTENCE_PIECE = byte_level(), sentence_piece()
 
 
-def texts(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> tuple[str, ...]:
+def texts(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
     return TokenTexts(lambda tokens: str(tokenizer.decode(list(tokens))))(ids)
 
 
@@ -43,19 +43,19 @@ def ids_of(text: str) -> list[int]:
 
 
 def test_character_of_several_tokens_is_the_text_of_the_last() -> None:
-    assert texts(BYTE_LEVEL, ids_of("a😀é!")) == ("a", "", "", "", "😀", "", "é", "!")
+    assert texts(BYTE_LEVEL, ids_of("a😀é!")) == ["a", "", "", "", "😀", "", "é", "!"]
 
 
 def test_character_that_begins_in_the_token_before_is_whole() -> None:
     ids = [int(str(BYTE_LEVEL.convert_tokens_to_ids(token))) for token in ("âĢ", "Ķâ", "Ģ", "Ķ", "<|end|>")]
     assert BYTE_LEVEL.decode(ids) == "——<|end|>"
-    assert texts(BYTE_LEVEL, ids) == ("", "—", "", "—", "<|end|>")
+    assert texts(BYTE_LEVEL, ids) == ["", "—", "", "—", "<|end|>"]
 
 
 def test_space_before_a_token_is_its_own() -> None:
     ids = [2, 2, 4, 5, 2, 1]
     assert "".join(texts(SENTENCE_PIECE, ids)).lstrip() == str(SENTENCE_PIECE.decode(ids)).lstrip()
-    assert texts(SENTENCE_PIECE, ids)[1:4] == (" a", "b", "  ")
+    assert texts(SENTENCE_PIECE, ids)[1:4] == [" a", "b", "  "]
 
 
 @given(st.text(max_size=30))
@@ -75,4 +75,4 @@ def test_texts_of_tokens_that_make_no_sense_are_one_each(ids: list[int]) -> None
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCE_PIECE], ids=["byte level", "sentence piece"])
 def test_no_token_has_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert texts(tokenizer, []) == ()
+    assert texts(tokenizer, []) == []

@@ -17,8 +17,7 @@ from roll_gspo.errors import ConfigError, MissingDependencyError
 from roll_gspo.tracking.background import BackgroundTracker
 from roll_gspo.tracking.base import RunInfo, Tracker
 from roll_gspo.tracking.jsonl import JsonlTracker, read_metrics
-from roll_gspo.tracking.rollouts import RolloutRecord
-from roll_gspo.tracking.samples import Sample, SampleTable
+from roll_gspo.tracking.samples import Sample, spread
 from roll_gspo.tracking.trackers import Trackers, build_trackers, check_trackers
 
 SAMPLE = Sample(1.0, 0.5, 2, "stop", None, None, "2", "1+1=", "2<eos>")
@@ -207,27 +206,9 @@ def test_stdout_prints_a_line_per_family(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_samples_are_spread_from_the_lowest_score_to_the_highest() -> None:
-    def record(score: float, failed: bool = False) -> RolloutRecord:
-        texts = {
-            "prompt": "1+1=",
-            "response": "2",
-            "ground_truth": "2",
-            "domain": "math",
-            "failure": None,
-            "answer": "2",
-        }
-        tokens = {"prompt_token_ids": (1,), "response_token_ids": (2, 3), "response_tokens": ("2", "")}
-        metrics = {"rollout_log_probs": (), "old_log_probs": (), "advantages": (), "components": {}, "advantage": 0.5}
-        numbers = {"group": 0, "finish_reason": "stop", "weights_version": 1}
-        return RolloutRecord(score=score, failed=failed, **texts, **tokens, **metrics, **numbers)
-
-    table = SampleTable()
-    scores = [0.5, 0.1, 0.9, 0.3, 0.7, 0.0, 1.0]
-    every = [record(score) for score in scores] + [record(-9.0, failed=True)]
-    assert list(table.collect(iter(every))) == every
-    assert [sample.score for sample in table.spread(4)] == [0.0, 0.3, 0.7, 1.0]
-    assert [sample.score for sample in table.spread(9)] == sorted(scores)
-    assert table.spread(4)[0].num_tokens == 2
+    scores = dict(enumerate([0.5, 0.1, 0.9, 0.3, 0.7, 0.0, 1.0]))
+    assert [scores[key] for key in spread(scores, 4)] == [0.0, 0.3, 0.7, 1.0]
+    assert [scores[key] for key in spread(scores, 9)] == sorted(scores.values())
 
 
 def test_tracking_and_report_do_not_import_torch() -> None:

@@ -129,6 +129,13 @@ def _start_roles(
     resume(config, folder, console, trained_roles_of(models.actor_train, models.critic), state)
     groups, length = config.num_return_sequences_in_group, config.max_response_length
     training = sampling(config.actor_infer.generating_args, groups, length, data.stop_ids)
+    samples = SampleFiles(
+        folder.path,
+        lambda ids: data.tokenizer.decode(list(ids)),
+        state.first_logged_step,
+        config.log_rollouts,
+        config.trace_groups,
+    )
     return RlvrComponents(
         executor=executor,
         actor_train=models.actor_train,
@@ -138,10 +145,10 @@ def _start_roles(
         critic=models.critic,
         rewards=rewards,
         collector=_collector(config, state, models.actor_infer, rewards, training, data.tokenizer, data.stop_ids),
-        samples=SampleFiles(folder.path, lambda ids: data.tokenizer.decode(list(ids)), state.first_logged_step),
+        samples=samples,
         experience=experience_settings(config),
         state=state,
-        output=make_output(config, folder, console, state),
+        output=make_output(config, folder, console, state, samples),
         profiler=StepProfiler(config, folder.path, models.profiled),
         sampling=training,
         validation=new_validation(config, data.validation, data.stop_ids, rewards) if config.validation else None,

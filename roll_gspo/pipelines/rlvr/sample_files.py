@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from roll_gspo.batch import Rollouts, TrainBatch
-from roll_gspo.pipelines.rlvr.sample_records import response_values, rollout_records
-from roll_gspo.pipelines.rlvr.validation import ScoredBatch, validation_records
+from roll_gspo.config.batch import LogRolloutsConfig
+from roll_gspo.pipelines.rlvr.sample_records import (
+    rows_with_text,
+    sample_batch,
+    token_lists_of,
+    traced_samples,
+    tracked_samples,
+)
+from roll_gspo.pipelines.rlvr.validation import ScoredBatch
 from roll_gspo.rewards.base import RewardResult
-from roll_gspo.tracking.rollouts import RolloutWriter, UpdatedRecord
-from roll_gspo.tracking.samples import SampleTable
+from roll_gspo.tracking.rollouts import RolloutWriter, SampleBatch
+from roll_gspo.tracking.samples import Sample
+from roll_gspo.tracking.token_texts import TokenTexts
 
 
 class SampleFiles:
-    """Write the samples of training and validation.
+    """Write the samples of training and validation in the background.
 
     Args:
         folder: the run's folder.
         decode: converts token ids to text.
         first_step: files of this step and later come from an earlier process and are removed.
+        config: what to write; None writes no files.
+        trace_groups: number of groups per step that are scored again after the update.
     """
 
-    def __init__(self, folder: Path, decode: Callable[[Sequence[int]], str], first_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        decode: Callable[[Sequence[int]], str],
+        first_step: int,
+        config: LogRolloutsConfig | None,
+        trace_groups: int,
+    ) -> None:
         self._rollouts = RolloutWriter(folder / "rollouts", first_step)
         self._validation = RolloutWriter(folder / "validation", first_step)
-        self._decode = decode
+        self._texts = TokenTexts(decode)
+        self._config = config
+        self._trace_groups = trace_groups if config else 0
 
     def write_rollouts(
         self,
@@ -37,7 +55,6 @@ class SampleFiles:
         domains: Sequence[str],
         results: Sequence[RewardResult],
         batch: TrainBatch,
-        table: SampleTable | None = None,
     ) -> None:
         """Write every sample of the step.
 
@@ -45,28 +62,58 @@ class SampleFiles:
             step: step of the rollout.
             rollouts, domains, results: the samples, and the reward block and the result of each.
             batch: the training batch that was built from them.
-            table: collects the samples for trackers.
         """
-        records = rollout_records(rollouts, domains, results, self._decode, batch)
-        self._rollouts.write(step, records if table is None else table.collect(records))
+        if self._config is not None:
+            traced = self.traced(rollouts, results).tolist()
+            chosen = rows_with_text(rollouts, results, self._config.samples, traced)
+            self._rollouts.write(step, [sample_batch(rollouts, domains, results, self._texts, chosen, batch)])
+
+    def tracked(
+        self, rollouts: Rollouts, domains: Sequence[str], results: Sequence[RewardResult], batch: TrainBatch
+    ) -> list[Sample]:
+        """Return a few samples of the step for trackers."""
+        return tracked_samples(rollouts, domains, results, batch.advantages, self._texts)
 
     def write_validation(self, step: int, batches: Iterable[ScoredBatch]) -> None:
         """Write every validation sample, batch by batch."""
-        self._validation.write(
-            step, (record for batch in batches for record in validation_records(batch, self._decode))
-        )
+        if self._config is None:
+            for _ in batches:
+                pass
+        else:
+            self._validation.write(step, validation_samples(batches, self._texts, self._config.samples))
+
+    def traced(self, rollouts: Rollouts, results: Sequence[RewardResult]) -> Tensor:
+        """Return the rows of the samples to score again after the update of their step."""
+        return traced_samples(rollouts, results, self._trace_groups)
 
     def write_updated(self, step: int, rows: Tensor, log_probs: Tensor, mask: Tensor) -> None:
         """Write log-probs [b, T] of the samples `rows` [b] after the step's update; `mask` [b, T] marks responses."""
-        samples = enumerate(rows.tolist())
-        records = [UpdatedRecord(sample, response_values(log_probs, mask, place)) for place, sample in samples]
-        self._rollouts.write_updated(step, records)
+        self._rollouts.write_updated(step, rows.tolist(), token_lists_of(log_probs, mask))
+
+    def flush(self) -> None:
+        """Wait until every file is written.
+
+        Raises:
+            TrainingError: a file cannot be written.
+        """
+        self._rollouts.flush()
+        self._validation.flush()
+
+    def close(self) -> None:
+        """Write what is left and stop."""
+        self._rollouts.close()
+        self._validation.close()
 
 
-def traced_samples(rollouts: Rollouts, results: Sequence[RewardResult], num_groups: int) -> Tensor:
-    """Return the rows of the first `num_groups` groups, those with different scores before the others."""
-    scores: dict[int, set[float]] = {}
-    for group, result in zip(rollouts.group_ids.tolist(), results, strict=True):
-        scores.setdefault(group, set()).add(result.score)
-    chosen = sorted(scores, key=lambda group: len(scores[group]) == 1)[:num_groups]
-    return torch.isin(rollouts.group_ids, torch.tensor(chosen, dtype=rollouts.group_ids.dtype)).nonzero().flatten()
+def validation_samples(
+    batches: Iterable[ScoredBatch], texts: TokenTexts, limit: int | None = None
+) -> Iterator[SampleBatch]:
+    """Yield the samples of each batch as columns. The first `limit` samples have texts."""
+    first = 0
+    for batch in batches:
+        left = None if limit is None else max(limit - first, 0)
+        chosen = range(len(batch.rollouts))[:left]
+        yield sample_batch(
+            batch.rollouts, batch.domains, batch.results, texts, chosen, first=first, first_group=batch.first
+        )
+        first += len(batch.rollouts)

@@ -1,61 +1,144 @@
-"""Samples as records of a file."""
+"""Convert scored samples to the columns of a file, and choose the samples that are written with texts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from roll_gspo.batch import Rollouts, TrainBatch
 from roll_gspo.rewards.base import RewardResult
-from roll_gspo.tracking.rollouts import RolloutRecord, TokenValues, compact
+from roll_gspo.tracking.rollouts import SampleBatch, TokenLists
+from roll_gspo.tracking.samples import Sample, spread
 from roll_gspo.tracking.token_texts import TokenTexts
 
+_FAILED_SHARE = 4  # at most a quarter of the samples with texts are chosen because a reward failed
 
-def rollout_records(
+
+def sample_batch(
     rollouts: Rollouts,
     domains: Sequence[str],
     results: Sequence[RewardResult],
-    decode: Callable[[Sequence[int]], str],
+    texts: TokenTexts,
+    with_text: Sequence[int],
     trained: TrainBatch | None = None,
+    first: int = 0,
     first_group: int = 0,
-) -> Iterator[RolloutRecord]:
-    """Yield the record of every sample.
+) -> SampleBatch:
+    """Return all samples as columns.
 
     Args:
         rollouts, domains, results: the samples, and the reward block and the result of each.
-        decode: converts token ids to text.
+        texts: converts token ids to text.
+        with_text: rows of the samples whose texts are written.
         trained: the training batch that was built from them; None in validation.
-        first_group: index of the first group, if a file receives several batches.
+        first, first_group: index of the first sample and the first group, if a file receives several batches.
     """
-    mask = rollouts.sequences.response_mask
-    token_texts = TokenTexts(decode)
-    for row, (prompt, completion) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True)):
-        result = results[row]
-        yield RolloutRecord(
-            prompt=prompt.text,
-            response=decode(completion.token_ids),
-            score=result.score,
-            failed=result.failed is not None,
-            advantage=math.nan if trained is None else float(trained.advantages[row].sum() / mask[row].sum().clamp(1)),
-            ground_truth=prompt.row["ground_truth"],
-            domain=domains[row],
-            group=first_group + int(rollouts.group_ids[row]),
-            finish_reason=completion.finish_reason,
-            prompt_token_ids=prompt.token_ids,
-            response_token_ids=completion.token_ids,
-            weights_version=rollouts.weights_version,
-            failure=result.failed,
-            answer=result.answer,
-            components=result.components,
-            response_tokens=token_texts(completion.token_ids),
-            rollout_log_probs=response_values(rollouts.rollout_log_probs, mask, row),
-            old_log_probs=() if trained is None else response_values(trained.old_log_probs, mask, row),
-            advantages=() if trained is None else response_values(trained.advantages, mask, row),
+    sequences, mask = rollouts.sequences, rollouts.sequences.response_mask
+    positions = torch.arange(sequences.input_ids.shape[1])
+    is_prompt = positions < sequences.prompt_lengths[:, None]
+    is_response = sequences.attention_mask & ~is_prompt
+    token_lists = {
+        "prompt_token_ids": token_lists_of(sequences.input_ids, is_prompt),
+        "response_token_ids": token_lists_of(sequences.input_ids, is_response),
+        "rollout_log_probs": token_lists_of(rollouts.rollout_log_probs, mask),
+    }
+    columns = {"response_length": mask.sum(-1).tolist()} | _columns(rollouts, domains, results, first, first_group)
+    if trained is not None:
+        token_lists["old_log_probs"] = token_lists_of(trained.old_log_probs, mask)
+        token_lists["advantages"] = token_lists_of(trained.advantages, mask)
+        columns["advantage"] = (trained.advantages.sum(-1) / mask.sum(-1).clamp(1)).tolist()
+    return SampleBatch(
+        columns,
+        [prompt.text for prompt in rollouts.prompts],
+        [prompt.row.get("ground_truth") for prompt in rollouts.prompts],
+        token_lists,
+        with_text,
+        texts,
+    )
+
+
+def _columns(
+    rollouts: Rollouts, domains: Sequence[str], results: Sequence[RewardResult], first: int, first_group: int
+) -> dict[str, Sequence[Any]]:
+    rows = [prompt.row for prompt in rollouts.prompts]
+    return {
+        "sample": range(first, first + len(rollouts)),
+        "id": [row.get("id") for row in rows],
+        "source": [row.get("source") for row in rows],
+        "domain": domains,
+        "group": (rollouts.group_ids + first_group).tolist(),
+        "score": [None if result.failed is not None else result.score for result in results],
+        "failed": [result.failed is not None for result in results],
+        "failure": [result.failed for result in results],
+        "answer": [result.answer for result in results],
+        "components": [_entries(result.components) for result in results],
+        "finish_reason": [completion.finish_reason for completion in rollouts.completions],
+        "weights_version": [rollouts.weights_version] * len(rollouts),
+    }
+
+
+def _entries(components: Mapping[str, float]) -> list[dict[str, Any]]:
+    return [{"name": name, "value": value if math.isfinite(value) else None} for name, value in components.items()]
+
+
+def token_lists_of(values: Tensor, mask: Tensor) -> TokenLists:
+    """Return the values [B, W] where `mask` [B, W] is true, as one list per sample."""
+    offsets = torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0))
+    chosen = values[mask]
+    kind = torch.float32 if chosen.is_floating_point() else torch.int32
+    return TokenLists(chosen.to(kind).numpy(), offsets.numpy())
+
+
+def rows_with_text(
+    rollouts: Rollouts, results: Sequence[RewardResult], limit: int | None, traced: Sequence[int] = ()
+) -> list[int]:
+    """Return the rows of the samples whose texts are written, at most `limit`.
+
+    Traced samples come first, then groups with a failed reward, then the groups in the order of the batch.
+    """
+    groups = rollouts.group_ids.tolist()
+    failing = {group for group, result in zip(groups, results, strict=True) if result.failed is not None}
+    failed = [row for row, group in enumerate(groups) if group in failing]
+    quota = None if limit is None else limit // _FAILED_SHARE
+    return list(dict.fromkeys((*traced, *failed[:quota], *range(len(rollouts)))))[:limit]
+
+
+def tracked_samples(
+    rollouts: Rollouts,
+    domains: Sequence[str],
+    results: Sequence[RewardResult],
+    advantages: Tensor,
+    texts: TokenTexts,
+) -> list[Sample]:
+    """Return a few samples for trackers, from the lowest score to the highest. `advantages` are [B, T]."""
+    chosen = []
+    for row in spread({row: result.score for row, result in enumerate(results) if result.failed is None}):
+        prompt, completion, result = rollouts.prompts[row], rollouts.completions[row], results[row]
+        num_tokens = len(completion.token_ids)
+        chosen.append(
+            Sample(
+                score=result.score,
+                advantage=float(advantages[row].sum()) / max(num_tokens, 1),
+                num_tokens=num_tokens,
+                finish_reason=completion.finish_reason,
+                domain=domains[row],
+                ground_truth=prompt.row.get("ground_truth"),
+                answer=result.answer,
+                prompt=prompt.text,
+                response=texts.decode(completion.token_ids),
+            )
         )
+    return chosen
 
 
-def response_values(values: Tensor, mask: Tensor, row: int) -> TokenValues:
-    """Return the values of one sample's response tokens; `values` and `mask` are [B, T]."""
-    return compact(values[row][mask[row]].tolist())
+def traced_samples(rollouts: Rollouts, results: Sequence[RewardResult], num_groups: int) -> Tensor:
+    """Return the rows of the first `num_groups` groups, those with different scores before the others."""
+    scores: dict[int, set[float]] = {}
+    for group, result in zip(rollouts.group_ids.tolist(), results, strict=True):
+        scores.setdefault(group, set()).add(result.score)
+    chosen = sorted(scores, key=lambda group: len(scores[group]) == 1)[:num_groups]
+    return torch.isin(rollouts.group_ids, torch.tensor(chosen, dtype=rollouts.group_ids.dtype)).nonzero().flatten()

@@ -24,13 +24,11 @@ from roll_gspo.pipelines.rlvr.experience import (
     routing_metrics,
     train_batch,
 )
-from roll_gspo.pipelines.rlvr.sample_files import traced_samples
 from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.pipelines.settings import policy_loss_settings
 from roll_gspo.pipelines.step_loop import Steps
 from roll_gspo.strategies.base import TokenScores
-from roll_gspo.tracking.samples import SampleTable
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +55,16 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             batch, statistics = train_batch(collected, scoring, components.experience, components.state, domains)
         metrics |= figures | statistics
         with stage("log"):  # Write before the update: its error messages refer to samples in this file.
-            table = SampleTable() if self._logs_samples(step) else None
-            components.samples.write_rollouts(step, rollouts, domains, collected.results, batch, table)
-            if table is not None:
-                components.output.log_samples(step, table.spread())
+            scored = rollouts, domains, collected.results, batch
+            components.samples.write_rollouts(step, *scored)
+            if self._logs_samples(step):
+                components.output.log_samples(step, components.samples.tracked(*scored))
         if components.critic is not None:
             with stage("update_critic") as progress:
                 metrics |= components.critic.update(batch, step, progress)
         metrics |= self._update_policy(batch, step, metrics["reward/score_min"], metrics["reward/score_max"])
-        if metrics["actor/num_updates"] and self.config.trace_groups:
-            with stage("trace"):
-                self._trace(step, collected)
+        if metrics["actor/num_updates"]:
+            self._trace(step, collected)
         return metrics | components.state.metrics() | {"data/prompts_dropped": float(components.num_prompts_dropped)}
 
     def _logs_samples(self, step: int) -> bool:
@@ -76,10 +73,13 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
 
     def _trace(self, step: int, collected: Collected) -> None:
         """Score a few samples after the update. The report shows the ratio of each token."""
-        rows = traced_samples(collected.rollouts, collected.results, self.config.trace_groups)
-        traced = collected.rollouts.sequences.rows(rows)
-        log_probs = self.components.actor_train.score(traced).log_probs
-        self.components.samples.write_updated(step, rows, log_probs, traced.response_mask)
+        rows = self.components.samples.traced(collected.rollouts, collected.results)
+        if not len(rows):
+            return
+        with self.console.stage("trace"):
+            traced = collected.rollouts.sequences.rows(rows)
+            log_probs = self.components.actor_train.score(traced).log_probs
+            self.components.samples.write_updated(step, rows, log_probs, traced.response_mask)
 
     def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
         """Score the sampled tokens with reference, critic and trainer before any update."""

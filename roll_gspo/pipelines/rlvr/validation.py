@@ -17,12 +17,10 @@ from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.rlvr.datasets import group_of
-from roll_gspo.pipelines.rlvr.sample_records import rollout_records
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.generator import Generator
 from roll_gspo.strategies.base import Sampling
 from roll_gspo.tracking.console import Progress
-from roll_gspo.tracking.rollouts import RolloutRecord
 
 ALL = "all"
 TOTALS = tuple(
@@ -84,11 +82,6 @@ class ScoredBatch:
     results: tuple[RewardResult, ...]
     domains: list[str]
     first: int
-
-
-def validation_records(batch: ScoredBatch, decode: Callable[[Sequence[int]], str]) -> Iterator[RolloutRecord]:
-    """Yield the records of a batch. They have no advantages."""
-    return rollout_records(batch.rollouts, batch.domains, batch.results, decode, first_group=batch.first)
 
 
 @dataclass(frozen=True)
