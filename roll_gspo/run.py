@@ -390,7 +390,7 @@ def set_environment(system_envs: dict[str, str]) -> None:
 
 def _traceback_if_asked() -> None:
     if os.environ.get("ROLL_GSPO_DEBUG"):
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,11 @@ function show(s, scroll = false) {
     if (index >= 0 && Math.floor(index / PAGE) !== page) { page = Math.floor(index / PAGE); showList(); }
   }
   const row = markSelected();
-  if (row && scroll) row.scrollIntoView({block: 'nearest'});
+  if (row && scroll) { // within the list only: the page itself must not move
+    const list = byId('rows'), top = row.offsetTop - list.offsetTop;
+    if (top < list.scrollTop) list.scrollTop = top;
+    else if (top + row.offsetHeight > list.scrollTop + list.clientHeight) list.scrollTop = top + row.offsetHeight - list.clientHeight;
+  }
   byId('sample').replaceChildren(...(s ? sampleView(s) : [make('p', {className: 'facts', textContent: 'No sample matches.'})]));
   if (s) colorTokens();
 }

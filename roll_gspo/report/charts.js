@@ -125,7 +125,7 @@ class Chart {
       write(left - 6, y + 4, labels[i], 'end', 'y');
     });
     plot.append(svg('path', {class: 'axis', d: `M${left} ${TOP + tall}h${wide}`}));
-    const steps = linearTicks(first, last, Math.max(2, Math.min(12, Math.floor(wide / 64))), data.x === 'step');
+    const steps = linearTicks(first, last, Math.max(2, Math.min(12, Math.floor(wide / 54))), data.x === 'step');
     const most = Math.max(...steps.map(Math.abs));
     for (const t of steps) {
       const text = tickLabel(t, most), room = widthOf(text) / 2 + 2;
@@ -223,7 +223,7 @@ class Chart {
   tell(x, event, y = null) {
     const rows = this.rows(x), text = v => this.data.x === 'step' ? v.toLocaleString('en') : number(v);
     const close = y === null ? null : rows.reduce((a, b) => !a || Math.abs(this.py(b.at) - y) < Math.abs(this.py(a.at) - y) ? b : a, null);
-    tip.replaceChildren(make('b', {textContent: `${this.data.x} ${text(x)}`}), ...rows.map(row => {
+    tip.replaceChildren(make('b', {className: (close ?? rows[0])?.css, textContent: `${this.data.x} ${text(x)}`}), ...rows.map(row => {
       const where = row.x === x ? '' : ` (${this.data.x} ${text(row.x)})`;
       const value = number(row.y) + (row.low === undefined ? '' : ` (${number(row.low)} to ${number(row.high)})`);
       return make('div', {className: row.css + (row === close && rows.length > 1 ? ' close' : '')},

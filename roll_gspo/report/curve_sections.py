@@ -166,7 +166,7 @@ def stage_times_section(run: RunFolder, drawn: ChartCards) -> str:
 def _reward_chart(run: RunFolder) -> Chart:
     series = []
     if reward := run.first_points(SCORE):
-        series.append(Series("step", reward))
+        series.append(Series("training", reward))
     if validation := run.first_points(VALIDATION):
         series.append(Series("validation", validation, 1, LineStyle.DOTS))
     return Chart("Reward", "Mean score of the samples of each step.", "mean score", tuple(series), wide=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from roll_gspo.config.trackers import TRACKERS
 from roll_gspo.errors import ConfigError, MissingDependencyError
+from roll_gspo.printable import printable_line
 from roll_gspo.registry import did_you_mean
 from roll_gspo.tracking.background import BackgroundTracker
 from roll_gspo.tracking.base import RunInfo, Tracker
@@ -47,9 +48,9 @@ class Trackers:
         self._close_timeout_s = close_timeout_s
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
+        """Record the metrics of one step. Names may hold text of the data, e.g. of `validation.group_by`."""
+        metrics = {printable_line(name): value for name, value in metrics.items()}
         self._record.log(step, metrics)
-        metrics = dict(metrics)
         for tracker in self._others:
             tracker.submit(f"step {step}", lambda backend: backend.log(step, metrics))
 

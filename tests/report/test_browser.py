@@ -65,6 +65,7 @@ def opened(chromium: playwright.Browser, report: Path) -> tuple[playwright.Page,
     page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
     page.goto(report.as_uri())
     page.wait_for_selector("#browser:not([hidden])")
+    assert page.evaluate("scrollY") == 0, "opening the browser does not move the page"
     return page, problems
 
 

@@ -186,7 +186,7 @@ def test_downloads_are_the_values_and_a_picture(page: playwright.Page) -> None:
     with Path(download.value.path()).open() as file:
         rows = list(csv.reader(file))
     assert download.value.suggested_filename == "Reward.csv"
-    assert rows[0] == ["step", "step", "validation"] and rows[50] == ["50", "0.5", "0.3"] and rows[99][2] == ""
+    assert rows[0] == ["step", "training", "validation"] and rows[50] == ["50", "0.5", "0.3"] and rows[99][2] == ""
     with page.expect_download() as download:
         figure.locator(".tools button", has_text="PNG").click()
     data = Path(download.value.path()).read_bytes()
