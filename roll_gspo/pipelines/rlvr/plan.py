@@ -49,7 +49,7 @@ def _ratio_text(config: ExperimentConfig) -> str:
     parts = [_selected_text(config, "importance_sampling"), _selected_text(config, "policy_loss")]
     if config.clip_range is not None:
         low, high = config.clip_range
-        parts[-1] += f" {low:g}/{high:g} (to [{1 - low:g}, {1 + high:g}]; {config.clip_range_origin})"
+        parts[-1] += f" {low:g}/{high:g} (to {_bounds_text(config, low, high)}; {config.clip_range_origin})"
     if POLICY_LOSSES.declaration(config.policy_loss).allows_dual_clip:
         dual = config.effective_dual_clip_ratio
         origin = " (1 + 2 * pg_clip)" if config.dual_clip_ratio is None else ""
@@ -57,11 +57,21 @@ def _ratio_text(config: ExperimentConfig) -> str:
     return ", ".join([*parts, config.loss_agg_mode, _selected_text(config, "adv_estimator")])
 
 
+def _bounds_text(config: ExperimentConfig, low: float, high: float) -> str:
+    """Return the interval to which the ratio is clipped, by the number n of tokens if it depends on the length."""
+    if config.policy_loss == "fspo":
+        return f"[exp(-{low:g} √n), exp({high:g} √n)]"
+    if config.pg_clip_length_scaling:
+        return f"[exp(-{low:g}/√n), exp({high:g}/√n)]"
+    return f"[{1 - low:g}, {1 + high:g}]"
+
+
 def _selected_text(config: ExperimentConfig, key: str) -> str:
     """Return `name (key value, ...)` of the function that a key selects."""
     name: str = getattr(config, key)
     reads = EXTENSIBLE[key].declaration(name).reads
-    read = {key: getattr(config, key) for key in reads} | getattr(config, f"{key}_args")
+    read = {key: value for key in reads if (value := getattr(config, key)) is not False}
+    read |= getattr(config, f"{key}_args")
     texts = (f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in read.items())
     return f"{name} ({', '.join(texts)})" if read else name
 
@@ -84,6 +94,11 @@ def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
         masks.append(f"groups with a mean score outside ({low:g}, {high:g})")
     if masks:
         yield f"not in the loss: {', '.join(masks)}"
+    if config.off_policy_mask_threshold is not None:
+        limit = config.off_policy_mask_threshold
+        yield f"not in the policy loss: negative advantages with a KL per token above {limit:g} since generation"
+    if config.top_entropy_quantile < 1:
+        yield f"in the policy loss: the fraction {config.top_entropy_quantile:g} of tokens with the highest entropy"
     if config.length_loss_weight:
         yield "weighted by length: short responses count more"
     if config.difficulty_loss_weight:
