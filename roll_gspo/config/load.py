@@ -46,6 +46,7 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     values = _resolved(composed, sources)
     sifted = sift(values)
     own, foreign = without_other_pipelines(sifted.values, sources)
+    own = _without_unused_warm_start(own, sources)
     root, config = config_class(own), None
     problems = [sources.line(problem) for problem in (*sifted.refusals, *foreign)]
     problems += _overridden_choices(own, root, choices, sources)
@@ -56,6 +57,14 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     if config is None or problems:
         raise ConfigError("\n".join(sorted(set(problems), key=_by_line)))
     return Loaded(config, (*sources.replacements(), *_ignored(sifted.warnings, sources)))
+
+
+def _without_unused_warm_start(values: dict[str, Any], sources: Sources) -> dict[str, Any]:
+    """Drop the warm start of the option `model` if the user chose another `pretrain`, which needs none."""
+    is_builtin = str(values.get("pretrain")).startswith("builtin:")
+    if values.get("warm_start") is None or is_builtin or not sources.set_by_option(("warm_start",)):
+        return values
+    return {**values, "warm_start": None}
 
 
 def _ignored(warnings: tuple[tuple[str, str], ...], sources: Sources) -> Iterator[str]:

@@ -42,7 +42,7 @@ class RunConfig(Schema):
     tag_to_template: dict[str, Template] = Field(default_factory=dict)
     """Chat templates by tag of the row; have precedence over all others."""
     warm_start: WarmStart | None = None
-    """Supervised start of a `builtin:` model."""
+    """Supervised start of a `builtin:` model. The one of the group `model` is dropped if you set another `pretrain`."""
     save_steps: PositiveInt = 50
     """Steps between checkpoints; the last step is always saved."""
     eval_steps: PositiveInt = 10

@@ -237,7 +237,7 @@ def test_tracker_can_be_named_by_its_key_on_the_command_line() -> None:
         (("~response_length",), "response_length", ("sequence_length",)),
         (("~response_length", "sequence_length=16"), "sequence_length", ("16", "prompt_length")),
         (("reference=null",), "use_kl_loss", ("true", "reference")),
-        (("pretrain=Qwen/Qwen3-0.6B",), "warm_start", ("Qwen/Qwen3-0.6B", "null")),
+        (("pretrain=Qwen/Qwen3-0.6B", "warm_start.steps=9"), "warm_start", ("Qwen/Qwen3-0.6B", "null")),
         (("actor_infer.generating_args.temperature=0",), "actor_infer.generating_args.temperature", ("0",)),
         (
             ("actor_infer.generating_args.max_new_tokens=9",),
@@ -299,6 +299,7 @@ def test_broken_rules_of_several_blocks_are_reported_together() -> None:
             "sequence_length=3",
             "reference=null",
             "pretrain=Qwen/Qwen3-0.6B",
+            "warm_start.steps=9",
         ),
         *("init_kl_coef=0.2", "actor_infer.generating_args.temperature=0"),
     )

@@ -9,6 +9,7 @@ from composed import load_config
 from config_problems import derived_config, problem_of
 
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.run_folder import config_yaml
 
 
@@ -88,6 +89,19 @@ def test_overlong_buffer_of_the_whole_response_is_refused() -> None:
 def test_warm_start_demonstrates_the_task_of_the_data(overrides: tuple[str, ...], task: str) -> None:
     warm_start = load(*overrides).warm_start
     assert warm_start is not None and warm_start.demonstrations == f"builtin:{task}"
+
+
+def test_warm_start_of_the_option_model_follows_pretrain(tmp_path: Path) -> None:
+    assert load("pretrain=some/model").warm_start is None
+    assert load("pretrain=builtin:tiny_qwen3_moe").warm_start is not None
+    problem = problem_of("pretrain=some/model", "warm_start.steps=9")
+    assert problem.key == "warm_start" and problem.where == "command line (warm_start.steps=9)"
+    own = "defaults: [example_gspo, _self_]\npretrain: some/model\n"
+    (tmp_path / "mine.yaml").write_text(own)
+    assert load_config("mine", config_dir=tmp_path).config.warm_start is None
+    (tmp_path / "mine.yaml").write_text(f"{own}warm_start: {{steps: 9}}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml:3: warm_start: is for builtin: models"):
+        load_config("mine", config_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_interrupted_run_goes_on_bit_for_bit(command: Command, monkeypatch: pyte
 def test_reinforcement_learning_starts_from_what_it_leaves(command: Command) -> None:
     outcome = command(*HF, "max_steps=2", "run_name=cold")
     model = RUNS / "cold/checkpoints/step_000002/actor_train_hf"
-    assert f"pretrain={model} warm_start=null" in outcome.out
+    assert f"pretrain={model}" in outcome.out
     reward = f"rewards.column_addition.worker_cls={REWARD}"
     rl = command(
         "--config-name",

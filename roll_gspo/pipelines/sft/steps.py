@@ -52,4 +52,4 @@ class SftSteps(Steps[SftConfig, SftComponents]):
     def finish(self, step: int) -> None:
         """Print the path of the exported model."""
         if (model := self.components.output.hf_model(step)) is not None:
-            self.console.message(f"model: {model}; a run starts from it with pretrain={model} warm_start=null")
+            self.console.message(f"model: {model}; a run starts from it with pretrain={model}")
