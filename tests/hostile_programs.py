@@ -172,6 +172,55 @@ _SOURCES = {
         pid = libc.syscall({'x86_64': 56, 'aarch64': 220}[platform.machine()], 0x10000000 | 17, 0, 0, 0, 0)
         if pid >= 0: print('escaped')
         """,
+    "system calls of others": """
+        import ctypes, fcntl, os, platform, resource, socket, sys, time
+        libc = ctypes.CDLL(None, use_errno=True)
+        def denied(name, call, *arguments):
+            try:
+                if call(*arguments) == -1 and ctypes.get_errno() == 1: return
+            except PermissionError: return
+            except OSError as error: print(name, error)
+            print('escaped', name)
+        denied('inotify', libc.inotify_init1, 0)
+        denied('fanotify', libc.fanotify_init, 0, 0)
+        io_setup, mmap = {'x86_64': (206, 9), 'aarch64': (0, 222)}[platform.machine()]
+        denied('aio', libc.syscall, io_setup, 1, ctypes.byref(ctypes.c_ulong(0)))
+        denied('limits', resource.prlimit, 1, resource.RLIMIT_CPU)
+        denied('priority', os.setpriority, os.PRIO_PROCESS, 1, 5)
+        denied('own priority', os.nice, 1)
+        denied('scheduler', os.sched_setscheduler, 1, os.SCHED_IDLE, os.sched_param(0))
+        denied('affinity', os.sched_setaffinity, 1, {0})
+        denied('dumpable', libc.prctl, 4, 1, 0, 0, 0)
+        denied('seccomp', libc.prctl, 22, 2, 0, 0, 0)
+        denied('exec', os.execv, sys.executable, [sys.executable])
+        one, two = os.pipe()
+        denied('pipe size', fcntl.fcntl, one, 1031, 1 << 20)
+        denied('splice', libc.splice, one, None, two, None, 1, 0)
+        denied('tee', libc.tee, one, two, 1, 0)
+        denied('vmsplice', libc.vmsplice, two, None, 0, 0)
+        denied('sendfile', os.sendfile, two, os.open(os.__file__, os.O_RDONLY), 0, 1)
+        denied('file lock', fcntl.flock, os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)
+        denied('lease', fcntl.fcntl, os.open('x', os.O_RDONLY | os.O_CREAT), fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        denied('record lock', fcntl.lockf, os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)
+        denied('notify', fcntl.fcntl, os.open('/usr/lib', os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_ACCESS)
+        denied('socket', socket.socket, socket.AF_UNIX)
+        denied('huge pages', libc.syscall, mmap, 0, 1 << 21, 3, 0x40022, -1, 0)
+        pair = socket.socketpair()
+        denied('listen', libc.listen, pair[0].fileno(), 1)
+        denied('connect', libc.connect, pair[0].fileno(), b'', 0)
+        denied('message', pair[0].sendmsg, [b'x'])
+        denied('buffer', pair[0].setsockopt, socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        denied('timer', libc.timer_create, 0, None, ctypes.byref(ctypes.c_long()))
+        """,
+    "devices": """
+        import os
+        for path in ('/dev/null', '/dev/zero', '/dev/random', '/dev/full', '/dev/urandom'):
+            for call in (os.utime, lambda p: os.utime(p, (1, 1)), lambda p: os.chmod(p, 0o600), os.unlink):
+                try: call(path)
+                except OSError: continue
+                print('escaped', path)
+        open('/dev/null', 'w').write('x')
+        """,
     "raise limits": """
         import resource
         for kind in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):

@@ -17,7 +17,7 @@ from roll_gspo.sandbox import syscalls
 # Numbers on (x86_64, aarch64), from Linux's unistd_64.h and asm-generic/unistd.h; -1 if the call does not exist.
 _ALLOWED = {
     # Memory
-    **{"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216)},
+    **{"mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216)},
     **{"madvise": (28, 233), "msync": (26, 227), "pkey_alloc": (330, 289), "pkey_free": (331, 290)},
     **{"pkey_mprotect": (329, 288)},
     # Files

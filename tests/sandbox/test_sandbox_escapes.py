@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -132,6 +133,39 @@ def test_network_is_not_reachable(run, tmp_path):
         abstract.close()
 
 
+def test_program_cannot_read_the_path_of_this_checkout(run):
+    outcome = run("print(open('/proc/self/cmdline').read(), open('/proc/self/environ').read())")
+    assert str(ROOT) not in outcome.stdout
+
+
+def test_folders_of_any_mode_and_depth_are_removed_between_cases(sandbox):
+    source = """
+        import os
+        print(os.listdir())
+        os.makedirs('a/b')
+        open('a/b/file', 'w').close()
+        os.symlink('/usr', 'a/link')
+        os.chmod('a/b', 0)
+        os.chmod('a', 0)
+        for _ in range(1500):
+            os.mkdir('d' * 100)
+            os.chdir('d' * 100)
+        os.chmod('.', 0)
+    """
+    with sandbox.start(textwrap.dedent(source)) as program:
+        outcomes = [program.run("") for _ in range(2)]
+        assert [outcome.stdout for outcome in outcomes] == ["[]\n"] * 2, outcomes
+
+
+def test_compiling_ends_at_the_time_limit(sandbox):
+    nested = "".join(f"{' ' * i}try:\n{' ' * i} pass\n{' ' * i}finally:\n" for i in range(40)) + " " * 40 + "pass\n"
+    started = time.monotonic()
+    with sandbox.start(nested, wall_s=0.3) as program:
+        assert "compiling" in program.problem
+        assert program.run("", wall_s=0.3).status == "lost"
+    assert time.monotonic() - started < 30
+
+
 def test_namespaces_isolate_without_the_seccomp_filter(sandbox):
     server = sandbox._server._process.pid
     for kind in ("net", "mnt", "user", "ipc", "uts"):
@@ -245,7 +279,8 @@ def test_host_without_namespaces_raises_unless_allow_unsafe(sandbox, readable):
         from roll_gspo.sandbox import Limits, Sandbox, SandboxError
         try: Sandbox()
         except SandboxError as error: print(error)
-        attacks = ("os.kill(-1, 9)", "os.kill(os.getppid(), 9)", "os.fork()", "__import__('socket').socket()")
+        attacks = ("os.kill(-1, 9)", "os.kill(os.getppid(), 9)", "os.fork()", "__import__('socket').socket()",
+                   "__import__('resource').prlimit(os.getppid(), 0, (1, 1))")
         with Sandbox(Limits(wall_s=60), allow_unsafe=True) as box:
             for attack in ("print(os.listdir())", *attacks):
                 with box.start("import os\\n" + attack) as program: print(program.run("").reason or "ok")
@@ -255,7 +290,7 @@ def test_host_without_namespaces_raises_unless_allow_unsafe(sandbox, readable):
     error, *reasons = result.stdout.splitlines()
     assert "[Errno 28] unshare" in error and "allow_unsafe: true" in error
     denied = "exit code 1: PermissionError: [Errno 1] Operation not permitted"
-    assert reasons == ["ok", *[denied] * 4, "timeout"]
+    assert reasons == ["ok", *[denied] * 5, "timeout"]
     assert "allow_unsafe: " in result.stderr
 
 
