@@ -65,6 +65,7 @@ def test_allow_bare_extracts_a_program_without_code_block():
     [
         ("1 2\n3", "1 2 \n3\n\n", True), ("0.3333333", "0.33333333", True), ("1.0", "1", True), ("1e3", "1000.0", True),
         ("-0.0", "0.0", True), ("10000001", "10000002", False), ("0.34", "0.33", False), ("1 2", "1", False),
+        ("998247000000000.0", "998247347994059", False), ("9e2", "900", True), ("1e999999999999999999999", "1", False),
         ("yes", "YES", False), ("nan", "nan", True), ("inf", "1e999", False), ("1_0", "10", False), ("", "", True),
     ],
 )  # fmt: skip
@@ -77,7 +78,8 @@ def test_outputs_are_compared_word_by_word(actual, expected, same):
     [
         ([1, [2.0000000001]], [1, [2.0]], True), ({"a": 1}, {"a": 1.0}, True), ([1], [1, 2], False), ("1", 1, False),
         (None, [], False), ({"a": 1}, {"b": 1}, False), (10**17, 10**17 + 1, False), (True, True, True),
-        (10**400, 1.5, False),
+        (10**400, 1.5, False), (True, 1, False), (1, True, False), (1.0, 1, True), (1099511627000.5, 2**40, False),
+        (3, 3.0, True), ([2, 1], {1, 2}, True), ([1], {1, 2}, False), (False, None, False),
     ],
 )  # fmt: skip
 def test_values_are_compared_recursively(actual, expected, same):
@@ -91,6 +93,11 @@ def test_values_are_compared_recursively(actual, expected, same):
         ({"test_cases": SUMS}, StdinCase("1 2\n", "3\n")),
         ({"test_cases": [{"input": "1", "output": "2", "testtype": "stdin"}], "fn_name": "f"}, StdinCase("1", "2")),
         ({"test_cases": {"inputs": ["1"], "outputs": ["2"]}}, StdinCase("1", "2")),
+        (
+            {"test_cases": [{"assert_code": None, "input": "1", "output": "2", "stdin": None}], "fn_name": None},
+            StdinCase("1", "2"),
+        ),
+        ({"test_cases": {"inputs": None, "stdin": "1", "expected_stdout": "2"}}, StdinCase("1", "2")),
         ({"test_cases": {"inputs": [["1", "2"]], "outputs": [["3"]]}}, StdinCase("1\n2", "3")),
         (
             {"test_cases": {"inputs": [[[1], 2]], "outputs": [[3]], "fn_name": "f"}},
@@ -175,6 +182,25 @@ def test_function_calls_are_scored(reward, partial):
     assert score(partial, "def f(x): return x[:1] and [1, 3]", **row) == 1
     assert score(partial, "def f(x): return [1, 3]", **row) == 0.5
     assert score(partial, "def g(x): return x", **row) == 0
+
+
+@pytest.mark.parametrize(
+    ("expected", "returned", "wrong"),
+    [
+        ("True", "True", "1"), ("true", "True", "'True '"), ("None", "None", "0"), ("(1, 'a')", "(1, 'a')", "(1, 'b')"),
+        ("{1, 2}", "{2, 1}", "{2}"), ("{1: [True]}", "{1: (True,)}", "{1: (1,)}"), ("42", "'42'", "'43'"),
+        ("9" * 5000, "10**5000 - 1", "10**5000"), ([str("1" * 4400)], "['1' * 4400]", "['1' * 4401]"),
+    ],
+)  # fmt: skip
+def test_expected_texts_are_json_literals_or_the_value(partial, expected, returned, wrong):
+    row = {"fn_name": "f", "test_cases": [{"input": "1", "output": expected}]}
+    assert score(partial, f"def f(x): return {returned}", **row) == 1
+    assert score(partial, f"def f(x): return {wrong}", **row) == 0
+
+
+def test_large_integers_are_passed_to_calls(reward):
+    row = {"fn_name": "f", "test_cases": [{"input": "1" + "0" * 5000, "output": "5001"}]}
+    assert score(reward, "def f(x): return len(str(x))", **row) == 1
 
 
 FACTORIAL = (

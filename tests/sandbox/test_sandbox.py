@@ -32,6 +32,9 @@ def test_large_stdin_may_be_read_or_ignored(run):
         ("import sys\nprint(open('/dev/stdin').read(), sys.argv[0])", "text solution.py\n"),
         ("if __name__ == '__main__':\n    print('main')", "main\n"),
         ("import sys\nprint('bye')\nsys.exit()", "bye\n"),
+        ("print('bye')\nexit()\nprint('no')", "bye\n"),
+        ("quit(0)", ""),
+        ("print(len(str(10**5000)))", "5001\n"),
         ("import atexit\natexit.register(print, 'last')", "last\n"),
         (
             "import threading, sys\nthreading.stack_size(1 << 26)\n"
@@ -55,6 +58,8 @@ def test_common_programs_run(run, source, printed):
     [
         ("1/0", 1, "ZeroDivisionError"),
         ("import sys\nsys.exit(3)", 3, ""),
+        ("exit(3)", 3, ""),
+        ("import pytest", 1, "No module named 'pytest'"),
         ("import sys\nsys.exit('no such luck')", 1, "no such luck"),
         ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
         ("import numpy", 1, "No module named 'numpy'"),
