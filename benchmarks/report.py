@@ -3,7 +3,7 @@
     python benchmarks/report.py [--steps 80 2000] [--rounds 5]
 
 Each run logs every known metric and writes the samples of every step. The runs take turns in every round, after a first
-one that warms up (and imports matplotlib). The table shows the median time, the size of the page, and the median of the
+one that warms up. The table shows the median time, the size of the page, and the median of the
 rounds' quotients against the shortest run: it must stay below the quotient of the steps.
 """
 
@@ -24,7 +24,7 @@ from roll_gspo.rollout_files import SCHEMA, StepFile, step_path
 from roll_gspo.tracking.names import METRICS
 
 STAGES = ("generate", "reward", "old_log_probs", "reference", "update", "sync", "other")
-SAMPLES_PER_STEP = 16
+SAMPLES_PER_STEP, TOKENS_PER_SAMPLE = 16, 30
 
 
 def write_run(folder: Path, num_steps: int) -> None:
@@ -32,20 +32,26 @@ def write_run(folder: Path, num_steps: int) -> None:
     noise = random.Random(0)
     (folder / "rollouts").mkdir(parents=True)
     names = [name for name in METRICS if not name.startswith("time/") and "*" not in name and "{" not in name]
-    with (folder / "metrics.jsonl").open("w") as file:
+    tokens = ["42 "] * TOKENS_PER_SAMPLE
+    with (folder / "metrics.jsonl").open("w") as metrics:
         for step in range(1, num_steps + 1):
             row = {name: step / num_steps + 0.2 * noise.random() for name in names}
             row |= {f"time/{stage}": 0.1 + noise.random() for stage in STAGES}
             row |= {"actor/skipped_updates": 0.0, "reward/failed": 0.0}
             row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
-            file.write(json.dumps({"step": step, **row}) + "\n")
+            metrics.write(json.dumps({"step": step, **row}) + "\n")
             samples = [
                 {
                     "sample": i,
                     "prompt": "What is 6 * 7?",
-                    "response": "42 " * 20,
+                    "response": "".join(tokens),
                     "score": noise.random(),
                     "group": i // 4,
+                    "response_length": len(tokens),
+                    "response_tokens": tokens,
+                    "rollout_log_probs": [-noise.random() for _ in tokens],
+                    "old_log_probs": [-noise.random() for _ in tokens],
+                    "advantages": [0.5] * len(tokens),
                 }
                 for i in range(SAMPLES_PER_STEP)
             ]

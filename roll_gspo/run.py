@@ -195,8 +195,8 @@ def composition_problem(error: Exception, names: list[str]) -> str:
         return str(error)
     if isinstance(error, RecursionError):
         return (
-            "defaults: a file leads back to itself; a file in --config-dir cannot derive from the shipped one of the same "
-            "name, which it replaces; rename your file"
+            "defaults: a file leads back to itself; a file in --config-dir cannot derive from the shipped one of the "
+            "same name, which it replaces; rename your file"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")

@@ -111,11 +111,16 @@ def pack_charts(charts: Sequence[Chart]) -> str:
             "log": chart.log,
             "band": chart.band,
             "bars": chart.bars,
-            "series": [_packed_series(averaged(series, max_points), positions) for series in chart.series],
+            "series": [_packed_series(_limited(series, max_points), positions) for series in chart.series],
         }
         for chart in charts
     ]
     return pack({"positions": list(positions), "charts": packed})
+
+
+def _limited(series: Series, max_points: int) -> Series:
+    """Return a series of at most `max_points`, or of half of them with a band, which takes three values per point."""
+    return series if len(series.points) <= max_points else averaged(series, max_points // 2)
 
 
 def averaged(series: Series, max_points: int) -> Series:

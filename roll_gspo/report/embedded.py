@@ -8,13 +8,15 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from roll_gspo.report.run_folder import read_rollout
+from roll_gspo.report.run_folder import Rollout, read_rollout
 from roll_gspo.rollout_files import RolloutFile, Sample, read_columns
 
 MAX_BYTES, MAX_VALIDATION_BYTES = 3 * 2**19, 2**19  # of the page
 MAX_READ = 64 * 2**20  # of rollouts/, all files together
+MAX_STEPS = 256  # opening a file takes milliseconds
 MAX_CHARACTERS = 20_000
 MAX_TOKENS = 3000
 MAX_SAMPLES = 16  # of a group
@@ -75,18 +77,18 @@ def embed_samples(
     num_samples = num_read = num_files_read = 0
     read_all = True
     values = []
-    for index in bisection_order(len(files)):
+    for index in islice(bisection_order(len(files)), MAX_STEPS):
         if max_bytes <= 0 or max_read <= 0:
             break
         rollout = read_rollout(files[index])
         max_read -= rollout.num_bytes
-        share = max_bytes / (len(files) - num_files_read)
+        share = max_bytes / (min(len(files), MAX_STEPS) - num_files_read)
         num_files_read += 1
         if not rollout.samples:
             continue
         groups = _ranked_groups(rollout.samples) if ranked else group_samples(rollout.samples)
         text, count = _compress(rollout.step, groups, share)
-        values.append(_values(files[index]))
+        values.append(_values(files[index], rollout))
         max_bytes -= len(text)
         steps.append((rollout.step, text))
         num_samples += count
@@ -129,8 +131,12 @@ def finite_number(sample: Sample, key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _values(file: RolloutFile) -> StepValues:
-    columns = read_columns(file.path, ("score", "response_length"))
+def _values(file: RolloutFile, rollout: Rollout) -> StepValues:
+    names = ("score", "response_length")
+    if rollout.is_complete:
+        columns = {name: [sample.get(name) for sample in rollout.samples] for name in names}
+    else:
+        columns = read_columns(file.path, names)
     scores = [score for score in columns["score"] if score is not None and math.isfinite(score)]
     return StepValues(file.step, scores, [float(n) for n in columns["response_length"] if n is not None])
 

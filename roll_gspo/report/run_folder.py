@@ -83,8 +83,17 @@ class RunFolder:
 
     def points(self, name: str) -> Points:
         """Return one metric over the steps."""
-        values = ((row["step"], row.get(name)) for row in self.rows)
-        return [(step, float(v)) for step, v in values if isinstance(v, int | float) and math.isfinite(v)]
+        return self._points_by_name.get(name, [])
+
+    @cached_property
+    def _points_by_name(self) -> dict[str, Points]:
+        found: dict[str, Points] = {name: [] for name in self.metric_names}
+        for row in self.rows:
+            step = row["step"]
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                    found[name].append((step, float(value)))
+        return found
 
     def first_points(self, names: Sequence[str]) -> Points:
         """Return the first of the metrics that has points; empty if none has."""
