@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "roll_gspo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(("errors", "printable", "registry", "declarations", "metrics", "batch", "rollout_files"), 0),
+    **dict.fromkeys(
+        ("errors", "printable", "registry", "declarations", "metrics", "batch", "rollout_files", "rendezvous"), 0
+    ),
     **dict.fromkeys(("config", "algorithms", "sandbox"), 1),
     **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
@@ -25,8 +27,9 @@ LAYERS = {
     "evaluation": 7,
     **dict.fromkeys(("api", "evaluate"), 8),
 }
+COMMANDS = {"roll_gspo/rewards/__main__.py": "export"}  # reads data too, and nothing imports it
 # Each may import later ones.
-BOTTOM = ("rollout_files", "metrics", "batch", "declarations", "registry", "printable", "errors")
+BOTTOM = ("rendezvous", "rollout_files", "metrics", "batch", "declarations", "registry", "printable", "errors")
 ALLOWED = {  # stricter than their layer
     "config": ("declarations", "registry", "printable", "errors"),
     "algorithms": ("batch", "declarations", "metrics", "errors"),
@@ -69,6 +72,8 @@ def is_module(name: str) -> bool:
 
 def part(name: str) -> str:
     """Return the top-level part of a module: `roles` for `roll_gspo.roles.actor` or `roll_gspo/roles/actor.py`."""
+    if name in COMMANDS:
+        return COMMANDS[name]
     pieces = name.removesuffix(".py").replace("/", ".").split(".")
     return pieces[1] if len(pieces) > 1 and pieces[1] != "__init__" else ""
 

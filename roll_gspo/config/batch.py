@@ -38,6 +38,8 @@ class BatchConfig(Schema):
     """`prompt_length` + `response_length`; set this or `response_length`."""
     max_steps: PositiveInt = 500
     """Rollouts of the whole run."""
+    max_failed_reward_steps: PositiveInt | None = 3
+    """Stop after this many consecutive steps in which every reward failed; null: never."""
     trace_groups: NonNegativeInt = 1
     """Groups per step to score again after the update, for the ratio of each token in the report."""
     log_rollouts: Annotated[LogRolloutsConfig | None, BeforeValidator(_log_rollouts)] = LogRolloutsConfig()

@@ -85,8 +85,7 @@ def make_prompts(
             dropped.append(len(token_ids))
             dropped_by_domain[domain] += 1
             continue
-        columns = {**row.extra, "id": row.id, "ground_truth": row.ground_truth, "domain": row.domain, "tag": row.tag}
-        kept.append(Prompt(tuple(token_ids), tokenizer.decode(token_ids), columns))
+        kept.append(Prompt(tuple(token_ids), tokenizer.decode(token_ids), row.columns))
     if not kept:
         raise DataError(
             f"{key}: every prompt is longer than prompt_length {prompt_length} (shortest {min(dropped)}, longest "

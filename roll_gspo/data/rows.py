@@ -57,6 +57,13 @@ class DataRow:
     domain: str = ""
     tag: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that rewards receive, and the ground truth."""
+        labels = {"id": self.id, "ground_truth": self.ground_truth, "domain": self.domain, "tag": self.tag}
+        return {**self.extra, **labels}
+
     tools: tuple[Mapping[str, Any], ...] = ()
     place: str = field(default="", compare=False)
 

@@ -71,7 +71,7 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
 
 def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> RewardManager:
     """Build the reward manager with only the reward blocks that these rows need."""
-    columns = [{"id": row.id, "domain": row.domain, "tag": row.tag} for row in rows]
+    columns = [row.columns for row in rows]
     router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
     router.check(columns)
     used = {router.domain_of(row) for row in columns}

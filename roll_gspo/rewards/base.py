@@ -64,9 +64,11 @@ class RewardResult:
         failed: reason of the failure (exception, invalid number, timeout, dead process), or None. Failed samples are
             excluded from the loss and from every statistic.
         answer, components: see `RewardOutput`.
+        traceback: the frames of the reward in which it raised, with file and line; empty if it did not raise.
     """
 
     score: float
     failed: str | None = None
     answer: str | None = None
     components: Mapping[str, float] = field(default_factory=dict)
+    traceback: str = ""

@@ -9,6 +9,7 @@ import selectors
 import socket
 import threading
 import time
+import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,8 @@ from types import TracebackType
 from roll_gspo.errors import RewardError
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.job import ScoringJob
-from roll_gspo.rewards.process import WorkerProcess, WorkerStartError
+from roll_gspo.rewards.output import WorkerOutput
+from roll_gspo.rewards.process import WorkerProcess, WorkerStartError, kill_marked
 from roll_gspo.rewards.spec import RewardSpec
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ class RewardPool:
         self._closed = False
         self._has_started = False
         self._failed_starts = 0
+        self._mark = uuid.uuid4().hex
+        self._output = WorkerOutput(key)
         self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
 
     def __enter__(self) -> RewardPool:
@@ -137,6 +141,7 @@ class RewardPool:
             ConfigError, MissingDependencyError, RewardError: see `score`.
         """
         with self._lock, self._killing_on_error():
+            self._output.next_step()
             job.drain()
             while not job.done:
                 self._start_up_to(min(self._num_workers, job.num_unfinished))
@@ -153,8 +158,12 @@ class RewardPool:
     def close(self) -> None:
         """Kill all processes. The pool cannot be used afterwards."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             self._kill_workers()
+            kill_marked(self._mark)
+            self._output.close()
             self._selector.close()
             self._wake_sender.close()
             self._wake_receiver.close()
@@ -169,7 +178,9 @@ class RewardPool:
         if self._closed:
             raise RewardError(f"{self._key}: the reward pool is closed; create a new one")
         while len(self._workers) < num_workers:
-            worker = WorkerProcess(self._spec, self._key, self._start_timeout_s, self._max_memory_mb)
+            worker = WorkerProcess(
+                self._spec, self._key, self._start_timeout_s, self._max_memory_mb, self._output, self._mark
+            )
             self._workers.append(worker)
             self._selector.register(worker, selectors.EVENT_READ, worker)
 
@@ -219,13 +230,17 @@ class RewardPool:
         elif worker.idle:  # an idle worker sends nothing: it died
             self._remove(worker)
         else:
+            start = worker.busy_since
             try:
-                start = worker.busy_since
-                index, result = worker.receive_result(self._timeout_s)
-                job.results[index] = result
-                job.busy_spans.append((start, worker.busy_since))
+                for index, result in worker.receive_results(self._timeout_s):
+                    job.results[index] = result
+                    job.busy_spans.append((start, worker.busy_since))
+                    start = worker.busy_since
             except (EOFError, OSError):
                 self._handle_crash(worker, job)
+            else:
+                if worker.assigned and time.monotonic() >= worker.deadline:  # it sent a part of a message
+                    self._handle_timeout(worker, job)
 
     def _receive_ready(self, worker: WorkerProcess) -> None:
         """Receive the ready message.

@@ -12,12 +12,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
 from roll_gspo.rewards import pipe
 from roll_gspo.rewards.base import RewardRequest, RewardResult
+from roll_gspo.rewards.output import WorkerOutput
 from roll_gspo.rewards.spec import RewardSpec
 
 # A separate program instead of multiprocessing's spawn, which would import the user's main module again (that may load
@@ -27,6 +31,7 @@ _LAUNCH_CODE = (
     "from roll_gspo.rewards.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _IO_TIMEOUT_S = 30.0
+MARK = "ROLL_GSPO_REWARD_POOL"
 _EXIT_TIMEOUT_S = 10.0
 _KNOWN_ERRORS = {c.__name__: c for c in (ConfigError, MissingDependencyError)}
 
@@ -43,6 +48,8 @@ class WorkerProcess:
         key: key path of the reward's block, for error messages.
         start_timeout_s: seconds until the reward must be built.
         max_memory_mb: MiB that the process may allocate; None for no limit.
+        output: forwards the output of the process.
+        mark: value of the environment variable `MARK`, by which processes of the reward are found.
 
     Attributes:
         ready: True if the reward is built.
@@ -52,8 +59,17 @@ class WorkerProcess:
         deadline: time at which the worker counts as hung, in seconds of `time.monotonic()`.
     """
 
-    def __init__(self, spec: RewardSpec, key: str, start_timeout_s: float, max_memory_mb: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: RewardSpec,
+        key: str,
+        start_timeout_s: float,
+        max_memory_mb: int | None,
+        output: WorkerOutput,
+        mark: str,
+    ) -> None:
         self._key = key
+        self._output = output
         self._name = spec.name
         self._start_timeout_s = start_timeout_s
         self.ready = False
@@ -63,6 +79,9 @@ class WorkerProcess:
         self.deadline = time.monotonic() + start_timeout_s
         self._connection, child_end = socket.socketpair()
         self._connection.settimeout(_IO_TIMEOUT_S)
+        self._messages = pipe.MessageReader(self._connection)
+        reader, writer = os.pipe()
+        self._reader: int | None = reader
         with child_end:
             self._process = subprocess.Popen(
                 [
@@ -75,10 +94,13 @@ class WorkerProcess:
                 ],
                 pass_fds=(child_end.fileno(),),
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # stderr, so that output of rewards does not mix with the output of the run
+                stdout=writer,
+                stderr=writer,
                 start_new_session=True,  # a process group that can be killed as a whole and does not receive Ctrl-C
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
             )
+        os.close(writer)
+        output.add(reader, self.pid)
         try:
             pipe.send(self._connection, pickle.dumps((spec, max_memory_mb)))
         except OSError:
@@ -115,16 +137,18 @@ class WorkerProcess:
         pipe.send(self._connection, pickle.dumps((timeout_s, list(requests))))
 
     def receive_ready(self) -> None:
-        """Receive the message that the reward is built.
+        """Receive the message that the reward is built. Does nothing if only a part of it has arrived.
 
         Raises:
             ConfigError, MissingDependencyError, RewardError: the reward cannot be built.
             WorkerStartError: the process died.
         """
         try:
-            answer = self._receive()
+            answer = next(self._receive(), None)
         except (EOFError, OSError):
             raise WorkerStartError(self._start_failure(f"it {self.kill()}")) from None
+        if answer is None:
+            return
         if "error" in answer:
             kind, text = answer["error"]
             if kind in _KNOWN_ERRORS:
@@ -133,16 +157,19 @@ class WorkerProcess:
         self.scores_batches = answer["batch"]
         self.ready = True
 
-    def receive_result(self, timeout_s: float) -> tuple[int, RewardResult]:
-        """Receive the result of the first assigned request, and restart the clock for the next one.
+    def receive_results(self, timeout_s: float) -> Iterator[tuple[int, RewardResult]]:
+        """Yield the results that have arrived, in the order of the requests. Each restarts the clock.
 
         Raises:
-            EOFError, OSError: the process died.
+            EOFError, OSError: the process died, or sent something else.
         """
-        result = RewardResult(**self._receive())
-        index = self.assigned.popleft()
-        self._start_clock(timeout_s)
-        return index, result
+        for answer in self._receive():
+            try:
+                result, index = RewardResult(**answer), self.assigned.popleft()
+            except (TypeError, IndexError):
+                raise EOFError("the process sent no result") from None
+            self._start_clock(timeout_s)
+            yield index, result
 
     def _start_clock(self, timeout_s: float) -> None:
         self.busy_since = time.monotonic()
@@ -157,21 +184,52 @@ class WorkerProcess:
         self._connection.close()
         code = self._process.returncode
         if code is None:  # otherwise the group id may have been reused
+            descendants = _descendants(self.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+            _kill(descendants)
             try:
                 code = self._process.wait(timeout=_EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 return f"did not end within {_EXIT_TIMEOUT_S:g} s after SIGKILL (pid {self.pid})"
+        if self._reader is not None:
+            self._output.remove(self._reader)
+            self._reader = None
         if code == -signal.SIGKILL:
             return "died (signal 9: killed from outside, e.g. by the kernel when memory ran out)"
         return f"died (signal {-code})" if code < 0 else f"died (exit code {code})"
 
-    def _receive(self) -> Any:
-        return json.loads(pipe.receive(self._connection))
+    def _receive(self) -> Iterator[Any]:
+        for message in self._messages.read():
+            try:
+                yield json.loads(message)
+            except ValueError:
+                raise EOFError("the process sent no JSON") from None
 
     def _start_failure(self, reason: str) -> str:
         return f"{self._key}: the worker process of reward {self._name} did not start: {reason}; see its output above"
+
+
+def kill_marked(mark: str) -> None:
+    """Kill the processes that a reward started and left behind, e.g. daemons in new sessions."""
+    entry = f"{MARK}={mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            if entry in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _sys_path() -> list[str]:

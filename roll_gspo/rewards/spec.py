@@ -103,10 +103,12 @@ def build_reward(spec: RewardSpec) -> Callable[[RewardRequest], Any] | BatchRewa
             raise ConfigError(f"reward {spec.name}: {error}; its signature is {signature}") from error
         target, arguments = target(**arguments), {}
     if isinstance(target, BatchReward):
+        _check_call(spec, target.score_batch, 1, "score_batch(requests)")
         return target
     if not callable(target):
         kind = type(target).__name__
         raise ConfigError(f"reward {spec.name}: {spec.target} is of type {kind}; name a function or a class")
+    _check_call(spec, target, _NUM_POSITIONAL, "(prompt, response, ground_truth)")
     parameters = list(inspect.signature(target).parameters.values())
     columns = {p.name for p in parameters[_NUM_POSITIONAL:] if p.kind in _KEYWORD_KINDS}
     # Also checked for a reward with `**row`, where a misspelt argument would look like a column.
@@ -115,12 +117,41 @@ def build_reward(spec: RewardSpec) -> Callable[[RewardRequest], Any] | BatchRewa
         raise ConfigError(f"reward {spec.name}: unknown argument {', '.join(unknown)} (known: {known}); correct it")
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     reserved = {*arguments, *(p.name for p in parameters[:_NUM_POSITIONAL])}
+    required = {p.name for p in parameters if p.name in columns and p.default is p.empty} - arguments.keys()
 
     def reward(request: RewardRequest) -> Any:
         row = {k: v for k, v in request.row.items() if (takes_all or k in columns) and k not in reserved}
+        if missing := required - row.keys():
+            raise ConfigError(
+                f"reward {spec.name}: no value for {', '.join(sorted(missing))}; set it in worker_args, give it a "
+                f"default, or add a column of this name to the data (row {request.row.get('id', '?')} has none)"
+            )
         return target(request.prompt, request.response, request.ground_truth, **row, **arguments)
 
     return reward
+
+
+def _check_call(spec: RewardSpec, function: Any, num_positional: int, call: str) -> None:
+    """Check that a reward can be called with its positional arguments and returns no coroutine."""
+    for candidate in (function, inspect.getattr_static(type(function), "__call__", None)):
+        if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
+            raise ConfigError(
+                f"reward {spec.name}: {spec.target} is async, but rewards are called as plain functions; remove async, "
+                "or run the coroutine inside with asyncio.run"
+            )
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions have none
+        return
+    required = [
+        p.name for p in list(signature.parameters.values()) if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+    ]
+    try:
+        signature.bind_partial(*(None,) * num_positional, **dict.fromkeys(required))
+    except TypeError as error:
+        raise ConfigError(
+            f"reward {spec.name}: cannot be called as {call}: {error}; its signature is {signature}"
+        ) from error
 
 
 def _unbatched(reward: Callable[[RewardRequest], Any] | BatchReward) -> Callable[[RewardRequest], Any]:

@@ -11,6 +11,7 @@ A `BatchReward` sends all results of a batch at its end.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import math
@@ -31,8 +32,11 @@ from roll_gspo.rewards.base import BatchReward, RewardOutput, RewardRequest, Rew
 from roll_gspo.rewards.spec import build_reward
 
 _PARENT_CHECK_S = 0.5
+_PR_SET_CHILD_SUBREAPER = 36
 _EXIT_GRACE_S = 5.0
 _MAX_FAILURE_CHARS = 500
+_MAX_FRAMES, _MAX_TRACEBACK_CHARS = 10, 3000
+_OWN_FOLDER = Path(__file__).parent
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 
@@ -46,6 +50,7 @@ def main(descriptor: int, parent_pid: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
+    _adopt_orphans()
     threading.Thread(target=_exit_with_parent, args=(parent_pid,), daemon=True).start()
     try:
         _serve(connection)
@@ -55,6 +60,12 @@ def main(descriptor: int, parent_pid: int) -> None:
         traceback.print_exc()
     finally:
         _kill_own_group()
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of processes whose parent ends, so that daemons of the reward are found and killed."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _serve(connection: socket.socket) -> None:
@@ -145,7 +156,14 @@ def _failed_result(error: BaseException) -> RewardResult:
     if isinstance(error, MemoryError) and not text:
         text = "out of memory"
     reason = text if isinstance(error, _InvalidOutputError) else f"{type(error).__name__}: {text}"
-    return RewardResult(0.0, reason if len(reason) <= _MAX_FAILURE_CHARS else reason[:_MAX_FAILURE_CHARS] + "...")
+    short = reason if len(reason) <= _MAX_FAILURE_CHARS else reason[:_MAX_FAILURE_CHARS] + "..."
+    return RewardResult(0.0, short, traceback=_traceback_of(error))
+
+
+def _traceback_of(error: BaseException) -> str:
+    """Return the last frames of the reward's own code, innermost last."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != _OWN_FOLDER]
+    return "".join(traceback.format_list(frames[-_MAX_FRAMES:]))[-_MAX_TRACEBACK_CHARS:]
 
 
 def _answer(value: object) -> str | None:
@@ -180,5 +198,11 @@ def _exit_with_parent(parent_pid: int) -> None:
 
 
 def _kill_own_group() -> None:
-    """Kill the process group, which the pool created for this process and everything that the reward started."""
+    """Kill what the reward started, and the process group, which the pool created for this process."""
+    with contextlib.suppress(Exception):
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
     os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from roll_gspo.batch import Prompt, Rollouts
+from roll_gspo.config.reward_table import SHIPPED_REWARDS, resolve_reward
 from roll_gspo.config.rewards import RewardConfig
+from roll_gspo.errors import ConfigError
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.from_config import spec_from_config
 from roll_gspo.rewards.llm_judge.server import JudgeServers
@@ -14,6 +17,9 @@ from roll_gspo.rewards.pool import RewardPool
 from roll_gspo.rewards.routing import Router
 from roll_gspo.roles.scoring import Scoring
 
+logger = logging.getLogger(__name__)
+# Exceptions that do not depend on the response.
+_NEVER_WORK = ("ConfigError", "NameError", "ImportError", "ModuleNotFoundError", "MissingDependencyError")
 COLUMNS_OF_REQUEST = ("ground_truth",)
 
 
@@ -26,6 +32,7 @@ class RewardManager:
 
     def __init__(self, config: Mapping[str, RewardConfig]) -> None:
         self._router = Router({domain: block.tag_included for domain, block in config.items()})
+        self._probed = {domain for domain, block in config.items() if _has_own_code(block)}
         self._servers = JudgeServers()
         self._pools = {
             domain: RewardPool(
@@ -41,19 +48,25 @@ class RewardManager:
         }
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Check that every row has a reward and every reward can be built.
+        """Check that every row has a reward, every reward can be built, and your own rewards score a row.
 
         Args:
-            rows: with `id`, `domain` and `tag`.
+            rows: columns of the data rows: `id`, `domain`, `tag`, `ground_truth` and others.
 
         Raises:
             DataError: a row matches no reward block.
-            ConfigError, MissingDependencyError, RewardError: a reward cannot be imported or made.
+            ConfigError, MissingDependencyError: a reward cannot be imported, or not called with these rows.
+            RewardError: a reward cannot be made, or its code cannot run.
         """
-        self._router.check(rows)
+        columns = list(rows)
+        self._router.check(columns)
         self._servers.start()
         for pool in self._pools.values():
             pool.check()
+        first = {self._router.domain_of(row): row for row in reversed(columns)}
+        for domain, row in first.items():
+            if domain in self._probed:
+                _probe(self._pools[domain], f"rewards.{domain}", row)
 
     @property
     def domain_names(self) -> list[str]:
@@ -94,3 +107,23 @@ class RewardManager:
         for pool in self._pools.values():
             pool.close()
         self._servers.close()
+
+
+def _has_own_code(block: RewardConfig) -> bool:
+    """Return whether the reward or a part is not shipped. A probe must not call the server of a judge."""
+    classes = [part.worker_cls for part in block.parts.values()] if block.parts else [block.worker_cls]
+    names = {resolve_reward(name) for name in classes if name is not None}
+    return "llm_judge" not in names and not names <= SHIPPED_REWARDS.keys()
+
+
+def _probe(pool: RewardPool, key: str, row: Mapping[str, Any]) -> None:
+    """Score the ground truth of one row, so that a reward that can never work fails before the model is loaded."""
+    rest = {name: value for name, value in row.items() if name not in COLUMNS_OF_REQUEST}
+    truth = str(row.get("ground_truth", ""))
+    (result,) = pool.score([RewardRequest("", truth, truth, rest)])
+    if result.failed is None:
+        return
+    text = f"{key}: a trial on row {row.get('id', '?')} failed: {result.failed}\n{result.traceback}".rstrip()
+    if result.failed.split(":")[0] in _NEVER_WORK:
+        raise ConfigError(text)
+    logger.warning("%s\n(the response was the ground truth; python -m roll_gspo.rewards try tries others)", text)

@@ -25,9 +25,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore  # not exported by torch.distributed
+from torch.distributed import PrefixStore, Store
 
 from roll_gspo.errors import WeightTransferError
+from roll_gspo.rendezvous import StoreAddress, connect_store, open_store
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 from roll_gspo.strategies.weight_broadcast_format import (
     Accept,
@@ -58,14 +59,13 @@ class _Member:
         self._broken = ""
         self._buffers = Buffers()
         try:
-            self._opened: TCPStore | None = TCPStore(
-                address.host,
-                address.port,
-                is_master=is_sender,
-                timeout=timedelta(seconds=address.timeout_s),
-                wait_for_workers=False,
-            )
-        except (RuntimeError, ValueError) as error:
+            self._opened: Store | None
+            if is_sender:
+                self._opened, where = open_store(address.host, address.timeout_s, address.port)
+                self.address = replace(address, port=where.port, secret=where.secret)
+            else:
+                self._opened = connect_store(_store_address(address), address.timeout_s)
+        except (RuntimeError, ValueError, OSError) as error:
             doing = "open the store at" if is_sender else "reach the sender's store at"
             raise WeightTransferError(
                 f"weight transfer: rank {rank} could not {doing} {address.host}:{address.port} within "
@@ -73,7 +73,7 @@ class _Member:
             ) from error
 
     @property
-    def _store(self) -> TCPStore:
+    def _store(self) -> Store:
         if self._opened is None:
             raise WeightTransferError("weight transfer: the connection is closed; connect again")
         return self._opened
@@ -136,8 +136,11 @@ class _Member:
 def report_loss(address: WeightBroadcastAddress, text: str) -> None:
     """Notify the sender that a receiver died, so that it stops waiting. No-op if the sender is gone."""
     with suppress(RuntimeError):
-        store = TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=_GRACE_S))
-        store.set(_LOST, text)
+        connect_store(_store_address(address), _GRACE_S).set(_LOST, text)
+
+
+def _store_address(address: WeightBroadcastAddress) -> StoreAddress:
+    return StoreAddress(address.host, address.port, address.secret)
 
 
 class WeightBroadcastSender(_Member):
@@ -155,7 +158,6 @@ class WeightBroadcastSender(_Member):
 
     def __init__(self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES) -> None:
         super().__init__(address, 0, is_sender=True)
-        self.address = replace(address, port=self._store.port)
         self._bucket_bytes = bucket_bytes
 
     def send(self, source: Iterable[tuple[str, Tensor]], version: int, checksum: bool = False) -> None:

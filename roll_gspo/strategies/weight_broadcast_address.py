@@ -14,6 +14,7 @@ class WeightBroadcastAddress:
         host, port: address of the sender's store. With port 0 the sender chooses a free port, which
             `WeightBroadcastSender.address` then contains.
         world_size: number of members: the sender (rank 0) and all receivers.
+        secret: prefix of the keys in the store; chosen by the sender.
         first_rank: rank of the receiver that gets this address, or of the first worker of its engine.
         timeout_s: time limit of every wait for another member.
     """
@@ -21,6 +22,7 @@ class WeightBroadcastAddress:
     host: str
     port: int
     world_size: int
+    secret: str = ""
     first_rank: int = 1
     timeout_s: float = 300.0
 

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from roll_gspo.pipelines.rlvr.reward_alarm import RewardAlarm
+from roll_gspo.batch import Prompt
+from roll_gspo.errors import RewardError
+from roll_gspo.pipelines.rlvr.reward_alarm import FailedSteps, FirstSample, RewardAlarm
 from roll_gspo.pipelines.rlvr.reward_metrics import component_metrics, count_by_domain, domain_metrics
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.tracking.names import metric_info
@@ -74,3 +76,28 @@ def test_metrics_by_domain_and_component_hand_computed() -> None:
     for name in (*found, "reward/component/form", "domain/b/groups_dropped"):
         assert metric_info(name) is not None, name
     assert metric_info("domain/a/no_such_thing") is None
+
+
+def failing_steps(limit: int | None, kinds: str) -> None:
+    """Check steps of two samples: `f` where both fail, `s` where one has a score."""
+    steps = FailedSteps(limit)
+    prompt = Prompt((1,), "2+2=", {"id": "row 9", "ground_truth": "4"})
+    trace = '  File "/home/me/my_reward.py", line 3, in score\n    return answers[response]\n'
+    failed = RewardResult(0.0, "KeyError: '5'", traceback=trace)
+    for step, kind in enumerate(kinds, start=1):
+        results = [failed, failed if kind == "f" else RewardResult(1.0)]
+        steps.check(step, "sums", results, lambda: FirstSample(prompt, "it is 5"))
+
+
+def test_run_stops_after_steps_without_any_score() -> None:
+    with pytest.raises(RewardError) as caught:
+        failing_steps(3, "ffsfff")
+    text = str(caught.value)
+    assert text.startswith("step 6: all 2 rewards failed in each of the last 3 steps (max_failed_reward_steps 3)")
+    for part in ("rewards.sums", "KeyError: '5'", 'my_reward.py", line 3', "row row 9", "'it is 5'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(("limit", "kinds"), [(3, "ffsffs"), (None, "ffffffff")])
+def test_run_goes_on_with_some_scores_or_without_a_limit(limit: int | None, kinds: str) -> None:
+    failing_steps(limit, kinds)

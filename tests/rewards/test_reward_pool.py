@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
 from roll_gspo.rewards import RewardPool, RewardRequest, RewardResult, reward_spec
 from roll_gspo.rewards.job import JobCancelled
+from roll_gspo.rewards.output import WorkerOutput
 
 HOSTILE = """
 import os, re, subprocess, sys, time
@@ -35,6 +37,17 @@ def reward(prompt, response, ground_truth, **row):
         child = subprocess.Popen(["sleep", "600"])
         open(ground_truth, "w").write(str(child.pid))
         time.sleep(600)
+    if response == "prints much": print("x" * 3_000_000, flush=True); return 1.0
+    if response == "half a message": os.write(int(sys.argv[1]), bytes(7) + bytes([200]) + b"half"); return 1.0
+    if response == "dribbles":
+        os.write(int(sys.argv[1]), bytes(6) + bytes([1, 0]))
+        while True: os.write(int(sys.argv[1]), b"x"); time.sleep(0.1)
+    if response == "no result": os.write(int(sys.argv[1]), bytes(7) + bytes([2]) + b"[]"); time.sleep(600)
+    if response == "daemon":
+        code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+        subprocess.Popen([sys.executable, "-c", code, ground_truth], start_new_session=True)
+        while not os.path.exists(ground_truth) or not open(ground_truth).read(): time.sleep(0.01)
+        return 1.0
     if response == "torch": return "torch" in sys.modules
     if response == "pid": return os.getpid()
     if response == "output": return RewardOutput(0.75, "42", {"right": 1, "form": 0.5})
@@ -422,3 +435,58 @@ def test_current_sample_of_a_killed_worker_is_retried():
         results = pool.score(make_requests(*["x"] * 100), kill_once)
         assert killed and not [result for result in results if result.failed]
         assert killed[0] not in pool.pids
+
+
+def test_output_of_a_worker_is_limited(capfd):
+    with make_pool("hostile.reward", num_workers=1) as pool:
+        assert [r.score for r in pool.score(make_requests("prints much", "1"))] == [1.0, 1.0]
+    captured = capfd.readouterr().err
+    assert 16 * 1024 <= len(captured) < 20 * 1024
+    (line,) = [line for line in captured.splitlines() if line.startswith("rewards.x: ")]
+    assert re.search(r"rewards\.x: 2,98\d,\d{3} bytes of output of worker \d+ were dropped", line)
+
+
+def test_output_of_all_workers_is_limited_per_step(capfd):
+    reader, writer = os.pipe()
+    output = WorkerOutput("rewards.x", writer, max_worker_bytes=60, max_step_bytes=100)
+    pipes = [os.pipe() for _ in range(3)]
+    for pid, (source, _) in enumerate(pipes):
+        output.add(source, pid)
+    for _, target in pipes:
+        os.write(target, b"a" * 50)
+    for source, target in pipes:
+        os.close(target)
+        output.remove(source)
+    output.close()
+    os.close(writer)
+    text = os.read(reader, 10_000).decode()
+    os.close(reader)
+    assert text.count("a" * 50) == 2 and text.count("50 bytes of output of worker") == 1
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [("half a message", "died|timeout"), ("dribbles", "timeout"), ("no result", "died")],
+)
+def test_broken_messages_of_a_worker_fail_its_sample_only(response, reason):
+    with make_pool("hostile.reward", num_workers=2) as pool:
+        started = time.monotonic()
+        first, *others = pool.score(make_requests(response, *map(str, range(20))))
+        assert re.search(reason, first.failed or "")
+        assert [r.score for r in others] == list(map(float, range(20)))
+        assert time.monotonic() - started < 15
+
+
+def test_daemon_of_a_reward_ends_with_the_pool(tmp_path):
+    with make_pool("hostile.reward", num_workers=1) as pool:
+        assert pool.score(make_requests("daemon", truth=str(tmp_path / "pid")))[0].score == 1
+        daemon = int((tmp_path / "pid").read_text())
+        assert alive(daemon)
+    wait_until_gone(daemon)
+
+
+def test_failure_has_the_place_in_the_reward():
+    with make_pool("hostile.reward", num_workers=1) as pool:
+        (result,) = pool.score(make_requests("raise"))
+    assert result.failed == "KeyError: 'no such thing'"
+    assert 'hostile.py", line 5, in reward' in result.traceback and "roll_gspo" not in result.traceback

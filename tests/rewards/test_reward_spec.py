@@ -23,6 +23,15 @@ class Bonus:
     def __init__(self, bonus): self.bonus = bonus
     def __call__(self, prompt, response, ground_truth, **row): return self.bonus + row["points"]
 constant = 3
+def takes_two(prompt, response): return 1
+def by_name(*, prompt, response, ground_truth): return 1
+async def later(prompt, response, ground_truth): return 1
+class Later:
+    async def __call__(self, prompt, response, ground_truth): return 1
+class LaterBatch:
+    async def score_batch(self, requests): return [1.0] * len(requests)
+class NoBatch:
+    def score_batch(self): return []
 """
 REQUEST = RewardRequest("p", "r", "g", {"points": 2, "prompt": "other", "answer": "other", "scale": 100})
 
@@ -123,3 +132,26 @@ def test_importing_rewards_does_not_import_torch():
     modules = ", ".join(f"roll_gspo.rewards.{name}" for name in (*rules, "worker"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("takes_two", r"cannot be called as \(prompt, response, ground_truth\): too many positional"),
+        ("by_name", "cannot be called as"),
+        ("later", "later is async.*asyncio.run"),
+        ("Later", "is async"),
+        ("LaterBatch", "is async"),
+        ("NoBatch", r"cannot be called as score_batch\(requests\)"),
+    ],
+)
+def test_reward_with_a_wrong_signature_is_rejected(name, match):
+    with pytest.raises(ConfigError, match=match):
+        build(f"user_rewards.{name}")
+
+
+def test_missing_argument_is_named():
+    reward = build("user_rewards.takes_column")
+    assert reward(REQUEST) == 2
+    with pytest.raises(ConfigError, match=r"no value for points; set it in worker_args.*row 7 has none"):
+        reward(RewardRequest("p", "r", "g", {"id": "7"}))

@@ -100,7 +100,7 @@ def build_components(config: ExperimentConfig, folder: RunFolder, console: Conso
         # Loading the model may take minutes. Rewards start first, so that a wrong reward fails at once.
         with console.stage("start rewards"):
             rewards = executor.start("rewards", lambda: RewardManager(config.rewards))
-            rewards.check({"id": r.id, "domain": r.domain, "tag": r.tag} for r in datasets.train + datasets.validation)
+            rewards.check(row.columns for row in datasets.train + datasets.validation)
         checkpoint = prepare_checkpoint(config, model_of(config, config.actor_train), console)
         return _start_roles(config, folder, console, datasets, checkpoint, executor, rewards)
     except BaseException:
@@ -210,4 +210,5 @@ def _collector(
         num_prompts=config.rollout_batch_size,
         query_filters=query_filter_settings(config),
         max_rounds=config.max_sampling_rounds,
+        max_failed_steps=config.max_failed_reward_steps,
     )

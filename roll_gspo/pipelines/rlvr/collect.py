@@ -13,7 +13,7 @@ from torch import Tensor
 from roll_gspo.algorithms.query_filter import QueryFilterSettings, kept_groups
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.data.sampler import Sampler
-from roll_gspo.pipelines.rlvr.reward_alarm import RewardAlarm
+from roll_gspo.pipelines.rlvr.reward_alarm import FailedSteps, FirstSample, RewardAlarm
 from roll_gspo.pipelines.rlvr.reward_metrics import (
     component_metrics,
     count_by_domain,
@@ -81,6 +81,7 @@ class Collector:
         text_of: returns the response text that rewards score.
         num_prompts: number of groups in a full batch.
         query_filters: filter by domain that drops groups. Domains without a filter keep all groups.
+        max_failed_steps: stop after this many consecutive steps in which every reward failed; None never stops.
         max_rounds: maximum generation rounds per step. Dropped groups fill a batch that is still incomplete.
     """
 
@@ -95,6 +96,7 @@ class Collector:
         num_prompts: int,
         query_filters: Mapping[str, QueryFilterSettings],
         max_rounds: int,
+        max_failed_steps: int | None = None,
     ) -> None:
         self._sampler = sampler
         self._generator = generator
@@ -104,6 +106,7 @@ class Collector:
         self._num_prompts = num_prompts
         self._filters = query_filters
         self._alarm = RewardAlarm()
+        self._failed_steps = FailedSteps(max_failed_steps)
         self._max_rounds = max_rounds
 
     def collect(self, step: int, stage: Stage) -> Collected:
@@ -184,9 +187,13 @@ class Collector:
         domains = [group.domain for group in groups for _ in group.results]
         lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
         self._alarm.check(step, domains, results)
+        head = groups[0]
+        self._failed_steps.check(
+            step, domains[0], results, lambda: FirstSample(head.prompt, self._text_of(head.completions[0]))
+        )
         return {
             "rollout/num_tokens": float(sum(lengths)),
-            "rollout/score_mean": score_mean(results),
+            **({} if num_failed(results) == len(results) else {"rollout/score_mean": score_mean(results)}),
             "reward/failed": float(num_failed(results)),
             "reward/seconds": time.total_s,
             "reward/hidden_share": time.hidden_s / time.total_s if time.total_s else 1.0,

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from roll_gspo.batch import Prompt
+from roll_gspo.errors import RewardError
 from roll_gspo.rewards.base import RewardResult
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 3
 FAILED_SHARE = 0.5
+_MAX_QUOTED_CHARS = 500
+
+
+class FirstSample(NamedTuple):
+    """A prompt and the text of its first response."""
+
+    prompt: Prompt
+    response: str
 
 
 class RewardAlarm:
@@ -59,6 +70,51 @@ class RewardAlarm:
                     "the task is too %s",
                     *(step, domain, self._equal[domain], scores[0], len(scores), "hard" if scores[0] <= 0 else "easy"),
                 )
+
+
+class FailedSteps:
+    """Stop the run if every reward failed in several consecutive steps: nothing is trained on.
+
+    Args:
+        limit: number of such steps; None never stops.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._count = 0
+
+    def check(self, step: int, domain: str, results: Sequence[RewardResult], first: Callable[[], FirstSample]) -> None:
+        """Check all results of a step.
+
+        Args:
+            step: the step.
+            domain: reward block of the first sample.
+            results: results of all samples.
+            first: returns the first sample.
+
+        Raises:
+            RewardError: the limit is reached; the message has the first failure, its place and its sample.
+        """
+        if any(result.failed is None for result in results):
+            self._count = 0
+            return
+        self._count += 1
+        if self._limit is None or self._count < self._limit:
+            return
+        (prompt, response), result = first(), results[0]
+        text = (
+            f"step {step}: all {len(results)} rewards failed in each of the last {self._count} steps "
+            f"(max_failed_reward_steps {self._limit}); correct rewards.{domain}, and try it with python -m "
+            f"roll_gspo.rewards try\nfirst failure: {result.failed}\n{result.traceback}"
+            f"row {prompt.row.get('id', '?')}, ground truth {_short(prompt.row.get('ground_truth'))}\n"
+            f"prompt: {_short(prompt.text)}\nresponse: {_short(response)}"
+        )
+        raise RewardError(text)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}… ({len(text)} characters)"
 
 
 def _is_due(count: int, first: int) -> bool:

@@ -65,6 +65,8 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         metrics |= self._update_policy(batch, step, metrics["reward/score_min"], metrics["reward/score_max"])
         if metrics["actor/num_updates"]:
             self._trace(step, collected)
+        if not bool(collected.valid.any()):  # no mean over no scores
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("reward/score_")}
         return metrics | components.state.metrics() | {"data/prompts_dropped": float(components.num_prompts_dropped)}
 
     def _logs_samples(self, step: int) -> bool:
