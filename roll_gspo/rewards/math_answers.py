@@ -29,7 +29,7 @@ _NAME = (
 _NAMED = re.compile(rf"({_NAME}) ?= ?([^=<>]+)", re.DOTALL)
 _CHAIN = re.compile(rf"({_NAME}) ?=(?!=)[^<>;,]*=(?!=) ?([^=<>;,]+)", re.DOTALL)
 _NAMED_TUPLE = re.compile(r"(\([^()=]+\)|[A-Za-z](?: ?, ?[A-Za-z])+) ?= ?([(\[].*[)\]])", re.DOTALL)
-_SPACE_BEFORE_NAME = re.compile(rf"(?<=[\w)}}]) (?={_NAME} ?=(?!=))")
+_SPACE_BEFORE_NAME = re.compile(rf"(?<=[\w)}}])(?<! and)(?<! or) (?={_NAME} ?=(?!=))")
 _MEMBER = re.compile(r"^[A-Za-z] ?\\in(?![A-Za-z]) ?(?=[(\[\\])")
 _SEPARATOR = re.compile(
     r"(?: ?[,;] ?(?:(?:and|or)\b ?|\\text ?\{ ?(?:and|or) ?\} ?)?| (?:and|or) | ?\\text ?\{ ?(?:and|or) ?\} ?)"
@@ -204,7 +204,7 @@ def _read_named(text: str, depth: int) -> Named | Group | None:
     if len(matches) < len(pieces):  # x = 3 or 4
         values = [matches[0][2], *pieces[1:]]
         return Group("", "", tuple(_read(value.strip(), depth + 1) for value in values), text)
-    names = tuple(re.sub(r"\s", "", found[1]) for found in matches)
+    names = tuple(re.sub(r"[\s{}]", "", found[1]) for found in matches)
     items = tuple(_read(found[2].strip(), depth + 1) for found in matches)
     if len(set(names)) < len(names):  # several solutions for one unknown
         return Group("", "", items, text)

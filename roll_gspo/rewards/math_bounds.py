@@ -20,6 +20,7 @@ _MAX_BRACKETS = 3
 _MAX_BRACES = 8
 _MAX_SCRIPTS = 2
 _MAX_RELATIONS = 6
+_MAX_FUNCTIONS = 10
 _MAX_BARS = 8
 _MAX_SUMS = 1
 _MAX_UNIONS = 8
@@ -31,6 +32,8 @@ _MAX_TERMS = 200
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\S", re.DOTALL)
 _RELATION = re.compile(r"[=<>]|\\(?:le|ge|leq|geq|ne|neq|lt|gt|in|approx)(?![A-Za-z])")
 _SUM = re.compile(r"\\(?:sum|prod)(?![A-Za-z])")
+_BAR = re.compile(r"\||\\[lr]?vert(?![A-Za-z])")
+_FUNCTION = re.compile(r"\\(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|lg|exp|det|gcd|max|min)(?![A-Za-z])")
 _UNION = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")
 # Three exponents or indices on one another, or a factorial of a factorial.
 _CHAIN = re.compile(r"(?:[\^_] ?(?:\\[A-Za-z]+|\{[^{}]*\}|[^\s{]) ?){2}[\^_]|! ?!")
@@ -50,15 +53,22 @@ class UnboundedError(Exception):
 def may_parse(text: str) -> bool:
     """Return whether the parser is quick on a normalized text. The check is linear in the text.
 
-    It limits characters, tokens, the depth of brackets, braces and exponents, and the number of relations, sums and
-    unions. Integrals, limits and derivatives are refused. An answer to a question in words is far below these limits.
+    It limits characters, tokens, the depth of brackets, braces and exponents, and the number of relations, sums,
+    unions, functions and bars. Integrals, limits and derivatives are refused. Final answers are far
+    below these limits.
     """
     if len(text) > MAX_CHARS:
         return False
     tokens = _TOKEN.findall(text)
-    if len(tokens) > _MAX_TOKENS or text.count("|") > _MAX_BARS or _CHAIN.search(text) or _ANALYSIS.search(text):
+    if len(tokens) > _MAX_TOKENS or _CHAIN.search(text) or _ANALYSIS.search(text):
         return False
-    limits = ((_RELATION, _MAX_RELATIONS), (_SUM, _MAX_SUMS), (_UNION, _MAX_UNIONS))
+    limits = (
+        (_RELATION, _MAX_RELATIONS),
+        (_SUM, _MAX_SUMS),
+        (_UNION, _MAX_UNIONS),
+        (_FUNCTION, _MAX_FUNCTIONS),
+        (_BAR, _MAX_BARS),
+    )
     if any(len(pattern.findall(text)) > limit for pattern, limit in limits):
         return False
     if _LARGE_COMBINATION.search(text) and re.search(r"\d{5}", text):

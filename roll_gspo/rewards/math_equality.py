@@ -126,11 +126,11 @@ class Formulas:
 
     def _equal_value(self, named: Named, other: Answer, *, swapped: bool = False) -> bool:
         """Return whether named values equal an answer without names; `swapped` if the other is the ground truth."""
-        if len(named.items) > 1:
+        value, *more = named.items
+        if more:
             return isinstance(other, Group) and self._all_equal(named.items, other.items)
         if isinstance(other, Scalar) and "=" in other.text:
             return self._equal_formulas(named.text, other.text)
-        value = named.items[0]
         return self._equal(other, value) if swapped else self._equal(value, other)
 
     def _equal_named(self, gold: Named, given: Named) -> bool:
@@ -282,7 +282,7 @@ def _agree_elementwise(gold: Any, given: Any, is_decimal: bool) -> bool | None:
 
 def _agree_at_points(gold: Any, given: Any, is_decimal: bool) -> bool | None:
     gold, given = (_with_exact_numbers(formula) for formula in (gold, given))
-    if gold.has(I) or given.has(I):
+    if gold.has(I) or given.has(I) or _names(gold) | _names(given) == {"i"}:
         gold, given = (f.xreplace({s: I for s in f.free_symbols if s.name == "i"}) for f in (gold, given))
     names = sorted(_names(gold) | _names(given))
     for shift in range(_NUM_POINTS if names else 1):

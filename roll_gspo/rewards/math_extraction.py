@@ -36,7 +36,7 @@ _ASSIGNMENT = rf"[A-Za-z] ?= ?{_TERM}"
 _SUFFIX = r"[ap]\. ?m\.?|[ap]m(?![a-z])|(?:thousand|million|billion|trillion)(?![a-z])|\\?%|percent(?![a-z])"
 # Numbers may touch a colon and Chinese, Japanese or Korean text, but no Latin letter on their left.
 _PLAIN = re.compile(
-    rf"(?<![A-Za-z0-9_\\]){_ASSIGNMENT}(?:(?:, ?|,? and ){_ASSIGNMENT})+"
+    rf"(?<![A-Za-z0-9_\\]){_ASSIGNMENT}(?:(?:, ?|,? (?:and|or) ){_ASSIGNMENT})+"
     rf"|[(\[] ?{_TERM}(?: ?, ?{_TERM})+ ?[)\]]"
     r"|-?\\[dtc]?frac\{-?[\d.]{1,20}\}\{-?[\d.]{1,20}\}"
     rf"|(?<![A-Za-z0-9_.\\/^])(?:-?[$€£¥₹])?{_TERM}"
@@ -45,6 +45,7 @@ _PLAIN = re.compile(
     rf"(?: ?(?:{_SUFFIX}))?",
     re.IGNORECASE,
 )
+_LIST = re.compile(rf"{_TERM}(?:(?:, ?|,? (?:and|or) ){_TERM}){{1,20}}")
 _PERCENT = re.compile(r"\s?(?:\\?%|[Pp]ercent(?![a-z]))")
 _CLOSING = {
     opening: re.compile(rf"(?<!\\){re.escape(closing)}")
@@ -65,7 +66,7 @@ def final_formulas(text: str) -> list[str]:
             last.insert(0, box)
         contents = list(dict.fromkeys(box.content.strip() for box in last))
         return [found[-1].content] if len(contents) < 2 else [found[-1].content, ", ".join(contents)]
-    text = _BLANK_LINES.sub("\n\n", _SPACES.sub(" ", text)).strip()
+    text = _BLANK_LINES.sub("\n\n", _SPACES.sub(" ", text)).strip().replace("−", "-")
     for anchor in (_FINAL, _ANSWER):
         if (formula := _formula_after_anchor(text, anchor)) is not None:
             return [formula]
@@ -97,6 +98,8 @@ def _formula_after_anchor(text: str, anchor: re.Pattern[str]) -> str | None:
     sentence = sentence.lstrip()
     if (end := _END_OF_SENTENCE.search(sentence)) is not None:
         sentence = sentence[: end.start()]
+    if _LIST.fullmatch(sentence.strip(" .\n")):
+        return sentence.strip(" .\n")
     chosen: _Formula | None = None
     for formula in _formulas(sentence):
         if chosen is not None and sentence[chosen.end : formula.start].strip(" *_") != "=":

@@ -18,10 +18,17 @@ _CHARACTERS = str.maketrans(
         **{"×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty "},
         **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset "},
         **{"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "°": r"^\circ ", "√": r"\sqrt "},
-        **dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", (f"^{digit}" for digit in range(10)), strict=True)),
     }
 )
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
+# Models write `10^-5` and `2^10` for `10^{-5}` and `2^{10}`.
+_LOOSE_EXPONENT = re.compile(r"\^ ?(-\d+|\d\d+)(?![\d.])")
+_SYSTEM = re.compile(
+    r"\\begin ?\{(?:cases|aligned|align\*?|array)\}(?: ?\{[lcr|]*\})?(.*?)\\end ?\{(?:cases|aligned|align\*?|array)\}"
+)
 # `\!` moves its neighbours together; after a comma it marks a group of digits.
+_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|^\$|(?<!\\)\$$")
 _GROUP_COMMA = re.compile(r"\{,\}|,\s?\\!\s?")
 _SPACES = re.compile(r"(?:(?<!\\)\\[,;:>! ]|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick|en)space(?![A-Za-z])|[~\s])+")
 _LAYOUT = re.compile(r"\\(?:displaystyle|textstyle|limits|m?left|m?right|[bB]igg?[lr]?|boxed|fbox)(?![A-Za-z]) ?")
@@ -62,7 +69,10 @@ def normalize(formula: str) -> str:
     * Numbers between spaces that form no group (`3 4`) are a list.
     """
     text = _GROUP_COMMA.sub("{,}", formula.translate(_CHARACTERS)).replace("{:}", ":")
+    text = _DELIMITER.sub("", text.replace("\\varnothing", "\\emptyset"))
+    text = _SUPERSCRIPT.sub(lambda found: rf"^{{{found[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _SPACES.sub(" ", _DOT_DELIMITER.sub(" ", text)).strip()
+    text = _SYSTEM.sub(lambda found: found[1].replace("\\\\", ", ").replace("&", "").strip(" ,"), text)
     text = _UPRIGHT_CONSTANT.sub(r"\1", _LOOSE_UPRIGHT_CONSTANT.sub(r"\1", _STYLE.sub("", _LAYOUT.sub("", text))))
     text = text.strip().rstrip(".。 ") if not text.endswith("...") else text.strip()
     text = _unwrap_braces(text)
@@ -76,6 +86,7 @@ def normalize(formula: str) -> str:
     )
     text = _OVERLINED.sub(lambda found: rf"\overline{{{found[0].replace(chr(0x305), '')}}}", text)
     text = _PLAIN_NAME.sub(r"\\\1 ", text).replace("**", "^")
+    text = _LOOSE_EXPONENT.sub(r"^{\1}", text)
     text = _ELLIPSIS.sub(_from_ellipsis, _REPEATING.sub(_from_repeating, text))
     text = _MIXED.sub(_from_mixed, text)
     return text.replace(" ", ",") if _SEVERAL_NUMBERS.fullmatch(text) else text
