@@ -212,11 +212,31 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def is_complete(folder: Path) -> bool:
     """Return whether the marker exists and every file has the size that the marker lists."""
+    return damage(folder) is None
+
+
+def damage(folder: Path) -> str | None:
+    """Return why a folder is no complete checkpoint; None if it is one."""
     try:
         parts = json.loads((folder / MARKER).read_text(encoding="utf-8"))["parts"]
-        return all((folder / name).stat().st_size == size for name, size in parts.items())
+        for name, size in parts.items():
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, {size} were written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).relative_to(folder)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # truncated or foreign JSON
-        return False
+        return f"{MARKER} cannot be read"
+    return None
+
+
+def damaged_checkpoints(folder: Path, after: int = -1) -> dict[Path, str]:
+    """Return the damaged checkpoints of a folder later than step `after`, each with what is wrong."""
+    found = {}
+    for candidate in sorted(folder.glob("step_*")):
+        match = _NAME.fullmatch(candidate.name)
+        if match and int(match[1]) > after and (problem := damage(candidate)) is not None:
+            found[candidate] = problem
+    return found
 
 
 def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoint:
@@ -238,7 +258,10 @@ def open_checkpoint(path: Path, key: str = "resume_from_checkpoint") -> Checkpoi
     if found:
         return max(found, key=_completed)
     other = "true" if key == "resume_from_checkpoint" else "RUN"
-    state = "is incomplete" if path.is_dir() else "does not exist"
+    state = "does not exist"
+    if path.is_dir():
+        torn = {path: damage(path)} if match else damaged_checkpoints(path) or damaged_checkpoints(path / "checkpoints")
+        state = "is incomplete" + "".join(f" ({folder.name}: {problem})" for folder, problem in torn.items())
     raise CheckpointError(f"{key}: {path} {state}; give a folder such as RUN/checkpoints/step_000020, or {other}")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from roll_gspo.command_line import check_arguments
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.load import Loaded
 from roll_gspo.config.sft import AnyConfig
@@ -42,9 +43,13 @@ def main() -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         raise SystemExit(0 if arguments else 2)
-    if {"-m", "--multirun"} & set(arguments):
-        report_problems(["--multirun: one evaluation at a time; give one value of each key"], "command line")
-        raise SystemExit(2)
+    try:
+        check_arguments(arguments)
+        if {"-m", "--multirun"} & set(arguments):
+            raise ConfigError("--multirun: one evaluation at a time; give one value of each key")
+    except ConfigError as error:
+        report_problems(str(error).splitlines(), "command line")
+        raise SystemExit(2) from None
     own = {a.partition("=")[0]: a.partition("=")[2] for a in arguments if a.partition("=")[0] in OWN and "=" in a}
     rest = [a for a in arguments if a.partition("=")[0] not in own and a != "--dry-run"]
 

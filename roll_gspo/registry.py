@@ -11,7 +11,8 @@ from roll_gspo.errors import ConfigError, MissingDependencyError
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, or the empty string."""
+    """`; did you mean 'x'?` for the nearest other name, or the empty string."""
+    known = [k for k in known if k != name]
     prefixed = [k for k in known if k.startswith(name) or name.startswith(k)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or prefixed[:1]
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from roll_gspo.command_line import check_arguments, flags_and_overrides, forbid_callbacks, override_problem
 from roll_gspo.config import sources
 from roll_gspo.config.legacy import LATER_VALUES
 from roll_gspo.config.load import Loaded, load
@@ -55,11 +56,8 @@ HYDRA_DEFAULTS = {
     "hydra.sweep.subdir": ".",
     "hydra/job_logging": "none",
     "hydra/hydra_logging": "none",
+    "hydra.hydra_logging.root": "null",  # configures nothing, also if a file has handlers, which can run code
 }
-FLAGS_WITH_VALUE = (
-    *("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp", "--cfg", "-c"),
-    *("--package", "-p", "--experimental-rerun"),
-)
 # Errors that the user must fix before a run can start, and the place of each.
 TO_MEND = {ConfigError: "configuration", DataError: "data", MissingDependencyError: "installation"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -68,7 +66,7 @@ USAGE = """usage: roll-gspo --config-name NAME [key=value ...] [--dry-run] [--mu
   --config-name NAME   one of: {names}
                        or a YAML of yours, with --config-dir FOLDER
   key=value            override any key, e.g. max_steps=10 importance_sampling=token strategy=hf
-  --dry-run            print the plan and stop
+  --dry-run            print the plan, check what can be checked, and stop
   --multirun           one run for each combination of comma-separated values, e.g. seed=0,1,2
   --jobs N             how many runs of a --multirun at a time (default 1)
   --cfg job            print the composed configuration and stop
@@ -142,9 +140,10 @@ def main() -> None:
         raise SystemExit(0 if arguments else 2)
     os.environ["ROLL_GSPO_DRY_RUN"] = "1" if "--dry-run" in arguments else ""
     try:
+        check_arguments(arguments)
         num_jobs, arguments = parse_jobs([a for a in arguments if a != "--dry-run"])
-    except ValueError as error:
-        report_problems([str(error)], "command line")
+    except ConfigError as error:
+        report_problems(str(error).splitlines(), "command line")
         raise SystemExit(2) from None
     sweep = Sweep(num_jobs)
     with_composed(arguments, lambda composed: _job(composed, arguments, sweep), sweep.finish)
@@ -163,6 +162,7 @@ def with_composed(
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise: `composition_problem` words the errors
     Plugins.instance().register(ShippedConfigs)
     ShippedConfigs.user_folders = tuple(_user_folders(arguments))
+    forbid_callbacks()
     started: list[bool] = []
 
     def job(composed: DictConfig) -> None:
@@ -175,7 +175,14 @@ def with_composed(
             sys.argv[1:] = hydra_arguments(arguments, scratch)
             hydra.main(version_base="1.3", config_path=None)(job)()
             finish()
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError, RollGspoError) as error:
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            RecursionError,
+            RollGspoError,
+            ValueError,
+        ) as error:
             if started:
                 raise
             report_problems([composition_problem(error, configuration_names(arguments))])
@@ -199,9 +206,12 @@ def composition_problem(error: Exception, names: list[str]) -> str:
             "same name, which it replaces; rename your file"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        known = list(error.options) if group and error.options else names
-        listed = f"{did_you_mean(name, known)} (known: {', '.join(known)})"
+        missing = str(error.missing_cfg_file).removesuffix(".yaml")
+        group, _, name = missing.rpartition("/")
+        if group and "primary config" in str(error):
+            return f"--config-name: '{missing}' is a path; write --config-dir {group} --config-name {name}"
+        known = list(error.options) if group and error.options else [] if group else names
+        listed = f"{did_you_mean(name, known)} (known: {', '.join(known)})" if known else ""
         if name in LATER_VALUES.get(group, {}):
             return f"{group}: not supported yet: {LATER_VALUES[group][name]} ('{name}')"
         if group:
@@ -211,14 +221,7 @@ def composition_problem(error: Exception, names: list[str]) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"{mark.name}:{mark.line + 1}: not valid YAML: {error.problem}"
-    text = " ".join(str(error.__cause__ or error).split())
-    if match := re.match(r"Could not override '([^'@]+)", text):
-        group = match[1]
-        return (
-            f"{group}: the defaults of this configuration name no option of the group {group}, so there is none to "
-            f"replace; write +{group}=OPTION to add one, or '- {group}: OPTION' in its defaults list"
-        )
-    return text
+    return override_problem(error)
 
 
 def hydra_arguments(arguments: list[str], scratch: str) -> list[str]:
@@ -233,16 +236,6 @@ def hydra_arguments(arguments: list[str], scratch: str) -> list[str]:
     given = {o.lstrip("+").partition("=")[0] for o in passed}
     defaults = {**HYDRA_DEFAULTS, "hydra.sweep.dir": scratch}
     return [*flags, *passed, *(f"{key}={value}" for key, value in defaults.items() if key not in given)]
-
-
-def flags_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split `--flag [value]` from `key=value`, because Hydra rejects overrides on both sides of a flag."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
-        is_value = previous in FLAGS_WITH_VALUE or (previous in ("--info", "-i") and "=" not in argument)
-        (flags if is_value or argument.startswith("-") else overrides).append(argument)
-    return flags, overrides
 
 
 def _is_plain_override(argument: str, groups: set[str]) -> bool:
@@ -343,13 +336,20 @@ def load_composed(composed: DictConfig) -> Loaded:
 
 def run(loaded: Loaded) -> int:
     """Print the plan, run the pipeline, and return the exit status."""
+    from roll_gspo.pipelines.disk import disk_warnings
     from roll_gspo.pipelines.plan import make_plan
+    from roll_gspo.pipelines.preflight import check_rewards, check_start
 
-    plan = make_plan(loaded.config, loaded.warnings)
-    print(printable(plan.text()), flush=True)
-    if os.environ.get("ROLL_GSPO_DRY_RUN"):
-        return 0
-    return train(loaded.config, plan).status
+    config = loaded.config
+    plan = make_plan(config, (*loaded.warnings, *disk_warnings(config)))
+    print(printable(replace(plan, not_runnable=()).text()), flush=True)  # printed as errors instead
+    if not os.environ.get("ROLL_GSPO_DRY_RUN"):
+        return train(config, plan).status
+    folder = check_start(config, plan)
+    check_rewards(config)
+    for note in folder.notes:
+        print(printable(f"  {'resume':<11} {note}"))
+    return 0
 
 
 def train(config: AnyConfig, plan: Plan, callbacks: Sequence[Callback] = ()) -> Finished:
@@ -359,12 +359,10 @@ def train(config: AnyConfig, plan: Plan, callbacks: Sequence[Callback] = ()) -> 
         ConfigError, DataError, MissingDependencyError: a check fails.
     """
     from roll_gspo.pipelines.pipeline import pipeline_of
-    from roll_gspo.pipelines.preflight import preflight
+    from roll_gspo.pipelines.preflight import check_start
 
-    if plan.not_runnable:
-        raise ConfigError("\n".join(map(str, plan.not_runnable)))
     set_environment(config.system_envs)
-    preflight(config)
+    check_start(config, plan)
     from roll_gspo.pipelines.lifecycle import run_training
 
     return run_training(pipeline_of(config), config, plan.text(), callbacks)

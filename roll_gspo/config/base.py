@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
+from roll_gspo.printable import printable_line
+
+MAX_NAME_BYTES = 200  # file systems allow 255; files beside the folder have longer names
 MAX_DEVICES = 2**16  # protects the memory from a typo such as range(0, 80000000000)
 
 
@@ -131,3 +134,13 @@ def parse_names(value: Any) -> tuple[str, ...]:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
+
+
+def _one_folder(name: str) -> str:
+    """Check that `name` names one folder inside another."""
+    if name in ("", ".", "..") or "/" in name or name != printable_line(name) or len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"expected the name of one folder, without '/' and control characters, got {name!r}")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_folder)]

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_gspo.config.base import Names, Problem, Schema
+from roll_gspo.config.base import FolderName, Names, Problem, Schema, used_only_with
 from roll_gspo.config.data import Template
 from roll_gspo.config.pipelines import PipelineName
 from roll_gspo.config.profiler import ProfilerConfig
@@ -18,9 +18,9 @@ from roll_gspo.config.trackers import TrackerNames, broken_tracker_rules, tracke
 class RunConfig(Schema):
     """The run itself: name, length, output, tracking, state."""
 
-    exp_name: str = "roll_gspo"
+    exp_name: FolderName = "roll_gspo"
     """Name of the experiment; its runs are in `output_dir/exp_name`."""
-    run_name: str | None = None
+    run_name: FolderName | None = None
     """Folder of this run below `output_dir/exp_name`; null: date and time."""
     seed: NonNegativeInt = 42
     """Seed of data order, sampling and initialisation."""
@@ -55,6 +55,9 @@ class RunConfig(Schema):
     """Folder of `run.log`; null: the run's folder."""
     resume_from_checkpoint: bool | str = False
     """`true` resumes from the newest complete checkpoint of `exp_name`; a path resumes from that checkpoint."""
+    resume_with_changes: bool = False
+    """Resume although keys that decide the numbers have changed since the checkpoint, e.g. the algorithm or the data.
+    Without it, such a run is refused. Keys of output, length, speed and layout may always change."""
     checkpoint_config: CheckpointConfig = CheckpointConfig()
     """Checkpoint settings."""
     track_with: TrackerNames = ("tensorboard",)
@@ -93,6 +96,8 @@ class RunConfig(Schema):
         """Yield what is wrong with the trackers and the warm start."""
         yield from super().broken_rules()
         yield from broken_tracker_rules(self.track_with, self.tracker_kwargs)
+        if self.resume_with_changes and not self.resume_from_checkpoint:
+            yield used_only_with("resume_with_changes", "resume_from_checkpoint")
         if self.warm_start and not self.pretrain.startswith("builtin:"):
             message = f"is for builtin: models, and pretrain is '{self.pretrain}'; set warm_start: null"
             yield Problem("warm_start", message, ("pretrain",))

@@ -142,6 +142,8 @@ def resume(
         if state.best is not None and (state.best.metric, state.best.mode) != (keep.keep_best, keep.keep_best_mode):
             state.best = None  # the metric of `keep_best` has changed
     console.message(f"resumed after step {state.step} from {source}")
+    for note in folder.notes:
+        console.warning(note)
 
 
 def make_output(

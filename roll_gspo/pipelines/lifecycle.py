@@ -61,6 +61,8 @@ def run_training(
             restarts += 1
             logger.warning("restart %d of %d, from the last checkpoint: %s", restarts, config.max_restarts, error)
             config = config.model_copy(update={"resume_from_checkpoint": True, "run_name": folder.path.name})
+        finally:
+            folder.unlock()
 
 
 def _run_once(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from roll_gspo.config.data import CHAT_TEMPLATES, SourceArgs
+from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.reward_table import shipped_name
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import StrategyArgs
 from roll_gspo.data.hf_datasets import parse_dataset_name
 from roll_gspo.data.templates import template_problem
-from roll_gspo.errors import ConfigError, DataError, MissingDependencyError
+from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RewardError
 from roll_gspo.models.folder_check import (
     NO_END,
     chat_templates,
@@ -22,12 +25,33 @@ from roll_gspo.models.folder_check import (
 from roll_gspo.models.tiny import BUILTIN, CHAT_TEMPLATE, SPECIAL_TOKENS
 from roll_gspo.pipelines.data_sources import chat_format
 from roll_gspo.pipelines.devices import model_of
+from roll_gspo.pipelines.disk import check_disk
+from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.pretrain import check_model_name
+from roll_gspo.pipelines.run_folder import RunFolder, check_writable, find_run_folder
+from roll_gspo.rewards.from_config import spec_from_config
+from roll_gspo.rewards.pool import RewardPool
 from roll_gspo.tracking.trackers import check_trackers
 
+LOADS_A_MODEL = {"llm_judge", "reward_model"}
 
-def preflight(config: AnyConfig) -> None:
-    """Check that engines, trackers, models and data files exist, before torch is imported.
+
+def check_start(config: AnyConfig, plan: Plan) -> RunFolder:
+    """Check that the run can start on this machine; see `preflight`.
+
+    Raises:
+        ConfigError, DataError, MissingDependencyError: it cannot.
+    """
+    if plan.not_runnable:
+        raise ConfigError("\n".join(map(str, plan.not_runnable)))
+    return preflight(config)
+
+
+def preflight(config: AnyConfig) -> RunFolder:
+    """Check everything that can be checked before torch is imported: engines, models, data, folders, disk space.
+
+    Returns:
+        The folder of the run; nothing is written yet.
 
     Raises:
         MissingDependencyError, ConfigError, DataError: the first kind with a problem; lists all problems of that kind.
@@ -37,6 +61,34 @@ def preflight(config: AnyConfig) -> None:
     check_models(config)
     check_data_files(config)
     check_templates(config)
+    check_disk(config)
+    folder = find_run_folder(config)
+    check_writable(folder.path, "output_dir")
+    check_writable(folder.checkpoints, "checkpoint_config.output_dir")
+    check_writable(folder.log_folder, "logging_dir")
+    return folder
+
+
+def check_rewards(config: AnyConfig) -> None:
+    """Check that rewards can be imported and built, each in a worker process. Models are not loaded.
+
+    A run builds them itself, after it has read the data. This is for a dry run.
+
+    Raises:
+        ConfigError, MissingDependencyError: the first reward that cannot.
+    """
+    if not isinstance(config, ExperimentConfig):
+        return
+    for domain, block in config.rewards.items():
+        if not any(LOADS_A_MODEL & {shipped_name(worker)} for worker in block.workers.values()):
+            key = f"rewards.{domain}"
+            with closing(
+                RewardPool(spec_from_config(block, key), 1, block.timeout_s, key, block.start_timeout_s)
+            ) as pool:
+                try:
+                    pool.check()
+                except RewardError as error:  # its module raises, exits or hangs
+                    raise ConfigError(str(error)) from error
 
 
 def check_engines(config: AnyConfig) -> None:

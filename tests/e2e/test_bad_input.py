@@ -169,9 +169,12 @@ def test_resume_with_another_model_engine_or_data(command: Command, small: tuple
     (engine := RUN / "checkpoints/step_000001/actor_train/hf_train.pt").rename("hf_train.pt")
     _refused(command(*resume), "is incomplete")
     Path("hf_train.pt").rename(engine)
-    other_data = command(*resume, "actor_train.data_args.num_rows=10")
+    model = ("model=tiny_qwen3_moe", "pretrain=builtin:tiny_qwen3_moe")
+    for change in (("actor_train.data_args.num_rows=10",), model, ("seed=7",)):
+        _refused(command(*resume, *change), f"{change[-1].partition('=')[0]}: ", "set resume_with_changes=true")
+    other_data = command(*resume, "actor_train.data_args.num_rows=10", "resume_with_changes=true")
     _refused(other_data, "the data has 10 prompts, but the checkpoint's had 128", code=1)
-    other_model = command(*resume, "model=tiny_qwen3_moe", "pretrain=builtin:tiny_qwen3_moe")
+    other_model = command(*resume, *model, "resume_with_changes=true")
     _refused(other_model, "parameters of another model", code=1)
 
 

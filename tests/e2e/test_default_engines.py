@@ -95,7 +95,9 @@ def test_killed_run_resumes_to_the_same_result(
     assert [row["step"] for row in metrics_of(run)] == [0, 1, 2, 3]
     assert checkpoints_of(run) == ["step_000002"]
     (run / "checkpoints/.step_000003.99.tmp").mkdir()  # left by a kill during a save
-    resumed = train(*arguments, "run_name=killed", "resume_from_checkpoint=true", folder=folder)
+    resumed = train(
+        *arguments, "run_name=killed", "resume_from_checkpoint=true", "resume_with_changes=true", folder=folder
+    )
     assert resumed.code == 0, resumed.err
     assert "resumed after step 2" in resumed.out
     assert computed(run) == computed(whole[1])
@@ -147,7 +149,7 @@ def test_mixture_of_experts_resumes_after_ctrl_c(folder: Path) -> None:
     )
     assert stopped.code == 130, stopped.err
     assert "stopped after step 1 of 2 and saved" in stopped.out and "weight transfer checked" in stopped.out
-    outcome = train(*arguments, "resume_from_checkpoint=true", folder=folder)
+    outcome = train(*arguments, "resume_from_checkpoint=true", "resume_with_changes=true", folder=folder)
     assert outcome.code == 0, outcome.err
     assert "weight transfer checked" in outcome.out
     run = folder / "out/moe/moe"

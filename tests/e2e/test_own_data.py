@@ -90,6 +90,8 @@ def test_domains_keep_their_shares_and_order_after_a_resume(
     for step, samples in rollouts_of(resumed).items():
         assert [s["prompt"] for s in samples] == drawn[step]
     assert len(rollouts_of(resumed)) == 2
-    outcome = command(*arguments, "run_name=other", "max_steps=4", from_step_2, f"{shares}=0.2501")
+    outcome = command(
+        *arguments, "run_name=other", "max_steps=4", from_step_2, f"{shares}=0.2501", "resume_with_changes=true"
+    )
     assert outcome.code == 1
     assert all(text in outcome.err for text in ("domain_interleave_probs", "words: 0.2501", "words: 0.25;"))

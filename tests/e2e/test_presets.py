@@ -75,7 +75,8 @@ def test_resumed_ppo_with_dynamic_sampling_equals_an_uninterrupted_run(
     outcome = train(*run, "run_name=stopped", stop, folder=folder)
     assert outcome.code == 128 + signal.SIGTERM, outcome.out + outcome.err
     assert checkpoints_of(runs / "stopped"), "the step was finished and saved"
-    assert train(*run, "run_name=stopped", "resume_from_checkpoint=true", folder=folder).code == 0
+    again = ("run_name=stopped", "resume_from_checkpoint=true", "resume_with_changes=true")  # without the signal
+    assert train(*run, *again, folder=folder).code == 0
     whole, resumed = (runs / name for name in ("whole", "stopped"))
     assert computed(resumed) == computed(whole)
     assert rollouts_of(resumed) == rollouts_of(whole)

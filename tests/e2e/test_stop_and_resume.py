@@ -27,6 +27,8 @@ Command = Callable[..., Outcome]
 HF = ("--config-name", "example_gspo", "strategy=hf")
 REWARD_ARGS = "rewards.column_addition.worker_args"
 RUNS = Path("out/example_gspo")
+CHANGED = "resume_with_changes=true"  # the first process had a reward that sends a signal
+RESUME = ("resume_from_checkpoint=true", CHANGED)
 IN_STEP_2 = 16 + 32 + 5  # number of a sample of step 2, after 16 samples of validation and 32 of step 1
 
 
@@ -56,13 +58,14 @@ def test_interrupted_run_saves_and_resumes_to_the_same_result(command: Command, 
         assert "step 2 of 4" in outcome.out and "resume_from_checkpoint=true" in outcome.out
         assert [row["step"] for row in metrics_of(RUNS / name)] == [0, 1, 2]
         assert checkpoints_of(RUNS / name) == ["step_000002"]
-        resumed = command(*HF, *small, f"run_name={name}", "resume_from_checkpoint=true")
+        resumed = command(*HF, *small, f"run_name={name}", *RESUME)
         assert resumed.code == 0 and "resumed after step 2" in resumed.out
         assert computed(RUNS / name) == computed(RUNS / "whole")
         assert rollouts_of(RUNS / name) == rollouts_of(RUNS / "whole")
         assert (RUNS / name / "report.html").is_file()
     finished = command(*HF, *small, "run_name=whole", "resume_from_checkpoint=true")
     assert finished.code == 0 and "resumed after step 4" in finished.out
+    assert "nothing left to train: the checkpoint is of step 4, and the run has 4; raise max_steps" in finished.out
     assert len(metrics_of(RUNS / "whole")) == 5, "a finished run has no steps left"
 
 
@@ -70,13 +73,13 @@ def test_checkpoint_of_another_run_starts_a_new_folder(
     command: Command, small: tuple[str, ...], interrupted: Path
 ) -> None:
     shutil.copytree(interrupted, RUNS / "a")
-    assert command(*HF, *small, "run_name=a", "resume_from_checkpoint=true").code == 0
+    assert command(*HF, *small, "run_name=a", *RESUME).code == 0
     before = computed(RUNS / "a")
-    outcome = command(*HF, *small, "run_name=b", f"resume_from_checkpoint={RUNS}/a/checkpoints/step_000002")
+    outcome = command(*HF, *small, "run_name=b", f"resume_from_checkpoint={RUNS}/a/checkpoints/step_000002", CHANGED)
     assert outcome.code == 0
     assert computed(RUNS / "b") == before[3:], "steps 3 and 4 are repeated in the new folder"
     assert computed(RUNS / "a") == before
-    refused = command(*HF, *small, "run_name=b", f"resume_from_checkpoint={RUNS}/a")
+    refused = command(*HF, *small, "run_name=b", f"resume_from_checkpoint={RUNS}/a", CHANGED)
     assert refused.code == 2 and "holds the results of a run already" in refused.err
 
 
@@ -134,7 +137,7 @@ def test_full_disk_keeps_the_last_checkpoint(
     shutil.copytree(interrupted, RUNS / "full")
     checkpoint = RUNS / "full/checkpoints/step_000002"
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
-    arguments = (*HF, *small, "run_name=full", "resume_from_checkpoint=true")
+    arguments = (*HF, *small, "run_name=full", *RESUME)
     outcome = spawn(*arguments, folder=workplace, limits=f"-f {kib}")
     assert outcome.code == 1
     assert message in outcome.err and "Traceback" not in outcome.out + outcome.err
@@ -153,7 +156,7 @@ def test_ctrl_c_in_a_multirun_saves_the_job_and_ends_the_sweep(workplace: Path, 
     assert "stopped after step 2 of 4 and saved" in outcome.out and "Traceback" not in outcome.out + outcome.err
     (only,) = (workplace / RUNS).iterdir()
     assert only.name == "000_seed-1" and checkpoints_of(only) == ["step_000002"]
-    again = train(*HF, *small, "seed=1,2", "--multirun", "resume_from_checkpoint=true", "max_steps=3", folder=workplace)
+    again = train(*HF, *small, "seed=1,2", "--multirun", *RESUME, "max_steps=3", folder=workplace)
     assert again.code == 0, again.err
     assert "resumed after step 2" in again.out
     assert [[row["step"] for row in metrics_of(run)] for run in sorted((workplace / RUNS).iterdir())] == [

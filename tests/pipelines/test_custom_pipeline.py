@@ -54,6 +54,9 @@ def test_unknown_pipeline_is_refused(command: Command, arguments: tuple[str, ...
     assert outcome.code == 2 and key in outcome.err and path.rpartition(".")[2] in outcome.err
 
 
+AGAIN = ("run_name=stopped", "resume_from_checkpoint=true", "resume_with_changes=true")  # without the signal
+
+
 def test_interrupted_run_of_a_custom_pipeline_resumes_bit_for_bit(command: Command, arguments: tuple[str, ...]) -> None:
     whole = command(*arguments, "max_steps=3", "save_steps=3", "run_name=whole")
     assert whole.code == 0, whole.err
@@ -67,7 +70,7 @@ def test_interrupted_run_of_a_custom_pipeline_resumes_bit_for_bit(command: Comma
     stopped = command(*arguments, "max_steps=3", "save_steps=3", "run_name=stopped", reward)
     assert stopped.code == 128 + signal.SIGINT, stopped.err
     assert checkpoints_of(RUNS / "stopped") == ["step_000002"]
-    resumed = command(*arguments, "max_steps=3", "save_steps=3", "run_name=stopped", "resume_from_checkpoint=true")
+    resumed = command(*arguments, "max_steps=3", "save_steps=3", *AGAIN)
     assert resumed.code == 0, resumed.err
     assert computed(RUNS / "stopped") == computed(RUNS / "whole")
     ends = [RUNS / name / "checkpoints/step_000003/actor_train_hf/model.safetensors" for name in ("whole", "stopped")]

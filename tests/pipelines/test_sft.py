@@ -69,7 +69,8 @@ def test_interrupted_run_goes_on_bit_for_bit(command: Command, monkeypatch: pyte
     assert figures(RUNS / "stopped") == figures(RUNS / "whole")
     ends = [(RUNS / name / "checkpoints/step_000004/actor_train_hf/model.safetensors") for name in ("whole", "stopped")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
-    other = command(*HF, "actor_train.data_args.num_rows=24", "run_name=stopped", "resume_from_checkpoint=true")
+    again = ("actor_train.data_args.num_rows=24", "run_name=stopped", "resume_from_checkpoint=true")
+    other = command(*HF, *again, "resume_with_changes=true")
     assert other.code == 1 and "the data has 24" in other.err
 
 
