@@ -11,6 +11,7 @@ from roll_gspo.checkpoint import HF_EXPORT, open_checkpoint
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import CheckpointError, ConfigError, MissingDependencyError
+from roll_gspo.models.folder_check import check_folder
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.preflight import check_files, missing_engine
@@ -55,6 +56,8 @@ def find_evaluated(config: ExperimentConfig, ckpt: str | None, out: str | None) 
         model, step = _of_checkpoint(Path(ckpt)) or (ckpt, 0)
         key = "ckpt"
     check_model_name(model, key)
+    if Path(model).is_dir():
+        check_folder(Path(model), needs_safetensors=False)
     folder = Path(out) if out else None
     if folder is not None and (folder / REPORT).exists():
         raise ConfigError(f"out: {folder} holds an evaluation already; remove it or choose another folder")

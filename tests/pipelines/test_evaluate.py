@@ -107,6 +107,7 @@ def test_benchmarks_with_the_tiny_model(evaluate: Command, pretrained: Path, mon
     [
         (("ckpt=nowhere/run/checkpoints",), "ckpt: no folder 'nowhere/run/checkpoints'"),
         (("ckpt=/tmp",), "or a folder in Hugging Face layout"),
+        (("ckpt=cut",), "cut/model.safetensors: cannot be read as safetensors"),
         (("validation=null",), "validation: there is no such block"),
         (("validation=gsm8k",), "validation.data_args.file_name: data/gsm8k/test.jsonl cannot be read"),
         (("val_prompt_length=5000",), "val_sequence_length: prompts of 5000"),
@@ -118,6 +119,9 @@ def test_what_cannot_be_evaluated_is_named(
     evaluate: Command, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str
 ) -> None:
     monkeypatch.delenv("GSM8K_TEST", raising=False)
+    Path("cut").mkdir()
+    Path("cut/config.json").write_text('{"model_type": "qwen3"}')
+    Path("cut/model.safetensors").write_bytes(b"cut")
     outcome = evaluate(*HF, *arguments)
     assert outcome.code == 2 and expected in outcome.err, outcome.err
     assert not list(Path().glob("out/example_gspo/*"))
