@@ -41,7 +41,7 @@ _PLAIN = re.compile(
     r"|-?\\[dtc]?frac\{-?[\d.]{1,20}\}\{-?[\d.]{1,20}\}"
     rf"|(?<![A-Za-z0-9_.\\/^])(?:-?[$€£¥₹])?{_TERM}"
     rf"(?: ?{_MEASURE}(?:,? (?:and )?{_TERM} ?{_MEASURE})+(?![A-Za-z])"
-    rf"|(?:{_OPERATION}\(?{_TERM}\)?){{1,30}}(?![A-Za-z]))?"
+    rf"|(?:{_OPERATION}\(?{_TERM}\)?){{1,10}}(?![A-Za-z]))?"
     rf"(?: ?(?:{_SUFFIX}))?",
     re.IGNORECASE,
 )
