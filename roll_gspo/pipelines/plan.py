@@ -9,9 +9,11 @@ import roll_gspo
 from roll_gspo.config.base import Problem
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.models.size import ModelSize, size_of
+from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
 from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text
 from roll_gspo.pipelines.memory import memory_texts, memory_warnings
 from roll_gspo.pipelines.pipeline import pipeline_of
+from roll_gspo.pipelines.pretrain import builtin_folder
 from roll_gspo.pipelines.warnings import execution_warnings
 
 
@@ -68,7 +70,10 @@ def _model_text(config: AnyConfig, size: ModelSize | None) -> str:
     if size is not None:
         count = f"{_count(size.num_parameters)} parameters ({size.source})"
     warm = config.warm_start
-    start = f"; warm start of {warm.steps} steps on {warm.demonstrations}, cached" if warm else ""
+    start = f"; warm start of {warm.steps} steps on {warm.demonstrations}" if warm else ""
+    name = config.pretrain.removeprefix(BUILTIN)
+    if warm and name in TINY_MODELS and builtin_folder(config, name).is_dir():
+        start += ", made by an earlier run"
     return f"{config.pretrain}, {count}, {config.actor_train.model_args.dtype}{start}"
 
 

@@ -81,16 +81,21 @@ def _download(name: str, key: str) -> Path:
         ) from error
 
 
-def _builtin(config: RunConfig, name: str, console: Console) -> Path:
-    spec, warm = tiny.TINY_MODELS[name], config.warm_start
+def builtin_folder(config: RunConfig, name: str) -> Path:
+    """Return the folder that a `builtin:` model is made in, or was by an earlier run."""
+    warm = config.warm_start
     mark = tiny.fingerprint(
         MAKER_VERSION,
-        dict(spec.hf_config),
+        dict(tiny.TINY_MODELS[name].hf_config),
         tiny.SPECIAL_TOKENS,
         tiny.CHAT_TEMPLATE,
         warm.model_dump() if warm else None,
     )
-    folder = Path(config.output_dir) / "pretrained" / f"{name}-{mark}"
+    return Path(config.output_dir) / "pretrained" / f"{name}-{mark}"
+
+
+def _builtin(config: RunConfig, name: str, console: Console) -> Path:
+    spec, warm, folder = tiny.TINY_MODELS[name], config.warm_start, builtin_folder(config, name)
     if folder.is_dir():
         console.message(f"model: {folder} (made by an earlier run)")
         return folder
