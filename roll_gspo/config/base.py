@@ -104,7 +104,8 @@ _EXPECTED_DEVICES = "expected device numbers such as '0-7', [0, 1, 2] or list(ra
 
 def _devices_of_text(text: str) -> tuple[int, ...]:
     compact = re.sub(r"\s", "", text)
-    inner = re.sub(r"^(?:list\((.*)\)|\[(.*)\])$", r"\1\2", compact)
+    inner = re.sub(r"^list\((.*)\)$", r"\1", compact)
+    inner = re.sub(r"^\[(.*)\]$", r"\1", inner)
     if match := re.fullmatch(r"range\((?:(\d+),)?(\d+)\)", inner):
         return tuple(_span(int(match[1] or 0), int(match[2]), text))
     devices: list[int] = []

@@ -108,9 +108,37 @@ IGNORED: dict[str, str] = {
         (
             *("*.strategy_args.strategy_config.block_size", "*.strategy_args.strategy_config.VLLM_USE_V1"),
             "*.strategy_args.strategy_config.disable_custom_all_reduce",
+            *(
+                "*.strategy_args.strategy_config.cuda_graph_sizes",
+                "*.strategy_args.strategy_config.cudagraph_capture_sizes",
+            ),
+            *(
+                "*.strategy_args.strategy_config.disable_log_stats",
+                "*.strategy_args.strategy_config.optimization_level",
+            ),
+            "*.strategy_args.strategy_config.distributed_executor_backend",
         ),
         "vLLM chooses",
     ),
+    **dict.fromkeys(
+        (
+            *(
+                "*.strategy_args.strategy_config.apply_rope_fusion",
+                "*.strategy_args.strategy_config.bias_activation_fusion",
+            ),
+            *(
+                "*.strategy_args.strategy_config.cross_entropy_loss_fusion",
+                "*.strategy_args.strategy_config.moe_shared_expert_overlap",
+            ),
+            "*.strategy_args.strategy_config.use_batched_model_update",
+        ),
+        "the engine chooses its kernels",
+    ),
+    "*.strategy_args.strategy_config.bf16": "model_args.dtype decides",
+    "*.strategy_args.strategy_config.distrib_optim_fully_reshardable": "every layout can read every checkpoint",
+    "*.strategy_args.strategy_config.tiled_num_shards": ALONE.format("apply_tiled_mlp"),
+    "*.use_remove_padding": "use_sequence_packing of strategy_config decides",
+    **dict.fromkeys(("lora_rank", "lora_alpha"), ALONE.format("lora_target")),
     "*.strategy_args.strategy_config.sleep_level": "nothing is offloaded",
     "*.strategy_args.strategy_config.variable_seq_lengths": "pipeline stages always tell each other the length",
     "*.strategy_args.strategy_config.overlap_p2p_comm": "it is on where virtual pipeline stages need it",
@@ -155,7 +183,7 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
         ("is_pure_opd", "use_opd", "teacher", "student_train", "student_infer", "pure_opd_pipeline_type"), _DISTILLATION
     ),
     "*.opd_kl_coef": _DISTILLATION,
-    "sft_train": Later("this name (write actor_train)"),
+    "sft_train": Later("this name (set pipeline: sft, and write actor_train)"),
     **dict.fromkeys(
         ("prompt_key", "query_key", "response_key", "system_key"),
         Later("other names of columns (rows hold messages, or prompt and response)", (None,)),
@@ -206,6 +234,30 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.strategy_args.strategy_config.recompute_modules": Later(
         "a choice of recomputed modules: most need TransformerEngine (selective recomputes the attention)", (None,)
     ),
+    **dict.fromkeys(
+        (
+            *(
+                "*.strategy_args.strategy_config.account_for_embedding_in_pipeline_split",
+                "*.strategy_args.strategy_config.account_for_loss_in_pipeline_split",
+            ),
+            "*.strategy_args.strategy_config.pipeline_model_parallel_layout",
+        ),
+        Later("pipeline stages of different sizes"),
+    ),
+    **dict.fromkeys(
+        (
+            *("*.strategy_args.strategy_config.additional_configs", "*.strategy_args.strategy_config.apply_tiled_mlp"),
+            "*.strategy_args.strategy_config.apply_expert_patch",
+        ),
+        Later("further options of Megatron"),
+    ),
+    "*.strategy_args.strategy_config.moe_layer_recompute": Later(
+        "recomputation of experts alone (recompute_granularity: full recomputes whole layers)"
+    ),
+    "*.strategy_args.strategy_config.moe_aux_loss_coeff": Later("auxiliary losses of routers", (None, 0)),
+    "*.strategy_args.strategy_config.pipeline_parallel_size": Later("pipeline stages in vLLM", (None, 1)),
+    "lora_target": Later("LoRA", (None,)),
+    "reward_model": Later("a judge in a cluster of the run (judge_model_type: inference starts a server)", (None,)),
     "*.apply_loss_scale": Later("other loss scales", (None, True)),
     **dict.fromkeys(
         ("actor_infer.router_replay", "reference.router_replay", "critic.router_replay"),
@@ -244,6 +296,7 @@ DYNAMIC_BATCHING = (
 # Keys that ROLL's example files set without effect, with the (key, value) that would make them effective.
 IGNORED_WITHOUT: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(("value_clip", "lambd"), ("adv_estimator", "gae")),
+    "init_kl_coef": ("add_token_level_kl", True),
     **dict.fromkeys(("difficulty_low_threshold", "difficulty_high_threshold"), ("difficulty_mask", True)),
 }
 

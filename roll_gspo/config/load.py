@@ -17,6 +17,7 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.legacy import LATER_VALUES, sift
 from roll_gspo.config.other_pipeline import without_other_pipelines
 from roll_gspo.config.pipelines import config_class
+from roll_gspo.config.roll_values import convert
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.sources import Sources
 from roll_gspo.config.strategy import StrategyArgs, args_class
@@ -43,8 +44,10 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
     Raises:
         ConfigError: if there are problems. The message has one line per problem: location, key path, problem and fix.
     """
-    values = _resolved(composed, sources)
+    values, differences = convert(_resolved(composed, sources))
     sifted = sift(values)
+    if "sft_train" in values and "pipeline" not in values:  # the schema of pipeline: rlvr would report missing keys
+        raise ConfigError("\n".join(map(sources.line, sifted.refusals)))
     own, foreign = without_other_pipelines(sifted.values, sources)
     own = _without_unused_warm_start(own, sources)
     root, config = config_class(own), None
@@ -56,7 +59,8 @@ def load(composed: DictConfig, sources: Sources, choices: Mapping[str, str]) -> 
         problems += _problems_of(error, own, root, sources)
     if config is None or problems:
         raise ConfigError("\n".join(sorted(set(problems), key=_by_line)))
-    return Loaded(config, (*sources.replacements(), *_ignored(sifted.warnings, sources)))
+    differing = (f"differs from ROLL: {sources.line(Problem(*difference))}" for difference in differences)
+    return Loaded(config, (*sources.replacements(), *differing, *_ignored(sifted.warnings, sources)))
 
 
 def _without_unused_warm_start(values: dict[str, Any], sources: Sources) -> dict[str, Any]:

@@ -33,6 +33,14 @@ STRATEGIES = Registry(
     },
 )
 
+# Engines of ROLL, each with the engine that runs instead and its options, and options of the former that are kept.
+ROLL_ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    **dict.fromkeys(("fsdp2_train", "deepspeed_train"), ("megatron_train", {"use_distributed_optimizer": True})),
+    **dict.fromkeys(("fsdp2_infer", "deepspeed_infer"), ("megatron_infer", {})),
+    "sglang": ("vllm", {}),
+}
+ROLL_ENGINE_KEYS = {"mem_fraction_static": "gpu_memory_utilization"}
+
 
 class Requirement(NamedTuple):
     """A package that an engine needs: the module that must be importable, and the command that installs it."""

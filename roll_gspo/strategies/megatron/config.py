@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
@@ -34,15 +34,25 @@ class MegatronConfig(Schema):
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass instead of keeping them."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """Selection of layers for `recompute_granularity: full`."""
+    """Selection of layers for `recompute_granularity: full`; if omitted with it, `uniform`."""
     recompute_num_layers: PositiveInt | None = None
-    """Layers per recomputed unit."""
+    """Layers per recomputed unit; if omitted with `recompute_method: uniform`, 1: every layer is recomputed."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """Collective that dispatches tokens to experts; mixtures of experts only."""
     moe_grouped_gemm: bool = False
     """Run the experts of a layer as one grouped matrix product; needs TransformerEngine."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
+
+    @classmethod
+    def fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Recompute every layer if `recompute_granularity: full` selects no layers."""
+        values = super().fill_defaults(values)
+        if values.get("recompute_granularity") == "full" and not values.get("recompute_method"):
+            values["recompute_method"] = "uniform"
+        if values.get("recompute_granularity") == "full" and values["recompute_method"] == "uniform":
+            values["recompute_num_layers"] = values.get("recompute_num_layers") or 1
+        return values
 
     @property
     def model_parallel_size(self) -> int:
@@ -102,13 +112,9 @@ class MegatronConfig(Schema):
             )
 
     def _broken_recompute_rules(self) -> Iterator[Problem]:
-        if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
-            yield Problem(
-                "recompute_granularity",
-                "full needs recompute_method and recompute_num_layers; add 'recompute_method: uniform' and "
-                "'recompute_num_layers: 1'",
-                ("recompute_method", "recompute_num_layers"),
-            )
+        if self.recompute_granularity == "full" and not self.recompute_num_layers:
+            message = "block needs recompute_num_layers; add it, or set recompute_method: uniform"
+            yield Problem("recompute_method", message, ("recompute_num_layers",))
         for key, value in (
             ("recompute_method", self.recompute_method),
             ("recompute_num_layers", self.recompute_num_layers),
