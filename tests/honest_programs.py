@@ -6,6 +6,33 @@ Each entry is (program, tests). Tests that are a pair are `check(candidate)` and
 from __future__ import annotations
 
 HONEST = {
+    "printed": (
+        """
+import sys
+print("loaded")
+def hello(name):
+    print("Hello", name)
+    sys.stdout.buffer.write(b"!")
+""",
+        """
+import io
+from contextlib import redirect_stdout
+from unittest.mock import patch
+from solution import hello
+def test_capsys(capsys):
+    hello("Ann")
+    assert capsys.readouterr().out == "Hello Ann\\n!"
+def test_redirect():
+    out = io.StringIO()
+    with redirect_stdout(out):
+        hello("Bo")
+    assert out.getvalue().startswith("Hello Bo")
+def test_patch():
+    with patch("sys.stdout", new=io.StringIO()) as out:
+        hello("Cy")
+    assert "Cy" in out.getvalue()
+""",
+    ),
     "float": (
         """
 def mean(x): return sum(x)/len(x)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections.abc
 import dis
 import socket
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -327,7 +328,10 @@ class TestsEnd(rpc.Connection):
 
     def _receive(self) -> dict[str, Any]:
         try:
-            return super()._receive()
+            message = super()._receive()
+            if message.get("printed"):
+                sys.stdout.write(message["printed"])
+            return message
         except rpc.LostError:
             self.refusals += 1
             raise

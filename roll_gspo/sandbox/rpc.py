@@ -15,9 +15,11 @@ import builtins
 import concurrent.futures
 import dataclasses
 import inspect
+import io
 import json
 import operator
 import socket
+import sys
 from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum, EnumMeta
 from types import ModuleType
@@ -277,9 +279,19 @@ class ProgramEnd(Connection):
 
     def serve_names(self, names: Mapping[str, Any]) -> None:
         """Send names to the tests, then serve their requests until they end."""
+        sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace", write_through=True)
         self._send({"names": [[name, self.pack(value)] for name, value in names.items()]})
         while True:
             self._serve(self._receive())
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """Send a message with the text that the program has printed, which the tests print again."""
+        stdout = sys.stdout
+        if isinstance(stdout, io.TextIOWrapper) and isinstance(stdout.buffer, io.BytesIO):
+            message = {**message, "printed": stdout.buffer.getvalue().decode("utf-8", "replace")}
+            stdout.buffer.seek(0)
+            stdout.buffer.truncate()
+        super()._send(message)
 
     def _object(self, value: Any) -> Any:
         if type(value) is TestsObject:
