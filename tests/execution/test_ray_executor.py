@@ -79,6 +79,23 @@ def test_worker_has_its_environment_its_folder_and_one_thread(world: RayGroup) -
     assert world.pid(0) != world.pid(1) == world.call("pid", rank=1)
 
 
+def listening(pids: set[int]) -> dict[str, set[str]]:
+    """Return the addresses on which processes listen, by the command of the process."""
+    found: dict[str, set[str]] = {}
+    for process in [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]:
+        ends = [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        found.setdefault(" ".join(process.cmdline())[:100], set()).update(ends)
+    return found
+
+
+def test_local_cluster_and_its_worlds_listen_on_loopback_only(world: RayGroup) -> None:
+    started = {process.pid for process in psutil.Process().children(recursive=True)}
+    found = listening({os.getpid(), *started, world.pid(0), world.pid(1)})
+    assert any("gcs_server" in name and ips for name, ips in found.items())
+    assert {ip for ips in found.values() for ip in ips} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, found
+    assert (Path.home() / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+
+
 def test_calls_run_concurrently_across_ranks_and_in_order_within_one(world: RayGroup) -> None:
     one = torch.ones(1)
     results = gather([world.submit("sum_over_ranks", one * n) for n in range(3)])

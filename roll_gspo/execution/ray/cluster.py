@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,11 +13,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -154,7 +157,8 @@ def _connect(by_node: Mapping[int, Sequence[int]]) -> bool:
             "num_gpus_per_node to what this machine has"
         )
     slots = max(len(devices) for devices in by_node.values())
-    with _sigterm_handler_restored():
+    _protect_token()
+    with _sigterm_handler_restored(), _loopback_only():
         ray.init(
             address="local",
             num_cpus=slots,
@@ -166,6 +170,23 @@ def _connect(by_node: Mapping[int, Sequence[int]]) -> bool:
         )
     logger.info("started Ray on this machine with %d worker slots", slots)
     return True
+
+
+def _protect_token() -> None:
+    """Create Ray's token so that only this user can read it; Ray would create it readable for everybody."""
+    if os.environ.get(authentication_token_setup.AUTH_MODE_ENV_VAR, "token").lower() != "token":
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(secrets.token_hex(32))
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:  # e.g. no home folder; Ray reports it if it needs the token
+        logger.warning("%s: cannot be made readable for this user only (%s); change its mode to 0600", path, error)
 
 
 def _log_ray_output(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
@@ -194,6 +215,20 @@ def _sigterm_handler_restored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Start Ray at 127.0.0.1: for any other address its servers listen on all interfaces.
+
+    Ray replaces a loopback `_node_ip_address` by the address of an interface unless clusters are disabled, as on macOS.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _has_gpu() -> bool:

@@ -336,8 +336,8 @@ class RayGroup:
         except RayError as error:
             raise WorkerDiedError(f"{self.name}: rank {rank} could not be started: {error}") from error
 
-    def _build(self, rank: int, store: tuple[str, int] | None) -> RayPending:
-        world = World(rank, self.size, *store, self.settings.call_timeout_s) if store else None
+    def _build(self, rank: int, store: Any) -> RayPending:
+        world = World(rank, self.size, store, self.settings.call_timeout_s) if store else None
         return self._submit("start", rank, lambda actor, call, _: actor.build.remote(call, self._make, world))
 
     def _submit(self, method: str, rank: int | None, send: Callable[[Any, int, bool], Any]) -> RayPending:

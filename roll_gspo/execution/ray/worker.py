@@ -48,12 +48,11 @@ class Identity:
 
 @dataclass(frozen=True)
 class World:
-    """The `torch.distributed` world that a worker joins; rank 0 hosts its store."""
+    """The `torch.distributed` world that a worker joins; rank 0 hosts its store (a `StoreAddress`)."""
 
     rank: int
     size: int
-    host: str
-    port: int
+    store: Any
     timeout_s: float
 
 
@@ -122,16 +121,12 @@ class Worker:
         started = psutil.Process().create_time()
         return Identity(os.getpid(), started, ray.util.get_node_ip_address(), runtime.get_node_id())
 
-    def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """Open the rendezvous store of a world on rank 0 and return its (host, port)."""
-        from torch._C._distributed_c10d import TCPStore
+    def open_store(self, timeout_s: float) -> Any:
+        """Open the rendezvous store of a world on rank 0 and return its `StoreAddress`."""
+        from roll_gspo.rendezvous import open_store
 
-        host = ray.util.get_node_ip_address()
-        # port 0: the system chooses a free port, so that no other process can take it in between
-        self._store = TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s), multi_tenant=False
-        )
-        return host, self._store.port
+        self._store, address = open_store(ray.util.get_node_ip_address(), timeout_s)
+        return address
 
     def build(self, call: int, make: Callable[[], Closeable], world: World | None) -> Outcome:
         """Join `world`, if given, and build the object."""
@@ -168,11 +163,13 @@ class Worker:
     def _join(self, world: World) -> None:
         import torch
         from torch import distributed as dist
-        from torch._C._distributed_c10d import TCPStore  # not exported by torch.distributed
+
+        from roll_gspo.rendezvous import connect_store, use_interface_of
 
         timeout = timedelta(seconds=world.timeout_s)
-        store = self._store or TCPStore(world.host, world.port, is_master=False, timeout=timeout)
-        os.environ |= {"MASTER_ADDR": world.host, "MASTER_PORT": str(world.port)}
+        store = self._store or connect_store(world.store, world.timeout_s)
+        os.environ |= {"MASTER_ADDR": world.store.host, "MASTER_PORT": str(world.store.port)}
+        use_interface_of(ray.util.get_node_ip_address())
         if torch.cuda.is_available():
             torch.cuda.set_device(0)  # the only visible device
         # gloo as well, for collectives on CPU tensors and objects
