@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch._C._distributed_c10d import HashStore  # not exported by torch.distributed
 from vllm import LLM
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
@@ -56,6 +57,10 @@ def open_engine(worker_environment: Mapping[str, str], **engine_args: object) ->
         # affect the trainer. vLLM reads it when LLM() imports the sampler.
         type(current_platform).simple_compile_backend = "eager"
     had_group = dist.is_initialized()
+    if not had_group and engine_args.get("tensor_parallel_size", 1) == 1:
+        # A store in memory: vLLM would open one that listens on all interfaces.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     set_num_threads = torch.set_num_threads
     inherited = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE", *worker_environment)}
     if _open_engines:
