@@ -13,7 +13,14 @@ from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
-from roll_gspo.config.roles import ActorInferConfig, ActorTrainConfig, CriticConfig, ReferenceConfig, Role
+from roll_gspo.config.roles import (
+    ActorInferConfig,
+    ActorTrainConfig,
+    CriticConfig,
+    ReferenceConfig,
+    Role,
+    TrainedRoleConfig,
+)
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.config.strategy import GenerateStrategyArgs, shipped_engines
@@ -231,7 +238,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
                 ("response_length", "sequence_length"),
             )
 
-    def _broken_mini_batch_rules(self, role: str, block: ActorTrainConfig | CriticConfig) -> Iterator[Problem]:
+    def _broken_mini_batch_rules(self, role: str, block: TrainedRoleConfig) -> Iterator[Problem]:
         args, copies = block.training_args, data_parallel_size(block)
         mini_batch = args.mini_batch_size_per_rank * copies
         if num_ranks(block) % block.strategy_args.model_parallel_size:

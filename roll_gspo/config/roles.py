@@ -110,19 +110,19 @@ class RouterReplayConfig(Schema):
         return self.record or self.mode == "R3"
 
 
-class PolicyConfig(Schema):
-    """A trained policy, independent of its training data."""
+class TrainedRoleConfig(Schema):
+    """A role whose engine trains a model: the policy or the critic."""
 
     training_args: TrainingArgs
     """Optimizer and mini-batches."""
     strategy_args: SerializeAsAny[TrainStrategyArgs]
     """Engine and its options."""
     model_args: ModelArgs = ModelArgs()
-    """Model."""
+    """Model. A critic replaces its output layer by a value head."""
     device_mapping: DeviceMapping = None
     """Devices, one rank each; null: one rank on the default device."""
     infer_batch_size: PositiveInt = 16
-    """Samples in one forward pass of the old log-probs."""
+    """Samples in one forward pass without gradient, of old log-probs or values."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
     """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine
     supports it."""
@@ -130,13 +130,22 @@ class PolicyConfig(Schema):
     """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
     `per_device_train_batch_size` samples. Optimizer steps and results do not change. A sample that exceeds the limit
     forms its own micro-batch."""
+
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield token budgets that the engine does not support."""
+        yield from super().broken_rules()
+        yield from _token_budget_rules(self)
+
+
+class PolicyConfig(TrainedRoleConfig):
+    """A trained policy, independent of its training data."""
+
     router_replay: RouterReplayConfig = RouterReplayConfig()
     """Replay of recorded experts in mixtures of experts, if the engine supports it."""
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that this role's engine or layout does not support."""
         yield from super().broken_rules()
-        yield from _token_budget_rules(self)
         replay, args = self.router_replay, self.strategy_args
         if replay.mode == "disable" and not replay.record:
             return
@@ -161,31 +170,12 @@ class ActorTrainConfig(PolicyConfig):
     """Training prompts."""
 
 
-class CriticConfig(Schema):
+class CriticConfig(TrainedRoleConfig):
     """The critic, which predicts values for `adv_estimator: gae`. Other estimators do not build it."""
-
-    training_args: TrainingArgs
-    """Optimizer and mini-batches."""
-    strategy_args: SerializeAsAny[TrainStrategyArgs]
-    """Engine and its options."""
-    model_args: ModelArgs = ModelArgs()
-    """Model whose output layer is replaced by a value head."""
-    device_mapping: DeviceMapping = None
-    """Devices, one rank each; null: one rank on the default device."""
-    infer_batch_size: PositiveInt = 16
-    """Samples in one forward pass of the values."""
-    max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine
-    supports it."""
-    max_tokens_per_microbatch_in_train: PositiveInt | None = None
-    """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
-    `per_device_train_batch_size` samples. Optimizer steps and results do not change. A sample that exceeds the limit
-    forms its own micro-batch."""
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that the engine does not support, and an engine without a value head."""
         yield from super().broken_rules()
-        yield from _token_budget_rules(self)
         if not self.strategy_args.has_value_head:
             able = shipped_engines(TrainStrategyArgs, lambda engine: engine.has_value_head)
             yield Problem(
@@ -230,7 +220,7 @@ class ReferenceConfig(Schema):
             yield problem._replace(key=f"strategy_args.{problem.key}")
 
 
-def _token_budget_rules(block: PolicyConfig | CriticConfig | ReferenceConfig) -> Iterator[Problem]:
+def _token_budget_rules(block: TrainedRoleConfig | ReferenceConfig) -> Iterator[Problem]:
     """Yield a token budget that the engine does not support."""
     budget, args = block.max_tokens_per_microbatch_in_infer, block.strategy_args
     if budget is not None and not args.supports_token_budget:

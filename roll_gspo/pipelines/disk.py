@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from roll_gspo.config.roles import CriticConfig, PolicyConfig
+from roll_gspo.config.roles import PolicyConfig, TrainedRoleConfig
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.errors import ConfigError
@@ -21,7 +21,7 @@ def checkpoint_bytes(config: AnyConfig) -> float | None:
     """Estimate the size of a checkpoint in bytes; None if the size of a model is not known yet."""
     total = 0.0
     for role in config.roles().values():
-        if not isinstance(role, PolicyConfig | CriticConfig):
+        if not isinstance(role, TrainedRoleConfig):
             continue
         size = size_of(model_of(config, role))
         if size is None:

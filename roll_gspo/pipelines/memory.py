@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from roll_gspo.config.base import Problem
-from roll_gspo.config.roles import CriticConfig, PolicyConfig, Role
+from roll_gspo.config.roles import CriticConfig, Role, TrainedRoleConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import DeviceParameters
 from roll_gspo.models.size import size_of
@@ -102,7 +102,7 @@ def _of_role(config: AnyConfig, role: Role) -> tuple[float, ...] | None:
         share = size.num_parameters / args.model_parallel_size
         held = [DeviceParameters(share, share)] * num_devices
     itemsize = BYTES_PER_PARAMETER[role.model_args.dtype]
-    is_trained = isinstance(role, PolicyConfig | CriticConfig)
+    is_trained = isinstance(role, TrainedRoleConfig)
     return tuple(_bytes(parameters, itemsize, is_trained) for parameters in held)
 
 

@@ -17,7 +17,7 @@ from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
 from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.config.base import Schema
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import CriticConfig, GeneratingArgs, PolicyConfig, TrainingArgs
+from roll_gspo.config.roles import GeneratingArgs, TrainedRoleConfig, TrainingArgs
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
@@ -47,7 +47,7 @@ def model_setup(
     )
 
 
-def micro_batching(role: PolicyConfig | CriticConfig) -> MicroBatching:
+def micro_batching(role: TrainedRoleConfig) -> MicroBatching:
     """Return how a trained role splits mini-batches into micro-batches."""
     size = role.training_args.per_device_train_batch_size
     return MicroBatching(size, role.max_tokens_per_microbatch_in_train, role.strategy_args.packs_samples)
