@@ -297,6 +297,9 @@ def exit_status(command: Callable[[], int], after_full_disk: str) -> int:
         code = 2
     except RollGspoError as error:
         code = _report_failure(str(error))
+    except BrokenPipeError:  # e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it at exit
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_help_lists_the_shipped_configurations(command: Command) -> None:
     for name in ("example_gspo", "example_grpo", "--dry-run", "--multirun", "--config-dir"):
         assert name in text
     assert command("--help", "--config-name", "example_gspo") == text
+
+
+def test_reader_that_ends_early_is_no_error(command: Command) -> None:
+    script = """
+import os, sys, roll_gspo.run
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+roll_gspo.run.main()
+"""
+    done = command.python("-c", script, "--config-name", "example_gspo", "--dry-run")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_cfg_job_prints_the_composed_configuration(command: Command) -> None:
