@@ -52,7 +52,7 @@ IGNORED: dict[str, str] = {
     "reference.data_args": "the reference scores what actor_infer generated",
     "reference.generating_args": "the reference does not generate",
     "actor_train.generating_args": "actor_infer.generating_args decides how responses are sampled",
-    "critic.data_args": "the critic judges what actor_infer generated",
+    "critic.data_args": "the critic is trained on the samples of actor_infer",
     "critic.generating_args": "the critic does not generate",
     "critic.model_args.model_type": "the critic's model always has a value head",
     "actor_infer.training_args": "the generation engine does not train",

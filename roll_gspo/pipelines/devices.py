@@ -31,7 +31,7 @@ def devices_per_node(config: AnyConfig) -> int:
 
 
 def finds_cuda(config: AnyConfig) -> bool | None:
-    """Return whether the roles will compute on GPUs, judged by this machine; None for a cluster elsewhere."""
+    """Return whether the roles will compute on GPUs according to this machine; None for a cluster elsewhere."""
     if config.execution == "ray" and os.environ.get("RAY_ADDRESS", "local") != "local":
         return None
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):

@@ -53,11 +53,11 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
         with console.stage("read data"):
             rows = read_validation(config.validation)
         with console.stage("start rewards"):
-            judge = _judge(config, rows)
+            reward_manager = _reward_manager(config, rows)
         try:
-            answers, failures = _sample(config, evaluated, rows, judge, console)
+            answers, failures = _sample(config, evaluated, rows, reward_manager, console)
         finally:
-            judge.close()
+            reward_manager.close()
         figures = summaries(answers, config.validation)
         document = _document(config, evaluated, figures, time.perf_counter() - started)
         _write(evaluated.out / REPORT, json.dumps(_finite(document), indent=1, ensure_ascii=False) + "\n")
@@ -69,23 +69,23 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
     return figures
 
 
-def _judge(config: ExperimentConfig, rows: Sequence[DataRow]) -> RewardManager:
+def _reward_manager(config: ExperimentConfig, rows: Sequence[DataRow]) -> RewardManager:
     """Build the reward manager with only the reward blocks that these rows need."""
     columns = [row.columns for row in rows]
     router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
     router.check(columns)
     used = {router.domain_of(row) for row in columns}
-    judge = RewardManager({domain: block for domain, block in config.rewards.items() if domain in used})
+    reward_manager = RewardManager({domain: block for domain, block in config.rewards.items() if domain in used})
     try:
-        judge.check(columns)
+        reward_manager.check(columns)
     except BaseException:
-        judge.close()
+        reward_manager.close()
         raise
-    return judge
+    return reward_manager
 
 
 def _sample(
-    config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], judge: RewardManager, console: Console
+    config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], reward_manager: RewardManager, console: Console
 ) -> tuple[list[Answers], list[str]]:
     """Return the samples of every prompt, and the reasons of failed rewards."""
     assert config.validation is not None
@@ -96,19 +96,21 @@ def _sample(
         prompts = tokenize(config, block, rows, tokenizer, config.validation_prompt_length)
         check_token_ids((prompt.token_ids for prompt in prompts), tokenizer, checkpoint)
     stops = stop_ids(config, [block], tokenizer, checkpoint)
-    validation = new_validation(config, prompts, stops, judge)
+    validation = new_validation(config, prompts, stops, reward_manager)
     with console.stage("start actor_infer"):
         generator = make_evaluated(config, checkpoint, tokenizer.pad_token_id)
         generator.weights_version = evaluated.step
     answers: list[Answers] = []
     failures: list[str] = []
 
-    def judged(rollouts: Rollouts) -> list[RewardResult]:
-        return judge.score(rollouts, [response_text(tokenizer, c.token_ids, stops) for c in rollouts.completions])
+    def score(rollouts: Rollouts) -> list[RewardResult]:
+        return reward_manager.score(
+            rollouts, [response_text(tokenizer, c.token_ids, stops) for c in rollouts.completions]
+        )
 
     def batches() -> Iterator[ScoredBatch]:
         with console.stage("evaluate") as progress:
-            for batch in validation.judged(generator, judged, progress):
+            for batch in validation.scored(generator, score, progress):
                 answers.extend(answers_of(batch, validation.config.group_by))
                 failures.extend(result.failed for result in batch.results if result.failed is not None)
                 yield batch
@@ -120,11 +122,11 @@ def _sample(
     finally:
         writer.close()
         generator.close()
-    _say_what_is_missing(rows, prompts, console)
+    _warn_of_dropped_prompts(rows, prompts, console)
     return answers, failures
 
 
-def _say_what_is_missing(rows: Sequence[DataRow], prompts: Sequence[Prompt], console: Console) -> None:
+def _warn_of_dropped_prompts(rows: Sequence[DataRow], prompts: Sequence[Prompt], console: Console) -> None:
     """Warn if long prompts were dropped, because the result is not comparable to the full benchmark."""
     if len(prompts) < len(rows):
         console.warning(

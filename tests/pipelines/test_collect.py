@@ -57,16 +57,16 @@ def stage(name: str) -> Iterator[Progress]:
 
 
 @pytest.fixture
-def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardManager]:
+def reward_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardManager]:
     (tmp_path / "my_rewards.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    judge = RewardManager({domain: RewardConfig(worker_cls="my_rewards.scores") for domain in GROUPS})
-    yield judge
-    judge.close()
+    reward_manager = RewardManager({domain: RewardConfig(worker_cls="my_rewards.scores") for domain in GROUPS})
+    yield reward_manager
+    reward_manager.close()
 
 
 def collector(
-    judge: RewardManager, folder: Path, filters: dict[str, QueryFilterSettings], num_prompts: int
+    reward_manager: RewardManager, folder: Path, filters: dict[str, QueryFilterSettings], num_prompts: int
 ) -> Collector:
     prompts = [
         Prompt((5, 6), name, {"id": name, "domain": domain, "tag": "", "ground_truth": "", "of": scores})
@@ -77,7 +77,7 @@ def collector(
     return Collector(
         PromptSampler(prompts, seed=0),
         Numbered(engine, pad_token_id=0, seed=0),
-        judge,
+        reward_manager,
         Sampling(num_samples=3, max_new_tokens=2),
         lambda completion: str(completion.token_ids[0]),
         num_prompts=num_prompts,
@@ -90,9 +90,11 @@ def names(prompts: Sequence[Prompt]) -> set[tuple[str, str]]:
     return {(prompt.row["domain"], prompt.text) for prompt in prompts}
 
 
-def test_each_domain_drops_by_its_own_filter_and_failures_count_in_none(judge: RewardManager, tmp_path: Path) -> None:
+def test_each_domain_drops_by_its_own_filter_and_failures_count_in_none(
+    reward_manager: RewardManager, tmp_path: Path
+) -> None:
     filters = {"strict": QueryFilterSettings("mean_filter", threshold_down=0.0, threshold_up=1.5)}
-    collected = collector(judge, tmp_path, filters, num_prompts=6).collect(1, stage)
+    collected = collector(reward_manager, tmp_path, filters, num_prompts=6).collect(1, stage)
     metrics = collected.metrics
     assert metrics["domain/strict/groups_dropped"] == 1, "one sample is no group; the others have a mean of 2/3 or 1"
     assert metrics["domain/open/groups_dropped"] == 0, "without a filter even a group without a score stays"
@@ -105,16 +107,16 @@ def test_each_domain_drops_by_its_own_filter_and_failures_count_in_none(judge: R
     assert metrics["domain/strict/response_length_mean"] == 2
 
 
-def test_failed_samples_lend_a_group_no_spread(judge: RewardManager, tmp_path: Path) -> None:
+def test_failed_samples_lend_a_group_no_spread(reward_manager: RewardManager, tmp_path: Path) -> None:
     filters = dict.fromkeys(GROUPS, QueryFilterSettings("std_filter"))
-    collected = collector(judge, tmp_path, filters, num_prompts=6).collect(1, stage)
+    collected = collector(reward_manager, tmp_path, filters, num_prompts=6).collect(1, stage)
     assert collected.rollouts.prompts[0].text == "different", "the only group that teaches"
     assert collected.metrics["sampling/groups_dropped"] == 5
     assert collected.metrics["domain/strict/groups_dropped"] == 3
 
 
-def test_without_a_filter_all_groups_are_kept_in_order(judge: RewardManager, tmp_path: Path) -> None:
-    collected = collector(judge, tmp_path, {}, num_prompts=6).collect(1, stage)
+def test_without_a_filter_all_groups_are_kept_in_order(reward_manager: RewardManager, tmp_path: Path) -> None:
+    collected = collector(reward_manager, tmp_path, {}, num_prompts=6).collect(1, stage)
     assert names(collected.rollouts.prompts) == {(d, name) for d, groups in GROUPS.items() for name in groups}
     for index, (prompt, result) in enumerate(zip(collected.rollouts.prompts, collected.results, strict=True)):
         score = prompt.row["of"][index % 3]

@@ -29,19 +29,19 @@ def needs_form(prompt, response, ground_truth):
 
 
 @pytest.fixture
-def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardManager]:
+def reward_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardManager]:
     """Three domains: a shipped reward, a function with an argument, a function that reads columns of the row."""
     (tmp_path / "my_rewards.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    judge = RewardManager(
+    reward_manager = RewardManager(
         {
             "exact": RewardConfig(worker_cls="exact_match", worker_args={"delimiter": ":"}),
             "long": RewardConfig(worker_cls="my_rewards.length", worker_args={"unit": 2}, tag_included=("prose",)),
             "row": RewardConfig(worker_cls="my_rewards:row"),
         }
     )
-    yield judge
-    judge.close()
+    yield reward_manager
+    reward_manager.close()
 
 
 def prompt(name: str, truth: str = "z", **columns: object) -> Prompt:
@@ -58,27 +58,27 @@ PROMPTS = [
 ROLLOUTS = Rollouts.collate(PROMPTS, [[Completion((5,), (-1.0,), "stop")]] * 4, pad=0, weights_version=0)
 
 
-def test_each_sample_is_scored_by_the_reward_of_its_domain_or_tag(judge: RewardManager) -> None:
-    judge.check(p.row for p in PROMPTS)
+def test_each_sample_is_scored_by_the_reward_of_its_domain_or_tag(reward_manager: RewardManager) -> None:
+    reward_manager.check(p.row for p in PROMPTS)
     calls: list[tuple[int, int]] = []
-    results = judge.score(ROLLOUTS, ["so: 42", "four", "", "no: 42"], lambda *c: calls.append(c))
+    results = reward_manager.score(ROLLOUTS, ["so: 42", "four", "", "no: 42"], lambda *c: calls.append(c))
     assert [(r.score, r.failed) for r in results] == [(1.0, None), (8.0, None), (7.0, None), (0.0, None)]
-    assert judge.domains(PROMPTS) == ["exact", "long", "row", "exact"]
+    assert reward_manager.domains(PROMPTS) == ["exact", "long", "row", "exact"]
     assert calls, "progress is reported"
-    judge.close()
-    judge.close()
+    reward_manager.close()
+    reward_manager.close()
 
 
-def test_row_without_a_reward_is_found_before_training(judge: RewardManager) -> None:
+def test_row_without_a_reward_is_found_before_training(reward_manager: RewardManager) -> None:
     with pytest.raises(DataError, match="domain 'poetry' and tag ''"):
-        judge.check([{"id": "1", "domain": "poetry", "tag": ""}])
+        reward_manager.check([{"id": "1", "domain": "poetry", "tag": ""}])
 
 
 def test_reward_that_cannot_be_made_is_found_before_training(tmp_path: Path) -> None:
-    judge = RewardManager({"mine": RewardConfig(worker_cls="not_there.f")})
+    reward_manager = RewardManager({"mine": RewardConfig(worker_cls="not_there.f")})
     with pytest.raises(ConfigError, match=r"rewards\.mine.*no module 'not_there'"):
-        judge.check([])
-    judge.close()
+        reward_manager.check([])
+    reward_manager.close()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_reward_that_cannot_be_made_is_found_before_training(tmp_path: Path) -> 
     ],
 )
 def test_reward_that_can_never_work_fails_on_one_row(
-    judge: RewardManager, tmp_path: Path, reward: str, match: str
+    reward_manager: RewardManager, tmp_path: Path, reward: str, match: str
 ) -> None:
     with (tmp_path / "my_rewards.py").open("a") as file:
         file.write("async def later(prompt, response, ground_truth): return 1\n")
@@ -100,7 +100,7 @@ def test_reward_that_can_never_work_fails_on_one_row(
 
 
 def test_reward_that_depends_on_the_response_is_a_warning(
-    judge: RewardManager, caplog: pytest.LogCaptureFixture
+    reward_manager: RewardManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     strict = RewardManager({"mine": RewardConfig(worker_cls="my_rewards.needs_form", world_size=1)})
     strict.check([PROMPTS[0].row | {"domain": "mine"}])
@@ -110,7 +110,7 @@ def test_reward_that_depends_on_the_response_is_a_warning(
 
 
 def test_rewards_are_tried_from_the_command_line(
-    judge: RewardManager, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reward_manager: RewardManager, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"id": f"row {i}", "question": "1+1=", "answer": "2"} for i in range(2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -76,7 +76,7 @@ class Collector:
 
     Args:
         sampler: draws the training prompts.
-        generator, judge: the generation engine and the reward manager.
+        generator, reward_manager: the generation engine and the reward manager.
         sampling: sampling settings of the responses.
         text_of: returns the response text that rewards score.
         num_prompts: number of groups in a full batch.
@@ -89,7 +89,7 @@ class Collector:
         self,
         sampler: Sampler[Prompt],
         generator: Generator,
-        judge: RewardManager,
+        reward_manager: RewardManager,
         sampling: Sampling,
         text_of: Callable[[Completion], str],
         *,
@@ -100,7 +100,7 @@ class Collector:
     ) -> None:
         self._sampler = sampler
         self._generator = generator
-        self._judge = judge
+        self._reward_manager = reward_manager
         self._sampling = sampling
         self._text_of = text_of
         self._num_prompts = num_prompts
@@ -133,10 +133,10 @@ class Collector:
         self, prompts: Sequence[Prompt], purpose: str, stage: Stage
     ) -> tuple[Rollouts, list[RewardResult], RewardTime]:
         """Generate samples and return them with their results. Each sample is scored as soon as it completes."""
-        with self._judge.open() as scoring:
+        with self._reward_manager.open() as scoring:
 
             def submit(number: int, sample: int, completion: Completion) -> None:
-                domain, request = self._judge.request(prompts[number], self._text_of(completion))
+                domain, request = self._reward_manager.request(prompts[number], self._text_of(completion))
                 scoring.submit(number * self._sampling.num_samples + sample, domain, request)
 
             with stage("generate") as progress:
@@ -145,9 +145,9 @@ class Collector:
                 results = scoring.results(progress)
             return rollouts, results, scoring.time
 
-    def judge(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:
+    def score(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:
         """Score the rollouts; return one result per sample."""
-        return self._judge.score(rollouts, [self._text_of(c) for c in rollouts.completions], progress)
+        return self._reward_manager.score(rollouts, [self._text_of(c) for c in rollouts.completions], progress)
 
     def _batch(self, step: int, kept: list[_Group], dropped: list[_Group], rounds: int, time: RewardTime) -> Collected:
         num_missing = self._num_prompts - len(kept)
@@ -166,7 +166,7 @@ class Collector:
             "sampling/groups_dropped": float(len(dropped)),
             "sampling/groups_filled": float(num_missing),
             "sampling/tokens_dropped": float(sum(group.num_tokens for group in dropped[num_missing:])),
-            **count_by_domain(self._judge.domain_names, rejected, "groups_dropped"),
+            **count_by_domain(self._reward_manager.domain_names, rejected, "groups_dropped"),
         }
         return Collected(rollouts, tuple(result for group in used for result in group.results), metrics)
 
@@ -178,7 +178,9 @@ class Collector:
         prompts = [rollouts.prompts[samples[0]] for samples in found.values()]
         return [
             _Group(prompt, domain, tuple(rollouts.completions[i] for i in samples), tuple(results[i] for i in samples))
-            for prompt, domain, samples in zip(prompts, self._judge.domains(prompts), found.values(), strict=True)
+            for prompt, domain, samples in zip(
+                prompts, self._reward_manager.domains(prompts), found.values(), strict=True
+            )
         ]
 
     def _metrics(self, step: int, groups: Sequence[_Group], time: RewardTime) -> dict[str, float]:
@@ -198,7 +200,7 @@ class Collector:
             "reward/seconds": time.total_s,
             "reward/hidden_share": time.hidden_s / time.total_s if time.total_s else 1.0,
             **component_metrics(results),
-            **domain_metrics(self._judge.domain_names, domains, results, lengths),
+            **domain_metrics(self._reward_manager.domain_names, domains, results, lengths),
         }
 
 

@@ -39,13 +39,13 @@ class RewardAlarm:
         by_domain: dict[str, list[RewardResult]] = {}
         for domain, result in zip(domains, results, strict=True):
             by_domain.setdefault(domain, []).append(result)
-        for domain, judged in by_domain.items():
-            self._check_failures(step, domain, judged)
-            self._check_spread(step, domain, [result.score for result in judged if result.failed is None])
+        for domain, scored in by_domain.items():
+            self._check_failures(step, domain, scored)
+            self._check_spread(step, domain, [result.score for result in scored if result.failed is None])
 
-    def _check_failures(self, step: int, domain: str, judged: Sequence[RewardResult]) -> None:
-        reasons = Counter(result.failed for result in judged if result.failed is not None)
-        if reasons.total() <= FAILED_SHARE * len(judged):
+    def _check_failures(self, step: int, domain: str, scored: Sequence[RewardResult]) -> None:
+        reasons = Counter(result.failed for result in scored if result.failed is not None)
+        if reasons.total() <= FAILED_SHARE * len(scored):
             self._failing[domain] = 0
             return
         self._failing[domain] += 1
@@ -54,7 +54,7 @@ class RewardAlarm:
             logger.warning(
                 "step %d: rewards.%s: %d of %d samples failed and are not trained on, most often (%d times): %s; try "
                 "worker_cls on a row of the data by hand, and see timeout_s (and max_memory_mb) where it was ended",
-                *(step, domain, reasons.total(), len(judged), count, reason),
+                *(step, domain, reasons.total(), len(scored), count, reason),
             )
 
     def _check_spread(self, step: int, domain: str, scores: Sequence[float]) -> None:

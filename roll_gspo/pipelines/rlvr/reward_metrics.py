@@ -35,12 +35,12 @@ def domain_metrics(
     found: dict[str, float] = {}
     for name in names if len(names) > 1 else ():
         own = [index for index, domain in enumerate(domains) if domain == name]
-        judged = [results[index] for index in own]
-        failed = num_failed(judged)
+        scored = [results[index] for index in own]
+        failed = num_failed(scored)
         found[f"{family}/{name}/num_samples"] = float(len(own))
         found[f"{family}/{name}/failed"] = float(failed)
         if failed < len(own):
-            found[f"{family}/{name}/score_mean"] = score_mean(judged)
+            found[f"{family}/{name}/score_mean"] = score_mean(scored)
         if own:
             found[f"{family}/{name}/response_length_mean"] = sum(lengths[index] for index in own) / len(own)
     return found

@@ -154,7 +154,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             return batch
 
         with self.console.stage("validate") as progress:
-            batches = validation.judged(components.actor_infer, components.collector.judge, progress)
+            batches = validation.scored(components.actor_infer, components.collector.score, progress)
             self.components.samples.write_validation(step, (seen(batch) for batch in batches))
         return validation_metrics(summaries(answers, validation.config))
 

@@ -54,7 +54,7 @@ class Validation:
     sampling: Sampling
     domains: Callable[[Iterable[Prompt]], list[str]]
 
-    def judged(self, generator: Generator, judge: SampleScorer, progress: Progress) -> Iterator[ScoredBatch]:
+    def scored(self, generator: Generator, score: SampleScorer, progress: Progress) -> Iterator[ScoredBatch]:
         """Generate and score `batch_size` prompts at a time. The batch size does not change the samples."""
         size = self.config.batch_size or len(self.prompts)
         total = len(self.prompts) * self.sampling.num_samples
@@ -66,7 +66,7 @@ class Validation:
 
             prompts = self.prompts[first : first + size]
             rollouts = generator.generate(prompts, self.sampling, PURPOSE, report, first=first)
-            yield ScoredBatch(rollouts, tuple(judge(rollouts)), self.domains(rollouts.prompts), first)
+            yield ScoredBatch(rollouts, tuple(score(rollouts)), self.domains(rollouts.prompts), first)
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ def answers_of(batch: ScoredBatch, group_by: str) -> list[Answers]:
     answers = []
     for samples in found.values():
         completions = [batch.rollouts.completions[i] for i in samples]
-        judged = [batch.results[i] for i in samples if batch.results[i].failed is None]
+        scored = [batch.results[i] for i in samples if batch.results[i].failed is None]
         answers.append(
             Answers(
                 group=_label(batch.rollouts.prompts[samples[0]].row, group_by),
-                scores=tuple(result.score for result in judged),
-                answers=tuple(result.answer for result in judged),
-                num_failed=len(samples) - len(judged),
+                scores=tuple(result.score for result in scored),
+                answers=tuple(result.answer for result in scored),
+                num_failed=len(samples) - len(scored),
                 lengths=tuple(len(completion.token_ids) for completion in completions),
                 num_truncated=sum(completion.finish_reason == "length" for completion in completions),
             )
