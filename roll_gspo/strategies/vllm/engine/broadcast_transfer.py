@@ -39,6 +39,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     world_size: int
     first_rank: int
     timeout_s: float
+    secret: str
 
 
 @dataclass
