@@ -52,7 +52,7 @@ def test_printable_text_has_no_control_characters_and_can_be_encoded() -> None:
 
 def test_console_and_run_log_show_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # pytest-xdist cannot send a log with lone surrogates from its worker.
-    monkeypatch.setattr(logging.getLogger("roll_gspo"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     with Console("run", 1, tmp_path, stream=stream) as console, console.stage(f"rewards {EVIL}"):
         console.warning(f"reward failed: {EVIL}")

@@ -161,8 +161,9 @@ def test_compiling_ends_at_the_time_limit(sandbox):
     nested = "".join(f"{' ' * i}try:\n{' ' * i} pass\n{' ' * i}finally:\n" for i in range(40)) + " " * 40 + "pass\n"
     started = time.monotonic()
     with sandbox.start(nested, wall_s=0.3) as program:
-        assert "compiling" in program.problem or "MemoryError" in program.problem, "whichever limit is met first"
-        assert program.run("", wall_s=0.3).status == "lost"
+        # On a fast machine the limit of memory is met first, and the process survives.
+        assert "compiling" in program.problem or "MemoryError" in program.problem
+        assert program.run("", wall_s=0.3).status == ("lost" if "compiling" in program.problem else "finished")
     assert time.monotonic() - started < 30
 
 
