@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,8 @@ def converted(model: Path, layout: Layout, state: Path, target: Path) -> None:
 
 def whole_tensors(state: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a state with megatron's reader."""
+    import_module("roll_gspo.strategies.megatron.engine")  # makes megatron importable
     from megatron.core import dist_checkpointing
-
-    from roll_gspo.strategies.megatron.engine import MegatronTrain  # noqa: F401 - makes megatron importable
 
     loaded = dist_checkpointing.load_plain_tensors(str(state))
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
