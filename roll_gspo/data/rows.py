@@ -258,7 +258,7 @@ def _pop_answer(rest: dict[str, Any], columns: Columns, found: str) -> str | Pro
     """Remove and return the answer from the columns."""
     if columns.ground_truth is not None:
         if (answer := take(rest, columns.ground_truth)) is not None:
-            return as_text(answer)
+            return _answer_text(answer)
         detail = f"no answer: expected column {columns.ground_truth}, found {found}"
         return Problem("no answer", detail, "add the column, or set data_args.ground_truth to its name")
     own, worked, nested = ANSWER_COLUMNS
@@ -268,11 +268,17 @@ def _pop_answer(rest: dict[str, Any], columns: Columns, found: str) -> str | Pro
     if answer is None:
         answer = take(rest, nested)
     if answer is not None:
-        return as_text(answer)
+        return _answer_text(answer)
     if any(rest.get(name) is not None for name in ANSWER_SUBSTITUTES):
         return ""
     detail = f"no answer: expected column ground_truth or answer (empty if there is none), found {found}"
     return Problem("no answer", detail, "add ground_truth, or set data_args.ground_truth to the name of the column")
+
+
+def _answer_text(answer: Any) -> str:
+    """Return an answer as text. In verl's rows it is the `ground_truth` of an object such as `reward_model`."""
+    inner = answer.get("ground_truth") if isinstance(answer, dict) else None
+    return as_text(answer if inner is None else inner)
 
 
 def _final_answer(answer: Any) -> Any:

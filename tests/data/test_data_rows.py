@@ -281,6 +281,10 @@ def test_rows_of_verl_are_read(tmp_path):
     (row,) = read_rows([write(tmp_path, json.dumps(VERL))], KEY)
     assert (row.messages, row.ground_truth) == (tuple(VERL["prompt"]), "2")
     assert row.extra == {**{k: v for k, v in VERL.items() if k != "prompt"}, "source": "openai/gsm8k"}
+    (row,) = read_rows(
+        [write(tmp_path, json.dumps(VERL))], KEY, options=ReadOptions(Columns(ground_truth="reward_model"))
+    )
+    assert row.ground_truth == "2", "not the JSON text of the object"
 
 
 def test_dotted_names_are_paths_into_objects(tmp_path):
