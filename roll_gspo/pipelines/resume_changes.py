@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.flatten import flatten
 from roll_gspo.config.pipelines import config_class
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import SftConfig
@@ -71,7 +72,7 @@ def changes_since(checkpoint: Path, config: RunConfig) -> tuple[Change, ...]:
     try:
         before = _comparable(config_class(values).model_validate(values))
     except ValueError:  # an earlier version wrote it
-        before = dict(_flat(values))
+        before = dict(flatten(values))
         return tuple(_changes(before, {key: value for key, value in _comparable(config).items() if key in before}))
     return tuple(_changes(before, _comparable(config)))
 
@@ -95,7 +96,7 @@ def check_changes(changes: tuple[Change, ...], checkpoint: Path, config: RunConf
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """Return the keys of a valid configuration, and the numbers that several keys decide together."""
-    flat = dict(_flat(config.model_dump(mode="json")))
+    flat = dict(flatten(config.model_dump(mode="json")))
     if isinstance(config, ExperimentConfig | SftConfig):
         flat["mini-batch of actor_train"] = config.mini_batch_size
     if isinstance(config, ExperimentConfig) and config.needs_critic:
@@ -115,14 +116,6 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Ch
 def _is_part_of_new_block(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
     """Return whether a validation was added or removed as a whole, which leaves the training as it was."""
     return key.startswith("validation.") and "validation" in {*before, *after}
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""metrics.jsonl: one flat JSON object a step; the record that resuming and the report read.
+"""metrics.jsonl: one flat JSON object per step, read by a resume and by the report.
 
-JSON has no NaN or infinity, so a non-finite figure is written as `null`: every line is valid JSON for
-any reader, the name stays visible, and curves have a gap there. run.log tells which it was.
+JSON has no NaN or infinity, so a non-finite metric is written as `null`. Every line is valid JSON, and curves have a
+gap there. run.log names the original value.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class JsonlTracker:
-    """Append a line per step; on resuming, continue the file seamlessly.
+    """Append one line per step. A resumed run continues the file.
 
     Args:
-        path: of the file; its folder must exist.
-        first_step: lines of this step or later, left by a process that got further than its last
-            checkpoint, are dropped, and so is a line torn by a kill.
+        path: the file, in an existing folder.
+        first_step: lines of this step or later are dropped, and so is an incomplete last line. A killed process may
+            have logged steps after its last checkpoint.
     """
 
     def __init__(self, path: Path, first_step: int = 1) -> None:
@@ -31,7 +31,7 @@ class JsonlTracker:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line and hand it to the disk, so that it is there before a checkpoint of the step."""
+        """Write one line and sync it, so that it is on disk before a checkpoint of the step."""
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             figures = ", ".join(f"{name} = {metrics[name]}" for name in broken)
@@ -41,12 +41,12 @@ class JsonlTracker:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; calling it twice is harmless."""
+        """Close the file. Further calls do nothing."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of metrics.jsonl in file order; the file may be missing or its last line torn."""
+    """Return every complete line of metrics.jsonl in file order; an empty list if the file does not exist."""
     if not path.exists():
         return []
     rows = []
@@ -58,7 +58,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """One line of strict JSON; non-finite numbers at the top level become null."""
+    """Return one line of strict JSON; non-finite numbers at the top level become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
 

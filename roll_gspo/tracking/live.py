@@ -35,7 +35,7 @@ VALIDATION_METRICS = ("validation/score_mean", "validation/loss")
 
 @dataclass
 class Stage:
-    """Something that is going on; `total` 0 means that it does not say how far it is."""
+    """A running stage; `total` is 0 if it reports no progress."""
 
     name: str
     started: float
@@ -45,19 +45,19 @@ class Stage:
 
 @dataclass
 class RunView:
-    """Everything that is shown, kept by the console and drawn by the functions below.
+    """The displayed state of a run, updated by the console and drawn by the functions below.
 
     Attributes:
-        name, output, num_steps: of the run.
+        name, output, num_steps: name, folder and number of steps of the run.
         headline: the metric whose history is drawn.
-        steps_done: steps that are finished, those before a resume included.
-        stepping: false during start-up.
+        steps_done: finished steps, including those before a resume.
+        stepping: False during start-up.
         stages: open stages, innermost last.
-        metrics: of the last finished step.
+        metrics: metrics of the last finished step.
         history: the headline metric of every finished step.
         validation: (step, score) of the newest validation.
         durations: seconds of the latest steps of this process.
-        ended: how the run ended, empty while it goes on.
+        ended: how the run ended; empty while it continues.
     """
 
     name: str
@@ -81,7 +81,7 @@ class RunView:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds left at the pace of the latest steps; None before the first step."""
+        """Return the remaining seconds at the pace of the latest steps; None before the first step."""
         if not self.durations:
             return None
         latest = self.durations[-ETA_STEPS:]
@@ -89,7 +89,7 @@ class RunView:
 
 
 def duration(seconds: float) -> str:
-    """`8.2 s`, `3 min 05 s` or `2 h 07 min`."""
+    """Return e.g. `8.2 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = SPARKLINE_WIDTH) -> str:
-    """The course of `values` in at most `width` blocks, each a mean of neighbours; NaN is left out."""
+    """Return `values` as at most `width` blocks, each a mean of neighbours; NaN is ignored."""
     finite = [v for v in values if abs(v) < float("inf")]
     if len(finite) > width:
         edges = [round(i * len(finite) / width) for i in range(width + 1)]
@@ -110,7 +110,7 @@ def sparkline(values: Sequence[float], width: int = SPARKLINE_WIDTH) -> str:
 
 
 def step_line(view: RunView) -> str:
-    """One finished step on one line."""
+    """Return one finished step as a line."""
     parts = [f"step {view.steps_done}/{view.num_steps}"]
     shown = ((view.headline_label, view.headline, "{:.4f}"), *FIGURES)
     parts += [f"{label} {form.format(view.metrics[m])}" for label, m, form in shown if m in view.metrics]
@@ -133,7 +133,7 @@ def stage_line(view: RunView, stage: Stage, now: float) -> str:
 
 
 def panel(view: RunView, now: float) -> RenderableType:
-    """The live view of a terminal."""
+    """Return the live view of a terminal."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(no_wrap=True)

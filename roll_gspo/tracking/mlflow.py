@@ -6,13 +6,13 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus
 
+from roll_gspo.config.flatten import flatten
 from roll_gspo.tracking.base import RunInfo, Tracker
 from roll_gspo.tracking.samples import SAMPLE_COLUMNS, Sample
 
@@ -86,15 +86,6 @@ class MlflowTracker(Tracker):
         for start in range(0, len(params), MAX_PARAMS):
             self._client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         return run_id
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every value that is not a block."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def legal_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Python logging during a run: everything into run.log, what matters above the live panel."""
+"""Python logging during a run: all records into run.log, important ones also above the live panel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PrintableFormatter(logging.Formatter):
 
 
 class CallbackHandler(logging.Handler):
-    """Hand each formatted record to a function that prints it where it tears nothing."""
+    """Pass each formatted record to a function that prints it without breaking the live panel."""
 
     def __init__(self, show: Callable[[str, int], None]) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class CallbackHandler(logging.Handler):
 
 @contextmanager
 def run_logging(path: Path, show: Callable[[str, int], None]) -> Iterator[None]:
-    """Route records to the file `path` (appended) and to `show(text, level)`.
+    """Write records to the file `path` (appended) and pass them to `show(text, level)`.
 
-    The root logger's own plain stream handlers are set aside meanwhile: they would print each record a
-    second time, through the live panel.
+    Plain stream handlers of the root logger are removed meanwhile. They would print each record twice and break the
+    live panel.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
