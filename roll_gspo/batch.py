@@ -38,15 +38,18 @@ class Completion:
     Attributes:
         token_ids: the generated tokens, including the end-of-sequence token if it was sampled.
         log_probs: log-probability of each token under the sampling distribution.
-        finish_reason: `stop` (end-of-sequence or stop string) or `length`.
+        finish_reason: `stop` (end-of-sequence or stop string), `length`, or `partial` if the response is unfinished.
         routed_experts: [P + R - 1, L, K] int16, the experts chosen for each of the P prompt and R response tokens
             except the last, from which nothing was predicted. None if routing was not recorded.
+        version_runs: the weights that sampled the tokens, as (version, number of tokens) in the order of the tokens.
+            Empty if the engine does not record them.
     """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish_reason: str
     routed_experts: Tensor | None = None
+    version_runs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,70 @@ class GenerateStrategy(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A response to sample.
+
+    Attributes:
+        key: number of the request, unique among the outstanding requests of an engine.
+        prompt: the prompt's tokens.
+        sampling: sampling parameters; `num_samples` is ignored.
+        seed: seed of the response.
+        partial: tokens of the response that are known already; sampling continues after them. The random numbers of
+            the rest depend on the seed and on the number of known tokens.
+    """
+
+    key: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    partial: Completion | None = None
+
+
+class FinishedRequest(NamedTuple):
+    """The response of a request, including the tokens of `GenerationRequest.partial`."""
+
+    key: int
+    completion: Completion
+
+
+class StreamingStrategy(GenerateStrategy, Protocol):
+    """A generation engine that admits requests while others decode.
+
+    Weights may be replaced (`update_weights`, `receive`) while requests are outstanding. They continue with the new
+    weights, and `Completion.version_runs` records which version sampled which tokens.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """Number of requests that decode at the same time; further ones wait in the engine."""
+        ...
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests and return at once.
+
+        Raises:
+            DataError: a prompt is empty, too long, or contains an id outside the vocabulary; nothing was queued.
+            WeightTransferError: the engine has no complete weights.
+        """
+        ...
+
+    def advance(self, seconds: float) -> list[FinishedRequest]:
+        """Decode for about `seconds`, at least one token, and return the requests that ended.
+
+        Returns early if no request is outstanding.
+        """
+        ...
+
+    def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
+        """Remove requests and return what they have sampled; unknown keys are ignored."""
+        ...
+
+    def partials(self) -> list[FinishedRequest]:
+        """Return what every outstanding request has sampled; the requests continue."""
+        ...
+
+
 class WeightReceiver(Protocol):
     """An engine that receives its weights from a trainer in another process, by weight broadcast."""
 
