@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(
         ("errors", "printable", "registry", "declarations", "metrics", "batch", "rollout_files", "rendezvous"), 0
     ),
-    **dict.fromkeys(("config", "algorithms", "sandbox"), 1),
+    **dict.fromkeys(("config", "algorithms", "sandbox", "scheduling"), 1),
     **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
     "roles": 4,
@@ -35,6 +35,7 @@ ALLOWED = {  # stricter than their layer
     "algorithms": ("batch", "declarations", "metrics", "errors"),
     "compare": ("report", "printable", "errors"),
     "sandbox": ("errors",),
+    "scheduling": ("errors",),
 }
 ENGINES = {
     "megatron": "roll_gspo/strategies/megatron",

@@ -1,0 +1,1 @@
+"""Scheduling of rollouts: staleness bounds, assignment of requests to engines, and simulation. Pure Python."""
