@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from roll_gspo.config.algorithm import AlgorithmConfig
+from roll_gspo.config.asynchronous import AsyncConfig
 from roll_gspo.config.base import Problem
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.data import DataArgs
@@ -31,7 +32,7 @@ from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 CRITIC_RATE, BUILTIN_CRITIC_RATE = 1e-5, 1e-3
 
 
-class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
+class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
     """All keys of `pipeline: rlvr`."""
 
     actor_train: ActorTrainConfig
@@ -152,6 +153,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
         yield from self._broken_sampling_rules()
         yield from self._broken_model_rules()
         yield from self._broken_replay_rules()
+        yield from self._broken_async_rules()
         yield from self._broken_data_rules("actor_train", self.actor_train.data_args)
         if self.validation is not None:
             yield from self._broken_data_rules("validation", self.validation.data_args)
@@ -275,6 +277,24 @@ class ExperimentConfig(RunConfig, BatchConfig, AlgorithmConfig):
                 "R2 replays the experts of the pass that recomputes old log-probs, and enable_old_logprobs_recompute: "
                 "false skips that pass; set that switch to true, or mode: R3",
                 ("enable_old_logprobs_recompute",),
+            )
+
+    def _broken_async_rules(self) -> Iterator[Problem]:
+        if not self.updates_in_flight:
+            return
+        if self.execution == "local":
+            yield Problem(
+                "async_mode",
+                "in_flight changes the weights of an engine while it samples, but execution: local trains and samples "
+                "in turn; set execution: ray, or async_mode: one_step_off",
+                ("execution", "async_generation_ratio"),
+            )
+        if self.actor_train.router_replay.reads_rollout and self.partial_rollouts == "continue":
+            yield Problem(
+                "partial_rollouts",
+                "continue mixes the experts of several versions in one response, which cannot be replayed; set "
+                "partial_rollouts: restart, or router_replay=none",
+                ("actor_train.router_replay.mode", "actor_train.router_replay.record", "async_mode"),
             )
 
     def _broken_group_rules(self) -> Iterator[Problem]:

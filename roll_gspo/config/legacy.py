@@ -188,7 +188,6 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
         ("prompt_key", "query_key", "response_key", "system_key"),
         Later("other names of columns (rows hold messages, or prompt and response)", (None,)),
     ),
-    "async_generation_ratio": Later("asynchronous generation", (None, 0)),
     "is_num_return_sequences_expand": Later("request-level scheduling"),
     "generate_opt_level": Later("request-level scheduling", (None, 0, 1)),
     "user_defined_rollout_loop_cls": Later("rollout loops of your own", (None,)),

@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from roll_gspo.config.algorithm import AlgorithmConfig
+from roll_gspo.config.asynchronous import AsyncConfig
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.blocks import models_in
 from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_SUPPORTED_YET, reader_text
@@ -35,7 +36,12 @@ from roll_gspo.declarations import EXTENSIBLE
 from roll_gspo.errors import RollGspoError
 from roll_gspo.registry import did_you_mean
 
-FLAT: dict[str, type[BaseModel]] = {"run": RunConfig, "batch": BatchConfig, "algorithm": AlgorithmConfig}
+FLAT: dict[str, type[BaseModel]] = {
+    "run": RunConfig,
+    "batch": BatchConfig,
+    "async": AsyncConfig,
+    "algorithm": AlgorithmConfig,
+}
 NAMED_BY_USER = {"rewards": ".DOMAIN", "parts": ".NAME"}
 READ_FROM_TEXT = {  # keys whose validator accepts more than their type
     "device_mapping": "devices or null",

@@ -336,7 +336,6 @@ def test_values_left_open_are_all_named(tmp_path: Path) -> None:
     ("override", "key", "values"),
     [
         ("pipeline=agentic", "pipeline", ("agentic",)),
-        ("async_generation_ratio=1", "async_generation_ratio", ("1",)),
         ("actor_infer.generating_args.num_beams=4", "actor_infer.generating_args.num_beams", ("4",)),
         ("actor_train.model_args.lora_target=all-linear", "actor_train.model_args.lora_target", ("LoRA", "all-linear")),
         ("max_ckpt_to_keep=3", "max_ckpt_to_keep", ("checkpoint_config.max_ckpt_to_keep", "3")),
@@ -463,7 +462,7 @@ def test_flat_yaml_takes_a_group_option_with_a_plus() -> None:
 def test_flat_yaml_of_roll_that_asks_for_too_much_names_all_of_it() -> None:
     problems = problems_of("roll_example_refused", config_dir=HERE)
     assert [problem.key for problem in problems] == [
-        *("adv_estimator", "max_ckpt_to_keep", "pg_variant", "async_generation_ratio", "norm_mean_type"),
+        *("adv_estimator", "max_ckpt_to_keep", "pg_variant", "norm_mean_type"),
         *("norm_std_type", "tracker_kwargs.api_key", "token_level_loss", "train_infer_correction.is_weight"),
         *(
             "actor_train.worker_cls",
