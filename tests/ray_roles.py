@@ -8,19 +8,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from counting_engine import CountingEngine
 from torch import Tensor
 from torch import distributed as dist
 
-from roll_gspo.batch import Completion
 from roll_gspo.errors import ConfigError, TrainingError
-from roll_gspo.execution.base import Progress
-from roll_gspo.roles.replicas import Replica
-from roll_gspo.strategies.base import Sampling
+from roll_gspo.roles.replica import Replica
+from roll_gspo.strategies.base import FinishedRequest
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 
 
@@ -102,28 +101,25 @@ class Loner:
 DEADLY_VERSION = 13  # the first replica that receives it dies
 
 
-class Sampler:
-    """An engine whose samples show prompt, seed and weights; its process dies in the calls `dies_in`, each once.
+class Sampler(CountingEngine):
+    """An engine that receives weights and whose process dies in the calls `dies_in` of `advance`, each once.
 
     Args:
         folder: remembers, beyond a process, how many calls there were, and in which weights came.
-        dies_in: numbers of calls of `generate`, over all processes; a negative one kills in every call from there on.
+        dies_in: numbers of calls with outstanding requests, over all processes; a negative one kills in every call
+            from there on.
     """
 
     def __init__(self, folder: str, dies_in: tuple[int, ...] = ()) -> None:
-        self.folder, self.dies_in, self.version = Path(folder), dies_in, -1
+        super().__init__()
+        self.folder, self.dies_in = Path(folder), dies_in
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], progress: Progress
-    ) -> list[list[Completion]]:
-        number = self._next_number()
-        if number in self.dies_in or any(number >= -n for n in self.dies_in if n < 0):
-            os.kill(os.getpid(), signal.SIGKILL)
-        progress(len(prompts) * sampling.num_samples, len(prompts) * sampling.num_samples)
-        return [
-            [Completion((*prompt, seed + j, self.version), (0.0,) * (len(prompt) + 2), "stop") for j in range(2)]
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+    def advance(self, seconds: float) -> list[FinishedRequest]:
+        if self.outstanding:
+            number = self._next_number()
+            if number in self.dies_in or any(number >= -n for n in self.dies_in if n < 0):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().advance(seconds)
 
     def _next_number(self) -> int:
         """Return the number of this call; it is unique across processes."""
@@ -143,8 +139,6 @@ class Sampler:
         with self.receiver.receive(version) as weights:
             ((_, tensor),) = weights
         self.version = int(tensor)
-
-    def shutdown(self) -> None: ...
 
 
 class Trainer:
@@ -169,7 +163,7 @@ class Trainer:
 
 def replica(folder: str, dies_in: tuple[int, ...]) -> Replica:
     """Build a worker of `actor_infer`."""
-    return Replica(Sampler(folder, dies_in))  # pyright: ignore[reportArgumentType]
+    return Replica(Sampler(folder, dies_in))
 
 
 def refuse() -> Rank:

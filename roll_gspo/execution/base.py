@@ -139,6 +139,10 @@ class WorkerGroup(Protocol):
         """Call `submit` and wait for the result; a callable in `args` receives the progress meanwhile."""
         ...
 
+    def wait(self, pendings: Sequence[Pending], timeout_s: float) -> list[Pending]:
+        """Wait until at least one of this group's calls is done and return all that are; empty after `timeout_s`."""
+        ...
+
     def host(self, rank: int) -> str:
         """Return the IP address of the node of a rank."""
         ...

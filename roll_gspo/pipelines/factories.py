@@ -19,9 +19,11 @@ from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
-from roll_gspo.roles.replicas import Replica
+from roll_gspo.roles.replica import Replica
+from roll_gspo.roles.request_stream import LocalStream
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.strategies.base import GenerationSetup, TrainStrategy
+from roll_gspo.strategies.batch_streaming import streaming
 
 
 def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
@@ -87,7 +89,8 @@ def make_reference(config: ExperimentConfig, checkpoint: Path) -> Reference:
 
 def make_generator(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
     """Build `actor_infer` with its engine in this process."""
-    return Generator(_engine(config, checkpoint, receives_broadcast=False), pad_token_id, config.seed)
+    engine = _engine(config, checkpoint, receives_broadcast=False)
+    return Generator(engine, pad_token_id, config.seed, LocalStream(streaming(engine)))
 
 
 def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:

@@ -92,7 +92,7 @@ class ClusterPlacement:
         make = partial(make_replica, config, checkpoint)
         group = self._executor.start_group("actor_infer", make, devices, one_world=False)
         replicas = Replicas(group, config.max_worker_restarts)
-        generator = Generator(replicas, pad_token_id, config.seed)
+        generator = Generator(replicas, pad_token_id, config.seed, replicas.stream)
         transfer = config.weight_transfer
         weights = BroadcastSync(
             self._groups["actor_train"],

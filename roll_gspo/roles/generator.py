@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.roles.profiled import ProfiledRole, profiled
+from roll_gspo.roles.request_stream import RequestStream, StreamClient
 from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightSource
 
 
@@ -17,10 +19,14 @@ class Generator(ProfiledRole):
         strategy: generation engine.
         pad_token_id: fills `input_ids` after the last token; never attended to.
         seed: seed of the sampling.
+        stream: requests to the same engine; None if it only generates whole batches.
     """
 
-    def __init__(self, strategy: GenerateStrategy, pad_token_id: int, seed: int) -> None:
+    def __init__(
+        self, strategy: GenerateStrategy, pad_token_id: int, seed: int, stream: RequestStream | None = None
+    ) -> None:
         self._strategy = strategy
+        self._stream = stream
         self._pad_token_id = pad_token_id
         self._seed = seed
         self.weights_version = -1
@@ -49,14 +55,30 @@ class Generator(ProfiledRole):
         completions = self._strategy.generate([p.token_ids for p in prompts], sampling, seeds, progress, finished)
         return self.collate(prompts, completions)
 
+    def open_stream(self, urgent: bool = False) -> StreamClient:
+        """Return a new client of the engine's request stream. With `urgent`, its requests go before waiting ones."""
+        if self._stream is None:
+            raise RuntimeError("actor_infer: the engine was built without a request stream")
+        return self._stream.open(urgent)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Let the engine not compute in the block; see `RequestStream.paused`."""
+        return nullcontext() if self._stream is None else self._stream.paused()
+
+    def seeds(self, purpose: str, num_prompts: int, num_samples: int) -> list[range]:
+        """Return the seeds of the samples of each prompt, equal to those of `generate` with the same purpose."""
+        firsts = sample_seeds(self._seed, purpose, num_prompts, num_samples)
+        return [range(first, first + num_samples) for first in firsts]
+
     def collate(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Rollouts:
         """Return completions `[prompt][sample]` of the current weights as one rollout."""
         return Rollouts.collate(prompts, completions, self._pad_token_id, self.weights_version)
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """Replace the weights; later responses are sampled from them."""
-        self._strategy.update_weights(source, version)
-        self.weights_version = version
+        """Replace the weights; later tokens are sampled from them, also those of outstanding requests."""
+        with self.paused():
+            self._strategy.update_weights(source, version)
+            self.weights_version = version
 
     def close(self) -> None:
         """Free the engine."""

@@ -76,10 +76,17 @@ class BroadcastSync:
         replicas.restore_weights = self._restore
 
     def push(self, version: int) -> None:
-        """Transfer the current weights as `version`."""
+        """Transfer the current weights as `version`. No replica computes meanwhile; outstanding requests continue."""
+        with self._replicas.stream.paused():
+            self._push(version)
+
+    def _push(self, version: int) -> None:
+        # A loss found here costs nothing, and the other replicas keep their requests.
+        if self._replicas.revive():
+            self._address = None
         while True:
             try:
-                # A loss found here costs nothing. In a transfer the sender would wait for the lost replica.
+                # In a transfer the sender would wait for a lost replica.
                 self._replicas.group.call("ready")
                 if self._address is None:
                     self._connect()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -276,6 +276,7 @@ class FinishedRequest(NamedTuple):
     completion: Completion
 
 
+@runtime_checkable
 class StreamingStrategy(GenerateStrategy, Protocol):
     """A generation engine that admits requests while others decode.
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from counting_engine import token
 from ray_roles import DEADLY_VERSION, Trainer, replica
 
 from roll_gspo.batch import Completion
@@ -23,6 +24,8 @@ from roll_gspo.strategies.base import Sampling
 PROMPTS = [(10 * i, 10 * i + 1) for i in range(100)]
 SEEDS = [1000 + 2 * i for i in range(100)]
 SAMPLING = Sampling(num_samples=2, max_new_tokens=4)
+Version = int
+Sample = tuple[tuple[int, ...], Version]
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +63,31 @@ class Engines:
             checksum=True,
         )
 
-    def samples(self, seen: list[tuple[int, int]] | None = None) -> list[list[tuple[int, ...]]]:
+    def samples(self, seen: list[tuple[int, int]] | None = None) -> list[list[Sample]]:
         progress = None if seen is None else lambda done, total: seen.append((done, total))
         handed: list[tuple[int, int, Completion]] = []
         found = self.replicas.generate(PROMPTS, SAMPLING, SEEDS, progress, lambda *sample: handed.append(sample))
         one_by_one = [(p, j, completion) for p, group in enumerate(found) for j, completion in enumerate(group)]
         assert sorted(handed, key=lambda sample: sample[:2]) == one_by_one, "each once, whoever died meanwhile"
-        return [[completion.token_ids for completion in group] for group in found]
+        return [[sample_of(completion) for completion in group] for group in found]
 
     def processes(self) -> set[str]:
         """That were asked for samples."""
         return {file.read_text() for file in self.folder.iterdir()}
 
 
-def expected(version: int) -> list[list[tuple[int, ...]]]:
-    return [[(*p, seed, version), (*p, seed + 1, version)] for p, seed in zip(PROMPTS, SEEDS, strict=True)]
+def sample_of(completion: Completion) -> Sample:
+    """Return the tokens and the weights that sampled all of them."""
+    ((version, count),) = completion.version_runs
+    assert completion.log_probs == (-float(version),) * count and count == len(completion.token_ids)
+    return completion.token_ids, version
+
+
+def expected(version: int) -> list[list[Sample]]:
+    return [
+        [(tuple(token(p, seed + j, i) for i in range(4)), version) for j in range(2)]
+        for p, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
 
 
 @pytest.mark.long  # covered by the next test, which also loses replicas

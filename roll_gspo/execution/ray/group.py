@@ -9,10 +9,10 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import psutil
 import ray
@@ -82,6 +82,11 @@ class RayPending:
         self._errors: list[Exception] = []
         self._settled_at = 0.0
         self.progress = (0, 0)
+
+    @property
+    def open_refs(self) -> Iterable[Any]:
+        """Ray's references to the results that have not been taken."""
+        return self._open.keys()
 
     def done(self) -> bool:
         """Return whether `result` would not block; also check heartbeats and timeouts."""
@@ -195,6 +200,7 @@ class RayGroup:
         self._cluster = cluster
         self._members: list[_Member | None] = [None] * self.size
         self._why = ""
+        self._checked_at = 0.0
         self._start(range(self.size))
 
     def submit(self, method: str, *args: Any, rank: int | None = None) -> RayPending:
@@ -206,6 +212,18 @@ class RayGroup:
         """Start a call and wait for its result."""
         progress: Any = next((arg for arg in args if callable(arg)), None)
         return gather([self.submit(method, *args, rank=rank)], progress)[0]
+
+    def wait(self, pendings: Sequence[Pending], timeout_s: float) -> list[Pending]:
+        """Wait until at least one call is done and return all that are. Heartbeats are checked at intervals."""
+        calls = cast(Sequence[RayPending], pendings)
+        refs = [ref for call in calls for ref in call.open_refs]
+        if refs:
+            ray.wait(refs, timeout=timeout_s)
+        ready = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else set()
+        check = time.monotonic() - self._checked_at > _HEARTBEAT_INTERVAL_S
+        if check:
+            self._checked_at = time.monotonic()
+        return [c for c in calls if (check or not c.open_refs or not ready.isdisjoint(c.open_refs)) and c.done()]
 
     def host(self, rank: int) -> str:
         """Return the IP address of the node of a rank."""
