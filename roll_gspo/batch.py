@@ -51,6 +51,10 @@ class Completion:
     routed_experts: Tensor | None = None
     version_runs: tuple[tuple[int, int], ...] = ()
 
+    def runs(self, version: int) -> tuple[tuple[int, int], ...]:
+        """Return `version_runs`, or one run of `version` if the engine does not record them."""
+        return self.version_runs or ((version, len(self.token_ids)),)
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -161,7 +165,8 @@ class Rollouts:
         group_ids: [B] int64; samples of one prompt share a group.
         prompts: the prompt of each sample; length B, the samples of a group share one object.
         completions: the completion of each sample; length B.
-        weights_version: version of the weights that sampled the rollout.
+        versions: [B, T] int32, the version of the weights that sampled each token; anything where masked.
+        weights_version: the newest of these versions.
         routed_experts: [B, S, L, K] int16 of the generation engine, -1 where nothing was recorded; or None.
     """
 
@@ -170,6 +175,7 @@ class Rollouts:
     group_ids: Tensor
     prompts: tuple[Prompt, ...]
     completions: tuple[Completion, ...]
+    versions: Tensor
     weights_version: int
     routed_experts: Tensor | None = None
 
@@ -180,7 +186,10 @@ class Rollouts:
     def collate(
         prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], pad: int, weights_version: int
     ) -> Rollouts:
-        """Flatten `[prompt][sample]` completions into one batch; `group_ids` keep the groups."""
+        """Flatten `[prompt][sample]` completions into one batch; `group_ids` keep the groups.
+
+        `weights_version` sampled the completions whose engine does not record versions.
+        """
         flat = [c for group in completions for c in group]
         owners = [p for p, group in zip(prompts, completions, strict=True) for _ in group]
         group_ids = [g for g, group in enumerate(completions) for _ in group]
@@ -194,9 +203,26 @@ class Rollouts:
             experts = torch.full((*sequences.input_ids.shape, *routes[0].shape[1:]), -1, dtype=torch.int16)
             for row, route in enumerate(routes):
                 experts[row, : len(route)] = route
+        versions, newest = _versions(flat, weights_version, log_probs.shape)
         return Rollouts(
-            sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), weights_version, experts
+            *(sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), versions, newest), experts
         )
+
+
+def _versions(completions: Sequence[Completion], default: int, shape: torch.Size) -> tuple[Tensor, int]:
+    """Return the version [B, T] int32 of every token, and the newest one. Completions without runs have `default`."""
+    runs = [completion.runs(default) for completion in completions]
+    found = {version for of_sample in runs for version, _ in of_sample}
+    if len(found) == 1:
+        (version,) = found
+        return torch.tensor(version, dtype=torch.int32).expand(shape), version
+    versions = torch.full(shape, default, dtype=torch.int32)
+    for row, of_sample in enumerate(runs):
+        start = 0
+        for version, count in of_sample:
+            versions[row, start : start + count] = version
+            start += count
+    return versions, max(found, default=default)
 
 
 @dataclass(frozen=True)
@@ -217,6 +243,8 @@ class TrainBatch:
         policy_mask: [B, T] bool, the tokens of the loss mask that the policy loss sees; None if it sees all. The KL and
             entropy terms see all.
         length_quartiles: [B] int64, 0 to 3: the quartile of the rollout's response lengths; None if unknown.
+        lag_buckets: [B, T] int8, the bucket of each token's staleness (`algorithms.staleness`); None if no token is
+            stale.
     """
 
     sequences: Sequences
@@ -231,6 +259,7 @@ class TrainBatch:
     routed_experts: Tensor | None = None
     policy_mask: Tensor | None = None
     length_quartiles: Tensor | None = None
+    lag_buckets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Reduction = Literal["mean", "max", "min", "sum"]
+Reduction = Literal["mean", "max", "min", "sum", "ess"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Metric:
     """One metric of one micro-batch.
 
     Attributes:
-        value: scalar; for `mean` the *sum* of the averaged values, otherwise the value itself.
-        weight: scalar; for `mean` the number of summed values, otherwise 1.
+        value: scalar; for `mean` the *sum* of the averaged values, otherwise the value itself. For `ess` [2]: the sum
+            of the importance weights and the sum of their squares.
+        weight: scalar; for `mean` and `ess` the number of summed values, otherwise 1.
         reduction: how the values of several micro-batches, mini-batches or ranks combine.
     """
 
@@ -37,6 +38,15 @@ def mean_of(values: Tensor, mask: Tensor) -> Metric:
     return Metric(kept.detach().sum(), mask.sum())
 
 
+def ess_of(weights: Tensor, mask: Tensor) -> Metric:
+    """Return the effective sample size of importance weights over their number, `(sum w)^2 / (N sum w^2)`.
+
+    The parts of a batch merge to the value of the whole batch. `weights` count where `mask` of the same shape is true.
+    """
+    kept = torch.where(mask, weights, 0.0).detach()
+    return Metric(torch.stack([kept.sum(), kept.square().sum()]), mask.sum(), "ess")
+
+
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
     """Merge the metrics of several micro-batches by name.
 
@@ -53,7 +63,7 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 def _fold(a: Metric, b: Metric) -> Metric:
     if a.reduction != b.reduction:
         raise ValueError(f"a metric has two reductions: {a.reduction} and {b.reduction}")
-    if a.reduction in ("mean", "sum"):
+    if a.reduction in ("mean", "sum", "ess"):
         return Metric(a.value + b.value, a.weight + b.weight, a.reduction)
     fold = torch.maximum if a.reduction == "max" else torch.minimum
     return Metric(fold(a.value, b.value), a.weight, a.reduction)
@@ -63,6 +73,10 @@ def to_floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Convert to plain numbers for the trackers; a mean over no values is 0."""
     floats = {}
     for name, metric in metrics.items():
+        if metric.reduction == "ess":
+            total, squares = metric.value.tolist()
+            floats[name] = total**2 / (squares * float(metric.weight)) if squares else 0.0
+            continue
         value = float(metric.value)
         if metric.reduction == "mean":
             weight = float(metric.weight)

@@ -17,7 +17,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 Sample = dict[str, Any]
-"""A row by column name. `components` is a dictionary; `updated_log_probs` is added to traced samples."""
+"""A row by column name. `components` is a dictionary; `updated_log_probs` is added to traced samples.
+
+Files of earlier versions lack `version_runs` and `staleness`.
+"""
 
 SCHEMA = pa.schema(
     {
@@ -44,6 +47,8 @@ SCHEMA = pa.schema(
         "rollout_log_probs": pa.list_(pa.float32()),
         "old_log_probs": pa.list_(pa.float32()),
         "advantages": pa.list_(pa.float32()),
+        "version_runs": pa.list_(pa.struct({"version": pa.int32(), "tokens": pa.int32()})),
+        "staleness": pa.int32(),
     }
 )
 UPDATED_SCHEMA = pa.schema({"sample": pa.int32(), "log_probs": pa.list_(pa.float32())})
@@ -121,15 +126,20 @@ def read_samples(path: Path, max_bytes: int | None = None, with_text_only: bool 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
     """Return columns of all samples, in the order of the file. Columns of a value per sample are small.
 
+    A column that the file lacks is full of None.
+
     Raises:
         OSError, pyarrow.ArrowException: the file cannot be read, or is no Parquet file.
     """
     with parquet.ParquetFile(path) as file:
-        return file.read(list(names), use_threads=False).to_pydict()
+        known = [name for name in names if name in file.schema_arrow.names]
+        columns = file.read(known, use_threads=False).to_pydict()
+        return {name: columns.get(name, [None] * file.metadata.num_rows) for name in names}
 
 
 def _has_text(group: Any) -> bool:
-    statistics = group.column(SCHEMA.names.index("response")).statistics
+    columns = (group.column(index) for index in range(group.num_columns))
+    statistics = next(column.statistics for column in columns if column.path_in_schema == "response")
     return statistics is None or statistics.null_count < group.num_rows
 
 

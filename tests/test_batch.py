@@ -65,6 +65,18 @@ def test_rollouts_keep_groups_prompts_and_log_probs_together() -> None:
     assert [p.text for p in rollouts.prompts] == ["a", "a", "b"]
     assert rollouts.rollout_log_probs.tolist() == [[-0.5, 0.0], [-1.0, -2.0], [-0.25, 0.0]]
     assert rollouts.weights_version == 3 and len(rollouts) == 3
+    assert rollouts.versions.tolist() == [[3, 3]] * 3
+
+
+def test_rollouts_know_the_version_of_every_token() -> None:
+    runs = Completion((7, 8, 9), (-0.5,) * 3, "stop", version_runs=((4, 2), (6, 1)))
+    plain = Completion((5,), (-1.0,), "stop")
+    rollouts = Rollouts.collate([Prompt((1,), "a", {})], [[runs, plain]], PAD, weights_version=5)
+    assert rollouts.versions[0].tolist() == [4, 4, 6] and rollouts.versions[1, 0] == 5
+    assert rollouts.versions.dtype == torch.int32 and rollouts.weights_version == 6
+    old = Completion((7,), (-0.5,), "stop", version_runs=((2, 1),))
+    recorded = Rollouts.collate([Prompt((1,), "a", {})], [[old]], PAD, weights_version=5)
+    assert recorded.weights_version == 2, "what the engine records counts, not the current version"
 
 
 def train_batch(with_reference: bool) -> TrainBatch:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from roll_gspo.metrics import Metric, mean_of, merge, to_floats
+from roll_gspo.metrics import Metric, ess_of, mean_of, merge, to_floats
 
 
 def metric(value: float, weight: float = 1.0, reduction: str = "mean") -> Metric:
@@ -23,6 +23,12 @@ def test_max_min_and_sum_are_merged_by_their_reduction() -> None:
         {"max": metric(3, reduction="max"), "min": metric(3, reduction="min"), "sum": metric(3, reduction="sum")},
     ]
     assert to_floats(merge(parts)) == {"max": 3.0, "min": 1.0, "sum": 4.0}
+
+
+def test_effective_sample_size_of_parts_is_that_of_the_whole() -> None:
+    weights, mask = torch.tensor([1.0, 3.0, 0.5, 2.0, math.nan]), torch.tensor([True, True, True, True, False])
+    parts = [{"a": ess_of(weights[rows], mask[rows])} for rows in torch.arange(5).split(2)]
+    assert to_floats(merge(parts))["a"] == pytest.approx(6.5**2 / (1 + 9 + 0.25 + 4) / 4)
 
 
 def test_mean_over_no_values_is_zero() -> None:

@@ -105,8 +105,8 @@ def correction_weights(
     The weights do not enter the denominators of the loss, so that it does not depend on the split into micro-batches.
 
     Returns:
-        The weights, and `correction/weight_mean` and `correction/bounded_fraction` (weights that the bounds
-        changed), both means over valid tokens.
+        The weights, and metrics over valid tokens: `correction/weight_mean`, `correction/bounded_fraction` (weights
+        that the bounds changed), and `correction/raw_weight_mean` and `_max` of the weights before the bounds.
     """
     difference = masked_difference(old_log_probs, rollout_log_probs, response_mask)
     exponents = CORRECTION_LEVELS[settings.level](difference, response_mask.sum(-1, keepdim=True))
@@ -114,7 +114,10 @@ def correction_weights(
     bounded = CORRECTION_MODES[settings.mode](plain, settings)
     changed = (bounded != plain).to(plain.dtype).expand_as(difference)
     weights = torch.where(response_mask, bounded, 1.0)
+    raw = torch.where(response_mask, plain, 0.0)
     return weights, {
+        "correction/raw_weight_mean": mean_of(raw, response_mask),
+        "correction/raw_weight_max": Metric(raw.amax(), raw.new_ones(()), "max"),
         "correction/weight_mean": mean_of(weights, response_mask),
         "correction/bounded_fraction": mean_of(changed, response_mask),
     }

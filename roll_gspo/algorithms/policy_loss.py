@@ -11,6 +11,7 @@ from roll_gspo.algorithms.kl import MAX_K3, kl_estimate
 from roll_gspo.algorithms.masking import count_true, masked_difference, raised, zero_masked
 from roll_gspo.algorithms.objective import PolicyLossSettings, Terms, dual_clip
 from roll_gspo.algorithms.ratio import clamped_log_ratio
+from roll_gspo.algorithms.staleness import ratio_metrics_by_lag
 from roll_gspo.batch import TrainBatch
 from roll_gspo.declarations import POLICY_LOSSES, RATIOS
 from roll_gspo.metrics import Metric
@@ -103,6 +104,10 @@ def _token_loss(
     metrics |= _clip_metrics(clipped, dual_clipped, terms, declared.needs_clip_range)
     if batch.length_quartiles is not None:
         metrics |= _clip_metrics_by_length(clipped, lengths, batch.length_quartiles)
+    if batch.lag_buckets is not None:
+        clips_ratio = declared.needs_clip_range and not declared.own_ratio and not settings.pg_clip_length_scaling
+        clip_range = settings.clip_range if clips_ratio else None
+        metrics |= ratio_metrics_by_lag(terms.ratio.detach(), clipped, mask, batch.lag_buckets, clip_range)
     if settings.off_policy_mask_threshold is not None:
         kept, mask_metrics = _off_policy_mask(log_probs, batch, lengths, settings.off_policy_mask_threshold)
         token_loss = torch.where(kept, token_loss, 0.0)

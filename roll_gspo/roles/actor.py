@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from roll_gspo.algorithms.aggregate import Denominators
-from roll_gspo.algorithms.correction import mismatch_metrics
 from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.algorithms.policy_loss import policy_loss
+from roll_gspo.algorithms.staleness import engine_metrics
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
@@ -31,9 +31,9 @@ class Actor(TrainedPolicy):
         num_epochs: passes over a rollout.
         max_consecutive_skipped_steps: number of consecutive non-finite optimizer steps after which training stops.
         seed: seed of the order in which samples form mini-batches.
-        measure_mismatch: report `mismatch/*` against the generation engine from the first mini-batch of each update.
-            Its policy is still the one that sampled, so no extra pass is needed. Off if old log-probs are recomputed,
-            because that measures the whole rollout.
+        measure_mismatch: report `mismatch/*` and `staleness/*` against the generation engine from the first mini-batch
+            of each update. Its policy is still the one before the update, so no extra pass is needed. Off if old
+            log-probs are recomputed, because that measures the whole rollout.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Actor(TrainedPolicy):
                 *(scores.log_probs, scores.entropy, micro_batch, denominators, self._loss_settings, policy_denominators)
             )
             if measure_mismatch:
-                mask = micro_batch.response_mask
-                metrics |= mismatch_metrics(scores.log_probs.detach(), micro_batch.rollout_log_probs, mask)
+                policies = scores.log_probs.detach(), micro_batch.rollout_log_probs
+                metrics |= engine_metrics(*policies, micro_batch.response_mask, micro_batch.lag_buckets, "sequence")
             return share, metrics
 
         wants_entropy = self._loss_settings.entropy_loss_coef != 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from roll_gspo.tracking.staleness_names import STALENESS_METRICS, STALENESS_PATTERNS
+
 
 class MetricInfo(NamedTuple):
     """Description of a metric.
@@ -117,6 +119,8 @@ METRICS: dict[str, MetricInfo] = {
             "fraction",
             _TOKENS,
         ),
+        "correction/raw_weight_mean": ("Weight of `train_infer_correction` before its bounds.", "1", _TOKENS),
+        "correction/raw_weight_max": ("Largest such weight.", "1", "max over response tokens"),
         "critic/loss": ("Value loss.", "loss", _UPDATES),
         "critic/value_mean": ("Value that the critic predicts during its updates.", "reward", _TOKENS),
         "critic/return_mean": ("Return that the critic learns to predict.", "reward", _TOKENS),
@@ -142,7 +146,8 @@ METRICS: dict[str, MetricInfo] = {
             _STEP,
         ),
         "mismatch/log_prob_diff_mean": (
-            "|log-probability of the trainer - of the generation engine|, same weights.",
+            "|log-probability of the trainer - of the generation engine|, same weights. Only tokens with lag 0 count in "
+            "`mismatch/*`.",
             "nats",
             _TOKENS,
         ),
@@ -157,6 +162,7 @@ METRICS: dict[str, MetricInfo] = {
             "fraction",
             _STEP,
         ),
+        **STALENESS_METRICS,
         "routing/rollout_mismatch": (
             "Activated experts of the trainer that the generation engine did not choose for the same token, same "
             "weights.",
@@ -241,7 +247,7 @@ METRICS: dict[str, MetricInfo] = {
             _SAMPLES,
         ),
         "rollout/tokens_per_s": ("Response tokens per second of `time/generate`.", "tokens/s", _STEP),
-        "rollout/weights_version": ("Version of the weights that sampled the rollout.", "version", _STEP),
+        "rollout/weights_version": ("Newest version of the weights that sampled the rollout.", "version", _STEP),
         "sampling/rounds": ("Generations until the batch was full (`query_filter_config`).", "generations", _STEP),
         "sampling/prompts": ("Prompts used up for the batch.", "prompts", _SUM),
         "sampling/groups_dropped": ("Groups that `query_filter_config` rejected.", "groups", _SUM),
@@ -307,7 +313,7 @@ METRICS: dict[str, MetricInfo] = {
 
 # Names with a part that the run or the data decide, in angle brackets: the domains where `rewards` has several (of all
 # samples generated, before dynamic sampling drops groups), the components of which a reward makes its score, and in
-# validation the group: a value of `validation.group_by`, or `all`.
+# validation the group: a value of `validation.group_by`, or `all`. Lags of stale samples are 0, 1, 2, 3_4 and 5_up.
 METRIC_PATTERNS: dict[str, MetricInfo] = {
     name: MetricInfo(*info)
     for name, info in {
@@ -327,6 +333,7 @@ METRIC_PATTERNS: dict[str, MetricInfo] = {
         "validation/<group>/avg@<n>_high": ("Upper end of its 95 % confidence interval.", "score", _PROMPTS),
         "validation/<group>/pass@<k>": ("Chance that one of k samples is correct.", "fraction", _PROMPTS),
         "validation/<group>/maj@<k>": ("Score of the answer that most of k samples give.", "score", _PROMPTS),
+        **STALENESS_PATTERNS,
     }.items()
 }
 
@@ -337,8 +344,8 @@ def metric_info(name: str) -> MetricInfo | None:
         return METRICS[name]
     for pattern, info in METRIC_PATTERNS.items():
         parts = re.split(r"<(\w+)>", pattern)
-        values = {"n": r"\d+", "k": r"\d+"}
-        regex = "".join(values.get(part, ".+") if i % 2 else re.escape(part) for i, part in enumerate(parts))
+        values = {"n": r"\d+", "k": r"\d+", "lag": "0|1|2|3_4|5_up"}
+        regex = "".join(f"({values.get(part, '.+')})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
         if re.fullmatch(regex, name):
             return info
     return None
@@ -364,10 +371,18 @@ def metrics_page() -> str:
             family = name.partition("/")[0]
             lines += ["", f"## {family}", "", "| name | meaning | unit | reduction |", "|---|---|---|---|"]
         lines.append(f"| `{name}` | {info.meaning.replace('|', chr(92) + '|')} | {info.unit} | {info.reduction} |")
-    lines += ["", "## By domain, component and group", "", "| name | meaning | unit | reduction |", "|---|---|---|---|"]
     lines += [
-        f"| `{name}` | {info.meaning} | {info.unit} | {info.reduction} |" for name, info in METRIC_PATTERNS.items()
+        "",
+        "## By domain, component, group and lag",
+        "",
+        "| name | meaning | unit | reduction |",
+        "|---|---|---|---|",
     ]
+    lines += [
+        f"| `{name}` | {info.meaning.replace('|', chr(92) + '|')} | {info.unit} | {info.reduction} |"
+        for name, info in METRIC_PATTERNS.items()
+    ]
+    lines += ["", "`<lag>` is 0, 1, 2, 3_4 (3 and 4) or 5_up (5 and more)."]
     return "\n".join(lines) + "\n"
 
 

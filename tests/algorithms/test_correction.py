@@ -86,6 +86,8 @@ def test_correction_hand_computed(level, plain, mode):
     flat, before = (list(chain.from_iterable(table)) for table in (expected, ratios))
     figures = to_floats(metrics)
     assert figures["correction/weight_mean"] == pytest.approx(sum(flat) / 5)
+    assert figures["correction/raw_weight_mean"] == pytest.approx(sum(before) / 5)
+    assert figures["correction/raw_weight_max"] == pytest.approx(max(before))
     assert figures["correction/bounded_fraction"] == pytest.approx(
         sum(not math.isclose(a, b) for a, b in zip(flat, before, strict=True)) / 5
     )
@@ -133,4 +135,5 @@ def test_correction_is_a_constant_and_stays_finite(level, mode):
 def test_correction_of_equal_log_probs_is_one(level, mode):
     weights, metrics = correction_weights(ROLLOUT, ROLLOUT, MASK, CorrectionSettings(level, mode, 0.9, 1.1))
     assert torch.equal(weights, torch.ones(3, 3))
-    assert to_floats(metrics) == {"correction/weight_mean": 1.0, "correction/bounded_fraction": 0.0}
+    ones = dict.fromkeys(("weight_mean", "raw_weight_mean", "raw_weight_max"), 1.0)
+    assert to_floats(metrics) == {f"correction/{name}": x for name, x in (ones | {"bounded_fraction": 0.0}).items()}

@@ -12,7 +12,14 @@ from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
 from roll_gspo.batch import Completion, Prompt, Rollouts, TrainBatch
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.pipelines.rlvr.collect import Collected
-from roll_gspo.pipelines.rlvr.experience import ExperienceSettings, TokenScoring, mismatch, rollout_metrics, train_batch
+from roll_gspo.pipelines.rlvr.experience import (
+    ExperienceSettings,
+    TokenScoring,
+    mismatch,
+    rollout_metrics,
+    staleness,
+    train_batch,
+)
 from roll_gspo.pipelines.rlvr.state import RlvrState
 from roll_gspo.rewards.base import RewardResult
 
@@ -192,6 +199,35 @@ def test_length_quartiles_are_those_of_the_rollout_and_stay_with_their_samples()
     assert batch.length_quartiles is not None and batch.length_quartiles.tolist() == [2, 0, 3, 0]
     part = batch.rows(torch.tensor([2, 1]))
     assert part.length_quartiles is not None and part.length_quartiles.tolist() == [3, 0]
+
+
+def stale_rollouts() -> Rollouts:
+    """Return samples of weights 4, except that weights 1 began the longest."""
+    whole = rollouts()
+    longest = replace(whole.completions[2], version_runs=((1, 2), (4, 1)))
+    first, second = whole.completions[:2], (longest, whole.completions[3])
+    return Rollouts.collate(PROMPTS, [first, second], pad=0, weights_version=4)
+
+
+def test_staleness_of_each_token_is_counted_and_stays_with_its_sample() -> None:
+    rolled = stale_rollouts()
+    buckets, metrics = staleness(rolled, version=4)
+    assert buckets is not None and metrics["staleness/max"] == 3 and metrics["staleness/share_3"] == 2 / 7
+    assert metrics["staleness/mean"] == 6 / 7 and metrics["staleness/sample_max_mean"] == 3 / 4
+    batch, _ = train_batch(collected(1.0, 0.0, 3.0, 1.0), scoring(lag_buckets=buckets), GRPO, state())
+    part = batch.rows(torch.tensor([2, 1]))
+    assert part.lag_buckets is not None and part.lag_buckets[0].tolist() == [3, 3, 0]
+    found = mismatch(rolled, rolled.rollout_log_probs + 0.1, buckets)
+    assert found["staleness/log_prob_diff_mean_lag_3_4"] == pytest.approx(0.1)
+    assert found["mismatch/ess"] == pytest.approx(found["staleness/ess_lag_0"])
+
+
+def test_synchronous_rollout_has_no_metrics_of_staleness() -> None:
+    assert staleness(rollouts(), version=4) == (None, {})
+    assert not [name for name in mismatch(rollouts(), rollouts().rollout_log_probs) if "staleness" in name]
+    _, metrics = staleness(rollouts(), version=4, max_lag=2)
+    shares = [metrics[f"staleness/share_{lag}"] for lag in range(3)]
+    assert shares == [1.0, 0.0, 0.0], "a run that allows staleness always logs the same names"
 
 
 def with_failures(*scores: float | None) -> Collected:

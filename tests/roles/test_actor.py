@@ -13,6 +13,7 @@ from tiny_models import write_model
 
 from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.algorithms.sample_weighting import length_quartiles
+from roll_gspo.algorithms.staleness import lag_buckets
 from roll_gspo.batch import TrainBatch
 from roll_gspo.errors import TrainingError
 from roll_gspo.roles.actor import Actor
@@ -65,10 +66,12 @@ def rollout(actor: Actor) -> TrainBatch:
 
 
 def with_policy_mask(batch: TrainBatch) -> TrainBatch:
-    """The batch with a third of its tokens hidden from the policy loss."""
+    """The batch with a third of its tokens hidden from the policy loss, and with stale tokens."""
     hidden = torch.rand(batch.response_mask.shape, generator=torch.Generator().manual_seed(2)) < 1 / 3
     quartiles = length_quartiles(batch.response_mask.sum(-1))
-    return replace(batch, policy_mask=batch.response_mask & ~hidden, length_quartiles=quartiles)
+    buckets = lag_buckets(torch.arange(batch.response_mask.numel()).reshape(batch.response_mask.shape) % 3)
+    seen = batch.response_mask & ~hidden
+    return replace(batch, policy_mask=seen, length_quartiles=quartiles, lag_buckets=buckets)
 
 
 def nothing(done: int, total: int) -> None:
@@ -92,8 +95,11 @@ def test_update_makes_every_optimizer_step_and_reports_means_over_them(checkpoin
 def test_masks_of_the_policy_loss_do_not_depend_on_the_micro_batches(checkpoint: Path) -> None:
     metrics = []
     for size in (1, 3):
-        actor = actor_of(hf(checkpoint), micro_batching=MicroBatching(size), num_epochs=1)  # type: ignore[arg-type]
+        sizes = {"micro_batching": MicroBatching(size), "num_epochs": 1, "measure_mismatch": True}
+        actor = actor_of(hf(checkpoint), **sizes)  # type: ignore[arg-type]
         metrics.append(actor.update(with_policy_mask(rollout(actor)), 1, nothing))
+    lags = {f"{name}_lag_{lag}" for name in ("actor/ratio_max", "staleness/ess", "staleness/kl") for lag in range(3)}
+    assert lags < set(metrics[0]) == set(metrics[1])
     for name, value in metrics[0].items():
         assert metrics[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     unmasked = actor_of(hf(checkpoint), num_epochs=1)

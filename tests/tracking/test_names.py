@@ -16,7 +16,7 @@ def test_metrics_names_are_family_and_quantity() -> None:
     for name in METRICS:
         assert re.fullmatch(r"[a-z]+/[a-z_0-9]+", name), name
     for name in METRIC_PATTERNS:
-        assert re.fullmatch(r"[a-z]+(/([a-z_]+@)?([a-z_]+|<[a-z]+>(_[a-z]+)?))+", name), name
+        assert re.fullmatch(r"[a-z]+(/([a-z_]+@)?([a-z_]+|([a-z_]+_)?<[a-z]+>(_[a-z]+)?))+", name), name
     for name, info in (METRICS | METRIC_PATTERNS).items():
         assert info.meaning.endswith("."), name
         assert info.unit and info.reduction, name

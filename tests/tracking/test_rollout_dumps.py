@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from roll_gspo.batch import Completion, Prompt, Rollouts, TrainBatch
 from roll_gspo.errors import TrainingError
 from roll_gspo.pipelines.rlvr.sample_records import rows_with_text, sample_batch, token_lists_of
 from roll_gspo.rewards.base import RewardResult
-from roll_gspo.rollout_files import SCHEMA, UPDATED_FOLDER, read_columns, read_samples, rollout_files
+from roll_gspo.rollout_files import SCHEMA, UPDATED_FOLDER, StepFile, read_columns, read_samples, rollout_files
 from roll_gspo.tracking.rollouts import RolloutWriter, SampleBatch, TokenLists
 from roll_gspo.tracking.token_texts import TokenTexts
 
@@ -31,6 +32,7 @@ def rollouts() -> Rollouts:
     completions = [
         Completion(tuple(range(i + 1)), tuple(-0.123456789 * (k + 1) for k in range(i + 1)), "stop") for i in range(6)
     ]
+    completions[4] = replace(completions[4], version_runs=((9, 2), (11, 3)))
     return Rollouts.collate(prompts, [completions[:2], completions[2:4], completions[4:]], 0, 11)
 
 
@@ -42,7 +44,10 @@ def batch_of(with_text: list[int], trained: bool = True, first: int = 0) -> Samp
     batch = TrainBatch(whole.sequences, torch.arange(6), advantages, values, values)
     results = [RewardResult(i / 2, None, "2", {"correct": 1.0}) for i in range(5)] + [RewardResult(0.0, "it hung")]
     return sample_batch(
-        *(whole, ["maths"] * 6, results, TokenTexts(decode), with_text), batch if trained else None, first=first
+        *(whole, ["maths"] * 6, results, TokenTexts(decode), with_text),
+        batch if trained else None,
+        first=first,
+        version=12 if trained else None,
     )
 
 
@@ -61,7 +66,10 @@ def test_every_sample_has_ids_and_values_and_some_have_texts(tmp_path: Path) -> 
     assert fifth["ground_truth"] == "half a character \\ud83d" and fifth["prompt"] == "cd"
     assert fifth["response_tokens"] == list("abcde") and fifth["response_token_ids"] == [0, 1, 2, 3, 4]
     assert fifth["prompt_token_ids"] == [2, 3] and fifth["response_length"] == 5
-    assert fifth["components"] == {"correct": 1.0} and (fifth["score"], fifth["weights_version"]) == (2.0, 11)
+    assert fifth["components"] == {"correct": 1.0} and (fifth["score"], fifth["weights_version"]) == (2.0, 9)
+    assert fifth["version_runs"] == [{"version": 9, "tokens": 2}, {"version": 11, "tokens": 3}]
+    assert [s["weights_version"] for s in read.samples] == [11, 11, 11, 11, 9, 11]
+    assert [s["staleness"] for s in read.samples] == [1, 1, 1, 1, 3, 1]
     assert fifth["advantage"] == pytest.approx(1 - 0.123456789 * 3)
     assert fifth["rollout_log_probs"] == pytest.approx([-0.123456789 * k for k in range(1, 6)], rel=1e-6)
     failed = read.samples[5]
@@ -93,7 +101,20 @@ def test_samples_without_a_training_batch_have_no_advantages(tmp_path: Path) -> 
     writer.flush()
     samples = read_samples(tmp_path / "validation/step_000000.parquet").samples
     assert [s["sample"] for s in samples] == list(range(12))
-    assert {(s["advantage"], s["old_log_probs"]) for s in samples} == {(None, None)}
+    assert {(s["advantage"], s["old_log_probs"], s["staleness"]) for s in samples} == {(None, None, None)}
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Before staleness was recorded, `advantages` was the last column."""
+    earlier = pa.schema([SCHEMA.field(name) for name in SCHEMA.names[: SCHEMA.names.index("advantages") + 1]])
+    rows = [{"sample": 0, "response": "a", "weights_version": 3, "components": []}, {"sample": 1, "weights_version": 3}]
+    path = tmp_path / "rollouts/step_000001.parquet"
+    file = StepFile(path, earlier)
+    file.add(pa.RecordBatch.from_pylist(rows, schema=earlier), row_group_size=1)
+    file.complete()
+    (sample,) = read_samples(path, with_text_only=True).samples
+    assert (sample["response"], sample["weights_version"]) == ("a", 3) and "staleness" not in sample
+    assert read_columns(path, ["sample", "staleness"]) == {"sample": [0, 1], "staleness": [None, None]}
 
 
 def test_float_values_keep_six_digits() -> None:

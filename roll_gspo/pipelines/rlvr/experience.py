@@ -10,7 +10,6 @@ from torch import Tensor
 
 from roll_gspo.algorithms.advantage import Estimated, advantages
 from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, RewardParts
-from roll_gspo.algorithms.correction import mismatch_metrics
 from roll_gspo.algorithms.routing import expert_difference
 from roll_gspo.algorithms.sample_weighting import (
     SampleMaskSettings,
@@ -21,6 +20,7 @@ from roll_gspo.algorithms.sample_weighting import (
     sample_weights,
     top_entropy_tokens,
 )
+from roll_gspo.algorithms.staleness import engine_metrics, lag_buckets, lag_metrics
 from roll_gspo.algorithms.value_loss import explained_variance
 from roll_gspo.batch import Prompt, Rollouts, TrainBatch
 from roll_gspo.metrics import mean_of, to_floats
@@ -64,6 +64,7 @@ class TokenScoring:
         values: predictions [B, T] of the critic, or None.
         routed_experts: experts [B, S, L, K] for replay or comparison, or None.
         entropy: entropies [B, T] of the old policy, or None if its log-probs are those of the generation engine.
+        lag_buckets: bucket [B, T] int8 of the staleness of each token, or None if no token is stale.
     """
 
     old_log_probs: Tensor
@@ -71,6 +72,7 @@ class TokenScoring:
     values: Tensor | None = None
     routed_experts: Tensor | None = None
     entropy: Tensor | None = None
+    lag_buckets: Tensor | None = None
 
 
 def train_batch(
@@ -121,6 +123,7 @@ def train_batch(
         routed_experts=scoring.routed_experts,
         policy_mask=policy_mask,
         length_quartiles=length_quartiles(loss_mask.sum(-1)),
+        lag_buckets=scoring.lag_buckets,
     )
     return batch, metrics
 
@@ -225,9 +228,36 @@ def difficulties(prompts: Sequence[Prompt]) -> Tensor:
     return torch.tensor([float(prompt.row["difficulty"]) for prompt in prompts])
 
 
-def mismatch(rollouts: Rollouts, old_log_probs: Tensor) -> dict[str, float]:
-    """Return the mismatch of log-probs between trainer and generation engine on the same tokens and weights."""
-    return to_floats(mismatch_metrics(old_log_probs, rollouts.rollout_log_probs, rollouts.sequences.response_mask))
+def staleness(rollouts: Rollouts, version: int, max_lag: int = 0) -> tuple[Tensor | None, dict[str, float]]:
+    """Return the bucket [B, T] int8 of each token's lag, and the distribution of the lags.
+
+    Without a stale token, and with `max_lag` 0, there are neither.
+
+    Args:
+        rollouts: the samples.
+        version: version of the trainer's weights before the update.
+        max_lag: largest lag that the configuration allows.
+    """
+    mask = rollouts.sequences.response_mask
+    lags = version - rollouts.versions
+    if max_lag == 0 and not bool((lags[mask] > 0).any()):
+        return None, {}
+    return lag_buckets(lags), lag_metrics(lags, mask, max_lag)
+
+
+def mismatch(
+    rollouts: Rollouts, old_log_probs: Tensor, buckets: Tensor | None = None, level: str = "sequence"
+) -> dict[str, float]:
+    """Return the metrics of the difference between trainer and generation engine on the same tokens.
+
+    Args:
+        rollouts: the samples.
+        old_log_probs: log-probs [B, T] of the trainer before the update.
+        buckets: bucket [B, T] int8 of each token's lag; None if no token is stale.
+        level: level of the weights of the effective sample size.
+    """
+    policies = old_log_probs, rollouts.rollout_log_probs
+    return to_floats(engine_metrics(*policies, rollouts.sequences.response_mask, buckets, level))
 
 
 def entropy_metrics(rollouts: Rollouts, entropy: Tensor | None) -> dict[str, float]:

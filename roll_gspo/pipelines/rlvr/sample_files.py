@@ -55,6 +55,7 @@ class SampleFiles:
         domains: Sequence[str],
         results: Sequence[RewardResult],
         batch: TrainBatch,
+        version: int,
     ) -> None:
         """Write every sample of the step.
 
@@ -62,11 +63,13 @@ class SampleFiles:
             step: step of the rollout.
             rollouts, domains, results: the samples, and the reward block and the result of each.
             batch: the training batch that was built from them.
+            version: version of the trainer's weights before the update.
         """
         if self._config is not None:
             traced = self.traced(rollouts, results).tolist()
             chosen = rows_with_text(rollouts, results, self._config.samples, traced)
-            self._rollouts.write(step, [sample_batch(rollouts, domains, results, self._texts, chosen, batch)])
+            samples = sample_batch(rollouts, domains, results, self._texts, chosen, batch, version=version)
+            self._rollouts.write(step, [samples])
 
     def tracked(
         self, rollouts: Rollouts, domains: Sequence[str], results: Sequence[RewardResult], batch: TrainBatch

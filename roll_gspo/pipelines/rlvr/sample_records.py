@@ -27,6 +27,7 @@ def sample_batch(
     trained: TrainBatch | None = None,
     first: int = 0,
     first_group: int = 0,
+    version: int | None = None,
 ) -> SampleBatch:
     """Return all samples as columns.
 
@@ -36,6 +37,7 @@ def sample_batch(
         with_text: rows of the samples whose texts are written.
         trained: the training batch that was built from them; None in validation.
         first, first_group: index of the first sample and the first group, if a file receives several batches.
+        version: version of the trainer's weights before the update; None in validation.
     """
     sequences, mask = rollouts.sequences, rollouts.sequences.response_mask
     positions = torch.arange(sequences.input_ids.shape[1])
@@ -47,6 +49,7 @@ def sample_batch(
         "rollout_log_probs": token_lists_of(rollouts.rollout_log_probs, mask),
     }
     columns = {"response_length": mask.sum(-1).tolist()} | _columns(rollouts, domains, results, first, first_group)
+    columns |= version_columns(rollouts, version)
     if trained is not None:
         token_lists["old_log_probs"] = token_lists_of(trained.old_log_probs, mask)
         token_lists["advantages"] = token_lists_of(trained.advantages, mask)
@@ -77,7 +80,17 @@ def _columns(
         "answer": [result.answer for result in results],
         "components": [_entries(result.components) for result in results],
         "finish_reason": [completion.finish_reason for completion in rollouts.completions],
-        "weights_version": [rollouts.weights_version] * len(rollouts),
+    }
+
+
+def version_columns(rollouts: Rollouts, version: int | None) -> dict[str, Sequence[Any]]:
+    """Return the oldest version of each sample, its runs of versions, and its staleness by its oldest token."""
+    runs = [completion.runs(rollouts.weights_version) for completion in rollouts.completions]
+    oldest = [min(version for version, _ in of_sample) for of_sample in runs]
+    return {
+        "weights_version": oldest,
+        "version_runs": [[{"version": v, "tokens": n} for v, n in of_sample] for of_sample in runs],
+        "staleness": [None if version is None else version - one for one in oldest],
     }
 
 

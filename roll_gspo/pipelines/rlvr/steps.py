@@ -22,6 +22,7 @@ from roll_gspo.pipelines.rlvr.experience import (
     mismatch,
     rollout_metrics,
     routing_metrics,
+    staleness,
     train_batch,
 )
 from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
@@ -37,11 +38,14 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
     """The steps of reinforcement learning from verifiable rewards."""
 
     _checked_transfer = False
+    _version = 0
+    """Version of the trainer's weights: the step of the last policy update, or the step that was resumed from."""
 
     def prepare(self) -> None:
         """Send the initial weights to the generation engine."""
+        self._version = self.components.state.step
         with self.console.stage("sync_weights"):
-            self.components.weights.push(self.components.state.step)
+            self.components.weights.push(self._version)
 
     def train_step(self, step: int) -> dict[str, float]:
         """Generate, score and train on one rollout."""
@@ -56,7 +60,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         metrics |= figures | statistics
         with stage("log"):  # Write before the update: its error messages refer to samples in this file.
             scored = rollouts, domains, collected.results, batch
-            components.samples.write_rollouts(step, *scored)
+            components.samples.write_rollouts(step, *scored, self._version)
             if self._logs_samples(step):
                 components.output.log_samples(step, components.samples.tracked(*scored))
         if components.critic is not None:
@@ -93,15 +97,19 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         if components.critic is not None:
             with stage("values"):
                 values = components.critic.values(rollouts.sequences)
+        buckets, lag_metrics = staleness(rollouts, self._version)
         with stage("old_log_probs"):
-            old_log_probs, own, metrics = self._old_log_probs(rollouts)
+            old_log_probs, own, metrics = self._old_log_probs(rollouts, buckets)
         routed_experts = rollouts.routed_experts
         if own is not None and self.config.actor_train.router_replay.mode != "R3":
             routed_experts = own.routed_experts
         entropy = None if own is None else own.entropy
-        return TokenScoring(old_log_probs, ref_log_probs, values, routed_experts, entropy), metrics
+        scoring = TokenScoring(old_log_probs, ref_log_probs, values, routed_experts, entropy, buckets)
+        return scoring, metrics | lag_metrics
 
-    def _old_log_probs(self, rollouts: Rollouts) -> tuple[torch.Tensor, TokenScores | None, dict[str, float]]:
+    def _old_log_probs(
+        self, rollouts: Rollouts, buckets: torch.Tensor | None
+    ) -> tuple[torch.Tensor, TokenScores | None, dict[str, float]]:
         """Return the old log-probs, the trainer's scores if they were computed, and metrics.
 
         The first rollout also checks that trainer and generation engine agree.
@@ -116,7 +124,9 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             self._checked_transfer = True
         if not recompute:  # The first mini-batch of every step measures the mismatch instead.
             return rollouts.rollout_log_probs, None, {}
-        metrics = mismatch(rollouts, own.log_probs) | entropy_metrics(rollouts, own.entropy)
+        correction = self.config.train_infer_correction
+        level = "sequence" if correction is None else correction.level
+        metrics = mismatch(rollouts, own.log_probs, buckets, level) | entropy_metrics(rollouts, own.entropy)
         return own.log_probs, own, metrics | routing_metrics(rollouts, own.routed_experts)
 
     def _update_policy(self, batch: TrainBatch, step: int, lowest: float, highest: float) -> dict[str, float]:
@@ -138,6 +148,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self.config.updates_per_rollout)}
         with stage("update") as progress:
             metrics = self.components.actor_train.update(batch, step, progress)
+        self._version = step
         with stage("sync_weights"):
             self.components.weights.push(step)
         return metrics
