@@ -146,8 +146,8 @@ METRICS: dict[str, MetricInfo] = {
             _STEP,
         ),
         "mismatch/log_prob_diff_mean": (
-            "|log-probability of the trainer - of the generation engine|, same weights. Only tokens with lag 0 count in "
-            "`mismatch/*`.",
+            "|log-probability of the trainer - of the generation engine|, same weights. Only tokens with lag 0 count "
+            "in `mismatch/*`.",
             "nats",
             _TOKENS,
         ),

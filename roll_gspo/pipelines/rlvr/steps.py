@@ -97,7 +97,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         if components.critic is not None:
             with stage("values"):
                 values = components.critic.values(rollouts.sequences)
-        buckets, lag_metrics = staleness(rollouts, self._version)
+        buckets, lag_metrics = staleness(rollouts, self._version, self.config.async_generation_ratio)
         with stage("old_log_probs"):
             old_log_probs, own, metrics = self._old_log_probs(rollouts, buckets)
         routed_experts = rollouts.routed_experts
