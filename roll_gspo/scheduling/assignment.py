@@ -1,4 +1,4 @@
-"""Assignment of requests to engines: the engine with the least outstanding tokens gets the next request."""
+"""Assignment of requests to engines, as the request stream of a run does it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,10 @@ import heapq
 from collections.abc import Sequence
 
 
-def least_loaded(loads: Sequence[float], capacities: Sequence[int]) -> int | None:
-    """Return the engine with the smallest load among those with free capacity.
-
-    Args:
-        loads: outstanding tokens per engine.
-        capacities: requests that each engine can still admit.
-
-    Returns:
-        The index of the engine, the lowest of equal ones. None if every engine is full.
-    """
-    open_engines = [engine for engine, free in enumerate(capacities) if free > 0]
-    return min(open_engines, key=lambda engine: loads[engine], default=None)
-
-
 class EngineLoads:
-    """Outstanding requests per engine. It chooses as `least_loaded` does, in logarithmic time.
+    """Outstanding tokens per engine. The next request goes to the engine with the fewest that has free capacity.
+
+    Of equal engines, the first one is chosen. Both operations take logarithmic time.
 
     Args:
         capacities: requests that each engine can admit.

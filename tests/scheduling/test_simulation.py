@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roll_gspo.scheduling.assignment import EngineLoads, least_loaded
+from roll_gspo.scheduling.assignment import EngineLoads
 from roll_gspo.scheduling.engine import DecodeEngine, Request
 from roll_gspo.scheduling.lengths import LogNormalLengths, RecordedLengths
 from roll_gspo.scheduling.simulation import Cluster, Schedule, Simulated, simulate
+from roll_gspo.scheduling.waiting import waiting_side
 
 HUNDRED = ((100,),)  # one response of 100 tokens per group: 1 s at 10 ms per decode step
 
@@ -156,7 +157,9 @@ def test_bounds_hold_for_any_workload(staleness: int, mode: str, partial: str, l
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.lists(st.tuples(st.booleans(), st.integers(1, 9))))
-def test_engine_loads_choose_as_least_loaded(capacities: list[int], operations: list[tuple[bool, int]]) -> None:
+def test_requests_go_to_the_engine_with_the_fewest_tokens(
+    capacities: list[int], operations: list[tuple[bool, int]]
+) -> None:
     loads, free, fast = [0] * len(capacities), list(capacities), EngineLoads(capacities)
     assigned: list[tuple[int, int]] = []
     for is_release, tokens in operations:
@@ -165,7 +168,7 @@ def test_engine_loads_choose_as_least_loaded(capacities: list[int], operations: 
             fast.release(engine, amount)
             loads[engine], free[engine] = loads[engine] - amount, free[engine] + 1
             continue
-        chosen = least_loaded(loads, free)
+        chosen = min((e for e, room in enumerate(free) if room), key=lambda e: loads[e], default=None)
         assert fast.assign(tokens) == chosen
         if chosen is not None:
             assigned.append((chosen, tokens))
@@ -189,3 +192,25 @@ def test_a_thousand_engines() -> None:
     lengths = LogNormalLengths(3200, 1.0, 65536, 16)
     result = simulate(cluster, Schedule(512, 0, 1, "in_flight", "continue"), lengths, steps=2, warm_up=1)
     assert result.step_s > 0
+
+
+@pytest.mark.parametrize(
+    ("generate_s", "train_s", "trainer", "engines", "step"),
+    [(2.0, 1.0, 1 / 2, 0.0, 2.0), (1.0, 2.0, 0.0, 1 / 2, 2.0)],
+)
+def test_waiting_side_one_step_off(
+    generate_s: float, train_s: float, trainer: float, engines: float, step: float
+) -> None:
+    """A step takes the slower side; lengths vary between steps, so that the shares do too."""
+    schedule = Schedule(32, 0.0, 1, "one_step_off", "continue")
+    waiting = waiting_side(generate_s, train_s, 0.0, 8, schedule)
+    assert waiting.trainer == pytest.approx(trainer, abs=0.1)
+    assert waiting.engines == pytest.approx(engines, abs=0.1)
+    assert waiting.relative_step == pytest.approx(step / (generate_s + train_s), abs=0.05)
+
+
+def test_waiting_side_in_flight_does_not_wait_for_the_longest_response() -> None:
+    one_step_off = waiting_side(3.0, 1.0, 0.1, 8, Schedule(512, 0.0, 2, "one_step_off", "continue"))
+    in_flight = waiting_side(3.0, 1.0, 0.1, 8, Schedule(512, 0.0, 2, "in_flight", "continue"))
+    assert in_flight.relative_step < 0.8 * one_step_off.relative_step
+    assert in_flight.trainer < one_step_off.trainer

@@ -6,12 +6,11 @@ import json
 from collections import deque
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from roll_gspo.errors import CheckpointError
-from roll_gspo.scheduling.assignment import least_loaded
 from roll_gspo.scheduling.staleness import StalenessScheduler
 
 
@@ -183,17 +182,6 @@ def test_misuse_is_refused() -> None:
     scheduler.finish(group)
     with pytest.raises(ValueError, match="finished already"):
         scheduler.finish(group)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=8))
-def test_least_loaded(engines: list[tuple[int, int]]) -> None:
-    loads, free = [load for load, _ in engines], [count for _, count in engines]
-    chosen = least_loaded(loads, free)
-    if chosen is None:
-        assert not any(free)
-    else:
-        assert free[chosen]
-        assert all(loads[chosen] <= load for load, count in engines if count)
 
 
 def _operations(scheduler: StalenessScheduler, steps: int) -> int:

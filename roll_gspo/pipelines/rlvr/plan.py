@@ -11,6 +11,7 @@ from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.models.size import context_length_of
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pipeline import mini_batch_text
+from roll_gspo.pipelines.rlvr.waiting import async_texts
 
 
 def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
@@ -22,6 +23,7 @@ def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     elif config.critic is not None:
         yield "roles", f"{'critic':<12} not built: adv_estimator is {config.adv_estimator}, not gae"
     yield "rollout", _rollout_text(config)
+    yield from (("async", text) for text in async_texts(config))
     yield "updates", _updates_text(config)
     yield "ratio", _ratio_text(config)
     yield "rewards", _rewards_text(config)
