@@ -49,8 +49,8 @@ def async_texts(config: ExperimentConfig) -> Iterator[str]:
         ASSUMED_RATIO,
         1.0,
         0.0,
-        f"assumed, no synchronous run of {config.exp_name} with this batch has metrics: generation takes "
-        f"{ASSUMED_RATIO:g} × as long as training",
+        f"assumed: generation takes {ASSUMED_RATIO:g} × as long as training, because no synchronous run of "
+        f"{config.exp_name} with this batch has metrics",
     )
     schedule = Schedule(
         groups_per_step=config.rollout_batch_size,
@@ -61,8 +61,12 @@ def async_texts(config: ExperimentConfig) -> Iterator[str]:
     )
     samples = config.num_return_sequences_in_group
     waiting = waiting_side(seconds.generation, seconds.training, seconds.sync, samples, schedule)
-    yield f"{_side_text(waiting)}; a step takes {waiting.relative_step:.2f} × a synchronous one"
-    yield f"({seconds.source}; assumed: long-tailed lengths; python -m roll_gspo.simulate computes with yours)"
+    yield f"{_side_text(waiting)}; a step takes about {waiting.relative_step:.2f} × a synchronous one"
+    yield seconds.source
+    yield (
+        "assumed: long-tailed lengths, decode steps that take equally long with any number of requests; "
+        "python -m roll_gspo.simulate computes with yours"
+    )
 
 
 def _side_text(waiting: Waiting) -> str:
