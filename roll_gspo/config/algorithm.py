@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, JsonValue, NonNegativeFloat, NonNeg
 from roll_gspo.config.base import Problem, Schema, used_only_with
 from roll_gspo.config.clip_range import ClipHigh, ClipLow, ClipRange, default_clip_range
 from roll_gspo.config.functions import Selects
-from roll_gspo.config.selection import QueryFilterConfig, TrainInferCorrectionConfig
+from roll_gspo.config.selection import QueryFilterConfig, StalenessGateConfig, TrainInferCorrectionConfig
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, EXTENSIBLE, POLICY_LOSSES, RATIOS
 from roll_gspo.errors import RollGspoError
 from roll_gspo.registry import did_you_mean
@@ -167,6 +167,9 @@ class AlgorithmConfig(Schema):
     """Compute old log-probs with the trainer before its first update; false: use those of the generation engine."""
     train_infer_correction: Annotated[TrainInferCorrectionConfig | None, BeforeValidator(_none_if_empty)] = None
     """Weight the loss by the ratio of trainer to generation-engine probabilities; null: off."""
+    staleness_gate: StalenessGateConfig | None = None
+    """Act on a rollout whose importance weights, trainer before the update over generation engine, have a small
+    effective sample size; null: off."""
     max_grad_norm: PositiveFloat = 1.0
     """Clip the gradient to this norm."""
     max_consecutive_skipped_steps: PositiveInt = 3
@@ -221,6 +224,13 @@ class AlgorithmConfig(Schema):
         if not self.dual_clip_loss:
             return None
         return self.dual_clip_ratio or 1 + 2 * self.pg_clip
+
+    @property
+    def importance_level(self) -> str:
+        """Level of the importance weights, trainer over generation engine, in `staleness/ess`."""
+        if self.staleness_gate is not None and self.staleness_gate.level is not None:
+            return self.staleness_gate.level
+        return "sequence" if self.train_infer_correction is None else self.train_infer_correction.level
 
     @property
     def needs_reference(self) -> bool:
@@ -352,11 +362,12 @@ class AlgorithmConfig(Schema):
                 "log-probs gives; set enable_old_logprobs_recompute: true (old_log_probs=recompute)"
             )
             yield Problem("top_entropy_quantile", message, ("enable_old_logprobs_recompute",))
-        if self.train_infer_correction is not None and not self.enable_old_logprobs_recompute:
-            yield Problem(
-                "train_infer_correction",
-                "compares the trainer's old log-probs with the engine's, and with enable_old_logprobs_recompute: false "
-                "they are the same, so every weight is 1; set that switch to true (old_log_probs=recompute), or "
-                "train_infer_correction: null",
-                ("enable_old_logprobs_recompute",),
-            )
+        for key in ("train_infer_correction", "staleness_gate"):
+            if self.__dict__[key] is not None and not self.enable_old_logprobs_recompute:
+                yield Problem(
+                    key,
+                    "compares the trainer's old log-probs with the engine's, and with enable_old_logprobs_recompute: "
+                    "false they are the same, so every weight is 1; set that switch to true "
+                    f"(old_log_probs=recompute), or {key}: null",
+                    ("enable_old_logprobs_recompute",),
+                )

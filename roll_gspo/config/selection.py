@@ -1,11 +1,11 @@
-"""Blocks that select and weight training samples: dynamic sampling and correction of the engine mismatch."""
+"""Blocks that select and weight training samples: dynamic sampling, engine mismatch and staleness."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from roll_gspo.config.base import Problem, Schema, used_only_with
 
@@ -28,6 +28,18 @@ class TrainInferCorrectionConfig(Schema):
         if self.lower_bound >= self.upper_bound:
             message = f"{self.lower_bound:g} is not below upper_bound {self.upper_bound:g}; lower it"
             yield Problem("lower_bound", message, ("upper_bound",))
+
+
+class StalenessGateConfig(Schema):
+    """Action on samples that are too far from the policy that is trained on them."""
+
+    min_ess: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Smallest effective sample size of the importance weights of a rollout, over their number."""
+    action: Literal["wait", "skip", "stop"]
+    """Action below `min_ess`: `wait` trains, but generates the next batches with the newest weights until the value has
+    recovered; `skip` skips the policy update; `stop` skips it, saves and ends the run."""
+    level: Literal["token", "geometric", "sequence"] | None = None
+    """Level of the weights; null: that of `train_infer_correction`, else `sequence`."""
 
 
 class FilterArgs(Schema):

@@ -24,7 +24,7 @@ class Finished:
 
     Attributes:
         folder: the folders of the run.
-        status: exit status for the process: 0, or 128 + the signal that stopped the run.
+        status: exit status for the process: 0, 1 if a step stopped the run, or 128 + the signal that stopped it.
         stopped: True if the run ended before its last step.
     """
 

@@ -17,6 +17,7 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 ComponentsT = TypeVar("ComponentsT", bound=RunComponents)
 # Called with a step and its metrics after the step is logged. True stops the run as Ctrl-C does: it saves and ends.
 Callback = Callable[[int, Mapping[str, float]], bool | None]
+STOPPED = 1  # exit status of a run that a step stopped
 SIGNALLED = 128  # shell exit status is this plus the signal number: 130 after Ctrl-C
 
 
@@ -27,7 +28,12 @@ class Steps(Generic[ConfigT, ComponentsT]):
         config: the whole configuration.
         components: components of the run; `run_steps` uses the fields of `RunComponents`.
         console: the live view; it times the stages of a step.
+
+    Attributes:
+        stop_reason: set by a step to save and end the run with exit status 1; a sentence without its full stop.
     """
+
+    stop_reason: str | None = None
 
     def __init__(self, config: ConfigT, components: ComponentsT, console: Console) -> None:
         self.config = config
@@ -97,7 +103,8 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt, callbacks: Sequence[
         # step again.
         output.log(step, metrics | costs)
         requests = [callback(step, metrics | costs) for callback in callbacks]
-        stopping = any(requests) or interrupt.requested  # Read once, so that a run that stops has saved.
+        # Read once, so that a run that stops has saved.
+        stopping = any(requests) or interrupt.requested or steps.stop_reason is not None
         if is_last or stopping or is_best or step % config.save_steps == 0:
             with console.stage("save"):
                 output.save(step, state, components.trained_roles, components.actor_train)
@@ -107,7 +114,11 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt, callbacks: Sequence[
         output.finish_save()
     if state.step >= first_step:
         steps.finish(state.step)
-    return _finish(output, console, interrupt, first_step, state.step, num_steps)
+    status = _finish(output, console, interrupt, first_step, state.step, num_steps)
+    if steps.stop_reason is None:
+        return status
+    console.warning(f"{steps.stop_reason}; the run was stopped")
+    return status or STOPPED
 
 
 def _finish(output: Output, console: Console, interrupt: Interrupt, first_step: int, step: int, num_steps: int) -> int:

@@ -21,6 +21,7 @@ STALENESS_METRICS: dict[str, tuple[str, str, str]] = {
         "fraction",
         "value of the step",
     ),
+    "staleness/gate_closed": ("1 if `staleness/ess` is below `staleness_gate.min_ess`.", "0 or 1", "value of the step"),
 }
 
 STALENESS_PATTERNS: dict[str, tuple[str, str, str]] = {

@@ -35,6 +35,11 @@ ONE_MICRO_BATCH = "actor_train.training_args.gradient_accumulation_steps=1"
             ("1", "2", "tensor_model_parallel_size"),
         ),
         (("adv_estimator=gae", "critic.model_args.dtype=fp16"), "critic.model_args.dtype", ("fp16", "bf16", "fp32")),
+        (
+            ("staleness_gate={action: skip}", "enable_old_logprobs_recompute=false"),
+            "staleness_gate",
+            ("enable_old_logprobs_recompute", "staleness_gate: null"),
+        ),
         (("policy_loss=gmpo",), "policy_loss", ("gmpo", "importance_sampling", "seq")),
         (("policy_loss=topr",), "policy_loss", ("topr", "importance_sampling", "seq")),
         (("policy_loss=fspo",), "policy_loss", ("fspo", "importance_sampling", "seq")),

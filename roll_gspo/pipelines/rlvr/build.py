@@ -28,6 +28,7 @@ from roll_gspo.pipelines.rlvr.datasets import Datasets, make_sampler, read_datas
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.pipelines.rlvr.models import start_models, trained_roles_of
 from roll_gspo.pipelines.rlvr.sample_files import SampleFiles
+from roll_gspo.pipelines.rlvr.staleness_gate import StalenessGate
 from roll_gspo.pipelines.rlvr.state import RlvrState
 from roll_gspo.pipelines.rlvr.validation import Validation, check_keep_best
 from roll_gspo.pipelines.run_folder import RunFolder
@@ -125,6 +126,7 @@ def _start_roles(
         sampler=sampler,
         running_moments=RunningMoments(),
         kl_controller=new_kl_controller(config),
+        staleness_gate=None if config.staleness_gate is None else StalenessGate(config.staleness_gate),
     )
     resume(config, folder, console, trained_roles_of(models.actor_train, models.critic), state)
     groups, length = config.num_return_sequences_in_group, config.max_response_length

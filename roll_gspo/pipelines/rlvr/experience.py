@@ -20,7 +20,12 @@ from roll_gspo.algorithms.sample_weighting import (
     sample_weights,
     top_entropy_tokens,
 )
-from roll_gspo.algorithms.staleness import engine_metrics, lag_buckets, lag_metrics
+from roll_gspo.algorithms.staleness import (
+    effective_sample_size,
+    engine_metrics,
+    lag_buckets,
+    lag_metrics,
+)
 from roll_gspo.algorithms.value_loss import explained_variance
 from roll_gspo.batch import Prompt, Rollouts, TrainBatch
 from roll_gspo.metrics import mean_of, to_floats
@@ -258,6 +263,12 @@ def mismatch(
     """
     policies = old_log_probs, rollouts.rollout_log_probs
     return to_floats(engine_metrics(*policies, rollouts.sequences.response_mask, buckets, level))
+
+
+def rollout_ess(rollouts: Rollouts, old_log_probs: Tensor, level: str) -> dict[str, float]:
+    """Return the effective sample size of a rollout that the staleness gate checks."""
+    policies = old_log_probs, rollouts.rollout_log_probs
+    return to_floats({"staleness/ess": effective_sample_size(*policies, rollouts.sequences.response_mask, level)})
 
 
 def entropy_metrics(rollouts: Rollouts, entropy: Tensor | None) -> dict[str, float]:

@@ -20,6 +20,7 @@ from roll_gspo.pipelines.rlvr.experience import (
     TokenScoring,
     entropy_metrics,
     mismatch,
+    rollout_ess,
     rollout_metrics,
     routing_metrics,
     staleness,
@@ -66,7 +67,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         if components.critic is not None:
             with stage("update_critic") as progress:
                 metrics |= components.critic.update(batch, step, progress)
-        metrics |= self._update_policy(batch, step, metrics["reward/score_min"], metrics["reward/score_max"])
+        metrics |= self._update_policy(batch, step, metrics)
         if metrics["actor/num_updates"]:
             self._trace(step, collected)
         if not bool(collected.valid.any()):  # no mean over no scores
@@ -124,34 +125,56 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             self._checked_transfer = True
         if not recompute:  # The first mini-batch of every step measures the mismatch instead.
             return rollouts.rollout_log_probs, None, {}
-        correction = self.config.train_infer_correction
-        level = "sequence" if correction is None else correction.level
+        level = self.config.importance_level
         metrics = mismatch(rollouts, own.log_probs, buckets, level) | entropy_metrics(rollouts, own.entropy)
+        if self.config.staleness_gate is not None:
+            metrics |= rollout_ess(rollouts, own.log_probs, level)
         return own.log_probs, own, metrics | routing_metrics(rollouts, own.routed_experts)
 
-    def _update_policy(self, batch: TrainBatch, step: int, lowest: float, highest: float) -> dict[str, float]:
+    def _update_policy(self, batch: TrainBatch, step: int, so_far: Mapping[str, float]) -> dict[str, float]:
         """Update the actor and send its weights to the generation engine. Warn if the update is skipped.
 
-        `lowest` and `highest` are the scores of the rollout's worst and best samples.
+        `so_far` are the metrics of the step's rollout.
         """
         stage = self.console.stage
         if step <= self.config.critic_warmup:
             return {"actor/num_updates": 0.0, "actor/skipped_updates": 0.0}
-        reason = None
-        if not bool(batch.response_mask.any()):
-            reason = "every sample is masked (max_len_mask, difficulty_mask, failed rewards); the update is skipped"
-        elif not has_gradient(batch, policy_loss_settings(self.config)):
-            rewards = f" (every reward is {lowest:g})" if lowest == highest else ""
-            reason = f"every advantage is 0{rewards} and there is no KL or entropy term; the update is skipped"
+        closed = self._checked_by_gate(step, so_far)
+        gate = {} if self.config.staleness_gate is None else {"staleness/gate_closed": float(closed is not None)}
+        reason = self._reason_to_skip(batch, so_far, closed)
         if reason is not None:
-            logger.warning("step %d: %s", step, reason)
-            return {"actor/num_updates": 0.0, "actor/skipped_updates": float(self.config.updates_per_rollout)}
+            logger.warning("step %d: %s; the update is skipped", step, reason)
+            skipped = float(self.config.updates_per_rollout)
+            return {"actor/num_updates": 0.0, "actor/skipped_updates": skipped, **gate}
         with stage("update") as progress:
             metrics = self.components.actor_train.update(batch, step, progress)
         self._version = step
         with stage("sync_weights"):
             self.components.weights.push(step)
-        return metrics
+        return metrics | gate
+
+    def _checked_by_gate(self, step: int, so_far: Mapping[str, float]) -> str | None:
+        """Return why the staleness gate is closed, or None. Warn if generation is to wait."""
+        gate = self.components.state.staleness_gate
+        closed = None if gate is None else gate.check(so_far["staleness/ess"])
+        if gate is not None and gate.wants_fresh:
+            logger.warning("step %d: %s; the next batch is generated with the newest weights", step, closed)
+        if gate is not None and gate.action == "stop" and closed is not None:
+            self.stop_reason = f"step {step}: {closed}"
+        return closed
+
+    def _reason_to_skip(self, batch: TrainBatch, so_far: Mapping[str, float], closed: str | None) -> str | None:
+        """Return why the policy update is skipped, or None. `closed` is the reason of the staleness gate."""
+        gate = self.config.staleness_gate
+        if gate is not None and gate.action != "wait" and closed is not None:
+            return closed
+        if not bool(batch.response_mask.any()):
+            return "every sample is masked (max_len_mask, difficulty_mask, failed rewards)"
+        if not has_gradient(batch, policy_loss_settings(self.config)):
+            lowest, highest = so_far["reward/score_min"], so_far["reward/score_max"]
+            rewards = f" (every reward is {lowest:g})" if lowest == highest else ""
+            return f"every advantage is 0{rewards} and there is no KL or entropy term"
+        return None
 
     def validate(self, step: int) -> dict[str, float]:
         """Return validation metrics of the current policy. Samples are written batch by batch."""
