@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from engine_cases import Checkpoints, model_setup, optimizer_setup
-from tiny_models import EOS
+from tiny_models import EOS, VOCAB
 
 from roll_gspo.batch import Completion, Sequences
-from roll_gspo.errors import WeightTransferError
+from roll_gspo.errors import DataError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup, Sampling
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
@@ -118,8 +118,13 @@ def test_update_weights_refuses_what_does_not_fit(checkpoint: Checkpoints) -> No
         engine.update_weights([*good, ("model.unknown", torch.zeros(1))], 1)
     with pytest.raises(WeightTransferError, match=r"sent as \(3,\)"):
         engine.update_weights([("model.norm.weight", torch.zeros(3))], 1)
-    with pytest.raises(ValueError, match="a prompt is empty"):
-        engine.generate([[]], Sampling(1, 1), [0])
+
+
+def test_unusable_prompts_are_refused(checkpoint: Checkpoints) -> None:
+    engine = _engine(checkpoint)
+    for prompts, message in (([], "no prompts"), ([[]], "prompt 0 has 0 tokens"), ([[VOCAB]], f"ends at {VOCAB - 1}")):
+        with pytest.raises(DataError, match=message):
+            engine.generate(prompts, Sampling(1, 1), [0] * len(prompts))
 
 
 def test_draw_never_takes_a_token_that_was_cut_away() -> None:

@@ -158,13 +158,14 @@ class BroadcastTransfer:
         self._raise_problems()
 
     def receive(self, version: int) -> None:
-        """Receive `version` and reset the KV cache of older weights.
+        """Receive `version`.
+
+        The KV cache of older weights is dropped. Running requests recompute theirs with the new weights.
 
         Raises:
             WeightTransferError: the errors of all workers, including the error of the sender.
         """
-        if not self._llm.reset_prefix_cache():
-            raise WeightTransferError("weight transfer: requests are running; finish or abort them first")
+        self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"version": version}})
         problems = self._problems()

@@ -5,22 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import NamedTuple
 
 import psutil
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 
 from roll_gspo.batch import Completion
-from roll_gspo.errors import ConfigError, DataError, WeightTransferError
-from roll_gspo.strategies.base import ModelSetup, SampleFinished, Sampling, WeightSource
+from roll_gspo.errors import ConfigError, WeightTransferError
+from roll_gspo.strategies.base import (
+    FinishedRequest,
+    GenerationRequest,
+    ModelSetup,
+    SampleFinished,
+    Sampling,
+    WeightSource,
+)
+from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
 from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.vllm.engine.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
 from roll_gspo.strategies.vllm.engine.host_process import close_engine, global_rng_kept, open_engine
-from roll_gspo.strategies.vllm.engine.routed_experts import ExpertSource, expert_source, recording_args
+from roll_gspo.strategies.vllm.engine.requests import VllmDecoder
+from roll_gspo.strategies.vllm.engine.routed_experts import expert_source, recording_args
 from roll_gspo.strategies.vllm.engine.weight_transfer import IN_PROCESS, InProcessTransfer
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
@@ -30,8 +38,15 @@ _CPU_BATCHED_TOKENS = 8192
 _CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache at engine start takes about two seconds per GiB
 
 
+class _Engine(NamedTuple):
+    llm: LLM
+    transfer: InProcessTransfer | BroadcastTransfer
+    decoder: VllmDecoder
+    requests: OutstandingRequests
+
+
 class VllmGenerate:
-    """A vLLM engine as `GenerateStrategy`, and as `WeightReceiver` if the trainer is in another process.
+    """A vLLM engine as `StreamingStrategy`, and as `WeightReceiver` if the trainer is in another process.
 
     Without `receives_broadcast`, engine and trainer share this process and one device, and `update_weights` sets the
     weights. A trainer that needs `torch.distributed` must initialise it first. With `receives_broadcast`, `connect`
@@ -62,7 +77,8 @@ class VllmGenerate:
     ) -> None:
         config = strategy_config
         _check_layout(config.tensor_parallel_size, record_routed_experts, receives_broadcast)
-        self._max_model_len = max_model_len
+        self._capacity = config.max_num_seqs
+        self._records_experts = record_routed_experts
         # Dummy weights must not generate. Those of the checkpoint are the initial policy.
         self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
         recording = recording_args(model.checkpoint) if record_routed_experts else {}
@@ -75,10 +91,10 @@ class VllmGenerate:
             raise
         except ValueError as error:
             raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
-        self._experts = expert_source(llm) if record_routed_experts else None
-        self._vocab_size = llm.model_config.get_vocab_size()
+        decoder = VllmDecoder(llm, expert_source(llm) if record_routed_experts else None)
+        requests = OutstandingRequests(decoder, PromptLimits(llm.model_config.get_vocab_size(), max_model_len))
         transfer = BroadcastTransfer(llm) if receives_broadcast else InProcessTransfer(llm)
-        self._engine: tuple[LLM, InProcessTransfer | BroadcastTransfer] | None = (llm, transfer)
+        self._engine: _Engine | None = _Engine(llm, transfer, decoder, requests)
 
     def generate(
         self,
@@ -98,19 +114,58 @@ class VllmGenerate:
             DataError: there are no prompts, or one is empty, too long, or contains an id outside the vocabulary.
             WeightTransferError: the engine has no complete weights.
         """
-        llm, transfer = self._open_engine()
-        if self._unusable:
-            missing = "receive" if isinstance(transfer, BroadcastTransfer) else "update_weights"
-            raise WeightTransferError(f"generate: {self._unusable}; call {missing} first")
-        self._check(prompts, seeds)
+        engine = self._usable_engine("generate")
         with global_rng_kept():
-            completions = _run(llm, self._experts, prompts, sampling, seeds, progress, finished)
-        size = sampling.num_samples
-        return [completions[start : start + size] for start in range(0, len(completions), size)]
+            return engine.requests.generate(prompts, sampling, seeds, progress, finished)
+
+    @property
+    def capacity(self) -> int:
+        """`max_num_seqs`."""
+        return self._capacity
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests.
+
+        Raises:
+            ConfigError: a partial response is to be continued, but its experts were not recorded.
+        """
+        engine = self._usable_engine("submit")
+        if self._records_experts and any(r.partial is not None and r.partial.token_ids for r in requests):
+            raise ConfigError(
+                "actor_train.router_replay: experts are not recorded for the tokens of a partial response; set mode: "
+                "disable and record: false, or partial_rollouts: restart"
+            )
+        with global_rng_kept():
+            engine.requests.submit(requests)
+
+    def advance(self, seconds: float) -> list[FinishedRequest]:
+        """Decode for about `seconds`. If a step fails or is interrupted, no request remains.
+
+        Raises:
+            WeightTransferError: the engine has no complete weights; the requests remain.
+        """
+        engine = self._usable_engine("advance")
+        with global_rng_kept():
+            return engine.requests.advance(seconds)
+
+    def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
+        """Remove requests and return what they have sampled."""
+        return self._open_engine().requests.abort(keys)
+
+    def partials(self) -> list[FinishedRequest]:
+        """Return what every outstanding request has sampled."""
+        return self._open_engine().requests.partials()
+
+    def _usable_engine(self, method: str) -> _Engine:
+        engine = self._open_engine()
+        if self._unusable:
+            missing = "receive" if isinstance(engine.transfer, BroadcastTransfer) else "update_weights"
+            raise WeightTransferError(f"{method}: {self._unusable}; call {missing} first")
+        return engine
 
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Replace the weights in process. After an error the engine refuses to generate until an update succeeds."""
-        _, transfer = self._open_engine()
+        transfer = self._open_engine().transfer
         if isinstance(transfer, BroadcastTransfer):
             raise WeightTransferError("update_weights: the engine receives its weights by broadcast; call receive")
         with self._replacing_weights(version):
@@ -127,7 +182,7 @@ class VllmGenerate:
             transfer.receive(version)
 
     def _broadcast_transfer(self) -> BroadcastTransfer:
-        _, transfer = self._open_engine()
+        transfer = self._open_engine().transfer
         if not isinstance(transfer, BroadcastTransfer):
             raise WeightTransferError(
                 "the engine shares its trainer's process; build it with receives_broadcast to connect it"
@@ -136,40 +191,30 @@ class VllmGenerate:
 
     @contextmanager
     def _replacing_weights(self, version: int) -> Iterator[None]:
+        engine = self._open_engine()
+        if self._records_experts and engine.requests.num_running:
+            raise ConfigError(
+                "actor_train.router_replay: experts are not recorded if the weights change while responses are "
+                "sampled; set mode: disable and record: false, or async_mode: one_step_off"
+            )
         self._unusable = f"the transfer of version {version} failed"
+        engine.requests.read()
         with global_rng_kept():
             yield
+        engine.decoder.version = version
         self._unusable = ""
 
     def shutdown(self) -> None:
         """Free the engine. Further calls do nothing."""
         if self._engine is not None:
-            close_engine(self._engine[0])
-            self._engine = self._experts = None
+            self._engine.requests.clear()
+            close_engine(self._engine.llm)
+            self._engine = None
 
-    def _open_engine(self) -> tuple[LLM, InProcessTransfer | BroadcastTransfer]:
+    def _open_engine(self) -> _Engine:
         if self._engine is None:
             raise RuntimeError("vllm: the engine was shut down; build a new one")
         return self._engine
-
-    def _check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
-        if not prompts:
-            raise DataError("generate: no prompts were given; give at least one")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
-        if min(seeds) < 0:  # vLLM treats -1 as "no seed"
-            raise ValueError(f"generate: seed {min(seeds)} is negative; give seeds from 0")
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self._max_model_len:
-                raise DataError(
-                    f"generate: prompt {index} has {len(prompt)} tokens, but 1 to {self._max_model_len - 1} fit a "
-                    "model length that includes a response; drop the prompt or allow longer sequences"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
-                raise DataError(
-                    f"generate: prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
-                    f"vocabulary ends at {self._vocab_size - 1}; use the model's own tokenizer"
-                )
 
 
 def _check_layout(tensor_parallel_size: int, record_routed_experts: bool, receives_broadcast: bool) -> None:
@@ -254,67 +299,3 @@ def _cpu_kv_cache_bytes(model_config: ModelConfig, max_num_seqs: int, max_model_
     blocks = max_num_seqs * -(-max_model_len // _CPU_BLOCK_TOKENS) + 1
     limit = min(_CPU_KV_CACHE_LIMIT, psutil.virtual_memory().available // 4)
     return min(blocks * _CPU_BLOCK_TOKENS * token_bytes, limit)
-
-
-def _run(
-    llm: LLM,
-    experts: ExpertSource | None,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    seeds: Sequence[int],
-    progress: Callable[[int, int], None] | None,
-    on_finished: SampleFinished | None,
-) -> list[Completion]:
-    """Run one request per sample and return a flat list of completions."""
-    samples = [(list(p), seed + j) for p, seed in zip(prompts, seeds, strict=True) for j in range(sampling.num_samples)]
-    request_ids = llm.enqueue(
-        [{"prompt_token_ids": prompt} for prompt, _ in samples],
-        [_sampling_params(sampling, seed) for _, seed in samples],
-        use_tqdm=False,
-    )
-    # vLLM numbers requests in the order in which they are added, and appends a suffix that makes the id unique.
-    first = int(request_ids[0].partition("-")[0])
-    engine = llm.llm_engine
-    finished: dict[int, Completion] = {}
-    try:
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            for output in outputs:
-                assert isinstance(output, RequestOutput)
-                completion = _completion(output.outputs[0])
-                if experts is not None:
-                    completion = replace(completion, routed_experts=experts.take(output))
-                index = int(output.request_id) - first
-                finished[index] = completion
-                if on_finished is not None:
-                    on_finished(*divmod(index, sampling.num_samples), completion)
-            if progress is not None and outputs:
-                progress(len(finished), len(samples))
-    finally:  # an interrupt must not leave requests that the next call would continue
-        if engine.has_unfinished_requests():
-            engine.abort_request(request_ids, internal=True)
-        if experts is not None:
-            experts.forget()
-    return [finished[index] for index in range(len(samples))]
-
-
-def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
-    return SamplingParams(
-        seed=seed,
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # only `stop_token_ids` end a response
-        logprobs=0,
-        detokenize=False,
-    )
-
-
-def _completion(output: CompletionOutput) -> Completion:
-    token_ids, positions = tuple(output.token_ids), output.logprobs
-    if positions is None or output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vllm: a response ended with '{output.finish_reason}'; see the engine's log")
-    log_probs = (known[token].logprob for known, token in zip(positions, token_ids, strict=True) if known)
-    return Completion(token_ids, tuple(log_probs), output.finish_reason)

@@ -11,6 +11,7 @@ Legend: P prompt tokens, R response tokens, N tokens of an engine step, L layers
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,8 +37,8 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def forget(self) -> None:
-        """Drop the records of unfinished requests."""
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Drop the records of aborted requests, named by vLLM's internal IDs."""
         ...
 
 
@@ -78,7 +79,7 @@ class ReturnedExperts:
             )
         return torch.from_numpy(rows.astype("int16"))
 
-    def forget(self) -> None:
+    def forget(self, request_ids: Sequence[str]) -> None:
         """Do nothing: no records are kept."""
 
 
@@ -134,9 +135,10 @@ class ExpertRecorder:
             raise RuntimeError(f"vllm: the experts of some tokens of request {output.request_id} were not recorded")
         return experts
 
-    def forget(self) -> None:
-        """Drop the records of unfinished requests."""
-        self._request_experts.clear()
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Drop the records of aborted requests."""
+        for request_id in request_ids:
+            self._request_experts.pop(request_id, None)
 
 
 def _num_predicting(output: RequestOutput) -> int:

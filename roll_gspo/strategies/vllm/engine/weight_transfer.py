@@ -80,16 +80,16 @@ class InProcessTransfer:
         self._initialised = False
 
     def send(self, source: WeightSource, version: int) -> None:
-        """Replace the engine's weights by those of `source`, and drop the prefix cache of older weights.
+        """Replace the engine's weights by those of `source`.
+
+        The KV cache of older weights is dropped. Running requests recompute theirs with the new weights.
 
         Raises:
-            WeightTransferError: requests are running, the weights differ from the manifest, or the source or the
-                engine failed.
+            WeightTransferError: the weights differ from the manifest, or the source or the engine failed.
         """
         try:
             weights = [(name, tensor.detach()) for name, tensor in source]
-            if not self._llm.reset_prefix_cache():
-                raise WeightTransferError("weight transfer: requests are running; finish or abort them first")
+            self._llm.reset_prefix_cache(reset_running_requests=True)
             if not self._initialised:
                 self._llm.init_weight_transfer_engine({"init_info": {}})
                 self._initialised = True

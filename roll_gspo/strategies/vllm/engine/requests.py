@@ -1,0 +1,111 @@
+"""Requests of a vLLM engine as a `Decoder`: token ids in, token ids and log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from vllm import LLM, SamplingParams
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from roll_gspo.strategies.streaming import Response
+from roll_gspo.strategies.vllm.engine.routed_experts import ExpertSource
+
+
+class _Running(NamedTuple):
+    """A response and the ID that vLLM gave to its request."""
+
+    response: Response
+    request_id: str
+
+
+class VllmDecoder:
+    """Samples responses with the engine of an `LLM` in this process.
+
+    vLLM returns a request once, when it ends. What an unfinished request has sampled is read from the state that vLLM
+    0.32 keeps of it (an internal interface). Returning it after every step would cost an object per token.
+
+    Args:
+        llm: the engine.
+        experts: source of routed experts; None records none.
+
+    Attributes:
+        version: version of the engine's weights.
+    """
+
+    def __init__(self, llm: LLM, experts: ExpertSource | None) -> None:
+        self._engine = llm.llm_engine
+        self._experts = experts
+        self._running: dict[int, _Running] = {}
+        self.version = 0
+
+    def add(self, responses: Sequence[Response]) -> None:
+        """Add one request per response."""
+        for response in responses:
+            request_id = self._engine.add_request(
+                str(response.key),
+                {"prompt_token_ids": [*response.prompt, *response.token_ids]},
+                _sampling_params(response),
+            )
+            self._running[response.key] = _Running(response, request_id)
+
+    def step(self) -> list[Response]:
+        """Run one step of the engine."""
+        ended = []
+        for output in self._engine.step():
+            assert isinstance(output, RequestOutput)
+            response, _ = self._running.pop(int(output.request_id))
+            self._finish(response, output.outputs[0])
+            if self._experts is not None:
+                response.routed_experts = self._experts.take(output)
+            ended.append(response)
+        return ended
+
+    def _finish(self, response: Response, output: CompletionOutput) -> None:
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vllm: a response ended with '{output.finish_reason}'; see the engine's log")
+        self._append(response, output.token_ids, output.logprobs)
+        response.finish_reason = output.finish_reason
+
+    def read(self, responses: Iterable[Response]) -> None:
+        """Append the sampled tokens of running responses, from vLLM's state of their requests."""
+        for response in responses:
+            state = self._engine.output_processor.request_states[self._running[response.key].request_id]
+            assert state.detokenizer is not None and state.logprobs_processor is not None
+            self._append(response, state.detokenizer.output_token_ids, state.logprobs_processor.logprobs)
+
+    def _append(self, response: Response, token_ids: Sequence[int], log_probs: Any) -> None:
+        """Append the tokens that are new, given all that the request has sampled."""
+        assert isinstance(log_probs, FlatLogprobs) and len(log_probs) == len(token_ids)
+        new = response.num_sampled
+        # The sampled token is the first of each position.
+        chosen = [log_probs.logprobs[first] for first in log_probs.start_indices[new:]]
+        response.extend(token_ids[new:], chosen, self.version)
+
+    def remove(self, responses: Iterable[Response]) -> None:
+        """Abort the requests of responses."""
+        request_ids = [self._running.pop(r.key).request_id for r in responses if r.key in self._running]
+        if not request_ids:
+            return
+        self._engine.abort_request(request_ids, internal=True)
+        if self._experts is not None:
+            self._experts.forget(request_ids)
+
+
+def _sampling_params(response: Response) -> SamplingParams:
+    sampling = response.sampling
+    return SamplingParams(
+        seed=response.seed,
+        max_tokens=response.limit - response.num_known,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # only `stop_token_ids` end a response
+        logprobs=0,
+        flat_logprobs=True,  # numbers instead of an object per token
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
