@@ -32,7 +32,8 @@ class Response:
         num_known: tokens that the request contained.
         token_ids: tokens of the response, including the known ones.
         log_probs: log-prob of every token.
-        version_runs: (weights version, number of tokens) in the order of the tokens.
+        version_runs: (weights version, number of tokens) in the order of the tokens; tokens of an unknown version are
+            missing.
         finish_reason: empty while the response is being sampled.
         routed_experts: as in `Completion`.
     """
@@ -54,25 +55,29 @@ class Response:
         """Number of tokens sampled for this request."""
         return len(self.token_ids) - self.num_known
 
-    def extend(self, token_ids: Sequence[int], log_probs: Sequence[float], version: int) -> None:
-        """Append tokens that the weights `version` sampled."""
-        if not token_ids:
-            return
+    def extend(self, token_ids: Sequence[int], log_probs: Sequence[float], version: int | None) -> None:
+        """Append tokens that the weights `version` sampled; None if the version is unknown."""
         self.token_ids.extend(token_ids)
         self.log_probs.extend(log_probs)
+        if not token_ids or version is None:
+            return
         count = len(token_ids)
         if self.version_runs and self.version_runs[-1][0] == version:
             count += self.version_runs.pop()[1]
         self.version_runs.append((version, count))
 
     def completion(self) -> Completion:
-        """Return the tokens so far; `finish_reason` is `partial` if the response has not ended."""
+        """Return the tokens so far; `finish_reason` is `partial` if the response has not ended.
+
+        `version_runs` is empty unless the version of every token is known.
+        """
+        complete = sum(tokens for _, tokens in self.version_runs) == len(self.token_ids)
         return Completion(
             tuple(self.token_ids),
             tuple(self.log_probs),
             self.finish_reason or "partial",
             self.routed_experts,
-            tuple(self.version_runs),
+            tuple(self.version_runs) if complete else (),
         )
 
 
@@ -195,7 +200,8 @@ class OutstandingRequests:
             raise ValueError(f"request {request.key}: seed {request.seed} is negative; give seeds from 0")
         known = request.partial or Completion((), (), "partial")
         count = len(known.token_ids)
-        if len(known.log_probs) != count or sum(tokens for _, tokens in known.version_runs) != count:
+        of_versions = sum(tokens for _, tokens in known.version_runs)
+        if len(known.log_probs) != count or (known.version_runs and of_versions != count):
             raise ValueError(
                 f"request {request.key}: partial has {count} tokens, but {len(known.log_probs)} log-probs and "
                 f"version_runs {known.version_runs}; give both for every token"

@@ -45,7 +45,7 @@ class _Batch:
         self._position_ids = (self._attention_mask.cumsum(-1) - 1).clamp(min=0)
         self._cache = DynamicCache(config=model.config)
 
-    def step(self, model: PreTrainedModel, version: int) -> list[Response]:
+    def step(self, model: PreTrainedModel, version: int | None) -> list[Response]:
         """Sample one token per row. Rows that end leave the batch and are returned."""
         logits = model(
             input_ids=self._input_ids,
@@ -115,7 +115,7 @@ class HfDecoder:
         batch_size: rows of all batches.
 
     Attributes:
-        version: version of the model's weights.
+        version: version of the model's weights; None until the first update.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
@@ -123,7 +123,7 @@ class HfDecoder:
         self._batch_size = batch_size
         self._waiting: deque[Response] = deque()
         self._batches: list[_Batch] = []
-        self.version = 0
+        self.version: int | None = None
 
     def add(self, responses: Sequence[Response]) -> None:
         """Queue responses. Rows that end make room for them."""
@@ -184,7 +184,7 @@ def _padded_rows(own: Tensor | None, joining: Tensor | None, shifts: Sequence[in
     return torch.cat([pad(part, (0, 0, shift, 0)) for part, shift in zip((own, joining), shifts, strict=True)])
 
 
-def _append(response: Response, token: int, log_prob: float, version: int) -> None:
+def _append(response: Response, token: int, log_prob: float, version: int | None) -> None:
     """Append a token and set the finish reason if the response ends with it."""
     response.extend([token], [log_prob], version)
     if token in response.sampling.stop_token_ids:

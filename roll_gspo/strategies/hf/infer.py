@@ -53,8 +53,8 @@ class HfInfer:
         self._failed: int | None = None
 
     @property
-    def weights_version(self) -> int:
-        """Version of the weights; 0 until the first update."""
+    def weights_version(self) -> int | None:
+        """Version of the weights; None until the first update."""
         return self._open().decoder.version
 
     def _open(self) -> _Loaded:

@@ -32,14 +32,14 @@ class VllmDecoder:
         experts: source of routed experts; None records none.
 
     Attributes:
-        version: version of the engine's weights.
+        version: version of the engine's weights; None until the first update.
     """
 
     def __init__(self, llm: LLM, experts: ExpertSource | None) -> None:
         self._engine = llm.llm_engine
         self._experts = experts
         self._running: dict[int, _Running] = {}
-        self.version = 0
+        self.version: int | None = None
 
     def add(self, responses: Sequence[Response]) -> None:
         """Add one request per response."""
