@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import selectors
-import socket
 import threading
 import time
-import uuid
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from roll_gspo.errors import RewardError
 from roll_gspo.rewards.base import RewardRequest, RewardResult
-from roll_gspo.rewards.job import ScoringJob
-from roll_gspo.rewards.output import WorkerOutput
-from roll_gspo.rewards.process import WorkerProcess, WorkerStartError, kill_marked
+from roll_gspo.rewards.job import JobQueue, ScoringJob
+from roll_gspo.rewards.process import WorkerProcess
 from roll_gspo.rewards.spec import RewardSpec
-
-logger = logging.getLogger(__name__)
+from roll_gspo.rewards.worker_set import WorkerSet
 
 _CHUNKS_PER_WORKER = 4  # small messages, so that all workers finish at about the same time
-_MAX_WAIT_S = 60.0
-_MAX_LOGGED_REASONS = 7  # besides the first one
-_MAX_CONSECUTIVE_FAILED_STARTS = 3
+_NAP_S = 0.1
 
 
 class RewardPool:
@@ -35,7 +23,9 @@ class RewardPool:
 
     A sample is marked as failed if its reward raises, returns no finite number, times out, or kills its process twice.
     Other samples are not affected. The processes end with the pool and with the process that owns it, however it ends.
-    Jobs from several threads run one after another.
+
+    Several jobs may be open at once, also in different threads. Jobs with pending requests take turns, so that each
+    gets the same number of samples scored. One thread runs all jobs; it exists while a job is open.
 
     Args:
         spec: spec of the reward, which is built once per process.
@@ -62,25 +52,16 @@ class RewardPool:
             raise RewardError(
                 f"{key}: num_workers ({num_workers}) and timeout_s ({timeout_s:g}) must be positive; raise them"
             )
-        self._spec = spec
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._key = key
-        self._start_timeout_s = start_timeout_s
         self._max_batch = max_batch
-        self._max_memory_mb = max_memory_mb
-        self._workers: list[WorkerProcess] = []
-        self._selector = selectors.DefaultSelector()
-        self._wake_sender, self._wake_receiver = socket.socketpair()
-        self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
-        self._lock = threading.Lock()
+        self._workers = WorkerSet(spec, key, start_timeout_s, max_memory_mb)
+        self._num_served = 0  # of the job that was served last, before it was served
+        self._lock = threading.Lock()  # guards the attributes below
+        self._jobs: list[ScoringJob] = []
+        self._thread: threading.Thread | None = None
         self._closed = False
-        self._has_started = False
-        self._failed_starts = 0
-        self._mark = uuid.uuid4().hex
-        self._output = WorkerOutput(key)
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
 
     def __enter__(self) -> RewardPool:
         return self
@@ -93,7 +74,7 @@ class RewardPool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the current workers; each is also the id of a process group."""
-        return [worker.pid for worker in self._workers]
+        return self._workers.pids
 
     def check(self) -> None:
         """Start all processes and wait until their rewards are built, so that errors appear before training.
@@ -102,14 +83,10 @@ class RewardPool:
             ConfigError, MissingDependencyError: the target or the arguments of the reward are wrong.
             RewardError: the reward cannot be built, its process died, or it was not ready in time.
         """
-        with self._lock, self._killing_on_error():
-            self._start_up_to(self._num_workers)
-            while not all(worker.ready for worker in self._workers):
-                for worker in self._wait(WorkerProcess.raise_start_timeout):
-                    if worker.ready:  # a ready worker without requests sends nothing: it died
-                        self._remove(worker)
-                    else:
-                        self._receive_ready(worker)
+        with self._add(ScoringJob(self._key, self._workers.wake, threading.Condition(), starts_workers=True)) as job:
+            job.finish()
+            job.ended.wait()
+            job.raise_failure()
 
     def score(
         self, requests: Sequence[RewardRequest], progress: Callable[[int, int], None] | None = None
@@ -123,204 +100,186 @@ class RewardPool:
         Raises:
             ConfigError, MissingDependencyError, RewardError: a process cannot be started (see `check`).
         """
-        job = self.new_job()
-        for request in requests:
-            job.submit(request)
-        job.finish()
-        return self.run(job, progress)
+        with self.open() as job:
+            for index, request in enumerate(requests):
+                job.submit(index, request)
+            job.finish()
+            while not job.ended.wait(_NAP_S):
+                if progress is not None:
+                    progress(job.num_scored, len(requests))
+            job.raise_failure()
+            if progress is not None:
+                progress(job.num_scored, len(requests))
+            return [result for _, result in sorted(job.take(), key=lambda keyed: keyed[0])]
 
-    def new_job(self) -> ScoringJob:
-        """Return an empty job. One thread calls `run` with it, while other threads submit requests."""
-        return ScoringJob(self._wake)
+    def open(self, changed: threading.Condition | None = None) -> ScoringJob:
+        """Return a new job, whose requests are scored until it ends. Use it as a context manager.
 
-    def run(self, job: ScoringJob, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
-        """Score the requests of a job until it is done, and return the results in the order of `submit`.
+        Args:
+            changed: notified when results of the job arrive and when it ends.
 
         Raises:
-            JobCancelled: the job was cancelled; the processes that were busy have been killed.
-            ConfigError, MissingDependencyError, RewardError: see `score`.
+            RewardError: the pool is closed.
         """
-        with self._lock, self._killing_on_error():
-            self._output.next_step()
-            job.drain()
-            while not job.done:
-                self._start_up_to(min(self._num_workers, job.num_unfinished))
-                self._assign_pending(job)
-                for worker in self._wait(lambda late: self._handle_timeout(late, job)):
-                    self._receive(worker, job)
-                if progress is not None:
-                    progress(len(job.results), len(job.requests))
-                job.drain()
-        results = job.ordered_results()
-        self._log_failures(job.requests, results)
-        return results
+        self.next_step()
+        return self._add(ScoringJob(self._key, self._workers.wake, changed or threading.Condition()))
+
+    def next_step(self) -> None:
+        """Restart the limits of printed output, which hold per step."""
+        self._workers.next_step()
 
     def close(self) -> None:
-        """Kill all processes. The pool cannot be used afterwards."""
+        """Kill all processes and end all jobs. The pool cannot be used afterwards."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._kill_workers()
-            kill_marked(self._mark)
-            self._output.close()
-            self._selector.close()
-            self._wake_sender.close()
-            self._wake_receiver.close()
-        self._finalizer.detach()
+            thread = self._thread
+        if thread is not None:
+            self._workers.wake()
+            thread.join()
+        self._workers.close()
 
-    def _wake(self) -> None:
-        # `send` fails if a wake-up is already pending (buffer full) or the pool is closed; both are fine.
-        with contextlib.suppress(OSError):
-            self._wake_sender.send(b"!")
+    def _add(self, job: ScoringJob) -> ScoringJob:
+        with self._lock:
+            self._raise_if_closed()
+            self._jobs.append(job)
+            if self._thread is None:
+                # Daemon thread: an interpreter that exits while a job is open must not wait for it.
+                self._thread = threading.Thread(target=self._run, name=f"score {self._key}", daemon=True)
+                self._thread.start()
+        self._workers.wake()
+        return job
 
-    def _start_up_to(self, num_workers: int) -> None:
+    def _raise_if_closed(self) -> None:
         if self._closed:
             raise RewardError(f"{self._key}: the reward pool is closed; create a new one")
-        while len(self._workers) < num_workers:
-            worker = WorkerProcess(
-                self._spec, self._key, self._start_timeout_s, self._max_memory_mb, self._output, self._mark
-            )
-            self._workers.append(worker)
-            self._selector.register(worker, selectors.EVENT_READ, worker)
 
-    def _assign_pending(self, job: ScoringJob) -> None:
-        for worker in [w for w in self._workers if w.idle]:
-            if not job.pending:
-                return
-            chunks = self._num_workers if worker.scores_batches else _CHUNKS_PER_WORKER * self._num_workers
-            taken = job.take(min(-(-len(job.pending) // chunks), self._max_batch))
+    def _run(self) -> None:
+        """Score the requests of all jobs until no job is left; the thread's target."""
+        while True:
+            with self._lock:
+                jobs = list(self._jobs)
+                if not jobs:
+                    self._thread = None
+                    return
             try:
-                worker.assign(taken, [job.requests[i] for i in taken], self._timeout_s)
+                self._raise_if_closed()
+                self._score(jobs)
+            except BaseException as error:
+                # No worker may still answer a request of these jobs.
+                self._workers.kill()
+                for job in jobs:
+                    if not job.ended.is_set():
+                        self._end(job, error)
+
+    def _score(self, jobs: Sequence[ScoringJob]) -> None:
+        """Assign requests, and receive results once."""
+        queues = [job.queue for job in jobs if self._is_open(job)]
+        if not queues:
+            return
+        self._workers.start_up_to(min(self._num_workers, sum(queue.num_unfinished for queue in queues)))
+        self._assign_pending(queues)
+        for worker in self._workers.wait(self._handle_timeout):
+            self._receive(worker)
+        for queue in queues:
+            queue.publish()
+
+    def _is_open(self, job: ScoringJob) -> bool:
+        """Drain a job. End it and return False if it is complete or was cancelled."""
+        if job.cancelled:
+            for worker in self._workers.busy:
+                if worker.assigned[0].job is job:
+                    self._workers.remove(worker)
+        elif job.starts_workers:
+            job.starts_workers = False
+            self._workers.start_up_to(self._num_workers)
+            job.awaits_workers = True
+            return True
+        else:
+            job.queue.drain(self._num_served)
+            if not job.complete or (job.awaits_workers and not self._workers.all_ready):
+                return True
+        self._end(job, None)
+        return False
+
+    def _end(self, job: ScoringJob, error: BaseException | None) -> None:
+        with self._lock:
+            self._jobs.remove(job)
+        job.end(error)
+
+    def _assign_pending(self, queues: Sequence[JobQueue]) -> None:
+        for worker in self._workers.idle:
+            waiting = [queue for queue in queues if queue.pending]
+            if not waiting:
+                return
+            queue = min(waiting, key=lambda queue: queue.num_served)
+            self._num_served = queue.num_served
+            chunks = self._num_workers if worker.scores_batches else _CHUNKS_PER_WORKER * self._num_workers
+            taken = queue.take(min(-(-len(queue.pending) // chunks), self._max_batch))
+            try:
+                worker.assign(taken, self._timeout_s)
             except OSError:  # the worker died while idle, so no sample caused it
-                job.requeue(taken)
-                self._remove(worker)
+                queue.requeue(taken)
+                self._workers.remove(worker)
 
-    def _wait(self, on_timeout: Callable[[WorkerProcess], None]) -> list[WorkerProcess]:
-        """Wait for messages and return the workers that sent one.
-
-        `on_timeout` is called for each worker that sent none before its deadline. The result is empty if the pool was
-        woken, or after `_MAX_WAIT_S`.
-        """
-        busy = [w for w in self._workers if not w.idle]
-        until = min((w.deadline - time.monotonic() for w in busy), default=_MAX_WAIT_S)
-        readable = self._poll(min(max(0.0, until), _MAX_WAIT_S))
-        now = time.monotonic()
-        for worker in busy:
-            # A worker whose message has arrived is not late, even if this process was too busy to read it.
-            if now >= worker.deadline and worker not in readable and worker not in self._poll(0):
-                on_timeout(worker)
-        return readable
-
-    def _handle_timeout(self, late: WorkerProcess, job: ScoringJob) -> None:
+    def _handle_timeout(self, late: WorkerProcess) -> None:
         if not late.ready:
             late.raise_start_timeout()
-        if not self._isolate_batch(late, job):
-            self._fail_current(late, job, f"timeout after {self._timeout_s:g} s")
+        if not self._isolate_batch(late):
+            self._fail_current(late, f"timeout after {self._timeout_s:g} s")
 
-    def _poll(self, timeout_s: float) -> list[WorkerProcess]:
-        readable = [key.data for key, _ in self._selector.select(timeout_s)]
-        if None in readable:
-            self._wake_receiver.recv(4096)
-        return [worker for worker in readable if worker is not None]
-
-    def _receive(self, worker: WorkerProcess, job: ScoringJob) -> None:
+    def _receive(self, worker: WorkerProcess) -> None:
         if not worker.ready:
-            self._receive_ready(worker)
+            self._workers.receive_ready(worker)
         elif worker.idle:  # an idle worker sends nothing: it died
-            self._remove(worker)
+            self._workers.remove(worker)
         else:
             start = worker.busy_since
             try:
-                for index, result in worker.receive_results(self._timeout_s):
-                    job.results[index] = result
-                    job.busy_spans.append((start, worker.busy_since))
+                for sample, result in worker.receive_results(self._timeout_s):
+                    sample.job.queue.add_result(sample, result)
+                    sample.job.queue.add_span(start, worker.busy_since)
                     start = worker.busy_since
             except (EOFError, OSError):
-                self._handle_crash(worker, job)
+                self._handle_crash(worker)
             else:
                 if worker.assigned and time.monotonic() >= worker.deadline:  # it sent a part of a message
-                    self._handle_timeout(worker, job)
+                    self._handle_timeout(worker)
 
-    def _receive_ready(self, worker: WorkerProcess) -> None:
-        """Receive the ready message.
-
-        Once a worker has started, a later one that dies during its start (e.g. out of memory) is replaced.
-        """
-        try:
-            worker.receive_ready()
-        except WorkerStartError as error:
-            self._failed_starts += 1
-            if not self._has_started or self._failed_starts > _MAX_CONSECUTIVE_FAILED_STARTS:
-                raise
-            logger.warning("%s; starting another worker", error)
-            self._remove(worker)
-        else:
-            self._has_started, self._failed_starts = True, 0
-
-    def _handle_crash(self, worker: WorkerProcess, job: ScoringJob) -> None:
+    def _handle_crash(self, worker: WorkerProcess) -> None:
         """Retry the current sample of a dead worker once, because something else may have killed the process."""
-        if self._isolate_batch(worker, job):
+        if not worker.assigned:  # it sent more results than it got requests
+            self._workers.remove(worker)
+            return
+        if self._isolate_batch(worker):
             return
         current = worker.assigned[0]
-        if current in job.crashed:
-            self._fail_current(worker, job)
+        if current.crashed:
+            self._fail_current(worker)
             return
-        job.crashed.add(current)
-        self._stop_busy(worker, job)
-        job.requeue(worker.assigned)
+        current.crashed = True
+        self._stop_busy(worker)
+        current.job.queue.requeue(worker.assigned)
 
-    def _isolate_batch(self, worker: WorkerProcess, job: ScoringJob) -> bool:
+    def _isolate_batch(self, worker: WorkerProcess) -> bool:
         """Requeue each sample of a failed batch to be scored alone; return False if the worker had no batch."""
         if not worker.scores_batches or len(worker.assigned) < 2:
             return False
-        self._stop_busy(worker, job)
-        job.isolated.update(worker.assigned)
-        job.requeue(worker.assigned)
+        self._stop_busy(worker)
+        for sample in worker.assigned:
+            sample.isolated = True
+        worker.assigned[0].job.queue.requeue(worker.assigned)
         return True
 
-    def _fail_current(self, worker: WorkerProcess, job: ScoringJob, reason: str | None = None) -> None:
+    def _fail_current(self, worker: WorkerProcess, reason: str | None = None) -> None:
         """Mark the worker's current sample as failed (default reason: the worker died) and requeue its others."""
-        exit_reason = self._stop_busy(worker, job)
+        exit_reason = self._stop_busy(worker)
         current, *others = worker.assigned
-        job.results[current] = RewardResult(0.0, reason or f"its worker process {exit_reason}")
-        job.requeue(others)
+        queue = current.job.queue
+        queue.add_result(current, RewardResult(0.0, reason or f"its worker process {exit_reason}"))
+        queue.requeue(others)
 
-    def _stop_busy(self, worker: WorkerProcess, job: ScoringJob) -> str:
-        job.busy_spans.append((worker.busy_since, time.monotonic()))
-        return self._remove(worker)
-
-    def _remove(self, worker: WorkerProcess) -> str:
-        self._selector.unregister(worker)
-        self._workers.remove(worker)
-        return worker.kill()
-
-    def _kill_workers(self) -> None:
-        for worker in list(self._workers):
-            self._remove(worker)
-
-    @contextlib.contextmanager
-    def _killing_on_error(self) -> Iterator[None]:
-        """Kill all workers on an exception or Ctrl-C, so that none still answers the interrupted call."""
-        try:
-            yield
-        except BaseException:
-            self._kill_workers()
-            raise
-
-    def _log_failures(self, requests: Sequence[RewardRequest], results: Sequence[RewardResult]) -> None:
-        failures = [(r, request) for r, request in zip(results, requests, strict=True) if r.failed]
-        if failures:
-            first, request = failures[0]
-            others = Counter(result.failed for result, _ in failures if result.failed != first.failed)
-            listed = "".join(f"; {count} times: {reason}" for reason, count in others.most_common(_MAX_LOGGED_REASONS))
-            logger.warning(
-                "%s: %d of %d samples failed, first (row %s): %s%s",
-                *(self._key, len(failures), len(results), request.row.get("id", "?"), first.failed, listed),
-            )
-
-
-def _kill_all(workers: list[WorkerProcess], owner_pid: int) -> None:
-    if os.getpid() == owner_pid:  # a fork of the owner must not kill the owner's workers
-        for worker in workers:
-            worker.kill()
+    def _stop_busy(self, worker: WorkerProcess) -> str:
+        worker.assigned[0].job.queue.add_span(worker.busy_since, time.monotonic())
+        return self._workers.remove(worker)

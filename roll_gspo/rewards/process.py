@@ -20,7 +20,8 @@ import psutil
 
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
 from roll_gspo.rewards import pipe
-from roll_gspo.rewards.base import RewardRequest, RewardResult
+from roll_gspo.rewards.base import RewardResult
+from roll_gspo.rewards.job import Sample
 from roll_gspo.rewards.output import WorkerOutput
 from roll_gspo.rewards.spec import RewardSpec
 
@@ -54,7 +55,7 @@ class WorkerProcess:
     Attributes:
         ready: True if the reward is built.
         scores_batches: True if the reward is a `BatchReward`.
-        assigned: indices of the unanswered requests. The worker scores the first one, or all of them as a batch.
+        assigned: unanswered samples, all of one job. The worker scores the first one, or all of them as a batch.
         busy_since: start of the current work, in seconds of `time.monotonic()`.
         deadline: time at which the worker counts as hung, in seconds of `time.monotonic()`.
     """
@@ -75,7 +76,7 @@ class WorkerProcess:
         self.ready = False
         self.scores_batches = False
         self.busy_since = 0.0
-        self.assigned: deque[int] = deque()
+        self.assigned: deque[Sample] = deque()
         self.deadline = time.monotonic() + start_timeout_s
         self._connection, child_end = socket.socketpair()
         self._connection.settimeout(_IO_TIMEOUT_S)
@@ -121,20 +122,19 @@ class WorkerProcess:
         """True if the worker is ready and has no requests."""
         return self.ready and not self.assigned
 
-    def assign(self, indices: Sequence[int], requests: Sequence[RewardRequest], timeout_s: float) -> None:
+    def assign(self, samples: Sequence[Sample], timeout_s: float) -> None:
         """Send requests to the worker.
 
         Args:
-            indices: index of each request in its job.
-            requests: requests to score.
-            timeout_s: seconds per request; a batch of n requests has n times as long.
+            samples: samples of one job.
+            timeout_s: seconds per sample; a batch of n samples has n times as long.
 
         Raises:
             OSError: the process died, or did not read the requests within 30 s.
         """
-        self.assigned = deque(indices)
+        self.assigned = deque(samples)
         self._start_clock(timeout_s)
-        pipe.send(self._connection, pickle.dumps((timeout_s, list(requests))))
+        pipe.send(self._connection, pickle.dumps((timeout_s, [sample.request for sample in samples])))
 
     def receive_ready(self) -> None:
         """Receive the message that the reward is built. Does nothing if only a part of it has arrived.
@@ -157,19 +157,19 @@ class WorkerProcess:
         self.scores_batches = answer["batch"]
         self.ready = True
 
-    def receive_results(self, timeout_s: float) -> Iterator[tuple[int, RewardResult]]:
-        """Yield the results that have arrived, in the order of the requests. Each restarts the clock.
+    def receive_results(self, timeout_s: float) -> Iterator[tuple[Sample, RewardResult]]:
+        """Yield the samples and results that have arrived, in the order of the requests. Each restarts the clock.
 
         Raises:
             EOFError, OSError: the process died, or sent something else.
         """
         for answer in self._receive():
             try:
-                result, index = RewardResult(**answer), self.assigned.popleft()
+                result, sample = RewardResult(**answer), self.assigned.popleft()
             except (TypeError, IndexError):
                 raise EOFError("the process sent no result") from None
             self._start_clock(timeout_s)
-            yield index, result
+            yield sample, result
 
     def _start_clock(self, timeout_s: float) -> None:
         self.busy_since = time.monotonic()

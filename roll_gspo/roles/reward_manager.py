@@ -78,9 +78,12 @@ class RewardManager:
         return [self._router.domain_of(prompt.row) for prompt in prompts]
 
     def open(self) -> Scoring:
-        """Return a context for submitting samples as soon as they are generated; only one may be open at a time."""
-        self._servers.start()  # again, where one has died
-        return Scoring(self._pools)
+        """Return a context that scores samples as soon as they are generated.
+
+        Several may be open at once, in different threads. They share the worker processes fairly.
+        """
+        self._servers.start()  # again, if one has died
+        return Scoring(self._pools, self._servers.start)
 
     def request(self, prompt: Prompt, response: str) -> tuple[str, RewardRequest]:
         """Return the domain of a sample and the request for its reward. `response` comes from `response_text`."""

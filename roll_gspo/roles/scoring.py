@@ -1,59 +1,37 @@
-"""Background scoring of all domains at once while generation continues."""
+"""Scoring of samples of all domains in the background, while generation continues."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
 from types import TracebackType
-from typing import NamedTuple
 
 from roll_gspo.rewards.base import RewardRequest, RewardResult
-from roll_gspo.rewards.job import JobCancelled, ScoringJob
+from roll_gspo.rewards.job import RewardTime, ScoringJob
 from roll_gspo.rewards.pool import RewardPool
 
 _NAP_S = 0.1
-_CANCEL_TIMEOUT_S = 60.0
-
-
-class RewardTime(NamedTuple):
-    """Busy seconds summed over reward processes: before `Scoring.results` was called, and in total."""
-
-    hidden_s: float
-    total_s: float
-
-
-@dataclass
-class _Background:
-    """Scoring job of one domain and the thread that runs it."""
-
-    pool: RewardPool
-    job: ScoringJob
-    thread: threading.Thread
-    indices: list[int]
-    results: list[RewardResult] | None = None
-    error: BaseException | None = None
-
-    def run(self) -> None:
-        """Run the job; the thread's target."""
-        try:
-            self.results = self.pool.run(self.job)
-        except BaseException as error:
-            self.error = error
 
 
 class Scoring:
-    """Context in which samples are scored by the pools. No thread outlives the `with` block.
+    """Context in which samples are scored by the pools. Samples without a result are dropped at its end.
+
+    Several contexts may be open in different threads; they share the pools fairly. One thread uses a context. It takes
+    results while others are being computed (`take_finished`), or all at the end (`results`).
 
     Args:
-        pools: pool of each domain; each is in use until the block ends.
+        pools: pool of each domain.
+        start_servers: starts servers of judges that died, at each `next_step`.
     """
 
-    def __init__(self, pools: Mapping[str, RewardPool]) -> None:
+    def __init__(self, pools: Mapping[str, RewardPool], start_servers: Callable[[], None] = lambda: None) -> None:
         self._pools = pools
-        self._running: dict[str, _Background] = {}
-        self.time = RewardTime(0.0, 0.0)
+        self._start_servers = start_servers
+        self._jobs: dict[str, ScoringJob] = {}
+        self._context = ExitStack()
+        self._changed = threading.Condition()
+        self._num_taken = 0
 
     def __enter__(self) -> Scoring:
         return self
@@ -61,38 +39,64 @@ class Scoring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for domain in self._running.values():
-            domain.job.cancel()  # nothing to cancel if `results` has returned
-        for name, domain in self._running.items():
-            domain.thread.join(_CANCEL_TIMEOUT_S)
-            if domain.thread.is_alive() and error is None:
-                raise TimeoutError(f"rewards.{name}: scoring did not stop within {_CANCEL_TIMEOUT_S:g} s")
+        for job in self._jobs.values():
+            job.cancel()  # all of them, before the first is waited for
+        self._context.__exit__(kind, error, trace)
 
     @property
     def num_scored(self) -> int:
-        """Number of samples that have a result."""
-        return sum(len(domain.job.results) for domain in self._running.values())
+        """Number of samples that have a result, including results that were taken."""
+        return sum(job.num_scored for job in self._jobs.values())
+
+    @property
+    def num_unfinished(self) -> int:
+        """Number of submitted samples whose result has not been taken."""
+        return sum(job.num_submitted for job in self._jobs.values()) - self._num_taken
+
+    @property
+    def time(self) -> RewardTime:
+        """Busy time of the reward processes so far. Time before `results` was called is hidden."""
+        times = [job.time for job in self._jobs.values()]
+        return RewardTime(sum(time.hidden_s for time in times), sum(time.total_s for time in times))
 
     def submit(self, index: int, domain: str, request: RewardRequest) -> None:
         """Queue a sample for scoring and return at once.
 
         Args:
-            index: position of its result.
+            index: number by which the caller knows its result.
             domain: reward block that scores the sample.
             request: the sample.
 
         Raises:
             ConfigError, MissingDependencyError, RewardError: scoring has failed in the background.
         """
-        running = self._running.get(domain) or self._start(domain)
+        job = self._jobs.get(domain)
+        if job is None:
+            job = self._jobs[domain] = self._context.enter_context(self._pools[domain].open(self._changed))
         self._raise_failure()
-        running.indices.append(index)
-        running.job.submit(request)
+        job.submit(index, request)
+
+    def take_finished(self, timeout_s: float = 0.0) -> list[tuple[int, RewardResult]]:
+        """Return (index, result) of samples that were scored since the last call, in any order.
+
+        A result that was taken is not kept, so that a context may be open for the whole run.
+
+        Args:
+            timeout_s: seconds to wait for a result if there is none. 0 returns at once.
+
+        Raises:
+            ConfigError, MissingDependencyError, RewardError: scoring has failed in the background.
+        """
+        with self._changed:
+            if timeout_s > 0 and self.num_unfinished:
+                self._changed.wait_for(self._has_news, timeout_s)
+        self._raise_failure()
+        return self._take()
 
     def results(self, progress: Callable[[int, int], None] | None = None) -> list[RewardResult]:
-        """Wait for all submitted samples and return their results by `index`.
+        """Wait for all submitted samples and return the results that were not taken, by `index`.
 
-        Each wait is bounded by the sample's timeout.
+        Each wait is bounded by the sample's timeout. No sample can be submitted afterwards.
 
         Args:
             progress: called with (finished samples, all samples).
@@ -100,40 +104,41 @@ class Scoring:
         Raises:
             ConfigError, MissingDependencyError, RewardError: a reward process cannot be started.
         """
-        called = time.monotonic()
-        for domain in self._running.values():
-            domain.job.finish()
-        total = sum(len(domain.indices) for domain in self._running.values())
-        waited_for = list(self._running.values())
+        for job in self._jobs.values():
+            job.finish()
+        total = sum(job.num_submitted for job in self._jobs.values())
+        waited_for = list(self._jobs.values())
         while waited_for:
             # No timeout here: the pool has a deadline for every sample and every process start.
-            waited_for[0].thread.join(_NAP_S)
-            waited_for = [domain for domain in waited_for if domain.thread.is_alive()]
+            waited_for[0].ended.wait(_NAP_S)
+            waited_for = [job for job in waited_for if not job.ended.is_set()]
             self._raise_failure()
             if progress is not None:
                 progress(self.num_scored, total)
-        spans = [span for domain in self._running.values() for span in domain.job.busy_spans]
-        self.time = RewardTime(
-            sum(max(0.0, min(end, called) - begin) for begin, end in spans), sum(end - begin for begin, end in spans)
-        )
-        found = {
-            index: result
-            for domain in self._running.values()
-            for index, result in zip(domain.indices, domain.results or (), strict=True)
-        }
+        found = dict(self._take())
         return [found[index] for index in sorted(found)]
 
-    def _start(self, domain: str) -> _Background:
-        pool = self._pools[domain]
-        job = pool.new_job()
-        started = _Background(pool, job, threading.Thread(), [])
-        # Daemon thread: an interpreter that exits inside the block must not wait for it.
-        started.thread = threading.Thread(target=started.run, name=f"score {domain}", daemon=True)
-        self._running[domain] = started
-        started.thread.start()
-        return started
+    def next_step(self) -> None:
+        """Begin a training step of a context that stays open for several.
+
+        Log the samples that failed since the last call, restart the limits of printed output and servers that died.
+
+        Raises:
+            RewardError: a server of a judge does not start.
+        """
+        self._start_servers()
+        for domain, job in self._jobs.items():
+            job.log_failures()
+            self._pools[domain].next_step()
+
+    def _take(self) -> list[tuple[int, RewardResult]]:
+        taken = [keyed for job in self._jobs.values() for keyed in job.take()]
+        self._num_taken += len(taken)
+        return taken
+
+    def _has_news(self) -> bool:
+        return any(job.has_results or job.error is not None for job in self._jobs.values())
 
     def _raise_failure(self) -> None:
-        for domain in self._running.values():
-            if domain.error is not None and not isinstance(domain.error, JobCancelled):
-                raise domain.error
+        for job in self._jobs.values():
+            job.raise_failure()

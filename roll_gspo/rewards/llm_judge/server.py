@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -225,6 +226,7 @@ class JudgeServers:
 
     def __init__(self) -> None:
         self._servers: dict[JudgeEngine, JudgeServer] = {}
+        self._lock = threading.Lock()
 
     def resolve(self, spec: RewardSpec, key: str) -> RewardSpec:
         """Return the spec with `engine` of each `llm_judge` replaced by the address of its server.
@@ -254,13 +256,14 @@ class JudgeServers:
         return replace(spec, arguments={**arguments, **address})
 
     def start(self) -> None:
-        """Start all servers that are not running, and wait until they are ready.
+        """Start all servers that are not running, and wait until they are ready. Any thread may call this.
 
         Raises:
             RewardError: a server does not start.
         """
-        for server in self._servers.values():
-            server.start()
+        with self._lock:
+            for server in self._servers.values():
+                server.start()
 
     def close(self) -> None:
         """Kill all servers."""
