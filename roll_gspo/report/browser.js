@@ -26,6 +26,7 @@ const ORDERS = {
   new: (a, b) => b.step - a.step || a.index - b.index, old: (a, b) => a.step - b.step || a.index - b.index,
   best: (a, b) => (b.score ?? -Infinity) - (a.score ?? -Infinity), worst: (a, b) => (a.score ?? Infinity) - (b.score ?? Infinity),
   long: (a, b) => lengthOf(b) - lengthOf(a), short: (a, b) => lengthOf(a) - lengthOf(b),
+  stale: (a, b) => (b.staleness ?? 0) - (a.staleness ?? 0),
   mismatch: (a, b) => mismatchOf(b) - mismatchOf(a),
 };
 const KINDS = {
@@ -126,7 +127,8 @@ function sampleView(s) {
     s.advantage === undefined ? null : `advantage ${signed(s.advantage)}`,
     s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens`,
     s.finish === 'length' ? 'truncated at the length limit' : null,
-    s.version === undefined ? null : `sampled by weights ${s.version}`,
+    s.version === undefined ? null : `sampled by weights ${s.version}${s.newest === undefined ? '' : ` to ${s.newest}`}`,
+    s.staleness === undefined ? null : `staleness ${s.staleness}`,
     s.sample === undefined ? null : `sample ${s.sample} of ${s.set === 'validation' ? 'validation' : 'rollouts'}/step_${String(s.step).padStart(6, '0')}.parquet`];
   facts.append(details.filter(Boolean).map(t => ' \u00b7 ' + t).join(''), ' \u00b7 ', make('a', {href: linkTo(s), textContent: 'link'}));
   const origin = [['row', s.id], ['source', s.source]].filter(pair => pair[1] !== undefined).map(pair => `${pair[0]} ${visible(pair[1])}`);

@@ -20,6 +20,7 @@ _CONTROLS = """
 <label>Order <select name="order"><option value="new">newest step</option><option value="old">oldest step</option>
 <option value="best">highest score</option><option value="worst">lowest score</option>
 <option value="long">longest</option><option value="short">shortest</option>
+<option value="stale">highest staleness</option>
 <option value="mismatch">largest engine − trainer difference</option></select></label>
 <button type="reset">Reset</button></form>
 <div class="panes"><div class="list"><p id="count" role="status"></p>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -92,6 +93,18 @@ CHARTS: tuple[tuple[str, str, str, tuple[_Row, ...], bool, bool], ...] = (
         False,
     ),
     (
+        "Staleness",
+        "Training steps between the weights that sampled a token and those before its update.",
+        "versions",
+        (
+            ("mean of tokens", "staleness/mean", 0, _LINE),
+            ("oldest token of a sample, mean", "staleness/sample_max_mean", 1, _LINE),
+            ("max", "staleness/max", 1, _FAINT),
+        ),
+        False,
+        False,
+    ),
+    (
         "Groups without spread",
         "Share of prompts whose responses all have the same score; their advantage is 0.",
         "fraction of groups",
@@ -116,7 +129,7 @@ def curves_section(run: RunFolder, drawn: ChartCards, distributions: Sequence[Ch
     for title, note, y_label, rows, log, band in CHARTS:
         series = [Series(label, run.points(name), color, style) for label, name, color, style in rows]
         known.append(Chart(title, note, y_label, tuple(one for one in series if one.points), log, band))
-    charts = (_reward_chart(run), *distributions, *family_charts(run), *known)
+    charts = (_reward_chart(run), *distributions, *family_charts(run), *known, staleness_histogram(run))
     return cards(drawn.card(chart) for chart in charts)
 
 
@@ -161,6 +174,17 @@ def stage_times_section(run: RunFolder, drawn: ChartCards) -> str:
     )
     note = "" if bar_steps == 1 else f"Each bar is the mean of {bar_steps} steps."
     return drawn.card(Chart("Stages of a step", note, "seconds per step", tuple(layers), bars=True), legend)
+
+
+def staleness_histogram(run: RunFolder) -> Chart:
+    """Return the share of tokens with each lag, averaged over the steps; without bars if nothing was stale."""
+    shares = {}
+    for name in run.metric_names:
+        if match := re.fullmatch(r"staleness/share_(\d+)", name):
+            shares[int(match[1])] = sum(value for _, value in run.points(name)) / len(run.points("staleness/mean"))
+    bars = (Series("share", sorted(shares.items())),) if shares else ()
+    note = "Share of the response tokens with each lag, mean over the steps."
+    return Chart("Histogram of staleness", note, "fraction of tokens", bars, x_label="lag, versions", bars=True)
 
 
 def _reward_chart(run: RunFolder) -> Chart:

@@ -193,6 +193,8 @@ def _sample_entry(sample: Sample) -> dict[str, Any]:
         "components": _components(sample.get("components")),
         "finish": _short_text(sample.get("finish_reason")),
         "version": sample.get("weights_version"),
+        "newest": _newest_version(sample),
+        "staleness": sample.get("staleness") or None,
         "length": len(ids) if isinstance(ids, list) else None,
         "characters": len(response),
     }
@@ -205,6 +207,12 @@ def _sample_entry(sample: Sample) -> dict[str, Any]:
     else:
         entry["response"] = response[:MAX_CHARACTERS]
     return {k: v for k, v in entry.items() if v is not None}
+
+
+def _newest_version(sample: Sample) -> int | None:
+    """Return the newest version that sampled the response if there are several, else None."""
+    versions = {run["version"] for run in sample.get("version_runs") or ()}
+    return max(versions) if len(versions) > 1 else None
 
 
 def _token_metrics(sample: Sample, length: int, num_shown: int) -> dict[str, list[float | None]]:

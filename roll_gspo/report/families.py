@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -77,6 +78,20 @@ FAMILIES = (
         r"domain/(?P<line>.+)/failed",
         needs_two=True,
     ),
+    MetricFamily("Tokens by lag", "Share of the response tokens.", "fraction", r"staleness/share_(?P<line>\d+)"),
+    MetricFamily("KL by lag", "From engine to old policy.", "nats per token", r"staleness/kl_lag_(?P<line>\w+)"),
+    MetricFamily(
+        "Effective sample size by lag",
+        "Of the weights old policy over generation engine, before any bound.",
+        "fraction",
+        r"staleness/ess_lag_(?P<line>\w+)",
+    ),
+    MetricFamily(
+        "Clip fraction by lag",
+        "Share of the tokens of each lag whose gradient is clipped.",
+        "fraction",
+        r"actor/clip_fraction_lag_(?P<line>\w+)",
+    ),
 )
 
 
@@ -100,11 +115,16 @@ def family_metrics(run: RunFolder) -> set[str]:
     return {name for family in FAMILIES for name, _ in _lines(family, run)}
 
 
+def _natural(label: str) -> tuple[float, str]:
+    """Return the sort key of a label: numbers first, by their value."""
+    return (float(label), "") if label.isdecimal() else (math.inf, label)
+
+
 def _lines(family: MetricFamily, run: RunFolder) -> list[tuple[str, str]]:
     """Return (metric, label) of each line, ordered by label and k."""
     found = [(name, match.groupdict()) for name in run.metric_names if (match := re.fullmatch(family.pattern, name))]
     if family.needs_two and len(found) < 2:
         return []
-    found.sort(key=lambda pair: (pair[1]["line"], int(pair[1].get("k", 0))))
+    found.sort(key=lambda pair: (_natural(pair[1]["line"]), int(pair[1].get("k", 0))))
     has_several_k = len({groups.get("k") for _, groups in found}) > 1
     return [(name, f"{groups['line']} @{groups['k']}" if has_several_k else groups["line"]) for name, groups in found]

@@ -56,6 +56,16 @@ def test_sample_is_embedded_with_its_token_metrics(tmp_path: Path) -> None:
     assert "failure" not in sample and "ratio" not in second["samples"][0]
 
 
+def test_staleness_of_a_sample_is_embedded_if_there_is_any(tmp_path: Path) -> None:
+    runs = [{"version": 3, "tokens": 2}, {"version": 5, "tokens": 1}]
+    one_run = [{"version": 3, "tokens": 3}]
+    stale, fresh = record(version_runs=runs, staleness=2), record(version_runs=one_run, staleness=0, group=1)
+    write_step(tmp_path, 1, [stale, fresh])
+    first, second = (group["samples"][0] for group in groups_of(embedded(tmp_path)))
+    assert (first["version"], first["newest"], first["staleness"]) == (3, 5, 2)
+    assert second["version"] == 3 and not {"newest", "staleness"} & set(second)
+
+
 def test_traced_then_failed_then_differing_groups_come_first(tmp_path: Path) -> None:
     scores = {0: (0.0, 0.0), 1: (0.0, 1.0), 2: (0.0, 0.0), 3: (1.0, 0.0)}
     records = [record(score=s, group=g, failed=g == 2, failure="hung") for g, pair in scores.items() for s in pair]

@@ -4,6 +4,7 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+from roll_gspo.report.curve_sections import staleness_histogram
 from roll_gspo.report.families import family_charts
 from roll_gspo.report.page import write_report
 from roll_gspo.report.run_folder import RunFolder, read_run
@@ -40,6 +41,22 @@ def test_validation_has_a_chart_per_metric_and_labels_k_if_it_differs(tmp_path: 
         "Validation: pass@k": [f"{g} @{k}" for g in ("aime/24", "math500") for k in (1, 8, 16)],
         "Validation: maj@k": ["aime/24", "math500"],
     }
+
+
+def test_metrics_by_lag_share_charts_in_the_order_of_the_lags(tmp_path: Path) -> None:
+    run = run_with(
+        tmp_path, *(f"staleness/share_{n}" for n in (0, 10, 2)), "staleness/kl_lag_3_4", "staleness/kl_lag_1"
+    )
+    assert drawn(run) == {"Tokens by lag": ["0", "2", "10"], "KL by lag": ["1", "3_4"]}
+
+
+def test_staleness_histogram_averages_each_lag_over_the_steps(tmp_path: Path) -> None:
+    rows = [{"step": s, "staleness/mean": 0.5, "staleness/share_0": s / 4, "staleness/share_1": 0.5} for s in (1, 3)]
+    rows[1] |= {"staleness/share_2": 0.5}  # a lag that one step has counts 0 in the other
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (bars,) = staleness_histogram(read_run(tmp_path)).series
+    assert list(bars.points) == [(0, 0.5), (1, 0.5), (2, 0.25)]
+    assert staleness_histogram(run_with(tmp_path, "actor/lr")).drawable is None
 
 
 def test_single_domain_has_no_chart(tmp_path: Path) -> None:
