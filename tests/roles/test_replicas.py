@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from roll_gspo.execution.ray.executor import RayExecutor
 from roll_gspo.execution.ray.group import kill_family
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.replicas import Replicas
+from roll_gspo.roles.request_stream import StreamClient
 from roll_gspo.roles.weight_sync import BroadcastSync
-from roll_gspo.strategies.base import Sampling
+from roll_gspo.strategies.base import GenerationRequest, Sampling
 
 PROMPTS = [(10 * i, 10 * i + 1) for i in range(100)]
 SEEDS = [1000 + 2 * i for i in range(100)]
@@ -45,18 +47,20 @@ class Engines:
         dies_in: tuple[int, ...],
         max_restarts: int = 3,
         timeout_s: float = 20,
+        continue_lost: bool = False,
+        size: int = 2,
     ) -> None:
         self.folder = folder
-        devices = Devices((0, 1), 1, 2)
+        devices = Devices((0, 1)[:size], 1, 2)
         trainer = executor.start_group("actor_train", Trainer, Devices((0,), 1, 2), one_world=True)
         make = partial(replica, str(folder), dies_in)
         self.group = executor.start_group("actor_infer", make, devices, one_world=False)
-        self.replicas = Replicas(self.group, max_restarts)
-        generator = Generator(self.replicas, 0, 0)
+        self.replicas = Replicas(self.group, max_restarts, continue_lost)
+        self.generator = Generator(self.replicas, 0, 0, self.replicas.stream)
         self.sync = BroadcastSync(
             trainer,
             self.replicas,
-            generator,
+            self.generator,
             workers_per_replica=1,
             timeout_s=timeout_s,
             bucket_bytes=1 << 20,
@@ -138,4 +142,76 @@ def test_replicas_that_are_lost_again_and_again_end_the_run(executor: RayExecuto
     engines.sync.push(5)
     with pytest.raises(WorkerDiedError, match="lost in this run, more than max_worker_restarts 2; look for the cause"):
         engines.samples()
+    engines.group.close()
+
+
+def requests(num_tokens: int, count: int = 8) -> list[GenerationRequest]:
+    return [GenerationRequest(key, (1, 2), Sampling(1, num_tokens), key) for key in range(count)]
+
+
+def poll_all(client: StreamClient) -> dict[int, Completion]:
+    found: dict[int, Completion] = {}
+    while client.outstanding:
+        found |= dict(client.poll(5))
+    for key, completion in found.items():
+        assert completion.token_ids == tuple(token((1, 2), key, i) for i in range(len(completion.token_ids)))
+    return found
+
+
+def poll_until_all_began(client: StreamClient) -> None:
+    while not all(completion.token_ids for _, completion in client.partials()):
+        client.poll(0)
+
+
+def test_responses_continue_with_weights_that_arrive_meanwhile(executor: RayExecutor, tmp_path: Path) -> None:
+    """Weights are sent between two calls of a client, then while another thread polls."""
+    engines = Engines(executor, tmp_path, ())
+    engines.sync.push(1)
+    client = engines.generator.open_stream()
+    client.submit(requests(200))
+    poll_until_all_began(client)
+    engines.sync.push(2)
+    (known,) = client.abort([0])
+    assert known.completion.version_runs[0][0] == 1
+    with ThreadPoolExecutor(1) as pool:
+        polled = pool.submit(poll_all, client)
+        for version in (3, 4):
+            engines.sync.push(version)
+            assert engines.samples() == expected(version), "the thread of the trainer validates meanwhile"
+        found = polled.result(60)
+    assert sorted(found) == list(range(1, 8))
+    for completion in found.values():
+        versions, counts = zip(*completion.version_runs, strict=True)
+        assert versions == tuple(range(1, 1 + len(versions))) and len(versions) > 1 and sum(counts) == 200
+    engines.group.close()
+
+
+@pytest.mark.parametrize("continue_lost", [False, True])
+def test_responses_of_a_lost_replica_start_anew_or_continue(
+    executor: RayExecutor, tmp_path: Path, continue_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("roll_gspo.roles.replica_stream._REPORT_INTERVAL_S", 0)
+    engines = Engines(executor, tmp_path, (30,), continue_lost=continue_lost, size=1)
+    engines.sync.push(1)
+    client = engines.generator.open_stream()
+    client.submit(requests(200))
+    poll_until_all_began(client)
+    engines.generator.weights_version = 2  # what the restarted replica gets
+    runs = {completion.version_runs for completion in poll_all(client).values()}
+    assert len(runs) == 1, "all were sampled together"
+    assert runs == ({((1, 60), (2, 140))} if continue_lost else {((2, 200),)})
+    engines.group.close()
+
+
+def test_other_threads_go_on_without_the_lost_replica(executor: RayExecutor, tmp_path: Path) -> None:
+    engines = Engines(executor, tmp_path, (10,))
+    engines.sync.push(1)
+    client = engines.generator.open_stream()
+    client.submit(requests(100))
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(poll_all, client).result(60)
+    assert [found[key].version_runs for key in range(8)] == [((1, 100),)] * 8
+    assert [engines.group.alive(rank) for rank in range(2)].count(True) == 1
+    engines.sync.push(2)
+    assert engines.group.alive(0) and engines.group.alive(1) and engines.samples() == expected(2)
     engines.group.close()
