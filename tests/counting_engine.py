@@ -30,7 +30,8 @@ class _Row:
 class CountingEngine:
     """A `StreamingStrategy` that samples `per_advance` tokens per request and call of `advance`.
 
-    A response ends after `max_new_tokens`. A prompt that contains a negative token is rejected.
+    A response ends after `max_new_tokens`. A prompt that contains a negative token is rejected. A seed that gives
+    negative tokens makes `advance` fail.
     """
 
     def __init__(self, capacity: int = 16, per_advance: int = 2) -> None:
@@ -60,7 +61,10 @@ class CountingEngine:
         return [FinishedRequest(key, self.outstanding.pop(key).completion("length")) for key in ended]
 
     def _sample(self, row: _Row, position: int) -> None:
-        row.tokens.append(token(row.request.prompt, row.request.seed, position))
+        sampled = token(row.request.prompt, row.request.seed, position)
+        if sampled < 0:
+            raise ValueError(f"negative token {sampled}")
+        row.tokens.append(sampled)
         row.log_probs.append(-float(self.version))
         if not row.versions or row.versions[-1][0] != self.version:
             row.versions.append([self.version, 0])

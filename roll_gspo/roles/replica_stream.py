@@ -148,9 +148,13 @@ class ReplicaStream(RequestStream):
         except _LOST as error:
             self._lost(replica, error)
         except RollGspoError as error:
-            if not call.items:
-                raise
-            self._reject(replica, call.items, error)
+            if call.items:
+                self._reject(replica, call.items, error)
+            else:
+                held = list(replica.held)
+                self._fail(replica, error)
+                if held:
+                    self._submit(replica, "abort", held)
         else:
             if isinstance(answer, Advanced):
                 self._report(replica, answer.news)

@@ -288,6 +288,14 @@ class RequestStream(ABC):
             self._outstanding.pop(item.request.key, None)
         items[0].client.fail((item.key for item in items), error)
 
+    def _fail(self, lane: Lane, error: Exception) -> None:
+        """Drop all requests of an engine that failed, but lives."""
+        by_client: dict[StreamClient, list[Outstanding]] = {}
+        for item in lane.held.values():
+            by_client.setdefault(item.client, []).append(item)
+        for items in by_client.values():
+            self._reject(lane, items, error)
+
     def _requeue(self, lane: Lane) -> int:
         """Put the requests of a lost engine back at the head of the queue, and return their number."""
         items = [item for item in lane.held.values() if item.request.key in self._outstanding]
@@ -362,7 +370,14 @@ class LocalStream(RequestStream):
     def _work(self, timeout_s: float) -> None:
         self._lane.capacity = self._engine.capacity
         self._feed([self._lane])
-        self._deliver(self._lane, self._engine.advance(min(timeout_s, SLICE_S)))
+        held = list(self._lane.held)
+        try:
+            finished = self._engine.advance(min(timeout_s, SLICE_S))
+        except Exception as error:
+            self._fail(self._lane, error)
+            self._engine.abort(held)
+        else:
+            self._deliver(self._lane, finished)
 
     def _send(self, lane: Lane, items: Sequence[Outstanding]) -> None:
         try:

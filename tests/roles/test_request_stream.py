@@ -118,6 +118,21 @@ def test_rejected_request_fails_its_client_only() -> None:
     assert wrong.outstanding == stream.num_outstanding == 0
 
 
+def test_failed_engine_fails_every_client_and_keeps_no_request() -> None:
+    engine = CountingEngine()
+    stream = LocalStream(engine)
+    clients = [stream.open(), stream.open()]
+    for client in clients:
+        client.submit([request(0, 3), request(1, -(10**9))])
+    for client in clients:
+        with pytest.raises(ValueError, match="negative token"):
+            client.poll(5)
+        assert client.outstanding == 0
+    assert not engine.outstanding and stream.num_outstanding == 0
+    clients[0].submit([request(0, 3)])
+    assert poll_all(clients[0])[0].token_ids == tokens_of(3)
+
+
 def test_two_threads_use_the_engine_at_the_same_time() -> None:
     stream = LocalStream(CountingEngine())
     found: dict[int, dict[int, Completion]] = {}
