@@ -9,7 +9,8 @@ Response lengths are log-normal (sigma 1) with a maximum of 20 times the median.
   ends with its longest response.
 * One replica: the stream against `LLM.generate` on all prompts, called in the same worker.
 
-The ways take turns in each round. The table shows medians, and the median of the rounds' ratios.
+The ways take turns in each round. The table shows medians: tokens per second, tokens per CPU second of the workers
+(less noisy if other work uses the cores, but blind to idle workers), and the ratios of the stream to each way.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+import psutil
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -60,8 +63,8 @@ class ChunkReplica(Replica):
             tokens += sum(len(completion.token_ids) for _, completion in finished)
         return tokens
 
-    def bare(self, requests: Sequence[GenerationRequest]) -> tuple[int, float]:
-        """Return the tokens of `LLM.generate`, and its seconds."""
+    def bare(self, requests: Sequence[GenerationRequest]) -> int:
+        """Call `LLM.generate`; return the number of tokens."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
@@ -71,9 +74,8 @@ class ChunkReplica(Replica):
             )
             for r in requests
         ]
-        started = time.perf_counter()
         outputs = self._engine._engine[0].generate(prompts, sampling, use_tqdm=False)
-        return sum(len(o.outputs[0].token_ids) for o in outputs), time.perf_counter() - started
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
 def make_replica(checkpoint: Path, capacity: int, longest: int) -> ChunkReplica:
@@ -96,19 +98,39 @@ def requests_of(count: int, median: int, seed: int) -> list[GenerationRequest]:
     ]
 
 
-def stream(replicas: Replicas, requests: Sequence[GenerationRequest]) -> float:
-    """Return the tokens per second of a request stream."""
-    started, tokens = time.perf_counter(), 0
-    client = replicas.stream.open()
+class Rate(NamedTuple):
+    """Tokens per second, and per CPU second of the workers."""
+
+    wall: float
+    cpu: float
+
+
+def measured(group: RayGroup, requests: Sequence[GenerationRequest], way: Callable[[], int]) -> Rate:
+    """Time a way that returns its number of tokens."""
+    workers = [psutil.Process(group.pid(rank)) for rank in range(group.size)]
+
+    def cpu_s() -> float:
+        return sum(sum(worker.cpu_times()[:2]) for worker in workers)
+
+    cpu, started = cpu_s(), time.perf_counter()
+    tokens = way()
+    seconds, cpu = time.perf_counter() - started, cpu_s() - cpu
+    assert tokens == sum(request.sampling.max_new_tokens for request in requests)
+    return Rate(tokens / seconds, tokens / cpu)
+
+
+def stream(replicas: Replicas, requests: Sequence[GenerationRequest]) -> int:
+    """Generate with a request stream."""
+    tokens, client = 0, replicas.stream.open()
     client.submit(requests)
     while client.outstanding:
         tokens += sum(len(completion.token_ids) for _, completion in client.poll(1))
-    return rate(requests, tokens, time.perf_counter() - started)
+    return tokens
 
 
-def chunks(group: RayGroup, requests: Sequence[GenerationRequest]) -> float:
-    """Return the tokens per second of chunks of a fixed size."""
-    started, tokens = time.perf_counter(), 0
+def chunks(group: RayGroup, requests: Sequence[GenerationRequest]) -> int:
+    """Generate in chunks of a fixed size."""
+    tokens = 0
     todo = deque(requests[start : start + CHUNK] for start in range(0, len(requests), CHUNK))
     running: dict[Pending, int] = {}
     while todo or running:
@@ -118,38 +140,36 @@ def chunks(group: RayGroup, requests: Sequence[GenerationRequest]) -> float:
         for pending in wait_first(list(running), timeout_s=0.25):
             del running[pending]
             tokens += pending.result()
-    return rate(requests, tokens, time.perf_counter() - started)
+    return tokens
 
 
-def bare(group: RayGroup, requests: Sequence[GenerationRequest]) -> float:
-    """Return the tokens per second of `LLM.generate`."""
-    return rate(requests, *group.call("bare", requests))
-
-
-def rate(requests: Sequence[GenerationRequest], tokens: int, seconds: float) -> float:
-    """Return tokens per second, after a check that no way computed fewer tokens."""
-    assert tokens == sum(request.sampling.max_new_tokens for request in requests)
-    return tokens / seconds
+def bare(group: RayGroup, requests: Sequence[GenerationRequest]) -> int:
+    """Generate with `LLM.generate`."""
+    return group.call("bare", requests)
 
 
 def compare(
-    rounds: int, ways: dict[str, Callable[[Sequence[GenerationRequest]], float]], count: int, median: int
+    group: RayGroup,
+    ways: dict[str, Callable[[Sequence[GenerationRequest]], int]],
+    rounds: int,
+    count: int,
+    median: int,
 ) -> None:
-    """Print the rates of the ways, and their ratios to the first way."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for name, way in ways.items():
-        way(requests_of(32, 4, 99))  # the first batch compiles and allocates
-        del name
+    """Print the rates of the ways, and the ratios of the first way to them."""
+    rates: dict[str, list[Rate]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(requests_of(32, 4, 99))  # the first batch allocates
     for number in range(rounds):
         requests = requests_of(count, median, number)
         for name, way in ways.items():
-            rates[name].append(way(requests))
-            print(f"  round {number}: {name}: {rates[name][-1]:,.0f} tokens/s", flush=True)
-    first, *others = ways
-    print(f"| {first} | {statistics.median(rates[first]):,.0f} | 1.00 |")
-    for name in others:
-        ratio = statistics.median(a / b for a, b in zip(rates[first], rates[name], strict=True))
-        print(f"| {name} | {statistics.median(rates[name]):,.0f} | {ratio:.2f} |", flush=True)
+            rates[name].append(measured(group, requests, partial(way, requests)))
+            print(f"  round {number}: {name}: {rates[name][-1].wall:,.0f}, {rates[name][-1].cpu:,.0f}", flush=True)
+    first = rates[next(iter(ways))]
+    for name, own in rates.items():
+        wall = statistics.median(a.wall / b.wall for a, b in zip(first, own, strict=True))
+        cpu = statistics.median(a.cpu / b.cpu for a, b in zip(first, own, strict=True))
+        medians = [statistics.median(rate[kind] for rate in own) for kind in (0, 1)]
+        print(f"| {name} | {medians[0]:,.0f} | {wall:.2f} | {medians[1]:,.0f} | {cpu:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -168,11 +188,11 @@ def main() -> None:
         make = partial(make_replica, checkpoint, arguments.capacity, longest)
         for devices, count in (((0, 1), arguments.requests), ((0,), arguments.requests // 2)):
             group = executor.start_group("actor_infer", make, Devices(devices, 1, 2), one_world=False)
-            print(f"{len(devices)} replica(s), {count} responses | tokens/s | stream is faster by", flush=True)
+            print(f"| {len(devices)} replica(s), {count} responses | per s | ratio | per CPU s | ratio |", flush=True)
             baseline = {"chunks of 64": partial(chunks, group)} if len(devices) > 1 else {}
             direct = {} if baseline else {"LLM.generate": partial(bare, group)}
             ways = {"stream": partial(stream, Replicas(group, 0)), **baseline, **direct}
-            compare(arguments.rounds, ways, count, arguments.median)
+            compare(group, ways, arguments.rounds, count, arguments.median)
             group.close()
     executor.close()
 

@@ -26,6 +26,13 @@ class WeightSync(Protocol):
         """
         ...
 
+    def restore(self, version: int) -> None:
+        """Restart lost engines and send the trainer's current weights, which are those of `version`, to all engines.
+
+        No-op if no engine is lost. Call it while the trainer is idle.
+        """
+        ...
+
 
 class InProcessSync:
     """Transfer within one process: tensors are passed by reference."""
@@ -37,6 +44,9 @@ class InProcessSync:
     def push(self, version: int) -> None:
         """Transfer the current weights as `version`."""
         self._generator.update_weights(self._actor.weights(), version)
+
+    def restore(self, version: int) -> None:
+        """Do nothing: the engine lives as long as the trainer."""
 
 
 class BroadcastSync:
@@ -79,6 +89,12 @@ class BroadcastSync:
         """Transfer the current weights as `version`. No replica computes meanwhile; outstanding requests continue."""
         with self._replicas.stream.paused():
             self._push(version)
+
+    def restore(self, version: int) -> None:
+        """Restart lost replicas, then send the current weights to all."""
+        group = self._replicas.group
+        if not all(group.alive(rank) for rank in range(group.size)):
+            self.push(version)
 
     def _push(self, version: int) -> None:
         # A loss found here costs nothing, and the other replicas keep their requests.
