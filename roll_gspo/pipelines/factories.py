@@ -18,9 +18,9 @@ from roll_gspo.pipelines.settings import (
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
+from roll_gspo.roles.local_stream import LocalStream
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.replica import Replica
-from roll_gspo.roles.request_stream import LocalStream
 from roll_gspo.roles.sft_actor import SftActor
 from roll_gspo.strategies.base import GenerationSetup, TrainStrategy
 from roll_gspo.strategies.batch_streaming import streaming

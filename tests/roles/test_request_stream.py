@@ -10,7 +10,8 @@ from counting_engine import CountingEngine, token
 from roll_gspo.batch import Completion
 from roll_gspo.errors import ConfigError, DataError, WorkerHungError
 from roll_gspo.roles.fair_lock import FairLock
-from roll_gspo.roles.request_stream import LocalStream, StreamClient
+from roll_gspo.roles.local_stream import LocalStream
+from roll_gspo.roles.request_stream import StreamClient
 from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
 from roll_gspo.strategies.batch_streaming import BatchStreaming
 
