@@ -67,6 +67,10 @@ class ChunkReplica(Replica):
         """Call `LLM.generate`; return the number of tokens."""
         from vllm import SamplingParams
 
+        from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
+
+        engine = self._engine
+        assert isinstance(engine, VllmGenerate) and engine._engine is not None
         prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
         sampling = [
             SamplingParams(
@@ -74,7 +78,7 @@ class ChunkReplica(Replica):
             )
             for r in requests
         ]
-        outputs = self._engine._engine[0].generate(prompts, sampling, use_tqdm=False)
+        outputs = engine._engine[0].generate(prompts, sampling, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
