@@ -186,7 +186,7 @@ def test_responses_continue_with_weights_that_arrive_meanwhile(executor: RayExec
     engines.group.close()
 
 
-@pytest.mark.parametrize("continue_lost", [False, True])
+@pytest.mark.parametrize("continue_lost", [pytest.param(False, marks=pytest.mark.long), True])
 def test_responses_of_a_lost_replica_start_anew_or_continue(
     executor: RayExecutor, tmp_path: Path, continue_lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
