@@ -254,7 +254,7 @@ class GenerationRequest:
     """A response to sample.
 
     Attributes:
-        key: number of the request, unique among the outstanding requests of an engine.
+        key: number of the request from 0, unique among the outstanding requests of an engine.
         prompt: the prompt's tokens.
         sampling: sampling parameters; `num_samples` is ignored.
         seed: seed of the response.
