@@ -2,6 +2,7 @@
 
     python examples/reproduce_gspo/reproduce.py                   # every study, about an hour on two cores
     python examples/reproduce_gspo/reproduce.py stability         # one of them
+    python examples/reproduce_gspo/reproduce.py staleness --jobs 16 strategy=hf     # with further keys, on 16 cores
     python examples/reproduce_gspo/reproduce.py --tables          # print the tables of earlier runs
 
 Complete runs are not repeated. `docs/reproducing-gspo.md` holds the tables and their interpretation.
@@ -10,9 +11,11 @@ Complete runs are not repeated. `docs/reproducing-gspo.md` holds the tables and 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -35,6 +38,8 @@ SIXTEEN = (
     "actor_train.training_args.per_device_train_batch_size=16",
     "actor_train.training_args.gradient_accumulation_steps=1",
 )
+SMALL = ("rollout_batch_size=16", "validation.data_args.num_rows=128")
+GEOMETRIC_MASK = ("train_infer_correction=geometric_mask",)
 Row = dict[str, Any]
 
 
@@ -91,6 +96,22 @@ ROUTING = (
     Column("clipped tokens", "actor/clip_fraction", ALL, ".4f"),
 )
 
+STALENESS = (
+    Column("reward, last 5", "rollout/score_mean", LAST),
+    Column("held out", "validation/score_mean", END),
+    Column("clipped tokens", "actor/clip_fraction", ALL, ".4f"),
+    Column("abs(ratio - 1)", "actor/ratio_deviation", ALL, ".5f"),
+    Column("gradient norm, last 5", "actor/grad_norm", LAST),
+)
+LAGS = (0, 1, 2, 4, 8)
+ALGORITHMS = {
+    "GSPO": ("algorithm=gspo_paper",),
+    "GSPO, geometric mask": ("algorithm=gspo_paper", *GEOMETRIC_MASK),
+    "GRPO": ("algorithm=gspo_paper", LEVELS["GRPO"]),
+    "CISPO": ("algorithm=cispo",),
+    "SAPO": ("algorithm=sapo",),
+}
+
 STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
     "stability": (
         tuple(
@@ -121,21 +142,41 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
         ),
         ROUTING,
     ),
+    "staleness": (
+        tuple(
+            Setting(f"{name}, staleness {lag}", (*overrides, f"async_generation_ratio={lag}", *SMALL), 40)
+            for name, overrides in ALGORITHMS.items()
+            for lag in LAGS
+        ),
+        STALENESS,
+    ),
 }
 
 
-def run(setting: Setting, output: Path, jobs: int) -> None:
-    """Run the seeds of a setting that are not complete; interrupted runs resume."""
-    missing = [seed for seed in SEEDS if last_step(run_folder(setting, output, seed)) < setting.steps]
-    if not missing:
-        return
-    command = [sys.executable, "-m", "roll_gspo.run", "--multirun", "--jobs", str(jobs), *COMMON, *setting.overrides]
-    command += [f"max_steps={setting.steps}", f"save_steps={setting.steps}", "eval_steps=25"]
-    command += [f"exp_name={setting.folder}", f"output_dir={output}", "resume_from_checkpoint=true"]
+def run_all(settings: Iterable[Setting], output: Path, jobs: int, overrides: Sequence[str] = ()) -> None:
+    """Run every seed of every setting that is not complete, `jobs` at a time; interrupted runs resume."""
+    missing = [(s, seed) for s in settings for seed in SEEDS if last_step(run_folder(s, output, seed)) < s.steps]
+    print(f"{len(missing)} runs", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in as_completed([pool.submit(run, *each, output, jobs, overrides) for each in missing]):
+            done.result()
+
+
+def run(setting: Setting, seed: int, output: Path, jobs: int, overrides: Sequence[str]) -> None:
+    """Run one seed of a setting."""
     # The seed is the name of a run, so that an interrupted study finds the missing ones.
-    command += [f"seed={','.join(map(str, missing))}", "run_name='seed_${seed}'"]
-    print(f"\n{setting.name}: seeds {', '.join(map(str, missing))}", flush=True)
-    subprocess.run(command, check=True)
+    folder = run_folder(setting, output, seed)
+    command = [sys.executable, "-m", "roll_gspo.run", *COMMON, *setting.overrides, *overrides]
+    command += [f"max_steps={setting.steps}", f"save_steps={setting.steps}", "eval_steps=25", f"seed={seed}"]
+    command += [f"exp_name={setting.folder}", f"output_dir={output}", f"run_name={folder.name}"]
+    command += ["resume_from_checkpoint=true"]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("w", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    print(f"{setting.name}, seed {seed}: {'done' if not result.returncode else f'failed, see {log}'}", flush=True)
 
 
 def run_folder(setting: Setting, output: Path, seed: int) -> Path:
@@ -179,18 +220,19 @@ def best(rows: Sequence[Row], window: int = 5) -> float | None:
 def main() -> None:
     """Run the selected studies and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"one of {', '.join(STUDIES)}; default: all")
+    parser.add_argument("studies", nargs="*", metavar="STUDY|key=value", help=f"{', '.join(STUDIES)}; default: all")
     parser.add_argument("--output", type=Path, default=Path("output/reproduce_gspo"), help="folder of all runs")
     parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
     parser.add_argument("--tables", action="store_true", help="only print the tables of earlier runs")
     options = parser.parse_args()
-    if unknown := set(options.studies) - set(STUDIES):
+    overrides = [text for text in options.studies if "=" in text]
+    studies = [text for text in options.studies if "=" not in text]
+    if unknown := set(studies) - set(STUDIES):
         parser.error(f"unknown study {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
-    for name in options.studies or STUDIES:
+    for name in studies or STUDIES:
         settings, columns = STUDIES[name]
         if not options.tables:
-            for setting in settings:
-                run(setting, options.output, options.jobs)
+            run_all(settings, options.output, options.jobs, overrides)
         print(f"\n### {name}\n\n{table(settings, columns, options.output)}", flush=True)
 
 

@@ -280,6 +280,13 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
             )
 
     def _broken_async_rules(self) -> Iterator[Problem]:
+        gate = self.staleness_gate
+        if gate is not None and gate.action == "wait" and not self.updates_in_flight:
+            yield Problem(
+                "staleness_gate.action",
+                "wait samples the groups in flight again, which only async_mode: in_flight allows; set skip or stop",
+                ("async_mode", "async_generation_ratio"),
+            )
         if not self.updates_in_flight:
             return
         if self.execution == "local":

@@ -65,10 +65,15 @@ class Generator(ProfiledRole):
         """Let the engine not compute in the block; see `RequestStream.paused`."""
         return nullcontext() if self._stream is None else self._stream.paused()
 
-    def seeds(self, purpose: str, num_prompts: int, num_samples: int) -> list[range]:
-        """Return the seeds of the samples of each prompt, equal to those of `generate` with the same purpose."""
-        firsts = sample_seeds(self._seed, purpose, num_prompts, num_samples)
-        return [range(first, first + num_samples) for first in firsts]
+    def check_alive(self) -> None:
+        """Check that an engine is left; see `RequestStream.check_alive`."""
+        if self._stream is not None:
+            self._stream.check_alive()
+
+    def seeds(self, purpose: str, number: int, num_samples: int) -> range:
+        """Return the seeds of a prompt's samples, equal to those of prompt `number` in `generate`."""
+        first = _first_seed(self._seed, purpose) + number * num_samples
+        return range(first, first + num_samples)
 
     def collate(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Rollouts:
         """Return completions `[prompt][sample]` of the current weights as one rollout."""
@@ -87,5 +92,9 @@ class Generator(ProfiledRole):
 
 def sample_seeds(seed: int, purpose: str, num_prompts: int, num_samples: int) -> list[int]:
     """Return one seed per prompt, spaced by the group size: sample j of a prompt uses its seed + j."""
-    first = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6], "big")
+    first = _first_seed(seed, purpose)
     return [first + i * num_samples for i in range(num_prompts)]
+
+
+def _first_seed(seed: int, purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6], "big")

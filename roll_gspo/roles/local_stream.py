@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from roll_gspo.errors import RollGspoError
@@ -23,8 +24,11 @@ class LocalStream(RequestStream):
         self._engine = engine
         self._lane = Lane()
 
+    def check_alive(self) -> None:
+        """Do nothing: this process holds the engine."""
+
     def _work(self, timeout_s: float) -> None:
-        self._lane.capacity = self._engine.capacity
+        self._lane.capacity = sys.maxsize  # no other engine could take a request
         self._feed([self._lane])
         held = list(self._lane.held)
         try:

@@ -79,6 +79,18 @@ class ReplicaStream(RequestStream):
             how = "continued" if self.continue_lost else "redone"
             logger.warning("%s: rank %d: its %d requests are %s", self._group.name, rank, count, how)
 
+    def check_alive(self) -> None:
+        """Check that a worker is left.
+
+        Raises:
+            WorkerDiedError: every worker was lost.
+        """
+        if not self._living():
+            raise WorkerDiedError(
+                f"{self._group.name}: every worker was lost while its weights were older than the trainer's, which "
+                "cannot be sent again"
+            )
+
     def _work(self, timeout_s: float) -> None:
         self._drain(0.0)
         living = self._living()

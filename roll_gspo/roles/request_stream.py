@@ -233,6 +233,14 @@ class RequestStream(ABC):
             finally:
                 self._pauses -= 1
 
+    @abstractmethod
+    def check_alive(self) -> None:
+        """Check that an engine is left to answer the requests.
+
+        Raises:
+            WorkerDiedError: every engine was lost.
+        """
+
     # called by clients, which hold the lock
 
     def work(self, timeout_s: float) -> None:

@@ -44,12 +44,13 @@ class StalenessScheduler:
         groups_per_step: groups per training step, G.
         max_staleness: n, the maximum difference between the version that trains and the version that samples.
         in_order: batches consist of groups in the order of their numbers.
+        num_steps: training steps of the whole run. No group starts that none of them trains. None: no limit.
     """
 
-    def __init__(self, groups_per_step: int, max_staleness: int, in_order: bool) -> None:
+    def __init__(self, groups_per_step: int, max_staleness: int, in_order: bool, num_steps: int | None = None) -> None:
         if groups_per_step < 1 or max_staleness < 0:
             raise ValueError(f"groups_per_step {groups_per_step} must be >= 1, max_staleness {max_staleness} >= 0")
-        self._size, self._bound, self._in_order = groups_per_step, max_staleness, in_order
+        self._size, self._bound, self._in_order, self._num_steps = groups_per_step, max_staleness, in_order, num_steps
         self._version = 0
         self._next = 0
         self._reused: list[int] = []  # heap of dropped numbers; used in order only
@@ -83,7 +84,10 @@ class StalenessScheduler:
 
     def num_startable(self) -> int:
         """Return the number of groups that may start now."""
-        return (self._bound + 1) * self._size - len(self._groups)
+        num_batches = self._bound + 1
+        if self._num_steps is not None:
+            num_batches = min(num_batches, self._num_steps - self._version)
+        return max(0, num_batches * self._size - len(self._groups))
 
     def start(self) -> int:
         """Start a group and return its number.
@@ -182,13 +186,13 @@ class StalenessScheduler:
         for key, value in (("groups_per_step", self._size), ("in_order", self._in_order)):
             if state[key] != value:
                 raise CheckpointError(f"{key}: is {value}, but {state[key]} in the checkpoint; set it to {state[key]}")
-        loaded = StalenessScheduler(self._size, self._bound, self._in_order)
+        loaded = StalenessScheduler(self._size, self._bound, self._in_order, self._num_steps)
         loaded._version, loaded._next, loaded._reused = state["version"], state["next_group"], list(state["reused"])
         for number, version, is_finished in state["groups"]:
             loaded._add(number, version)
             if is_finished:
                 loaded.finish(number)
-        if loaded.num_startable() < 0 or loaded._is_late():
+        if len(loaded._groups) > (self._bound + 1) * self._size or loaded._is_late():
             raise CheckpointError(
                 f"max_staleness: {self._bound} is too small for the {len(loaded._groups)} untrained groups of the "
                 "checkpoint; resume with the earlier value"

@@ -54,17 +54,14 @@ def test_fresh_samples_are_wanted_until_the_value_recovers_also_after_a_resume()
     resumed.load_state_dict({name: value for name, value in document.items() if name != "staleness_gate"})
 
 
-@pytest.mark.parametrize("action", ["wait", "skip"])
-def test_run_logs_its_gate_and_trains_only_if_it_may(command: Command, small: tuple[str, ...], action: str) -> None:
+def test_run_logs_its_gate_and_skips_the_update(command: Command, small: tuple[str, ...]) -> None:
     """Float32 engines differ by rounding, so that the effective sample size is a little below 1."""
-    outcome = command(*HF, *small, *TWO_STEPS, f"staleness_gate={{min_ess: 1.0, action: {action}}}")
+    outcome = command(*HF, *small, *TWO_STEPS, "staleness_gate={min_ess: 1.0, action: skip}")
     assert outcome.code == 0, outcome.err
-    trained = action == "wait"
-    effect = "generated with the newest weights" if trained else "the update is skipped"
-    assert f"is below staleness_gate.min_ess 1; {effect}" in outcome.out.replace("the next batch is ", "")
+    assert "is below staleness_gate.min_ess 1; the update is skipped" in outcome.out
     for row in metrics_of(RUN)[1:]:
         assert row["staleness/gate_closed"] == 1 and 0.999 < row["staleness/ess"] < 1
-        assert (row["actor/num_updates"], row["actor/skipped_updates"]) == ((4, 0) if trained else (0, 4))
+        assert (row["actor/num_updates"], row["actor/skipped_updates"]) == (0, 4)
         assert "staleness/mean" not in row, "nothing is stale"
 
 

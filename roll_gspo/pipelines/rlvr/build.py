@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from roll_gspo.algorithms.reward_norm import RunningMoments
-from roll_gspo.batch import Prompt
+from roll_gspo.batch import Completion, Prompt
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.data.sampler import Sampler
 from roll_gspo.execution.base import Executor
 from roll_gspo.pipelines.components import (
     RunComponents,
@@ -26,7 +27,9 @@ from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.rlvr.collect import Collector
 from roll_gspo.pipelines.rlvr.datasets import Datasets, make_sampler, read_datasets, tokenize
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
-from roll_gspo.pipelines.rlvr.models import start_models, trained_roles_of
+from roll_gspo.pipelines.rlvr.models import Models, start_models, trained_roles_of
+from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream, StreamSettings
+from roll_gspo.pipelines.rlvr.rollout_thread import RolloutThread
 from roll_gspo.pipelines.rlvr.sample_files import SampleFiles
 from roll_gspo.pipelines.rlvr.staleness_gate import StalenessGate
 from roll_gspo.pipelines.rlvr.state import RlvrState
@@ -128,9 +131,13 @@ def _start_roles(
         kl_controller=new_kl_controller(config),
         staleness_gate=None if config.staleness_gate is None else StalenessGate(config.staleness_gate),
     )
-    resume(config, folder, console, trained_roles_of(models.actor_train, models.critic), state)
     groups, length = config.num_return_sequences_in_group, config.max_response_length
     training = sampling(config.actor_infer.generating_args, groups, length, data.stop_ids)
+    # Closed before the engines and the rewards, because it uses them.
+    make = partial(_make_collector, config, data, sampler, models, rewards, training)
+    collector = executor.start("rollouts", make)
+    state.pending = collector
+    resume(config, folder, console, trained_roles_of(models.actor_train, models.critic), state)
     samples = SampleFiles(
         folder.path,
         lambda ids: data.tokenizer.decode(list(ids)),
@@ -142,11 +149,11 @@ def _start_roles(
         executor=executor,
         actor_train=models.actor_train,
         actor_infer=models.actor_infer,
-        weights=models.weights,
+        weights=collector,
         reference=models.reference,
         critic=models.critic,
         rewards=rewards,
-        collector=_collector(config, state, models.actor_infer, rewards, training, data.tokenizer, data.stop_ids),
+        collector=collector,
         samples=samples,
         experience=experience_settings(config),
         state=state,
@@ -194,23 +201,32 @@ def new_validation(
     )
 
 
-def _collector(
+def _make_collector(
     config: ExperimentConfig,
-    state: RlvrState,
-    generator: Generator,
+    data: _Tokenized,
+    sampler: Sampler[Prompt],
+    models: Models,
     rewards: RewardManager,
     training: Sampling,
-    tokenizer: Any,
-    stop_ids: Sequence[int] = (),
 ) -> Collector:
-    return Collector(
-        state.sampler,
-        generator,
-        rewards,
-        training,
-        lambda completion: response_text(tokenizer, completion.token_ids, stop_ids),
-        num_prompts=config.rollout_batch_size,
+    """Build the collector of a run. `training` are the sampling settings of its responses."""
+
+    def text_of(completion: Completion) -> str:
+        return response_text(data.tokenizer, completion.token_ids, data.stop_ids)
+
+    settings = StreamSettings(
+        sampling=training,
+        groups_per_step=config.rollout_batch_size,
+        num_steps=config.max_steps,
+        max_staleness=config.async_generation_ratio,
+        in_flight=config.updates_in_flight,
+        partial_rollouts=config.partial_rollouts,
         query_filters=query_filter_settings(config),
         max_rounds=config.max_sampling_rounds,
-        max_failed_steps=config.max_failed_reward_steps,
+    )
+    stream = RolloutStream(sampler, models.actor_infer, rewards, text_of, settings)
+    overlaps = config.is_async and config.execution != "local"
+    thread = RolloutThread(stream, config.worker_timeout_s) if overlaps else None
+    return Collector(
+        stream, models.actor_infer, rewards, text_of, models.weights, thread, config.max_failed_reward_steps
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from roll_gspo.algorithms.query_filter import QueryFilterSettings, kept_groups
-from roll_gspo.batch import Completion, Prompt, Rollouts
-from roll_gspo.data.sampler import Sampler
+from roll_gspo.batch import Completion, Rollouts
+from roll_gspo.pipelines.rlvr.groups import Group
 from roll_gspo.pipelines.rlvr.reward_alarm import FailedSteps, FirstSample, RewardAlarm
 from roll_gspo.pipelines.rlvr.reward_metrics import (
     component_metrics,
@@ -21,15 +22,25 @@ from roll_gspo.pipelines.rlvr.reward_metrics import (
     num_failed,
     score_mean,
 )
+from roll_gspo.pipelines.rlvr.rollout_state import load_groups, save_groups, snapshot
+from roll_gspo.pipelines.rlvr.rollout_stream import (
+    CONTINUED,
+    DROPPED,
+    RESTARTED,
+    RolloutStream,
+    TrainableBatch,
+)
+from roll_gspo.pipelines.rlvr.rollout_thread import RolloutThread
 from roll_gspo.rewards.base import RewardResult
+from roll_gspo.rewards.job import RewardTime
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reward_manager import RewardManager
-from roll_gspo.roles.scoring import RewardTime
-from roll_gspo.strategies.base import Sampling
+from roll_gspo.roles.weight_sync import WeightSync
 from roll_gspo.tracking.console import Progress
 
 logger = logging.getLogger(__name__)
 Stage = Callable[[str], AbstractContextManager[Progress]]
+_SLICE_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -57,142 +68,189 @@ class Collected:
         return torch.tensor([result.failed is None for result in self.results])
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The samples of one prompt."""
-
-    prompt: Prompt
-    domain: str
-    completions: tuple[Completion, ...]
-    results: tuple[RewardResult, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(completion.token_ids) for completion in self.completions)
-
-
 class Collector:
-    """Generate and score the samples of a step.
+    """Collect the samples of each step from a stream of groups. It is the `WeightSync` of the engines meanwhile.
 
     Args:
-        sampler: draws the training prompts.
-        generator, reward_manager: the generation engine and the reward manager.
-        sampling: sampling settings of the responses.
+        stream: the groups in flight.
+        generator, rewards: the generation engine and the reward manager.
         text_of: returns the response text that rewards score.
-        num_prompts: number of groups in a full batch.
-        query_filters: filter by domain that drops groups. Domains without a filter keep all groups.
+        weights: sends the weights to the engines, and to those that are restarted while a step waits for samples.
+        thread: pumps the stream while the trainer trains; None pumps it while a step waits for samples.
         max_failed_steps: stop after this many consecutive steps in which every reward failed; None never stops.
-        max_rounds: maximum generation rounds per step. Dropped groups fill a batch that is still incomplete.
     """
 
     def __init__(
         self,
-        sampler: Sampler[Prompt],
+        stream: RolloutStream,
         generator: Generator,
-        reward_manager: RewardManager,
-        sampling: Sampling,
+        rewards: RewardManager,
         text_of: Callable[[Completion], str],
-        *,
-        num_prompts: int,
-        query_filters: Mapping[str, QueryFilterSettings],
-        max_rounds: int,
+        weights: WeightSync,
+        thread: RolloutThread | None = None,
         max_failed_steps: int | None = None,
     ) -> None:
-        self._sampler = sampler
+        self._stream = stream
         self._generator = generator
-        self._reward_manager = reward_manager
-        self._sampling = sampling
+        self._rewards = rewards
         self._text_of = text_of
-        self._num_prompts = num_prompts
-        self._filters = query_filters
+        self._weights = weights
+        self._thread = thread
         self._alarm = RewardAlarm()
         self._failed_steps = FailedSteps(max_failed_steps)
-        self._max_rounds = max_rounds
+        self._unreleased: list[Group] = []
+        self._time = RewardTime(0.0, 0.0)
 
     def collect(self, step: int, stage: Stage) -> Collected:
-        """Return a full batch for `step`. Step and round determine the seeds of every generation."""
-        kept: list[_Group] = []
-        dropped: list[_Group] = []
-        rounds = 0
-        time = RewardTime(0.0, 0.0)
-        while len(kept) < self._num_prompts and rounds < self._max_rounds:
-            prompts = self._sampler.next_batch(self._num_prompts - len(kept))
-            purpose = f"step {step} round {rounds}" if rounds else f"step {step}"
-            rollouts, results, spent = self._generate(prompts, purpose, stage)
-            time = RewardTime(time.hidden_s + spent.hidden_s, time.total_s + spent.total_s)
-            rounds += 1
-            groups = self._groups(rollouts, results)
-            if not self._filters:
-                return Collected(rollouts, tuple(results), self._metrics(step, groups, time))
-            for group in groups:
-                query_filter = self._filters.get(group.domain)
-                (kept if query_filter is None or _passes(group, query_filter) else dropped).append(group)
-        return self._batch(step, kept, dropped, rounds, time)
+        """Return a full batch for `step`. The batch of the last call counts as trained."""
+        self.release()
+        self._stream.next_step()
+        batch = self._stream.next_batch()
+        while batch is None:
+            self._advance(stage, "the samples of a step", self._stream.has_batch)
+            batch = self._stream.next_batch()
+        self._unreleased = batch.groups
+        return self._collected(step, batch)
 
-    def _generate(
-        self, prompts: Sequence[Prompt], purpose: str, stage: Stage
-    ) -> tuple[Rollouts, list[RewardResult], RewardTime]:
-        """Generate samples and return them with their results. Each sample is scored as soon as it completes."""
-        with self._reward_manager.open() as scoring:
+    def wait_for_push(self, stage: Stage) -> None:
+        """Wait until no response needs the present weights of the engines."""
+        if not self._stream.can_change_weights():
+            self._advance(stage, "responses of the present weights", self._stream.can_change_weights, may_restore=False)
 
-            def submit(number: int, sample: int, completion: Completion) -> None:
-                domain, request = self._reward_manager.request(prompts[number], self._text_of(completion))
-                scoring.submit(number * self._sampling.num_samples + sample, domain, request)
+    def push(self, version: int) -> None:
+        """Send the trainer's weights to the engines and free the slots of the last batch.
 
-            with stage("generate") as progress:
-                rollouts = self._generator.generate(prompts, self._sampling, purpose, progress, submit)
-            with stage("score") as progress:
-                results = scoring.results(progress)
-            return rollouts, results, scoring.time
+        Waits until no response needs the present weights. The groups that start afterwards count from `version`.
+        """
+        self.wait_for_push(lambda name: nullcontext(lambda done, total: None))
+        with self._stream.changing_weights():
+            self._weights.push(version)
+        self.release()
+
+    def restore(self, version: int) -> None:
+        """Restart lost engines; see `WeightSync.restore`."""
+        self._weights.restore(version)
+
+    def release(self) -> None:
+        """Free the slots of the last batch, if they are not free yet."""
+        if self._unreleased:
+            self._stream.trained(self._unreleased)
+            self._unreleased = []
+
+    def refresh(self) -> None:
+        """Sample every group in flight again, with the present weights of the engines."""
+        self._stream.refresh()
 
     def score(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:
         """Score the rollouts; return one result per sample."""
-        return self._reward_manager.score(rollouts, [self._text_of(c) for c in rollouts.completions], progress)
+        return self._rewards.score(rollouts, [self._text_of(c) for c in rollouts.completions], progress)
 
-    def _batch(self, step: int, kept: list[_Group], dropped: list[_Group], rounds: int, time: RewardTime) -> Collected:
-        num_missing = self._num_prompts - len(kept)
-        if num_missing:
+    def close(self) -> None:
+        """Drop all groups in flight."""
+        if self._thread is not None:
+            self._thread.stop()
+        self._stream.close()
+
+    # state of a checkpoint
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let no group start or end in the block."""
+        with self._stream.lock:
+            yield
+
+    def sampler_state(self) -> dict[str, Any]:
+        """Return the state of the sampler after the prompts of the groups that `save` writes."""
+        return snapshot(self._stream).sampler
+
+    def save(self, folder: Path) -> None:
+        """Write the groups in flight into a checkpoint, inside `frozen`."""
+        save_groups(self._stream, folder)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Load the groups in flight of a checkpoint after `step`.
+
+        Raises:
+            CheckpointError: the files cannot be read, or do not fit the settings.
+        """
+        load_groups(self._stream, folder, step)
+
+    # waiting
+
+    def _advance(self, stage: Stage, waited_for: str, condition: Callable[[], bool], may_restore: bool = True) -> None:
+        """Let the engines generate until `condition` holds.
+
+        With `may_restore`, the engines have the trainer's weights, so that lost ones can be restarted.
+        """
+        if self._thread is not None:
+            with stage("wait_rollouts") as progress:
+                self._thread.start()
+
+                def serve() -> None:
+                    if may_restore:
+                        self._weights.restore(self._generator.weights_version)
+                    else:
+                        self._generator.check_alive()
+                    self._report(progress)
+
+                self._thread.wait(condition, waited_for, serve)
+            return
+        stream = self._stream
+        while not condition():
+            with stage("generate") as progress:
+                while not condition() and (stream.num_generating or stream.can_start()):
+                    stream.pump(_SLICE_S)
+                    self._report(progress)
+            with stage("score") as progress:
+                while not condition() and stream.num_scoring and not stream.can_start():
+                    stream.pump(_SLICE_S)
+                    self._report(progress)
+
+    def _report(self, progress: Progress) -> None:
+        progress(*self._stream.num_ready)
+
+    # metrics
+
+    def _collected(self, step: int, batch: TrainableBatch) -> Collected:
+        groups = batch.groups
+        rollouts = self._generator.collate([g.prompt for g in groups], [g.ordered_completions for g in groups])
+        results = tuple(result for group in groups for result in group.ordered_results)
+        metrics = self._metrics(step, [*groups, *batch.dropped])
+        if self._stream.settings.query_filters:
+            metrics |= self._filter_metrics(step, batch)
+        if self._stream.settings.in_flight:
+            metrics |= {name: float(self._stream.take_count(name)) for name in (CONTINUED, RESTARTED, DROPPED)}
+        return Collected(rollouts, results, metrics)
+
+    def _filter_metrics(self, step: int, batch: TrainableBatch) -> dict[str, float]:
+        fillers = [group for group in batch.groups if group.is_filler]
+        if fillers:
             logger.warning(
-                "step %d: %d of %d groups passed query_filter_config in %d rounds of generation; %d dropped ones fill "
-                "the batch (max_sampling_rounds allows more rounds)",
-                *(step, len(kept), self._num_prompts, rounds, num_missing),
+                "step %d: %d of %d groups passed query_filter_config after %d prompts; %d rejected ones fill the batch "
+                "(max_sampling_rounds allows more prompts)",
+                *(step, len(batch.groups) - len(fillers), len(batch.groups)),
+                *(len(batch.groups) + len(batch.dropped), len(fillers)),
             )
-        used = kept + dropped[:num_missing]
-        rollouts = self._generator.collate([g.prompt for g in used], [g.completions for g in used])
-        rejected = [group.domain for group in dropped]
-        metrics = self._metrics(step, kept + dropped, time) | {
-            "sampling/rounds": float(rounds),
-            "sampling/prompts": float(len(kept) + len(dropped)),
-            "sampling/groups_dropped": float(len(dropped)),
-            "sampling/groups_filled": float(num_missing),
-            "sampling/tokens_dropped": float(sum(group.num_tokens for group in dropped[num_missing:])),
-            **count_by_domain(self._reward_manager.domain_names, rejected, "groups_dropped"),
+        rejected = [*fillers, *batch.dropped]
+        return {
+            "sampling/prompts": float(len(batch.groups) + len(batch.dropped)),
+            "sampling/groups_dropped": float(len(rejected)),
+            "sampling/groups_filled": float(len(fillers)),
+            "sampling/tokens_dropped": float(sum(group.num_tokens for group in batch.dropped)),
+            **count_by_domain(self._rewards.domain_names, [group.domain for group in rejected], "groups_dropped"),
         }
-        return Collected(rollouts, tuple(result for group in used for result in group.results), metrics)
 
-    def _groups(self, rollouts: Rollouts, results: Sequence[RewardResult]) -> list[_Group]:
-        """Return the samples of each prompt, in the order of the prompts."""
-        found: dict[int, list[int]] = {}
-        for sample, group in enumerate(rollouts.group_ids.tolist()):
-            found.setdefault(group, []).append(sample)
-        prompts = [rollouts.prompts[samples[0]] for samples in found.values()]
-        return [
-            _Group(prompt, domain, tuple(rollouts.completions[i] for i in samples), tuple(results[i] for i in samples))
-            for prompt, domain, samples in zip(
-                prompts, self._reward_manager.domains(prompts), found.values(), strict=True
-            )
-        ]
-
-    def _metrics(self, step: int, groups: Sequence[_Group], time: RewardTime) -> dict[str, float]:
+    def _metrics(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """Return metrics over all generated samples. Warn if rewards look broken."""
-        results = [result for group in groups for result in group.results]
+        results = [result for group in groups for result in group.ordered_results]
         domains = [group.domain for group in groups for _ in group.results]
-        lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+        lengths = [len(completion.token_ids) for group in groups for completion in group.ordered_completions]
         self._alarm.check(step, domains, results)
         head = groups[0]
         self._failed_steps.check(
             step, domains[0], results, lambda: FirstSample(head.prompt, self._text_of(head.completions[0]))
         )
+        time = self._reward_time()
         return {
             "rollout/num_tokens": float(sum(lengths)),
             **({} if num_failed(results) == len(results) else {"rollout/score_mean": score_mean(results)}),
@@ -200,13 +258,11 @@ class Collector:
             "reward/seconds": time.total_s,
             "reward/hidden_share": time.hidden_s / time.total_s if time.total_s else 1.0,
             **component_metrics(results),
-            **domain_metrics(self._reward_manager.domain_names, domains, results, lengths),
+            **domain_metrics(self._rewards.domain_names, domains, results, lengths),
         }
 
-
-def _passes(group: _Group, query_filter: QueryFilterSettings) -> bool:
-    """Return whether the group passes the filter. Samples whose reward failed are ignored."""
-    scores = torch.tensor([result.score for result in group.results if result.failed is None])
-    if len(scores) < min(2, len(group.results)):
-        return False
-    return bool(kept_groups(scores, torch.zeros(len(scores), dtype=torch.int64), query_filter).all())
+    def _reward_time(self) -> RewardTime:
+        """Return the busy seconds of the reward processes since the last call."""
+        now, before = RewardTime(self._stream.hidden_s, self._stream.reward_seconds), self._time
+        self._time = now
+        return RewardTime(now.hidden_s - before.hidden_s, now.total_s - before.total_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -33,6 +34,7 @@ from roll_gspo.pipelines.step_loop import Steps
 from roll_gspo.strategies.base import TokenScores
 
 logger = logging.getLogger(__name__)
+TRANSFER_CHECK_PROMPTS = 8
 
 
 class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
@@ -68,11 +70,25 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             with stage("update_critic") as progress:
                 metrics |= components.critic.update(batch, step, progress)
         metrics |= self._update_policy(batch, step, metrics)
+        # Asynchronous groups count the weights of every step, also of one without an update.
+        if metrics["actor/num_updates"] or self.config.is_async:
+            self._send_weights(step)
         if metrics["actor/num_updates"]:
             self._trace(step, collected)
         if not bool(collected.valid.any()):  # no mean over no scores
             metrics = {name: value for name, value in metrics.items() if not name.startswith("reward/score_")}
         return metrics | components.state.metrics() | {"data/prompts_dropped": float(components.num_prompts_dropped)}
+
+    def _send_weights(self, step: int) -> None:
+        """Send the trainer's weights to the engines. If the staleness gate waits, sample the groups in flight again."""
+        components, stage = self.components, self.console.stage
+        components.collector.wait_for_push(stage)
+        self._version = step
+        with stage("sync_weights"):
+            components.weights.push(step)
+        gate = components.state.staleness_gate
+        if gate is not None and gate.wants_fresh:
+            components.collector.refresh()
 
     def _logs_samples(self, step: int) -> bool:
         every = self.config.log_samples_every
@@ -120,8 +136,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             return rollouts.rollout_log_probs, None, {}
         own = self.components.actor_train.score(rollouts.sequences)
         if not self._checked_transfer:
-            dtypes = (role.model_args.dtype for role in (self.config.actor_train, self.config.actor_infer))
-            check_transfer(rollouts, own.log_probs, self.components.sampling, *dtypes)
+            self._check_transfer(rollouts, own.log_probs)
             self._checked_transfer = True
         if not recompute:  # The first mini-batch of every step measures the mismatch instead.
             return rollouts.rollout_log_probs, None, {}
@@ -131,8 +146,19 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             metrics |= rollout_ess(rollouts, own.log_probs, level)
         return own.log_probs, own, metrics | routing_metrics(rollouts, own.routed_experts)
 
+    def _check_transfer(self, rollouts: Rollouts, log_probs: torch.Tensor) -> None:
+        """Check that trainer and engine agree on a rollout; on a few new responses if older weights sampled it."""
+        components, sampling = self.components, self.components.sampling
+        mask = rollouts.sequences.response_mask
+        if bool((rollouts.versions[mask] != self._version).any()):
+            prompts = list({id(prompt): prompt for prompt in rollouts.prompts}.values())[:TRANSFER_CHECK_PROMPTS]
+            rollouts = components.actor_infer.generate(prompts, replace(sampling, num_samples=1), "transfer check")
+            log_probs = components.actor_train.score(rollouts.sequences).log_probs
+        dtypes = (role.model_args.dtype for role in (self.config.actor_train, self.config.actor_infer))
+        check_transfer(rollouts, log_probs, sampling, *dtypes)
+
     def _update_policy(self, batch: TrainBatch, step: int, so_far: Mapping[str, float]) -> dict[str, float]:
-        """Update the actor and send its weights to the generation engine. Warn if the update is skipped.
+        """Update the actor. Warn if the update is skipped.
 
         `so_far` are the metrics of the step's rollout.
         """
@@ -148,9 +174,6 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             return {"actor/num_updates": 0.0, "actor/skipped_updates": skipped, **gate}
         with stage("update") as progress:
             metrics = self.components.actor_train.update(batch, step, progress)
-        self._version = step
-        with stage("sync_weights"):
-            self.components.weights.push(step)
         return metrics | gate
 
     def _checked_by_gate(self, step: int, so_far: Mapping[str, float]) -> str | None:
@@ -193,5 +216,6 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         return validation_metrics(summaries(answers, validation.config))
 
     def throughput(self, metrics: Mapping[str, float], times: Mapping[str, float]) -> dict[str, float]:
-        """Return the tokens generated per second of generation."""
-        return {"rollout/tokens_per_s": metrics["rollout/num_tokens"] / times["time/generate"]}
+        """Return the tokens per second of generation, or of the step if generation runs ahead."""
+        seconds = times["time/step"] if self.config.is_async else times["time/generate"]
+        return {"rollout/tokens_per_s": metrics["rollout/num_tokens"] / seconds}
