@@ -1,17 +1,23 @@
-"""Clients of one engine in this process: routing, order, aborts, weights, errors and threads."""
+"""Clients of an engine: routing, order, aborts, weights, errors and threads."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from counting_engine import CountingEngine, token
 
 from roll_gspo.batch import Completion
 from roll_gspo.errors import ConfigError, DataError, WorkerHungError
+from roll_gspo.execution.base import Pending
 from roll_gspo.roles.fair_lock import FairLock
 from roll_gspo.roles.local_stream import LocalStream
-from roll_gspo.roles.request_stream import StreamClient
+from roll_gspo.roles.replica import Replica
+from roll_gspo.roles.replica_stream import ReplicaStream
+from roll_gspo.roles.request_stream import RequestStream, StreamClient
 from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
 from roll_gspo.strategies.batch_streaming import BatchStreaming
 
@@ -29,6 +35,54 @@ def poll_all(client: StreamClient) -> dict[int, Completion]:
     while client.outstanding:
         found |= dict(client.poll(5))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A call that was answered."""
+
+    answer: Any
+    progress: tuple[int, int] = (0, 0)
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        return self.answer
+
+
+class OneReplica:
+    """A `WorkerGroup` of one replica in this process. It answers every call at once."""
+
+    name, size = "actor_infer", 1
+
+    def __init__(self, engine: CountingEngine) -> None:
+        self.replica = Replica(engine)  # type: ignore[arg-type]  # it receives no weights
+
+    def submit(self, method: str, *args: Any, rank: int | None = None) -> Pending:
+        return Done(getattr(self.replica, method)(*args))
+
+    def call(self, method: str, *args: Any, rank: int | None = None) -> Any:
+        return self.submit(method, *args).result()
+
+    def wait(self, pendings: Sequence[Pending], timeout_s: float) -> list[Pending]:
+        return list(pendings)
+
+    def host(self, rank: int) -> str:
+        return "127.0.0.1"
+
+    def alive(self, rank: int) -> bool:
+        return True
+
+    def restart(self, rank: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def replica_stream(engine: CountingEngine) -> ReplicaStream:
+    return ReplicaStream(OneReplica(engine), lambda: False)
 
 
 def test_each_client_gets_its_own_responses() -> None:
@@ -55,9 +109,9 @@ def test_short_response_does_not_wait_for_a_long_one() -> None:
     assert list(poll_all(client)) == [0]
 
 
-def test_engine_holds_few_requests_and_urgent_ones_overtake() -> None:
+def test_one_of_several_engines_holds_few_requests_and_urgent_ones_overtake() -> None:
     engine = CountingEngine(capacity=4, per_advance=1)
-    stream = LocalStream(engine)
+    stream = replica_stream(engine)
     slow, urgent = stream.open(), stream.open(urgent=True)
     slow.submit([request(key, 100 + key) for key in range(30)])
     assert slow.poll(0) == [] and len(engine.order) == 6, "4 that decode, and 2 that replace those that end"
@@ -84,15 +138,25 @@ def test_aborted_requests_return_their_tokens_and_can_be_continued() -> None:
     assert poll_all(other)[0].token_ids == tokens_of(7)
 
 
-def test_closed_client_leaves_nothing_behind() -> None:
+def test_only_engine_of_a_process_holds_every_request() -> None:
+    engine = CountingEngine(capacity=4, per_advance=1)
+    client = LocalStream(engine).open()
+    client.submit([request(key, key) for key in range(30)])
+    assert client.poll(0) == [] and engine.order == list(range(30))
+    assert set(poll_all(client)) == set(range(30))
+
+
+@pytest.mark.parametrize(("make", "held"), [(LocalStream, [7]), (replica_stream, [])])
+def test_closed_client_leaves_nothing_behind(make: Callable[[CountingEngine], RequestStream], held: list[int]) -> None:
     engine = CountingEngine(capacity=2)
-    stream = LocalStream(engine)
+    stream = make(engine)
     client, other = stream.open(), stream.open()
     client.submit([request(key, key, tokens=50) for key in range(9)])
     other.submit([request(0, 7)])
     client.poll(0)
     client.close()
-    assert not engine.outstanding and (client.outstanding, stream.num_outstanding) == (0, 1)
+    assert [row.request.seed for row in engine.outstanding.values()] == held, "without those of the closed client"
+    assert (client.outstanding, stream.num_outstanding) == (0, 1)
     assert poll_all(other)[0].token_ids == tokens_of(7) and engine.order[-1] == 7
 
 
