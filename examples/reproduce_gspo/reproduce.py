@@ -38,7 +38,11 @@ SIXTEEN = (
     "actor_train.training_args.per_device_train_batch_size=16",
     "actor_train.training_args.gradient_accumulation_steps=1",
 )
-SMALL = ("rollout_batch_size=16", "validation.data_args.num_rows=128")
+# 128 samples and 4 mini-batches per step
+SMALL = (
+    *("rollout_batch_size=16", "validation.data_args.num_rows=128"),
+    "actor_train.training_args.per_device_train_batch_size=16",
+)
 GEOMETRIC_MASK = ("train_infer_correction=geometric_mask",)
 Row = dict[str, Any]
 
@@ -155,7 +159,7 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
 
 def run_all(settings: Iterable[Setting], output: Path, jobs: int, overrides: Sequence[str] = ()) -> None:
     """Run every seed of every setting that is not complete, `jobs` at a time; interrupted runs resume."""
-    missing = [(s, seed) for s in settings for seed in SEEDS if last_step(run_folder(s, output, seed)) < s.steps]
+    missing = [(s, seed) for seed in SEEDS for s in settings if last_step(run_folder(s, output, seed)) < s.steps]
     print(f"{len(missing)} runs", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         for done in as_completed([pool.submit(run, *each, output, jobs, overrides) for each in missing]):
