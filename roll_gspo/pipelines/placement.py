@@ -91,7 +91,8 @@ class ClusterPlacement:
         devices = worker_devices(config, config.actor_infer)
         make = partial(make_replica, config, checkpoint)
         group = self._executor.start_group("actor_infer", make, devices, one_world=False)
-        replicas = Replicas(group, config.max_worker_restarts, continue_lost=config.updates_in_flight)
+        continues = config.updates_in_flight and config.partial_rollouts == "continue"
+        replicas = Replicas(group, config.max_worker_restarts, continue_lost=continues)
         generator = Generator(replicas, pad_token_id, config.seed, replicas.stream)
         transfer = config.weight_transfer
         weights = BroadcastSync(
