@@ -99,11 +99,15 @@ class Collector:
         self._alarm = RewardAlarm()
         self._failed_steps = FailedSteps(max_failed_steps)
         self._unreleased: list[Group] = []
+        self._is_collecting = False
         self._time = RewardTime(0.0, 0.0)
 
     def collect(self, step: int, stage: Stage) -> Collected:
         """Return a full batch for `step`. The batch of the last call counts as trained."""
         self.release()
+        self._is_collecting = True
+        if self._thread is not None:
+            self._thread.start()
         self._stream.next_step()
         batch = self._stream.next_batch()
         while batch is None:
@@ -114,7 +118,7 @@ class Collector:
 
     def wait_for_push(self, stage: Stage) -> None:
         """Wait until no response needs the present weights of the engines."""
-        if not self._stream.can_change_weights():
+        if self._is_collecting and not self._stream.can_change_weights():
             self._advance(stage, "responses of the present weights", self._stream.can_change_weights, may_restore=False)
 
     def push(self, version: int) -> None:
@@ -184,7 +188,6 @@ class Collector:
         """
         if self._thread is not None:
             with stage("wait_rollouts") as progress:
-                self._thread.start()
 
                 def serve() -> None:
                     if may_restore:

@@ -201,7 +201,7 @@ class RolloutStream:
         Unless they change in flight, every group that the present weights are to sample must be complete.
         """
         with self.lock:
-            return self._client is None or self.scheduler.can_update()
+            return self.scheduler.can_update()
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
