@@ -142,7 +142,8 @@ class AlgorithmConfig(Schema):
     """Dynamic sampling: drop groups without a learning signal and generate others in their place; null: off. The same
     key in a block of `rewards` overrides this one for that domain."""
     max_sampling_rounds: PositiveInt = 10
-    """Maximum generations per step before dropped groups fill the batch. Used only with `query_filter_config`."""
+    """A step draws at most this many times `rollout_batch_size` prompts; then dropped groups fill the batch. Used only
+    with `query_filter_config`."""
 
     use_kl_loss: bool = False
     """Add `kl_loss_coef` times the divergence from the reference model to the loss."""

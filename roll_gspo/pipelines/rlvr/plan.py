@@ -84,7 +84,7 @@ def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
     one = len(set(filters.values())) == 1 and len(filters) == len(config.rewards)
     for domain, kept in [("", next(iter(filters.values())))] if one else filters.items():
         whose = f"{domain}: groups" if domain else "groups"
-        limit = f"at most {config.max_sampling_rounds} generations per step"
+        limit = f"at most {config.max_sampling_rounds} × rollout_batch_size prompts per step"
         yield f"{whose} whose {kept} stay, others are replaced; {limit}"
     if config.overlong_buffer_length is not None:
         last = config.overlong_buffer_length
