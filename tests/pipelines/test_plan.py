@@ -309,7 +309,11 @@ def test_row_of_the_ratio_has_the_bounds_of_the_objective(example: str, text: st
     [
         (("query_filter=std_filter",), "samples", "groups whose scores deviate by more than 0 stay"),
         (("query_filter=mean_filter", "max_sampling_rounds=3"), "samples", "between 0.1 and 0.9 stay, others are"),
-        (("query_filter=mean_filter", "max_sampling_rounds=3"), "samples", "; at most 3 × rollout_batch_size prompts per step"),
+        (
+            ("query_filter=mean_filter", "max_sampling_rounds=3"),
+            "samples",
+            "; at most 3 × rollout_batch_size prompts per",
+        ),
         (("overlong_buffer_length=8",), "samples", "responses over 40 tokens lose up to 1 of their score"),
         (("max_len_mask=true",), "samples", "not in the loss: responses cut at the limit"),
         (("difficulty_mask=true",), "samples", "not in the loss: groups with a mean score outside (0, 1)"),
