@@ -258,7 +258,7 @@ METRICS: dict[str, MetricInfo] = {
         "sampling/prompts": ("Prompts used up for the batch.", "prompts", _SUM),
         "sampling/groups_dropped": ("Groups that `query_filter_config` rejected.", "groups", _SUM),
         "sampling/groups_filled": (
-            "Rejected groups that filled the batch, because the step drew all prompts that `max_sampling_rounds` allows.",
+            "Rejected groups that filled the batch after all prompts that `max_sampling_rounds` allows.",
             "groups",
             _SUM,
         ),
