@@ -38,15 +38,15 @@ TAIL = 20  # longest response in medians, if no median is given
 
 @dataclass(frozen=True)
 class Settings:
-    """All options. Those of the speed describe one GPU or engine.
+    """All options. Speeds are those of one GPU or one engine.
 
     Attributes:
         gpus: GPU counts.
         split: shares of the GPUs for engines.
         engine_gpus: GPUs per engine.
-        capacity: requests that an engine decodes at a time.
+        capacity: requests that an engine decodes at the same time.
         step_ms, request_ms: a decode step with r requests takes `step_ms + r * request_ms`.
-        train_tokens_per_s: of one GPU of the trainer.
+        train_tokens_per_s: tokens per second of one GPU of the trainer.
         sync_s: seconds of a weight transfer.
         steps: measured steps.
         json: print JSON.
@@ -211,7 +211,7 @@ def main() -> None:
 
 
 def _check_rest(rest: list[str], parser: argparse.ArgumentParser) -> None:
-    """Check what is not an option of this command: arguments that compose a configuration."""
+    """Check the arguments that are no options of this command. They compose a configuration."""
     own = sorted(parser._option_string_actions)
     for argument in rest:
         name = argument.partition("=")[0]

@@ -38,7 +38,7 @@ class FailureSummary:
             self._reasons[result.failed] = count + 1, min(first, number)
 
     def take_text(self) -> str | None:
-        """Return the line to log, or None if no sample failed; then start again."""
+        """Return the line to log, or None if no sample failed, and reset the counts."""
         if self._first is None:
             self._reset()
             return None

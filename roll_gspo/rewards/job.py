@@ -64,8 +64,8 @@ class ScoringJob:
         ended: set once no further result can arrive.
         error: the error that ended the job, or None.
         queue: the requests that the pool has seen.
-        starts_workers: True if the workers of such a job have not been started.
-        awaits_workers: True if they have.
+        starts_workers: True if the job still has to start all workers.
+        awaits_workers: True if the job has started all workers and waits until their rewards are built.
     """
 
     def __init__(

@@ -174,7 +174,7 @@ class RewardPool:
                         self._end(job, error)
 
     def _score(self, jobs: Sequence[ScoringJob]) -> None:
-        """Assign requests, and receive results once."""
+        """Assign requests to idle workers, then wait once for messages of workers."""
         queues = [job.queue for job in jobs if self._is_open(job)]
         if not queues:
             return

@@ -1,4 +1,4 @@
-"""A lock that threads get in the order in which they asked for it."""
+"""A lock that waiting threads get in the order of their calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Turn:
 class FairLock:
     """A re-entrant lock with a queue.
 
-    A thread that releases and at once asks again, such as one that polls in a loop, waits behind every other thread.
+    A thread that polls in a loop releases the lock and asks for it again at once. It then waits behind all others.
 
     Args:
         name: what the lock protects, for the message of a timeout.
@@ -48,7 +48,7 @@ class FairLock:
         try:
             if turn.came.wait(timeout_s):
                 return True
-        except BaseException:  # an interrupt must not leave a turn that nobody takes
+        except BaseException:  # a turn left in the queue would get the lock and never release it
             if self._leave(turn):
                 self.release()
             raise

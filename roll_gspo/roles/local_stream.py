@@ -28,7 +28,7 @@ class LocalStream(RequestStream):
         """Do nothing: this process holds the engine."""
 
     def _work(self, timeout_s: float) -> None:
-        self._lane.capacity = sys.maxsize  # no other engine could take a request
+        self._lane.capacity = sys.maxsize  # a single engine: requests wait there, not here
         self._feed([self._lane])
         held = list(self._lane.held)
         try:

@@ -29,7 +29,7 @@ _LOST = (WorkerDiedError, WorkerHungError)
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a worker that has not been answered: an advance, or requests, or an abort without a reader."""
+    """An unanswered call of a worker: an advance, submitted requests, or an abort whose result is ignored."""
 
     pending: Pending
     advances: bool = False
@@ -53,8 +53,8 @@ class _Replica(Lane):
 class ReplicaStream(RequestStream):
     """`RequestStream` over a worker group of `Replica`.
 
-    Requests of a lost worker go to the others. They start anew with the same seed, so that the result does not change,
-    or with `continue_lost` after the tokens that the worker reported last.
+    Requests of a lost worker go to the others. They start again with the same seed, which gives the same result. With
+    `continue_lost` they continue after the tokens that the worker reported last.
 
     Args:
         group: independent workers.
@@ -71,7 +71,7 @@ class ReplicaStream(RequestStream):
         self._slice_s = SLICE_S * max(1.0, group.size / _REPLICAS_PER_SLICE)
 
     def forget(self, rank: int) -> None:
-        """Queue the requests of a worker again, which was lost or is restarted."""
+        """Queue the requests of a lost or restarted worker again."""
         replica = self._replicas[rank]
         replica.calls.clear()
         replica.capacity = None

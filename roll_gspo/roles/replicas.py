@@ -25,8 +25,8 @@ _POLL_S = 0.25
 class Replicas:
     """`GenerateStrategy` over a worker group of `Replica`.
 
-    Lost workers are restarted in the thread that built this object, because that needs the trainer. A client that polls
-    in another thread goes on with the other workers.
+    Lost workers are restarted in the thread that built this object, because that needs the trainer. Clients
+    that poll in other threads use the remaining workers meanwhile.
 
     Args:
         group: independent workers.

@@ -34,7 +34,7 @@ class Outstanding:
         client: the client that submitted it.
         key: the client's key.
         request: the request as the engines see it; its key is unique in the stream.
-        reported: what an engine has sampled, if it reports that.
+        reported: tokens that an engine reported last; None if it has not.
     """
 
     client: StreamClient
@@ -53,7 +53,7 @@ class Lane:
     """The requests that one engine holds.
 
     Attributes:
-        capacity: number of requests that the engine decodes at the same time; None until it was asked.
+        capacity: number of requests that the engine decodes at the same time; None until the engine reported it.
         held: requests by their key in the stream.
         load: tokens that the engine may still compute.
         num_ended: requests that ended in the last slice.
@@ -67,7 +67,10 @@ class Lane:
 
     @property
     def room(self) -> int:
-        """Number of further requests. Some wait in the engine, to replace those that end before the next call."""
+        """Number of further requests that the engine may hold.
+
+        A few requests beyond `capacity` wait in the engine. They replace those that end before the next call.
+        """
         if self.capacity is None:
             return 0
         return self.capacity + self.capacity // 4 + 2 * self.num_ended + 1 - len(self.held)
@@ -189,8 +192,8 @@ class StreamClient:
 class RequestStream(ABC):
     """Generation engines that several clients share.
 
-    Unassigned requests wait here. Each goes to the engine with the fewest outstanding tokens, among those with a free
-    place. Subclasses send requests to their engines and collect what has ended.
+    Unassigned requests wait here. Each goes to the engine with the fewest outstanding tokens that has a free place.
+    Subclasses send requests to their engines and collect what has ended.
 
     Args:
         name: name of the role, for messages.
@@ -215,7 +218,7 @@ class RequestStream(ABC):
 
     @property
     def is_paused(self) -> bool:
-        """Return whether the thread that holds the lock is inside `paused`."""
+        """True inside `paused`; read it with the lock held."""
         return self._pauses > 0
 
     @contextmanager
@@ -361,5 +364,5 @@ class RequestStream(ABC):
 
 
 def _known(item: Outstanding) -> Completion:
-    """Return the tokens that a request brought along."""
+    """Return the tokens that a request contains."""
     return item.request.partial or Completion((), (), "partial")

@@ -15,10 +15,10 @@ _NAP_S = 0.1
 
 
 class Scoring:
-    """Context in which samples are scored by the pools. Samples without a result are dropped at its end.
+    """Context in which the pools score samples. Samples without a result are dropped at its end.
 
-    Several contexts may be open in different threads; they share the pools fairly. One thread uses a context. It takes
-    results while others are being computed (`take_finished`), or all at the end (`results`).
+    Several contexts may be open, each used by one thread. They share the pools fairly. Take results while others are
+    being computed (`take_finished`), or all at the end (`results`).
 
     Args:
         pools: pool of each domain.

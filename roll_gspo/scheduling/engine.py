@@ -11,7 +11,7 @@ _TOLERANCE = 1e-6  # tokens; rounding of the progress
 
 @dataclass(order=True, slots=True)
 class Request:
-    """A response that is sampled.
+    """A response that an engine samples.
 
     Attributes:
         end: progress of its engine at which the response is complete.

@@ -44,7 +44,7 @@ class LogNormalLengths(Lengths):
 
 @dataclass(frozen=True)
 class RecordedLengths(Lengths):
-    """Lengths of recorded groups in their order, repeated from the start when all were used."""
+    """Lengths of recorded groups, in their order and repeated without end."""
 
     recorded: tuple[tuple[int, ...], ...]
 

@@ -28,7 +28,7 @@ class _Group:
 class StalenessScheduler:
     """Choose groups such that none is trained with a staleness above `max_staleness`.
 
-    A group started at version w has the deadline w + n: it belongs into the batch of version w + n or earlier. At most
+    A group started at version w has the deadline w + n: it belongs to the batch of version w + n or earlier. At most
     (n + 1) * G groups are started and untrained, which is the number that the batches of these versions hold.
 
     Without `in_order`, a batch consists of the finished groups with the earliest deadlines. It is withheld while the
@@ -44,7 +44,7 @@ class StalenessScheduler:
         groups_per_step: groups per training step, G.
         max_staleness: n, the maximum difference between the version that trains and the version that samples.
         in_order: batches consist of groups in the order of their numbers.
-        num_steps: training steps of the whole run. No group starts that none of them trains. None: no limit.
+        num_steps: training steps of the whole run. No group starts that could only be trained later. None: no limit.
     """
 
     def __init__(self, groups_per_step: int, max_staleness: int, in_order: bool, num_steps: int | None = None) -> None:

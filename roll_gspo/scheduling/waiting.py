@@ -30,9 +30,9 @@ class Waiting:
 
 
 def waiting_side(generate_s: float, train_s: float, sync_s: float, samples: int, schedule: Schedule) -> Waiting:
-    """Estimate who waits, with long-tailed lengths (log-normal, sigma 1, longest 20 medians).
+    """Estimate which side waits, with long-tailed lengths (log-normal, sigma 1, longest 20 medians).
 
-    The engines are taken as one that decodes all responses of a step at the same time, at a speed that does not depend
+    All engines are modelled as one, which decodes all responses of a step at the same time. Its speed does not depend
     on their number.
 
     Args:

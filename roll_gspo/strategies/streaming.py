@@ -28,8 +28,8 @@ class Response:
         prompt: the prompt's tokens.
         sampling: sampling parameters; `num_samples` is ignored.
         seed: seed of the tokens after the first `num_known`.
-        limit: longest response.
-        num_known: tokens that the request contained.
+        limit: maximum number of tokens of the response.
+        num_known: number of tokens that the request contained.
         token_ids: tokens of the response, including the known ones.
         log_probs: log-prob of every token.
         version_runs: (weights version, number of tokens) in the order of the tokens; tokens of an unknown version are
@@ -85,7 +85,7 @@ class Decoder(Protocol):
     """Samples the tokens of responses, many at the same time."""
 
     def add(self, responses: Sequence[Response]) -> None:
-        """Start responses. Those without room wait, in this order."""
+        """Start responses. Those for which there is no room wait in this order."""
         ...
 
     def step(self) -> list[Response]:
@@ -106,7 +106,7 @@ class PromptLimits:
     """Prompts that a model accepts.
 
     Attributes:
-        vocab_size: token ids are below it.
+        vocab_size: number of token ids; every id is below it.
         max_length: longest prompt plus response, in tokens; None if there is no limit.
     """
 

@@ -69,13 +69,15 @@ class Collected:
 
 
 class Collector:
-    """Collect the samples of each step from a stream of groups. It is the `WeightSync` of the engines meanwhile.
+    """Collects the samples of each step from a stream of groups.
+
+    It implements `WeightSync`, so that weights change only when the stream allows it.
 
     Args:
         stream: the groups in flight.
         generator, rewards: the generation engine and the reward manager.
         text_of: returns the response text that rewards score.
-        weights: sends the weights to the engines, and to those that are restarted while a step waits for samples.
+        weights: sends the weights to the engines; restarts lost ones while a step waits for samples.
         thread: pumps the stream while the trainer trains; None pumps it while a step waits for samples.
         max_failed_steps: stop after this many consecutive steps in which every reward failed; None never stops.
     """
@@ -103,7 +105,7 @@ class Collector:
         self._time = RewardTime(0.0, 0.0)
 
     def collect(self, step: int, stage: Stage) -> Collected:
-        """Return a full batch for `step`. The batch of the last call counts as trained."""
+        """Wait for the batch of `step` and return it. The batch of the previous call counts as trained."""
         self.release()
         self._is_collecting = True
         if self._thread is not None:
@@ -117,14 +119,14 @@ class Collector:
         return self._collected(step, batch)
 
     def wait_for_push(self, stage: Stage) -> None:
-        """Wait until no response needs the present weights of the engines."""
+        """Wait until no response needs the current weights of the engines."""
         if self._is_collecting and not self._stream.can_change_weights():
             self._advance(stage, "responses of the present weights", self._stream.can_change_weights, may_restore=False)
 
     def push(self, version: int) -> None:
         """Send the trainer's weights to the engines and free the slots of the last batch.
 
-        Waits until no response needs the present weights. The groups that start afterwards count from `version`.
+        Waits until no response needs the current weights. The groups that start afterwards count from `version`.
         """
         self.wait_for_push(lambda name: nullcontext(lambda done, total: None))
         with self._stream.changing_weights():
@@ -142,7 +144,7 @@ class Collector:
             self._unreleased = []
 
     def refresh(self) -> None:
-        """Sample every group in flight again, with the present weights of the engines."""
+        """Discard the responses of all groups in flight and sample them again with the current weights."""
         self._stream.refresh()
 
     def score(self, rollouts: Rollouts, progress: Progress | None = None) -> list[RewardResult]:

@@ -19,9 +19,9 @@ class Group:
 
     Attributes:
         slot: number of the group in the scheduler.
-        draw: position of the prompt among those that were drawn for its batch, or in the run.
+        draw: position of the prompt among those drawn for its batch, or in the run if weights change in flight.
         prompt: the prompt.
-        domain: its reward block.
+        domain: reward block of the prompt.
         seeds: seed of each sample.
         completions: finished responses by number of the sample.
         partials: tokens of unfinished responses that were saved with a checkpoint.

@@ -1,4 +1,4 @@
-"""Groups in flight: prompts are drawn, sampled, scored and filtered until training takes them."""
+"""Groups in flight: draw prompts, sample and score responses, filter groups, and hand out batches."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class StreamSettings:
     Attributes:
         sampling: sampling settings of the responses.
         groups_per_step: groups per training step.
-        num_steps: training steps of the whole run; no group starts that none of them can train.
+        num_steps: training steps of the whole run; no group starts that could only be trained later.
         max_staleness: largest number of steps between the weights that sample tokens and those that are trained.
         in_flight: weights change while responses are being sampled, and groups are trained as they finish.
         partial_rollouts: what happens to unfinished responses when the weights change.
         query_filters: filter by domain that drops groups. Domains without a filter keep all groups.
-        max_rounds: at most this many times `groups_per_step` prompts per step. Then dropped groups fill the batch.
+        max_rounds: limit of prompts per step, in multiples of `groups_per_step`. Then dropped groups fill the batch.
     """
 
     sampling: Sampling
@@ -66,9 +66,9 @@ class TrainableBatch(NamedTuple):
 class RolloutStream:
     """Keep as many groups in flight as the staleness limit allows.
 
-    One thread calls `pump`, which makes progress; others may call every other method. A sample depends only on its
-    prompt, its seed and the weights, and groups are ordered by their draws. Unless weights change in flight, batches
-    therefore do not depend on the order in which responses and scores arrive.
+    One thread calls `pump`, which makes progress. Others may call all other methods. A sample depends only on its
+    prompt, its seed and the weights. Groups are ordered by the draw of their prompt. Unless weights change in flight,
+    batches therefore do not depend on the order in which responses and scores arrive.
 
     Args:
         sampler: draws the training prompts.
@@ -164,13 +164,13 @@ class RolloutStream:
 
     @property
     def num_ready(self) -> tuple[int, int]:
-        """Scored samples of untrained groups, and samples of a step."""
+        """Number of scored samples of untrained groups (at most those of a step), and of samples per step."""
         with self.lock:
             size = self.settings.groups_per_step * self.settings.sampling.num_samples
             return min(size, sum(len(group.results) for group in self.groups.values())), size
 
     def take_count(self, name: str) -> int:
-        """Return a count of unfinished responses since the last call."""
+        """Return the count `name` of unfinished responses, and reset it."""
         with self.lock:
             return self.counts.pop(name, 0)
 
@@ -198,14 +198,14 @@ class RolloutStream:
     def can_change_weights(self) -> bool:
         """Return whether the weights may change now.
 
-        Unless they change in flight, every group that the present weights are to sample must be complete.
+        Unless weights change in flight, every group that needs the current weights must be complete.
         """
         with self.lock:
             return self.scheduler.can_update()
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
-        """Deal with unfinished responses as `partial_rollouts` says, around a change of the weights."""
+        """Apply `partial_rollouts` to unfinished responses around a change of the weights."""
         with self.lock:
             stopped: list[tuple[Group, int]] = []
             if self.settings.in_flight and self.settings.partial_rollouts != "continue":
@@ -225,7 +225,7 @@ class RolloutStream:
             self._client = self._scoring = None
 
     def next_step(self) -> None:
-        """Restart servers of judges that died, and the limits of printed output."""
+        """Begin a training step: restart judge servers that died, and reset the limits of printed output."""
         with self.lock:
             if self._scoring is not None:
                 self._scoring.next_step()
@@ -294,7 +294,7 @@ class RolloutStream:
         return group.request(sample, key, self.settings.sampling)
 
     def refresh(self) -> None:
-        """Sample every group again, with the present weights; only if weights change in flight."""
+        """Discard all responses and sample every group again with the current weights, which change in flight."""
         with self.lock:
             client, _ = self._opened()
             self._abort()

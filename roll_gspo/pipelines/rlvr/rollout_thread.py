@@ -31,7 +31,7 @@ class RolloutThread:
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, unless it runs."""
+        """Start the thread if it is not running."""
         if not self._thread.is_alive() and not self._stopping.is_set():
             self._thread.start()
 

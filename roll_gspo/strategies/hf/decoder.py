@@ -69,7 +69,7 @@ class _Batch:
         return ended
 
     def keep(self, wanted: Callable[[Response], bool]) -> None:
-        """Remove the other rows from the batch and from its cache."""
+        """Keep the rows of wanted responses; remove all others from the batch and its cache."""
         alive = [index for index, row in enumerate(self.rows) if wanted(row.response)]
         if len(alive) == len(self.rows):
             return

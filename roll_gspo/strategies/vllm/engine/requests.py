@@ -24,8 +24,8 @@ class _Running(NamedTuple):
 class VllmDecoder:
     """Samples responses with the engine of an `LLM` in this process.
 
-    vLLM returns a request once, when it ends. What an unfinished request has sampled is read from the state that vLLM
-    0.32 keeps of it (an internal interface). Returning it after every step would cost an object per token.
+    vLLM returns a request once, when it ends, because an output after every step would cost an object per token. Tokens
+    of an unfinished request are read from its state in vLLM, which is an internal interface (vLLM 0.32).
 
     Args:
         llm: the engine.
