@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,13 @@ def rollouts_of(run: Path) -> dict[int, list[Sample]]:
 def checkpoints_of(run: Path) -> list[str]:
     """Return the names in checkpoints/, including hidden files."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def ids_by_step(run: Path) -> dict[int, list[str]]:
+    """Return the prompts of each step; check that the samples of each form whole groups."""
+    found: dict[int, list[str]] = {}
+    for step, samples in rollouts_of(run).items():
+        groups = Counter((sample["group"], sample["id"]) for sample in samples)
+        assert len(set(groups.values())) == 1, f"step {step}: {groups}"
+        found[step] = [id for _, id in sorted(groups)]
+    return found

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 import roll_gspo.run
+from roll_gspo.pipelines.rlvr.collect import Collected, Collector
 from roll_gspo.tracking.console import Console
 
 DELAY_S = 0.03  # by then most stages are running
@@ -39,20 +40,23 @@ def main() -> None:
     """Run the command given by the arguments."""
     stage, step, victim = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     sys.argv[1:] = sys.argv[4:]
-    entered = {"generate": 0}
-    original = Console.stage
+    progress = {"step": 0, "killed": 0}
+    original_collect, original_stage = Collector.collect, Console.stage
+
+    def collect(collector: Collector, number: int, stage: Any) -> Collected:
+        progress["step"] = number
+        return original_collect(collector, number, stage)
 
     @contextlib.contextmanager
     def stage_of(console: Console, name: str) -> Iterator[Any]:
-        entered[name] = entered.get(name, 0) + 1
-        if name == stage and entered["generate"] == step:
-            # only once: validation and sync_weights also run before the first step
-            pid = pid_of(victim)
-            threading.Timer(DELAY_S, os.kill, (pid, signal.SIGKILL)).start()
-            entered["generate"] = -1000
-        with original(console, name) as progress:
-            yield progress
+        if name == stage and progress["step"] == step and not progress["killed"]:
+            progress["killed"] = 1
+            print(f"killing {victim} in {stage}", flush=True)
+            threading.Timer(DELAY_S, os.kill, (pid_of(victim), signal.SIGKILL)).start()
+        with original_stage(console, name) as reported:
+            yield reported
 
+    Collector.collect = collect  # type: ignore[method-assign]
     Console.stage = stage_of  # type: ignore[method-assign, assignment]
     roll_gspo.run.main()
 

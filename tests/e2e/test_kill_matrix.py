@@ -1,4 +1,4 @@
-"""Kill each process in each stage: the resumed run gives the same numbers."""
+"""Kill each process in each stage: the resumed run gives the same numbers, or trains the same prompts once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import REWARD, REWARD_MODULE, ROOT, SIZES, computed, rollouts_of
+from commands import REWARD, REWARD_MODULE, ROOT, SIZES, computed, ids_by_step, metrics_of, rollouts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.vllm, pytest.mark.megatron, pytest.mark.timeout(400)]
 
 STAGES = ("generate", "score", "old_log_probs", "update", "sync_weights", "save")
 VICTIMS = ("controller", "actor_train rank 1", "actor_infer rank 1", "reward")
+ASYNC_STAGES = (("wait_rollouts", 1), ("update", 2), ("sync_weights", 2), ("validate", 2), ("save", 2))
+ONE_STEP_OFF = ("async_generation_ratio=1", "max_steps=4")
+IN_FLIGHT = ("async_generation_ratio=2", "async_mode=in_flight", "max_steps=4")
 ENDING = ("controller", "actor_train rank 1")  # a run ends if it loses one of these
 RUN = Path("out/example_gspo/run")
 
@@ -59,12 +62,35 @@ def left_over(folder: Path) -> Iterator[psutil.Process]:
     yield from alive
 
 
-@pytest.fixture(scope="module")
-def whole(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
+def whole_run(folder: Path, *arguments: str) -> Path:
+    """Return the folder of an undisturbed run."""
     code, output = run(folder, ["-m", "roll_gspo.run"], *arguments)
     assert code == 0, output
     return folder / RUN
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("whole"), *arguments)
+
+
+@pytest.fixture(scope="module")
+def whole_ahead(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run whose generation is one step ahead."""
+    return whole_run(tmp_path_factory.mktemp("ahead"), *arguments, *ONE_STEP_OFF)
+
+
+def killed_run(folder: Path, arguments: tuple[str, ...], stage: str, step: int, victim: str) -> str:
+    """Train with a process killed, resume the run if that ended it, and return the output of the first process."""
+    killing = [str(ROOT / "tests" / "killing_run.py"), stage, str(step), victim]
+    code, output = run(folder, killing, *arguments)
+    assert f"killing {victim} in {stage}" in output, output
+    if code != 0:
+        assert victim in ENDING, output
+        assert victim == "controller" or ("died" in output and "resume_from_checkpoint=true" in output), output
+        code, resumed = run(folder, ["-m", "roll_gspo.run"], *arguments, "resume_from_checkpoint=true")
+        assert code == 0, resumed
+    return output
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -72,12 +98,30 @@ def whole(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) 
 def test_killed_process_does_not_change_the_result(
     tmp_path: Path, arguments: tuple[str, ...], whole: Path, victim: str, stage: str
 ) -> None:
-    killing = [str(ROOT / "tests" / "killing_run.py"), stage, "2", victim]
-    code, output = run(tmp_path, killing, *arguments)
-    if code != 0:
-        assert victim in ENDING, output
-        assert victim == "controller" or ("died" in output and "resume_from_checkpoint=true" in output), output
-        code, output = run(tmp_path, ["-m", "roll_gspo.run"], *arguments, "resume_from_checkpoint=true")
-        assert code == 0, output
+    killed_run(tmp_path, arguments, stage, 2, victim)
     assert computed(tmp_path / RUN) == computed(whole)
     assert rollouts_of(tmp_path / RUN) == rollouts_of(whole)
+
+
+@pytest.mark.parametrize(("stage", "step"), ASYNC_STAGES)
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_killed_process_does_not_change_the_result_one_step_off(
+    tmp_path: Path, arguments: tuple[str, ...], whole_ahead: Path, victim: str, stage: str, step: int
+) -> None:
+    killed_run(tmp_path, (*arguments, *ONE_STEP_OFF), stage, step, victim)
+    assert computed(tmp_path / RUN) == computed(whole_ahead)
+    assert rollouts_of(tmp_path / RUN) == rollouts_of(whole_ahead)
+
+
+@pytest.mark.parametrize(("stage", "step"), ASYNC_STAGES)
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_killed_process_loses_and_repeats_no_prompt_in_flight(
+    tmp_path: Path, arguments: tuple[str, ...], whole_ahead: Path, victim: str, stage: str, step: int
+) -> None:
+    output = killed_run(tmp_path, (*arguments, *IN_FLIGHT), stage, step, victim)
+    if victim.startswith("actor_infer") and stage == "wait_rollouts":
+        assert "requests are continued" in output, output
+    trained, expected = ids_by_step(tmp_path / RUN), ids_by_step(whole_ahead)
+    assert {step: len(ids) for step, ids in trained.items()} == dict.fromkeys(range(1, 5), 8)
+    assert sorted(id for ids in trained.values() for id in ids) == sorted(id for ids in expected.values() for id in ids)
+    assert all(row["staleness/max"] <= 2 for row in metrics_of(tmp_path / RUN) if row["step"])
