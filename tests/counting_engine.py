@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from roll_gspo.batch import Completion
 from roll_gspo.errors import DataError
@@ -99,3 +102,50 @@ class CountingEngine:
         self.version = version
 
     def shutdown(self) -> None: ...
+
+
+class RandomEngine(CountingEngine):
+    """A `CountingEngine` whose requests advance in random order; the length of a response depends on its seed.
+
+    Args:
+        order: seed of the order. It has no influence on the responses.
+        capacity: number of requests that advance.
+        records_experts: completions hold routed experts.
+    """
+
+    def __init__(self, order: int, capacity: int = 16, records_experts: bool = False) -> None:
+        super().__init__(capacity, per_advance=1)
+        self._random = random.Random(order)
+        self._records_experts = records_experts
+
+    def advance(self, seconds: float) -> list[FinishedRequest]:
+        for row in list(self.outstanding.values())[: self.capacity]:
+            if self._random.random() < 0.6:
+                self._sample(row, len(row.tokens))
+        ended = [key for key, row in self.outstanding.items() if len(row.tokens) >= self.length(row.request)]
+        self._random.shuffle(ended)
+        return [self._finished(key, self.outstanding.pop(key), "length") for key in ended]
+
+    def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
+        rows = {key: self.outstanding.pop(key) for key in keys if key in self.outstanding}
+        return [self._finished(key, row, "partial") for key, row in rows.items()]
+
+    def partials(self) -> list[FinishedRequest]:
+        return [self._finished(key, row, "partial") for key, row in self.outstanding.items()]
+
+    def _sample(self, row: _Row, position: int) -> None:
+        super()._sample(row, position)
+        row.tokens[-1] %= 30011  # fits into the files of samples
+
+    @staticmethod
+    def length(request: GenerationRequest) -> int:
+        """Return the length of a response."""
+        return random.Random(request.seed).randint(1, request.sampling.max_new_tokens)
+
+    def _finished(self, key: int, row: _Row, reason: str) -> FinishedRequest:
+        completion = row.completion(reason)
+        if self._records_experts and row.tokens:
+            known = [*row.request.prompt, *row.tokens][:-1]
+            experts = torch.tensor(known, dtype=torch.int64).remainder(7).to(torch.int16)[:, None, None]
+            completion = replace(completion, routed_experts=torch.cat([experts, experts + 1], dim=2))
+        return FinishedRequest(key, completion)

@@ -14,7 +14,8 @@ from roll_gspo.batch import Completion, Prompt
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.data.sampler import PromptSampler
 from roll_gspo.pipelines.rlvr.collect import Collector
-from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream, StreamSettings
+from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream
+from roll_gspo.pipelines.rlvr.stream_settings import StreamSettings
 from roll_gspo.roles.generator import Generator, sample_seeds
 from roll_gspo.roles.local_stream import LocalStream
 from roll_gspo.roles.reward_manager import RewardManager

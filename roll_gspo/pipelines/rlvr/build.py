@@ -28,11 +28,12 @@ from roll_gspo.pipelines.rlvr.collect import Collector
 from roll_gspo.pipelines.rlvr.datasets import Datasets, make_sampler, read_datasets, tokenize
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.pipelines.rlvr.models import Models, start_models, trained_roles_of
-from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream, StreamSettings
+from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream
 from roll_gspo.pipelines.rlvr.rollout_thread import RolloutThread
 from roll_gspo.pipelines.rlvr.sample_files import SampleFiles
 from roll_gspo.pipelines.rlvr.staleness_gate import StalenessGate
 from roll_gspo.pipelines.rlvr.state import RlvrState
+from roll_gspo.pipelines.rlvr.stream_settings import StreamSettings
 from roll_gspo.pipelines.rlvr.validation import Validation, check_keep_best
 from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.settings import (

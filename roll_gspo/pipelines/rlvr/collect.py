@@ -161,7 +161,8 @@ class Collector:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Let no group start or end in the block."""
+        """Let no group start or end in the block. The batch of the last `collect` counts as trained."""
+        self.release()
         with self._stream.lock:
             yield
 

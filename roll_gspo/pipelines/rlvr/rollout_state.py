@@ -57,8 +57,8 @@ def snapshot(stream: RolloutStream) -> Snapshot:
     resume, with the same prompts, seeds and weights.
     """
     size, state, sampler = stream.settings.groups_per_step, stream.scheduler.state_dict(), stream.sampler.state_dict()
-    complete = not len(stream.groups) % size and not stream.parked and all(g.is_scored for g in stream.groups.values())
-    if complete or not stream.in_order:
+    is_complete = not stream.num_missing and not stream.parked and all(g.is_scored for g in stream.groups.values())
+    if is_complete or not stream.in_order:
         return Snapshot(state, dict(stream.draws), dict(stream.groups), stream.dropped, sampler)
     newest = max(stream.draws, default=0)
     state |= {"next_group": newest * size, "reused": []}
@@ -78,7 +78,7 @@ def save_groups(stream: RolloutStream, folder: Path) -> None:
     A response without a score is scored again after a resume. An unfinished one continues after its tokens.
     """
     state = snapshot(stream)
-    if not state.groups:
+    if not state.groups and not state.draws:
         return
     partials = stream.partials()
     dropped = [group for groups in state.dropped.values() for group in groups]
@@ -97,7 +97,8 @@ def save_groups(stream: RolloutStream, folder: Path) -> None:
         "groups": [_group_state(group) for group in groups],
         "num_dropped": [(batch, len(groups)) for batch, groups in state.dropped.items()],
     }
-    (folder / STREAM).write_text(json.dumps(document), encoding="utf-8")
+    text = json.dumps(document, default=str)  # rows of parquet files may hold dates
+    (folder / STREAM).write_text(text, encoding="utf-8")
 
 
 def load_groups(stream: RolloutStream, folder: Path, step: int) -> None:
@@ -117,28 +118,40 @@ def load_groups(stream: RolloutStream, folder: Path, step: int) -> None:
         for row in pq.read_table(folder / SAMPLES).to_pylist():
             _add(groups[row["group"]], row)
         loaded = _snapshot(document, groups)
-        settings = document["max_staleness"], document["in_flight"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowException) as error:
+        _check_settings(stream, document, groups, folder / STREAM)
+        stream.scheduler.load_state_dict(loaded.scheduler)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, pa.ArrowException) as error:
         raise CheckpointError(f"{folder / STREAM}: cannot be read ({error}); choose another checkpoint") from error
-    if settings != (stream.settings.max_staleness, stream.settings.in_flight):
-        mode = "in_flight" if settings[1] else "one_step_off"
-        raise CheckpointError(
-            f"{folder / STREAM}: holds untrained groups of async_generation_ratio {settings[0]}, async_mode {mode}; "
-            "set both as they were"
-        )
-    stream.scheduler.load_state_dict(loaded.scheduler)
     stream.draws.update(loaded.draws)
     stream.groups.update(loaded.groups)
     stream.dropped.update(loaded.dropped)
 
 
+def _check_settings(stream: RolloutStream, document: dict[str, Any], groups: list[Group], path: Path) -> None:
+    settings = stream.settings
+    if (document["max_staleness"], document["in_flight"]) != (settings.max_staleness, settings.in_flight):
+        mode = "in_flight" if document["in_flight"] else "one_step_off"
+        raise CheckpointError(
+            f"{path}: holds untrained groups of async_generation_ratio {document['max_staleness']}, async_mode {mode}; "
+            "set both as they were"
+        )
+    size, num_samples = document["scheduler"]["groups_per_step"], {len(group.seeds) for group in groups}
+    if size != settings.groups_per_step or num_samples - {settings.sampling.num_samples}:
+        raise CheckpointError(
+            f"{path}: holds untrained groups of rollout_batch_size {size}, num_return_sequences_in_group "
+            f"{', '.join(map(str, sorted(num_samples)))}; set both as they were"
+        )
+
+
 def _snapshot(document: dict[str, Any], groups: list[Group]) -> Snapshot:
     dropped: dict[int, list[Group]] = {}
-    first = len(groups) - sum(number for _, number in document["num_dropped"])
-    in_flight, rest = groups[:first], iter(groups[first:])
+    end = first = len(groups) - sum(number for _, number in document["num_dropped"])
     for batch, number in document["num_dropped"]:
-        dropped[batch] = [next(rest) for _ in range(number)]
-    by_slot = {group.slot: group for group in in_flight}
+        dropped[batch], end = groups[end : end + number], end + number
+    by_slot = {group.slot: group for group in groups[:first]}
+    started = {number: is_finished for number, _, is_finished in document["scheduler"]["groups"]}
+    if started != {slot: by_slot[slot].is_scored for slot in started} or len(started) != len(by_slot):
+        raise ValueError("the groups differ from those of the scheduler, or samples are missing")
     return Snapshot(document["scheduler"], dict(document["draws"]), by_slot, dropped, {})
 
 

@@ -5,55 +5,23 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from roll_gspo.algorithms.query_filter import QueryFilterSettings
 from roll_gspo.batch import Completion, Prompt
 from roll_gspo.data.sampler import Sampler
 from roll_gspo.pipelines.rlvr.groups import Group
+from roll_gspo.pipelines.rlvr.stream_settings import StreamSettings
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.request_stream import StreamClient
 from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.roles.scoring import Scoring
 from roll_gspo.scheduling.staleness import StalenessScheduler
-from roll_gspo.strategies.base import GenerationRequest, Sampling
+from roll_gspo.strategies.base import GenerationRequest
 
-PartialRollouts = Literal["continue", "restart", "drop"]
 CONTINUED, RESTARTED, DROPPED = "rollout/continued", "rollout/restarted", "rollout/dropped"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings:
-    """Settings of the groups in flight.
-
-    Attributes:
-        sampling: sampling settings of the responses.
-        groups_per_step: groups per training step.
-        num_steps: training steps of the whole run; no group starts that could only be trained later.
-        max_staleness: largest number of steps between the weights that sample tokens and those that are trained.
-        in_flight: weights change while responses are being sampled, and groups are trained as they finish.
-        partial_rollouts: what happens to unfinished responses when the weights change.
-        query_filters: filter by domain that drops groups. Domains without a filter keep all groups.
-        max_rounds: limit of prompts per step, in multiples of `groups_per_step`. Then dropped groups fill the batch.
-    """
-
-    sampling: Sampling
-    groups_per_step: int
-    num_steps: int
-    max_staleness: int = 0
-    in_flight: bool = False
-    partial_rollouts: PartialRollouts = "continue"
-    query_filters: Mapping[str, QueryFilterSettings] = field(default_factory=dict)
-    max_rounds: int = 10
-
-    @property
-    def max_draws(self) -> int:
-        """Largest number of prompts per step."""
-        return self.max_rounds * self.groups_per_step
 
 
 class TrainableBatch(NamedTuple):
@@ -134,7 +102,8 @@ class RolloutStream:
         with self.lock:
             if self._num_startable():
                 client.submit(self._new_requests())
-        finished = client.poll(timeout_s) if client.outstanding else []
+        # A request that the engines rejected is not outstanding, but only `poll` raises the error.
+        finished = client.poll(timeout_s) if client.outstanding or self._requested else []
         with self.lock:
             for key, completion in finished:
                 self._take_completion(scoring, key, completion)
@@ -208,7 +177,8 @@ class RolloutStream:
         """Apply `partial_rollouts` to unfinished responses around a change of the weights."""
         with self.lock:
             stopped: list[tuple[Group, int]] = []
-            if self.settings.in_flight and self.settings.partial_rollouts != "continue":
+            # Groups of a checkpoint that were not submitted yet continue with the weights that sampled them.
+            if self._client is not None and self.settings.in_flight and self.settings.partial_rollouts != "continue":
                 stopped = self._stop_unfinished()
             yield
             if stopped:
@@ -259,16 +229,27 @@ class RolloutStream:
         startable = self.scheduler.num_startable()
         if not self.in_order:
             return startable
-        size = self.settings.groups_per_step
-        missing = -len(self.groups) % size  # replacements come before the next batch
+        missing = self.num_missing  # replacements come before the next batch
         if missing or any(not group.is_scored for group in self.groups.values()) or self.parked:
             return missing
-        return min(startable, size)
+        return min(startable, self.settings.groups_per_step)
+
+    @property
+    def num_missing(self) -> int:
+        """Number of dropped groups of the newest batch that are not replaced yet; 0 if weights change in flight."""
+        if not self.in_order or not self.draws:
+            return 0
+        newest = max(self.draws)
+        return self.settings.groups_per_step - sum(self.batch_of(slot) == newest for slot in self.groups)
 
     def _new_requests(self) -> list[GenerationRequest]:
-        if self.in_order and not len(self.groups) % self.settings.groups_per_step:
+        replaced = self.num_missing
+        if self.in_order and not replaced:
             self.before_batch = self.sampler.state_dict()
-        prompts = self.sampler.next_batch(self._num_startable())
+        if replaced:  # One by one, because the order of an interleaved batch depends on its size.
+            prompts = [prompt for _ in range(replaced) for prompt in self.sampler.next_batch(1)]
+        else:
+            prompts = self.sampler.next_batch(self._num_startable())
         requests: list[GenerationRequest] = []
         for prompt, domain in zip(prompts, self._rewards.domains(prompts), strict=True):
             slot = self.scheduler.start()
@@ -297,13 +278,16 @@ class RolloutStream:
         """Discard all responses and sample every group again with the current weights, which change in flight."""
         with self.lock:
             client, _ = self._opened()
-            self._abort()
-            self.counts[RESTARTED] += len(self.groups) * self.settings.sampling.num_samples
+            begun = sum(bool(completion.token_ids) for *_, completion in self._abort())
+            begun += sum(self._is_live(group) for group, _ in self._requested.values())  # ended, but not taken yet
+            self.counts[RESTARTED] += begun + sum(len(group.completions) for group in self.groups.values())
+            self._requested.clear()
+            self._scored.clear()
             for slot, group in self.groups.items():
                 self.scheduler.restart(slot)
                 group.completions.clear()
                 group.results.clear()
-            self._scored.clear()
+                group.is_filler = False
             client.submit([self._request(g, sample) for g in self.groups.values() for sample in g.missing()])
 
     def _abort(self) -> list[tuple[Group, int, Completion]]:
@@ -325,21 +309,25 @@ class RolloutStream:
                 self.scheduler.drop(slot)
                 del self.groups[slot]
             return [(group, sample) for group, sample, _ in aborted if group.slot not in begun]
+        ended = {group.slot for group, _ in self._requested.values()}  # not taken yet; their tokens are kept
         for slot, group in {group.slot: group for group, *_ in aborted}.items():
-            if not group.completions:
+            if not group.completions and slot not in ended:
                 self.scheduler.restart(slot)
         return [(group, sample) for group, sample, _ in aborted]
 
     # results
 
     def _take_completion(self, scoring: Scoring, key: int, completion: Completion) -> None:
-        group, sample = self._requested.pop(key)
-        if self.groups.get(group.slot) is not group:
-            return  # dropped meanwhile
+        group, sample = self._requested.pop(key, (None, 0))
+        if group is None or not self._is_live(group):
+            return  # refreshed or dropped meanwhile
         group.completions[sample] = completion
         group.partials.pop(sample, None)
         self.counts[CONTINUED] += len(completion.version_runs) > 1
         self._score(scoring, group, sample)
+
+    def _is_live(self, group: Group) -> bool:
+        return self.groups.get(group.slot) is group
 
     def _score(self, scoring: Scoring, group: Group, sample: int) -> None:
         index = next(self._keys)
@@ -347,9 +335,9 @@ class RolloutStream:
         scoring.submit(index, *self._rewards.request(group.prompt, self._text_of(group.completions[sample])))
 
     def _take_result(self, index: int, result: RewardResult) -> None:
-        group, sample = self._scored.pop(index)
-        if self.groups.get(group.slot) is not group:
-            return
+        group, sample = self._scored.pop(index, (None, 0))
+        if group is None or not self._is_live(group):
+            return  # refreshed or dropped meanwhile
         group.results[sample] = result
         if group.is_scored:
             self._finish(group)
@@ -371,11 +359,9 @@ class RolloutStream:
             self._fill()
 
     def _may_replace(self, group: Group) -> bool:
-        size = self.settings.groups_per_step
         if not self.in_order:
-            return len(self.dropped.get(0, ())) < self.settings.max_draws - size
-        owed = -len(self.groups) % size
-        return self.draws[self.batch_of(group.slot)] + owed < self.settings.max_draws
+            return len(self.dropped.get(0, ())) < self.settings.max_draws - self.settings.groups_per_step
+        return self.draws[self.batch_of(group.slot)] + self.num_missing < self.settings.max_draws
 
     def _fill(self) -> None:
         """Complete a batch without draws left: its first rejected groups take the open slots."""

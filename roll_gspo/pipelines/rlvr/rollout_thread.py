@@ -31,8 +31,8 @@ class RolloutThread:
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
 
     def start(self) -> None:
-        """Start the thread if it is not running."""
-        if not self._thread.is_alive() and not self._stopping.is_set():
+        """Start the thread, unless it was started before. If it failed, `wait` raises the error."""
+        if self._thread.ident is None and not self._stopping.is_set():
             self._thread.start()
 
     def wait(self, condition: Callable[[], bool], waited_for: str, serve: Callable[[], None]) -> None:

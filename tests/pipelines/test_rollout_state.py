@@ -1,0 +1,223 @@
+"""Groups in flight inside checkpoints: a resumed stream continues as if it had not stopped."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow.parquet as pq
+import pytest
+from rollout_cases import (
+    FILTERS,
+    PROMPTS,
+    REJECT_ALL,
+    Run,
+    completion_state,
+    group_state,
+    states,
+    stream_settings,
+    text_of,
+)
+
+from roll_gspo.algorithms.query_filter import QueryFilterSettings
+from roll_gspo.errors import CheckpointError
+from roll_gspo.pipelines.rlvr.collect import Collector
+from roll_gspo.pipelines.rlvr.rollout_state import SAMPLES, STREAM
+from roll_gspo.tracking.console import Progress
+
+
+def saved_at_every_pump(run: Run, folder: Path) -> dict[Path, int]:
+    """Train all steps; return the folder and the step of a checkpoint after each pump."""
+    found: dict[Path, int] = {}
+
+    def save() -> None:
+        path = folder / str(len(found))
+        run.save(path)
+        found[path] = run.step
+
+    run.at_pump = save
+    return found
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "filters", "max_rounds"),
+    [(0, {}, 1), (0, FILTERS, 3), (1, {}, 1), (2, FILTERS, 3), (1, REJECT_ALL, 2)],
+)
+def test_stream_in_order_resumes_bit_for_bit_from_every_point(
+    tmp_path: Path, max_staleness: int, filters: dict[str, QueryFilterSettings], max_rounds: int
+) -> None:
+    chosen = stream_settings(max_staleness, 3, groups_per_step=3, query_filters=filters, max_rounds=max_rounds)
+    run = Run(chosen, interleaved=True, records_experts=True)
+    points = saved_at_every_pump(run, tmp_path)
+    batches = run.train_all()
+    assert len(points) > 10
+    for order, (path, step) in enumerate(itertools.islice(points.items(), 0, None, 4)):
+        resumed = Run(chosen, order, interleaved=True, records_experts=True)
+        resumed.load(path)
+        assert states(resumed.train_all()) == states(batches[step:]), path
+
+
+@pytest.mark.parametrize("partial_rollouts", ["continue", "restart", "drop"])
+@pytest.mark.parametrize("filters", [{}, FILTERS])
+def test_stream_in_flight_keeps_every_group_and_token(
+    tmp_path: Path, partial_rollouts: str, filters: dict[str, QueryFilterSettings]
+) -> None:
+    chosen = stream_settings(2, 4, 3, in_flight=True, partial_rollouts=partial_rollouts, query_filters=filters)
+    run = Run(chosen, 5, records_experts=True)
+    points: list[tuple[Path, int, Any]] = []
+
+    def save() -> None:
+        path = tmp_path / str(len(points))
+        run.save(path)
+        points.append((path, run.step, contents(run)))
+
+    run.at_pump = save
+    run.train_all()
+    assert any(partials for _, _, (_, partials, *_) in points)
+    for order, (path, step, expected) in enumerate(points[::4]):
+        resumed = Run(chosen, order, records_experts=True)
+        resumed.load(path)
+        assert contents(resumed) == expected
+        with resumed.stream.changing_weights():  # as at the start of a run
+            resumed.generator.update_weights(cast(Any, None), step)
+        seen = set[int]()
+        pending = {group.draw for group in resumed.stream.groups.values()}
+        for batch in resumed.train_all():
+            assert min(batch.versions) >= batch.step - 1 - 2
+            draws = {group.draw for group in [*batch.groups, *batch.dropped]}
+            assert not draws & seen
+            seen |= draws
+        assert partial_rollouts == "drop" or pending <= seen
+        assert not resumed.stream.groups
+
+
+def contents(run: Run) -> tuple[Any, ...]:
+    """Return the groups in flight, their unfinished responses, dropped groups, draws and scheduler of a stream."""
+    stream = run.stream
+    running = stream.partials()
+    partials = {
+        (slot, sample): completion_state(completion)
+        for slot, group in stream.groups.items()
+        for sample, completion in (group.partials | running.get(slot, {})).items()
+    }
+    groups = {slot: group_state(group) for slot, group in stream.groups.items()}
+    dropped = {batch: [group_state(group) for group in of_batch] for batch, of_batch in stream.dropped.items()}
+    return groups, partials, dropped, dict(stream.draws), stream.scheduler.state_dict()
+
+
+def test_draws_go_on_if_no_group_is_in_flight(tmp_path: Path) -> None:
+    """Otherwise a run that is resumed with more steps would use its seeds again."""
+    run = Run(stream_settings(1, 2, in_flight=True))
+    run.train_all()
+    assert not run.stream.groups
+    run.save(tmp_path / "end")
+    longer = Run(stream_settings(1, 3, in_flight=True))
+    longer.load(tmp_path / "end")
+    assert sorted(group.draw for group in longer.train().groups) == list(range(8, 12))
+
+
+def test_columns_of_parquet_files_may_hold_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for prompt in PROMPTS:
+        monkeypatch.setitem(cast(dict[str, Any], prompt.row), "day", datetime.date(2026, 1, 2))
+    run = Run(stream_settings(1, 2))
+    run.pump()
+    run.wait(run.stream.can_change_weights)
+    run.save(tmp_path / "saved")
+    resumed = Run(stream_settings(1, 2))
+    resumed.load(tmp_path / "saved")
+    assert {group.prompt.row["day"] for group in resumed.stream.groups.values()} == {"2026-01-02"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    run = Run(stream_settings(1, 4))
+    run.train()
+    run.wait(run.stream.can_change_weights)
+    run.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({"max_staleness": 2}, "async_generation_ratio 1, async_mode one_step_off"),
+        ({"max_staleness": 0}, "async_generation_ratio 1, async_mode one_step_off"),
+        ({"in_flight": True}, "async_generation_ratio 1, async_mode one_step_off"),
+        ({"groups_per_step": 2}, "rollout_batch_size 4, num_return_sequences_in_group 3"),
+    ],
+)
+def test_other_settings_are_refused(saved: Path, other: dict[str, Any], expected: str) -> None:
+    run = Run(stream_settings(**({"max_staleness": 1} | other)))
+    with pytest.raises(
+        CheckpointError, match=rf"{STREAM}: holds untrained groups of {expected}; set both as they were"
+    ):
+        run.load(saved)
+    assert not run.stream.groups and run.stream.scheduler.version == 0
+
+
+def edited(change: Callable[[Any], object]) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        document = json.loads((folder / STREAM).read_text())
+        change(document)
+        (folder / STREAM).write_text(json.dumps(document))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / STREAM).write_text("{"),
+        lambda folder: (folder / STREAM).write_text("[]"),
+        lambda folder: (folder / STREAM).write_bytes(b"\xff\xfe"),
+        lambda folder: (folder / SAMPLES).unlink(),
+        lambda folder: (folder / SAMPLES).write_bytes(b"PAR1"),
+        lambda folder: pq.write_table(pq.read_table(folder / SAMPLES).drop_columns(["token_ids"]), folder / SAMPLES),
+        lambda folder: pq.write_table(pq.read_table(folder / SAMPLES).slice(1), folder / SAMPLES),
+        edited(lambda document: document.pop("scheduler")),
+        edited(lambda document: document["scheduler"].pop("next_group")),
+        edited(lambda document: document["scheduler"]["groups"].pop()),
+        edited(lambda document: document["groups"].pop()),
+        edited(lambda document: document["groups"][0].update(prompt=None)),
+        edited(lambda document: document.update(num_dropped=[[0, 99]])),
+        edited(lambda document: document.update(draws=3)),
+    ],
+)
+def test_damaged_files_are_named(saved: Path, damage: Callable[[Path], object]) -> None:
+    damage(saved)
+    run = Run(stream_settings(1))
+    with pytest.raises(CheckpointError, match=rf"{STREAM}: cannot be read .*choose another checkpoint"):
+        run.load(saved)
+    assert not run.stream.groups and run.stream.scheduler.version == 0
+
+
+@contextmanager
+def stage(name: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+def test_batch_of_a_skipped_update_is_not_saved(tmp_path: Path) -> None:
+    """A synchronous step without an update sends no weights, but its batch is trained."""
+
+    class NoWeights:
+        def push(self, version: int) -> None: ...
+
+        def restore(self, version: int) -> None: ...
+
+    run = Run(stream_settings(0, 3))
+    collector = Collector(run.stream, run.generator, run.rewards, text_of, NoWeights())
+    first = collector.collect(1, stage)
+    with collector.frozen():
+        collector.save(tmp_path)
+    assert not (tmp_path / STREAM).exists()
+    resumed = Run(stream_settings(0, 3))
+    resumed.sampler.load_state_dict(collector.sampler_state())
+    again = Collector(resumed.stream, resumed.generator, resumed.rewards, text_of, NoWeights())
+    again.load(tmp_path, 1)
+    second = [collected.collect(2, stage).rollouts for collected in (collector, again)]
+    assert second[0].completions == second[1].completions != first.rollouts.completions
