@@ -30,10 +30,10 @@ class LocalStream(RequestStream):
     def _work(self, timeout_s: float) -> None:
         self._lane.capacity = sys.maxsize  # a single engine: requests wait there, not here
         self._feed([self._lane])
-        held = list(self._lane.held)
         try:
             finished = self._engine.advance(min(timeout_s, SLICE_S))
         except Exception as error:
+            held = list(self._lane.held)
             self._fail(self._lane, error)
             self._engine.abort(held)
         else:

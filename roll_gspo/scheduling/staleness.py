@@ -65,6 +65,11 @@ class StalenessScheduler:
         return self._version
 
     @property
+    def num_unfinished(self) -> int:
+        """Number of groups in flight."""
+        return len(self._groups) - self._num_finished
+
+    @property
     def unfinished(self) -> list[int]:
         """Groups in flight, in ascending order."""
         return sorted(number for number, group in self._groups.items() if not group.is_finished)

@@ -76,6 +76,7 @@ class RolloutStream:
         self._scoring: Scoring | None = None
         self._busy_s = self.hidden_s = 0.0
         self.num_taken = 0  # responses and scores that arrived
+        self.num_scored = 0  # samples of `groups` that have a score
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
 
@@ -136,7 +137,7 @@ class RolloutStream:
         """Number of scored samples of untrained groups (at most those of a step), and of samples per step."""
         with self.lock:
             size = self.settings.groups_per_step * self.settings.sampling.num_samples
-            return min(size, sum(len(group.results) for group in self.groups.values())), size
+            return min(size, self.num_scored), size
 
     def take_count(self, name: str) -> int:
         """Return the count `name` of unfinished responses, and reset it."""
@@ -161,7 +162,7 @@ class RolloutStream:
                 del self.draws[self.scheduler.version]
             self.scheduler.train([group.slot for group in groups])
             for group in groups:
-                del self.groups[group.slot]
+                self._remove(group.slot)
             self.changed.notify_all()
 
     def can_change_weights(self) -> bool:
@@ -230,17 +231,13 @@ class RolloutStream:
         if not self.in_order:
             return startable
         missing = self.num_missing  # replacements come before the next batch
-        if missing or any(not group.is_scored for group in self.groups.values()) or self.parked:
-            return missing
-        return min(startable, self.settings.groups_per_step)
+        return missing if missing or self.scheduler.num_unfinished else min(startable, self.settings.groups_per_step)
 
     @property
     def num_missing(self) -> int:
         """Number of dropped groups of the newest batch that are not replaced yet; 0 if weights change in flight."""
-        if not self.in_order or not self.draws:
-            return 0
-        newest = max(self.draws)
-        return self.settings.groups_per_step - sum(self.batch_of(slot) == newest for slot in self.groups)
+        # Earlier batches are complete, since the newest one was started after them.
+        return self.settings.groups_per_step * len(self.draws) - len(self.groups) if self.in_order else 0
 
     def _new_requests(self) -> list[GenerationRequest]:
         replaced = self.num_missing
@@ -288,7 +285,11 @@ class RolloutStream:
                 group.completions.clear()
                 group.results.clear()
                 group.is_filler = False
+            self.num_scored = 0
             client.submit([self._request(g, sample) for g in self.groups.values() for sample in g.missing()])
+
+    def _remove(self, slot: int) -> None:
+        self.num_scored -= len(self.groups.pop(slot).results)
 
     def _abort(self) -> list[tuple[Group, int, Completion]]:
         """Abort every unfinished response; return its group, the number of its sample and its tokens."""
@@ -307,7 +308,7 @@ class RolloutStream:
         if drops:
             for slot in begun:
                 self.scheduler.drop(slot)
-                del self.groups[slot]
+                self._remove(slot)
             return [(group, sample) for group, sample, _ in aborted if group.slot not in begun]
         ended = {group.slot for group, _ in self._requested.values()}  # not taken yet; their tokens are kept
         for slot, group in {group.slot: group for group, *_ in aborted}.items():
@@ -339,6 +340,7 @@ class RolloutStream:
         if group is None or not self._is_live(group):
             return  # refreshed or dropped meanwhile
         group.results[sample] = result
+        self.num_scored += 1
         if group.is_scored:
             self._finish(group)
 
@@ -348,14 +350,14 @@ class RolloutStream:
             self.scheduler.finish(group.slot)
         elif self._may_replace(group):
             self.scheduler.drop(group.slot)
-            del self.groups[group.slot]
+            self._remove(group.slot)
             self.dropped.setdefault(self.batch_of(group.slot), []).append(group)
         elif self.in_order:
             self.parked.append(group)
         else:
             group.is_filler = True
             self.scheduler.finish(group.slot)
-        if self.parked and all(other.is_scored for other in self.groups.values()) and not self._num_startable():
+        if self.parked and self.scheduler.num_unfinished == len(self.parked) and not self._num_startable():
             self._fill()
 
     def _may_replace(self, group: Group) -> bool:
