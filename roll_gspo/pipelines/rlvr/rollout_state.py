@@ -91,9 +91,8 @@ def save_groups(stream: RolloutStream, folder: Path) -> None:
         for sample, completion in sorted((group.partials | partials.get(group.slot, {}) | group.completions).items())
     ]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    pq.write_table(
-        table, folder / SAMPLES, compression="zstd", use_dictionary=[IDS], column_encoding={LOG_PROBS: SPLIT}
-    )
+    encoding: dict[str, Any] = {"use_dictionary": [IDS], "column_encoding": {LOG_PROBS: SPLIT}}
+    pq.write_table(table, folder / SAMPLES, compression="zstd", **encoding)
     document = {
         "max_staleness": stream.settings.max_staleness,
         "in_flight": stream.settings.in_flight,
