@@ -39,9 +39,10 @@ from roll_gspo.pipelines.rlvr.collect import Collected
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings, TokenScoring, train_batch
 from roll_gspo.pipelines.rlvr.groups import Group
 from roll_gspo.pipelines.rlvr.rollout_state import load_groups, save_groups
-from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream, StreamSettings
+from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream
 from roll_gspo.pipelines.rlvr.sample_files import SampleFiles
 from roll_gspo.pipelines.rlvr.state import RlvrState
+from roll_gspo.pipelines.rlvr.stream_settings import StreamSettings
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.local_stream import LocalStream
 from roll_gspo.roles.reward_manager import RewardManager
@@ -216,9 +217,11 @@ def measure_groups(case: Case, stage: Stages) -> list[Group]:
 
 def fill(stream: RolloutStream) -> None:
     """Generate and score until no group may start."""
+    ready = False
     while stream.num_generating or stream.num_scoring or stream.can_start():
         stream.pump(0.1)
-        _ = stream.has_batch(), stream.num_ready  # a waiting step asks after every pump
+        ready = ready or stream.has_batch()  # a step that waits asks after every pump
+        _ = stream.num_ready
 
 
 def checkpoint(case: Case, stream: RolloutStream, stage: Stages) -> None:
