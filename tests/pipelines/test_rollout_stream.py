@@ -160,6 +160,13 @@ def test_refresh_ignores_responses_and_scores_that_arrive_late() -> None:
     assert batch.versions == {1}
 
 
+def test_refreshed_groups_are_no_fillers_until_they_are_scored() -> None:
+    run = Run(stream_settings(2, 3, in_flight=True, query_filters=REJECT_ALL, max_rounds=1))
+    run.wait(lambda: any(group.is_filler for group in run.stream.groups.values()))
+    run.stream.refresh()
+    assert not any(group.is_filler for group in run.stream.groups.values())
+
+
 def test_responses_that_ended_keep_the_deadline_of_a_restarted_group() -> None:
     run = Run(stream_settings(1, 4, in_flight=True, partial_rollouts="restart", groups_per_step=1))
     stream = run.stream
