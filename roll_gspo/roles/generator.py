@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.roles.profiled import ProfiledRole, profiled
 from roll_gspo.roles.request_stream import RequestStream, StreamClient
 from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightSource
+from roll_gspo.tracking.profiler import record_trace
 
 
 class Generator(ProfiledRole):
@@ -60,6 +61,13 @@ class Generator(ProfiledRole):
         if self._stream is None:
             raise RuntimeError("actor_infer: the engine was built without a request stream")
         return self._stream.open(urgent)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Record a trace of the block, in which clients of the stream poll; see `ProfiledRole.profile`."""
+        path = self.next_trace("generate")
+        with nullcontext() if path is None else record_trace(path):
+            yield
 
     def paused(self) -> AbstractContextManager[None]:
         """Let the engine not compute in the block; see `RequestStream.paused`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import REWARD, REWARD_MODULE, SIZES, checkpoints_of, computed, metrics_of, rollouts_of
@@ -59,6 +60,11 @@ def test_example_trains(folder: Path, arguments: tuple[str, ...], example: str) 
     assert len(critic) == (2 if example == "example_ppo" else 0)
 
 
+def without_rounding(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return metrics without those that compare log-probs of engine and trainer."""
+    return [{name: value for name, value in row.items() if not name.startswith("mismatch/")} for row in rows]
+
+
 @pytest.mark.parametrize("engines", ["strategy=hf", pytest.param("strategy=megatron", marks=pytest.mark.long)])
 def test_resumed_ppo_with_dynamic_sampling_equals_an_uninterrupted_run(
     folder: Path, arguments: tuple[str, ...], engines: str
@@ -78,8 +84,14 @@ def test_resumed_ppo_with_dynamic_sampling_equals_an_uninterrupted_run(
     again = ("run_name=stopped", "resume_from_checkpoint=true", "resume_with_changes=true")  # without the signal
     assert train(*run, *again, folder=folder).code == 0
     whole, resumed = (runs / name for name in ("whole", "stopped"))
-    assert computed(resumed) == computed(whole)
-    assert rollouts_of(resumed) == rollouts_of(whole)
+    # Replacements are admitted as soon as a group is rejected, so that rows decode in other company. This changes the
+    # last digit of the log-probs of `hf_infer`, which only the comparison with the trainer uses.
+    assert without_rounding(computed(resumed)) == without_rounding(computed(whole))
+    for step, samples in rollouts_of(whole).items():
+        for sample, other in zip(samples, rollouts_of(resumed)[step], strict=True):
+            log_probs = sample.pop("rollout_log_probs")
+            assert other.pop("rollout_log_probs") == pytest.approx(log_probs, abs=1e-4)
+            assert sample == other
     rows = metrics_of(whole)[1:]
     assert rows[0]["actor/num_updates"] == 0 and rows[0]["critic/num_updates"] == 4, "critic warm-up"
     assert rows[1]["actor/num_updates"] == 4

@@ -203,7 +203,7 @@ class Collector:
             return
         stream = self._stream
         while not condition():
-            with stage("generate") as progress:
+            with stage("generate") as progress, self._generator.tracing():
                 while not condition() and (stream.num_generating or stream.can_start()):
                     stream.pump(_SLICE_S)
                     self._report(progress)

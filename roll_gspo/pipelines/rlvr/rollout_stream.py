@@ -153,7 +153,9 @@ class RolloutStream:
             groups = [self.groups[slot] for slot in slots]
             if self.in_order:
                 groups.sort(key=lambda group: (group.is_filler, group.draw))
-            return TrainableBatch(groups, self.dropped.pop(self.batch_of(slots[0]), []))
+            # Sorted, because a mean over samples depends on their order in the last digit.
+            dropped = sorted(self.dropped.pop(self.batch_of(slots[0]), []), key=lambda group: group.draw)
+            return TrainableBatch(groups, dropped)
 
     def trained(self, groups: Sequence[Group]) -> None:
         """Free the slots of groups that were trained. The weights of the engines have changed already."""
