@@ -121,7 +121,7 @@ class Collector:
     def wait_for_push(self, stage: Stage) -> None:
         """Wait until no response needs the current weights of the engines."""
         if self._is_collecting and not self._stream.can_change_weights():
-            self._advance(stage, "responses of the present weights", self._stream.can_change_weights, may_restore=False)
+            self._advance(stage, "responses of the current weights", self._stream.can_change_weights, may_restore=False)
 
     def push(self, version: int) -> None:
         """Send the trainer's weights to the engines and free the slots of the last batch.
@@ -203,6 +203,8 @@ class Collector:
             return
         stream = self._stream
         while not condition():
+            if not (stream.num_generating or stream.num_scoring or stream.can_start()):
+                raise RuntimeError(f"actor_infer: nothing is in flight while a step waits for {waited_for}")
             with stage("generate") as progress, self._generator.tracing():
                 while not condition() and (stream.num_generating or stream.can_start()):
                     stream.pump(_SLICE_S)
