@@ -25,6 +25,10 @@ class WeightTransferError(RollGspoError):
     """A failed weight transfer: the generation engine does not hold the trainer's weights."""
 
 
+class ResidencyError(RollGspoError):
+    """An engine is asked to compute while its state is offloaded, or its state cannot be moved."""
+
+
 class CheckpointError(RollGspoError):
     """A checkpoint that cannot be written, found or read."""
 
