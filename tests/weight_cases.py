@@ -86,6 +86,21 @@ def changed(folder: Path, layout: dict[str, Any]) -> dict[str, float]:
     return {name: float(tensor.sum()) for name, tensor in before.items()}
 
 
+def held(folder: Path) -> tuple[list[str], list[str]]:
+    """Keep all tensors of two exports until their end; return names with wrong values, with and without copies."""
+    from roll_gspo.strategies.kept_weights import KeptWeights
+    from roll_gspo.strategies.megatron.engine.model import build_model
+    from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
+
+    model = build_model(model_setup(folder), MegatronConfig(tensor_model_parallel_size=2))
+    reader, source = CheckpointReader(folder), MegatronWeights(model.chunks, model.architecture)
+    kept, overwritten = (
+        [name for name, tensor in list(weights) if not torch.equal(tensor, reader.read(name))]
+        for weights in (KeptWeights(source), source)
+    )
+    return kept, overwritten
+
+
 def exported_memory(folder: Path, layout: dict[str, Any], bucket_bytes: int, keep: bool) -> tuple[int, int]:
     """Return (peak bytes allocated during an export, bound: one bucket or parameter plus one tensor).
 
