@@ -297,13 +297,33 @@ class TrainBatch:
     def to(self, device: torch.device | str) -> TrainBatch:
         """Copy the batch to `device`."""
         s = self.sequences
-        changes: dict[str, Any] = {
-            field.name: self.__dict__[field.name].to(device)
-            for field in fields(self)
-            if field.name != "sequences" and self.__dict__[field.name] is not None
-        }
-        moved = Sequences(s.input_ids.to(device), s.prompt_lengths.to(device), s.response_mask.to(device))
-        return replace(self, sequences=moved, **changes)
+        given = {field.name: self.__dict__[field.name] for field in fields(self) if field.name != "sequences"}
+        names = [name for name, tensor in given.items() if tensor is not None]
+        own = (s.input_ids, s.prompt_lengths, s.response_mask)
+        copies = moved([*own, *(given[name] for name in names)], device)
+        changes: dict[str, Any] = dict(zip(names, copies[len(own) :], strict=True))
+        return replace(self, sequences=Sequences(*copies[: len(own)]), **changes)
+
+
+def moved(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Return the tensors on `device`, with one copy per dtype for all that are elsewhere.
+
+    Many small copies cost more than their bytes: each has a launch, and each copy to the host waits for the device.
+    """
+    target = torch.device(device)
+    results = list(tensors)
+    of_dtype: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.device.type != target.type:
+            of_dtype.setdefault(tensor.dtype, []).append(place)
+    for places in of_dtype.values():
+        flat = torch.cat([tensors[place].detach().flatten() for place in places])
+        if target.type == "cuda":
+            flat = flat.pin_memory()  # a copy from pageable memory waits for the device
+        flat = flat.to(target, non_blocking=target.type == "cuda")
+        for place, part in zip(places, flat.split([tensors[place].numel() for place in places]), strict=True):
+            results[place] = part.view(tensors[place].shape)
+    return results
 
 
 def pad_rows(parts: Sequence[Tensor], width: int, fill: float = 0) -> Tensor:

@@ -27,10 +27,6 @@ class Metric:
     weight: Tensor
     reduction: Reduction = "mean"
 
-    def cpu(self) -> Metric:
-        """Copy the metric to host memory."""
-        return Metric(self.value.cpu(), self.weight.cpu(), self.reduction)
-
 
 def mean_of(values: Tensor, mask: Tensor) -> Metric:
     """Return the mean of `values` over the true positions of `mask` (same shape; values elsewhere may be NaN)."""

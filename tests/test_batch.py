@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from roll_gspo.batch import Completion, Prompt, Rollouts, Sequences, TrainBatch, pad_rows
+from roll_gspo.batch import Completion, Prompt, Rollouts, Sequences, TrainBatch, moved, pad_rows
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.strategies.log_probs import score_in_micro_batches
 
@@ -137,3 +137,11 @@ def test_batch_moves_as_a_whole() -> None:
     assert torch.equal(moved.rollout_log_probs, batch.rollout_log_probs)
     assert moved.ref_log_probs is not None and batch.ref_log_probs is not None
     assert torch.equal(moved.ref_log_probs, batch.ref_log_probs)
+
+
+def test_moved_makes_one_copy_per_dtype() -> None:
+    tensors = [torch.arange(6).view(2, 3), torch.ones(()).expand(2, 2), torch.tensor([True]), torch.tensor(3)]
+    assert all(a is b for a, b in zip(moved(tensors, "cpu"), tensors, strict=True))
+    there = moved(tensors, "meta")
+    assert [(t.shape, t.dtype, t.device.type) for t in there] == [(t.shape, t.dtype, "meta") for t in tensors]
+    assert there[0]._base is there[3]._base is not there[1]._base

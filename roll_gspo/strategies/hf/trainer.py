@@ -16,6 +16,7 @@ from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
+from roll_gspo.strategies.reports import Report, on_host
 from roll_gspo.strategies.restricted_load import load_restricted, unreadable
 from roll_gspo.strategies.schedule import learning_rate
 
@@ -77,14 +78,15 @@ class HfTrainer:
         if not micro_batches:
             raise ValueError("update: no micro-batches")
         self._optimizer.zero_grad()
-        losses, metrics = [], []
+        reports: list[Report] = []
         for batch in micro_batches:
-            share, figures = loss(batch.to(self._device))
+            share, metrics = loss(batch.to(self._device))
             share.backward()
-            losses.append(share.item())
-            metrics.append(figures)
+            reports.append((share.detach(), metrics))
         max_norm = self._setup.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), max_norm).item()
+        known = on_host(reports)
+        losses = [value for value, _ in known]
         rate = learning_rate(self._setup, self._applied_steps)
         applied = math.isfinite(grad_norm) and all(map(math.isfinite, losses))
         if applied:
@@ -93,7 +95,7 @@ class HfTrainer:
             self._optimizer.step()
             self._applied_steps += 1
         self._optimizer.zero_grad()
-        return UpdateResult(sum(losses), grad_norm, rate, applied, merge(metrics))
+        return UpdateResult(sum(losses), grad_norm, rate, applied, merge(metrics for _, metrics in known))
 
     def save(self, folder: Path, asynchronous: bool = False) -> None:
         """Write parameters, optimizer state, applied steps and RNG states into one file.

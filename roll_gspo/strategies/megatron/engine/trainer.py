@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -22,13 +23,12 @@ from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.sharded_files import ShardedSave, all_true
 from roll_gspo.strategies.megatron.engine.state import begin_save, load_state
+from roll_gspo.strategies.reports import Report, on_host
 from roll_gspo.strategies.schedule import learning_rate
 
 # (hidden states [N, H] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the
 # loss, metrics)
 Loss = Callable[[Tensor, PackedLayout, TrainBatch], tuple[Tensor, dict[str, Metric]]]
-# report of the loss function of one micro-batch, passed through megatron's schedule
-_Report = tuple[float, dict[str, Metric]]
 
 
 class MegatronTrainer:
@@ -85,11 +85,11 @@ class MegatronTrainer:
             ddp.train()
         self._clear_gradients()
         reports = self._model.run(self._mine(micro_batches), _reader(loss), train=True, before_pass=before_pass)
-        reports = _of_all_ranks(reports if self._model.is_output_rank else [])
-        total = sum(value for value, _ in reports)
+        reports_of_all = _of_all_ranks(reports if self._model.is_output_rank else [])
+        total = sum(value for value, _ in reports_of_all)
         rate = learning_rate(self._setup, self._applied_steps)
         grad_norm, applied = self._step(rate, math.isfinite(total))
-        return UpdateResult(total, grad_norm, rate, applied, merge(metrics for _, metrics in reports))
+        return UpdateResult(total, grad_norm, rate, applied, merge(metrics for _, metrics in reports_of_all))
 
     def _mine(self, micro_batches: Sequence[TrainBatch]) -> list[MicroBatch]:
         """Return this rank's micro-batches on its device."""
@@ -108,10 +108,18 @@ class MegatronTrainer:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
                 group["weight_decay"] = self._setup.weight_decay * group["wd_mult"]
-            self._optimizer.step()
+            self._clip_gradients(grad_norm)
+            self._optimizer.step_with_ready_grads()  # `step` would prepare gradients and compute their norm again
             self._applied_steps += 1
         self._clear_gradients()
         return grad_norm, applied
+
+    def _clip_gradients(self, grad_norm: float) -> None:
+        for part in self._optimizer.chained_optimizers:  # type: ignore[attr-defined]
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm, decoupled)
 
     def _clear_gradients(self) -> None:
         for ddp in self._ddp:
@@ -188,23 +196,23 @@ def _wrap(model: ResponseModel) -> list[DistributedDataParallel]:
     return wrapped
 
 
-def _reader(loss: Loss) -> Callable[[Tensor, MicroBatch], tuple[Tensor, _Report]]:
+def _reader(loss: Loss) -> Callable[[Tensor, MicroBatch], tuple[Tensor, Report]]:
     """Return the share of the loss of one micro-batch, with gradient, and its report."""
 
-    def read(rows: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, _Report]:
+    def read(rows: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Report]:
         if micro_batch.batch is None:
-            return rows.sum() * 0.0, (0.0, {})
+            return rows.sum() * 0.0, (rows.new_zeros(()), {})
         value, metrics = loss(rows, micro_batch.packed_layout, micro_batch.batch)
-        return value, (float(value.detach()), metrics)
+        return value, (value.detach(), metrics)
 
     return read
 
 
-def _of_all_ranks(reports: list[_Report]) -> list[_Report]:
-    """All-gather the reports; every rank gets them in the same order."""
+def _of_all_ranks(reports: list[Report]) -> list[tuple[float, dict[str, Metric]]]:
+    """All-gather the reports in host memory; every rank gets them in the same order."""
+    mine = on_host(reports)
     if dist.get_world_size() == 1:
-        return reports
-    mine = [(value, {name: metric.cpu() for name, metric in metrics.items()}) for value, metrics in reports]
+        return mine
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return [report for of_rank in found for report in of_rank]
