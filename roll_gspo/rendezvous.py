@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import psutil
+import torch
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # not exported by torch.distributed
 
 
@@ -61,6 +62,15 @@ def connect_store(address: StoreAddress, timeout_s: float) -> PrefixStore:
     return PrefixStore(
         address.secret, TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=timeout)
     )
+
+
+def group_backend() -> str:
+    """Return the backend of a process group: gloo for tensors and objects of the CPU, NCCL for those of GPUs.
+
+    The default group is not bound to a device (`device_id` of `init_process_group`). Otherwise ranks outside a new gloo
+    group would wait in `ncclCommSplit` for its members, which never call it (torch 2.13, `_new_process_group_helper`).
+    """
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def use_interface_of(host: str) -> None:

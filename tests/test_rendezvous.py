@@ -6,9 +6,10 @@ import os
 
 import psutil
 import pytest
+import torch
 from torch.distributed import TCPStore
 
-from roll_gspo.rendezvous import connect_store, open_store
+from roll_gspo.rendezvous import connect_store, group_backend, open_store
 
 
 def test_store_listens_on_its_address_and_needs_its_secret() -> None:
@@ -19,6 +20,12 @@ def test_store_listens_on_its_address_and_needs_its_secret() -> None:
     foreign = TCPStore(address.host, address.port, is_master=False, wait_for_workers=False)
     foreign.set("key", "theirs")
     assert store.get("key") == b"ours" and len(address.secret) == 32
+
+
+def test_groups_on_gpus_also_have_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, backend in ((False, "gloo"), (True, "cpu:gloo,cuda:nccl")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert group_backend() == backend
 
 
 def test_port_in_use_is_refused() -> None:

@@ -17,6 +17,7 @@ ROLES = ("actor_train", "actor_infer", "reference", "critic", "validation")
 NEVER_READ = "ROLL never reads it"
 OVERWRITTEN = "ROLL overwrites it"
 ALONE = "it acts with {} only, which is not supported yet"
+_RECOMPUTE = "recompute_granularity (megatron) or gradient_checkpointing (hf) of strategy_config decides"
 
 IGNORED: dict[str, str] = {
     # run
@@ -81,8 +82,8 @@ IGNORED: dict[str, str] = {
     "*.sequence_packing_args": "max_tokens_per_microbatch_in_train and max_tokens_per_microbatch_in_infer decide",
     "*.model_args.flash_attn": NEVER_READ,
     "*.model_args.attn_implementation": "the engine chooses (hf: attn_implementation of strategy_config)",
-    "*.model_args.disable_gradient_checkpointing": "recompute_granularity of strategy_config decides",
-    "*.model_args.gradient_checkpointing_use_reentrant": "recompute_granularity of strategy_config decides",
+    "*.model_args.disable_gradient_checkpointing": _RECOMPUTE,
+    "*.model_args.gradient_checkpointing_use_reentrant": _RECOMPUTE,
     "*.model_args.device_map": "device_mapping decides",
     **dict.fromkeys(
         (

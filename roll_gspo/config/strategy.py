@@ -99,6 +99,11 @@ class StrategyArgs(Schema):
         """Devices of one worker process: 1 if each device has a rank, `model_parallel_size` if it splits the model."""
         return 1
 
+    @property
+    def gpu_environment(self) -> Mapping[str, str]:
+        """Variables for a worker process on GPUs; those of the user's environment and `system_envs` replace them."""
+        return {}
+
     def layout_text(self, num_devices: int) -> str:
         """Return the parallel sizes of a role for the plan, '' if there are none."""
         return ""
@@ -114,6 +119,14 @@ class StrategyArgs(Schema):
         Raises:
             ConfigError: if the engine does not support the model.
         """
+        yield from ()
+
+    def shared_process_problems(self) -> Iterator[Problem]:
+        """Yield settings that must not be used in a process that other roles share."""
+        yield from ()
+
+    def missing_packages(self) -> Iterator[Problem]:
+        """Yield settings that need a package of GPU machines that is not installed here."""
         yield from ()
 
     def parameters_per_device(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from roll_gspo.errors import ConfigError, WorkerDiedError, WorkerError, WorkerHungError
@@ -191,9 +192,18 @@ class ClusterExecutor(Executor, Protocol):
         ...
 
     def start_group(
-        self, name: str, make: Callable[[], Closeable], devices: Devices, *, one_world: bool
+        self,
+        name: str,
+        make: Callable[[], Closeable],
+        devices: Devices,
+        *,
+        one_world: bool,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> WorkerGroup:
-        """Build one object per worker, as ranks of one world or as replicas."""
+        """Build one object per worker, as ranks of one world or as replicas.
+
+        `environment` has variables of these workers, which the settings of the executor replace.
+        """
         ...
 
 

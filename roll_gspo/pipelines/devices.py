@@ -60,6 +60,8 @@ def _local_problems(roles: dict[str, Role]) -> list[Problem]:
     """Return settings that need more than the one process of `execution: local`."""
     problems = []
     for name, role in roles.items():
+        shared = role.strategy_args.shared_process_problems()
+        problems += (_of_engine(name, problem) for problem in shared)
         devices, key = role.device_mapping, f"{name}.device_mapping"
         if devices and len(devices) > 1:
             message = (
@@ -151,12 +153,19 @@ def _sizes_text(role: Role) -> str:
 def _engine_problems(config: AnyConfig, name: str, role: Role, on_cuda: bool | None) -> Iterator[Problem]:
     """Yield reasons why the engine cannot run the role's model in this layout."""
     model, num_devices = model_of(config, role), len(devices_of(role))
+    if on_cuda:
+        yield from (_of_engine(name, problem) for problem in role.strategy_args.missing_packages())
     try:
         for problem in role.strategy_args.layout_problems(model, num_devices, on_cuda):
-            yield problem._replace(key=f"{name}.strategy_args.{problem.key}")
+            yield _of_engine(name, problem)
     except ConfigError as error:
         key = "pretrain" if model == config.pretrain else f"{name}.model_args.model_name_or_path"
         yield from (Problem(key, line) for line in str(error).splitlines())
+
+
+def _of_engine(name: str, problem: Problem) -> Problem:
+    """Return a problem of a role's `strategy_args` with the whole key."""
+    return problem._replace(key=f"{name}.strategy_args.{problem.key}")
 
 
 def layout_text(config: AnyConfig, role: Role) -> str:

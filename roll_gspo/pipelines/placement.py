@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -80,7 +80,8 @@ class ClusterPlacement:
 
     def start(self, name: str, block: Role, make: Callable[[], RoleT]) -> RoleT:
         """Build a role that trains or scores, one rank per device."""
-        group = self._executor.start_group(name, make, worker_devices(self._config, block), one_world=True)
+        devices, environment = worker_devices(self._config, block), self._environment(block)
+        group = self._executor.start_group(name, make, devices, one_world=True, environment=environment)
         self._groups[name] = group
         return cast(RoleT, RemoteRole(group))
 
@@ -90,7 +91,8 @@ class ClusterPlacement:
         """Build one generation engine per worker, each of which is profiled. Weights are broadcast to them."""
         devices = worker_devices(config, config.actor_infer)
         make = partial(make_replica, config, checkpoint)
-        group = self._executor.start_group("actor_infer", make, devices, one_world=False)
+        environment = self._environment(config.actor_infer)
+        group = self._executor.start_group("actor_infer", make, devices, one_world=False, environment=environment)
         continues = config.updates_in_flight and config.partial_rollouts == "continue"
         replicas = Replicas(group, config.max_worker_restarts, continue_lost=continues)
         generator = Generator(replicas, pad_token_id, config.seed, replicas.stream)
@@ -105,6 +107,9 @@ class ClusterPlacement:
             checksum=transfer.checksum,
         )
         return generator, replicas, weights
+
+    def _environment(self, block: Role) -> Mapping[str, str]:
+        return block.strategy_args.gpu_environment if self._executor.uses_gpus else {}
 
 
 def placement_of(config: AnyConfig, executor: Executor) -> InProcessPlacement | ClusterPlacement:

@@ -18,6 +18,7 @@ from ray_roles import Loner, Rank, refuse
 
 from roll_gspo.errors import ConfigError, TrainingError, WorkerDiedError, WorkerError, WorkerHungError
 from roll_gspo.execution.base import Devices, ExecutionSettings, gather
+from roll_gspo.execution.ray import executor as executor_module
 from roll_gspo.execution.ray.executor import RayExecutor
 from roll_gspo.execution.ray.group import RayGroup
 
@@ -179,6 +180,27 @@ def test_executor_closes_local_roles_and_groups(executor: RayExecutor, tmp_path:
         executor._roles.pop()[1].close()
     assert (tmp_path / "closed").read_text() == (tmp_path / "here").read_text() == "closed"
     assert gone([pid])
+
+
+def test_variables_of_a_role_give_way_to_those_of_the_run(executor: RayExecutor) -> None:
+    own = {"MARK": "of the role", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    group = executor.start_group("actor_infer", Loner, Devices((1,), 1, 2), one_world=False, environment=own)
+    assert [group.call("environment", name) for name in own] == ["here", "1"]
+    executor._roles.pop()[1].close()
+
+
+def test_variables_of_gpu_libraries_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        *("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "FLASHINFER_WORKSPACE_BASE", "NCCL_DEBUG"),
+        *("NVTE_FUSED_ATTN", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR"),
+        *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TRITON_CACHE_DIR", "VLLM_BATCH_INVARIANT"),
+    }
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTHONSTARTUP", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    forwarded = executor_module._forwarded()
+    assert names <= forwarded.keys() and not {"PYTHONSTARTUP", "CUDA_VISIBLE_DEVICES"} & forwarded.keys()
 
 
 def test_second_connection_and_missing_nodes_are_rejected(executor: RayExecutor) -> None:

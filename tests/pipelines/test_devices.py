@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -110,7 +111,13 @@ def test_gpus_may_not_be_shared() -> None:
 
 @pytest.mark.parametrize("example", ["qwen2.5_7b_gspo", "qwen3_30b_a3b_gspo"])
 def test_shipped_layouts_run_on_gpus(example: str) -> None:
-    assert problems(on_cuda=True, example=example) == []
+    found = problems(on_cuda=True, example=example)
+    if importlib.util.find_spec("transformer_engine") is None:
+        grouped = [f"{role}.strategy_args.strategy_config.moe_grouped_gemm" for role in ("actor_train", "reference")]
+        assert [problem.key for problem in found] == (grouped if "30b" in example else [])
+        assert all(problem.names("roll-gspo[te]") for problem in found)
+    else:
+        assert found == []
     config = config_of(example=example)
     on_cpu = problems(on_cuda=False, example=example)
     assert all(problem.key.endswith("moe_grouped_gemm") and problem.names("CUDA") for problem in on_cpu)
@@ -120,6 +127,16 @@ def test_shipped_layouts_run_on_gpus(example: str) -> None:
     (warning,) = memory_warnings(config, on_cuda=False)
     assert warning.key == "actor_train.device_mapping"
     assert memory_warnings(config, on_cuda=True) == memory_warnings(config, on_cuda=None) == []
+
+
+def test_kernels_of_the_whole_process_need_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "actor_infer.strategy_args.strategy_config.batch_invariant"
+    (problem,) = problems(f"{key}=true", on_cuda=True)
+    assert problem.key == key and problem.names("execution: ray", "set it to false")
+    apart = (RAY, f"{key}=true", "actor_infer.device_mapping=[1]", "reference.device_mapping=[2]")
+    assert problems(*apart, on_cuda=True) == []
+    (problem,) = problems(*apart, on_cuda=False)
+    assert problem.key == key and problem.names("needs GPUs")
 
 
 def test_model_of_a_local_folder_is_checked(tmp_path: Path) -> None:

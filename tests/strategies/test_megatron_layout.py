@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from roll_gspo.config.base import Problem
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.size import architecture_of, size_of
 from roll_gspo.models.tiny import TINY_MODELS
+from roll_gspo.strategies.megatron.args import MegatronTrainArgs
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.layout import layout_problems, optimizer_shares, parameters_of_rank
 
@@ -102,6 +104,31 @@ def test_limits_of_gloo_apply_without_cuda_only() -> None:
     layout = {TP: 2, SP: True, EP: 2, "moe_grouped_gemm": True}
     assert len(problems(MOE, layout, 4, on_cuda=False)) == 2
     assert problems(MOE, layout, 4, on_cuda=True) == problems(MOE, layout, 4, on_cuda=None) == []
+
+
+def test_settings_of_transformer_engine_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = MegatronTrainArgs(strategy_name="megatron_train", strategy_config={"moe_grouped_gemm": True})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (problem,) = args.missing_packages()
+    assert problem.key == "strategy_config.moe_grouped_gemm"
+    assert all(text in problem.message for text in ("not installed", "'roll-gspo[te]'", "set it to false"))
+    assert not list(MegatronTrainArgs(strategy_name="megatron_train").missing_packages())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert not list(args.missing_packages())
+
+
+@pytest.mark.parametrize(
+    ("layout", "environment"),
+    [
+        ({}, {}),
+        ({PP: 2, "use_distributed_optimizer": True}, {}),
+        ({TP: 2, SP: True}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        ({"context_parallel_size": 2}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    ],
+)
+def test_ranks_that_share_a_layer_need_one_queue(layout: dict[str, Any], environment: dict[str, str]) -> None:
+    args = MegatronTrainArgs(strategy_name="megatron_train", strategy_config=layout)
+    assert args.gpu_environment == environment
 
 
 def test_experts_on_too_few_ranks_may_be_left_unsplit() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import roll_gspo
@@ -16,7 +17,11 @@ from roll_gspo.execution.ray.cluster import Cluster
 from roll_gspo.execution.ray.group import RayGroup
 
 # Prefixes of the controller's environment variables that workers on every machine need.
-_FORWARDED = ("CUDA_DEVICE_", "GLOO_", "HF_", "NCCL_", "OMP_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "VLLM_")
+_FORWARDED = (
+    *("CUBLAS_", "CUBLASLT_", "CUDA_DEVICE_", "CUDA_LAUNCH_", "CUDA_MODULE_", "CUDNN_", "FLASHINFER_", "FLASH_"),
+    *("GLOO_", "HF_", "NCCL_", "NVIDIA_TF32_", "NVTE_", "OMP_", "PYTORCH_", "TOKENIZERS_", "TORCH_", "TORCHDYNAMO_"),
+    *("TORCHINDUCTOR_", "TRANSFORMERS_", "TRITON_", "VLLM_"),
+)
 
 
 class RayExecutor:
@@ -50,9 +55,18 @@ class RayExecutor:
             return role
         return cast(RoleT, RemoteRole(self.start_group(name, make, devices, one_world=True)))
 
-    def start_group(self, name: str, make: Callable[[], Closeable], devices: Devices, *, one_world: bool) -> RayGroup:
+    def start_group(
+        self,
+        name: str,
+        make: Callable[[], Closeable],
+        devices: Devices,
+        *,
+        one_world: bool,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> RayGroup:
         """Build one object per worker, as ranks of one world or as replicas."""
-        group = RayGroup(name, make, devices, one_world, self._cluster, self._settings)
+        settings = replace(self._settings, environment={**environment, **self._settings.environment})
+        group = RayGroup(name, make, devices, one_world, self._cluster, settings)
         self._roles.append((name, group))
         return group
 

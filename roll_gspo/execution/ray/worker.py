@@ -164,7 +164,7 @@ class Worker:
         import torch
         from torch import distributed as dist
 
-        from roll_gspo.rendezvous import connect_store, use_interface_of
+        from roll_gspo.rendezvous import connect_store, group_backend, use_interface_of
 
         timeout = timedelta(seconds=world.timeout_s)
         store = self._store or connect_store(world.store, world.timeout_s)
@@ -172,9 +172,7 @@ class Worker:
         use_interface_of(ray.util.get_node_ip_address())
         if torch.cuda.is_available():
             torch.cuda.set_device(0)  # the only visible device
-        # gloo as well, for collectives on CPU tensors and objects
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        dist.init_process_group(group_backend(), store=store, rank=world.rank, world_size=world.size, timeout=timeout)
 
     def _report(self, done: int, total: int) -> None:
         self._progress = (done, total)

@@ -90,6 +90,13 @@ class HfTrainArgs(HfArgs, TrainStrategyArgs):
 class HfInferArgs(HfArgs, ScoreStrategyArgs, GenerateStrategyArgs):
     """Score or generate with plain transformers."""
 
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield keys that only training uses."""
+        yield from super().broken_rules()
+        if self.strategy_config.gradient_checkpointing:
+            message = "is used only with hf_train (hf_infer has no gradients); remove it"
+            yield Problem("strategy_config.gradient_checkpointing", message, ("strategy_name",))
+
     def scoring_problems(self) -> Iterator[Problem]:
         """Yield keys that only generation uses."""
         yield from self._generation_problems()

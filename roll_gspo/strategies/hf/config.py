@@ -14,5 +14,7 @@ class HfConfig(Schema):
 
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel of the transformers model."""
+    gradient_checkpointing: bool = False
+    """Recompute the activations of every layer in the backward pass instead of keeping them; `hf_train` only."""
     generate_batch_size: PositiveInt = 256
     """Samples that are decoded together when this engine generates."""

@@ -5,13 +5,16 @@ Legend: B samples, S positions, T response positions, N response tokens of a mic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from roll_gspo.batch import Sequences
@@ -45,6 +48,31 @@ def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -
         )
     model.to(device=local_device())
     return model.eval()
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keep only the inputs of every layer for the backward pass; the rest is computed again.
+
+    `gradient_checkpointing_enable` of transformers needs the training mode, which switches dropout on.
+
+    Raises:
+        ConfigError: the model's code does not mark its layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"strategy_config.gradient_checkpointing: transformers cannot recompute layers of model_type "
+            f"'{model.config.model_type}'; set it to false"
+        )
+    for layer in layers:
+        layer.forward = partial(_forward_of_layer, layer.forward)
+
+
+def _forward_of_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # No random state is kept, because nothing is random without dropout.
+    return recomputed(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: float, entropy: bool) -> TokenScores:

@@ -19,7 +19,7 @@ from roll_gspo.strategies.base import (
 )
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
+from roll_gspo.strategies.hf.model import HfWeights, load_model, recompute_layers, response_scores
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import score_in_micro_batches
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
@@ -38,6 +38,8 @@ class HfTrain(TrainerCheckpoints[HfTrainer]):
         self._setup = model
         self._device = local_device()
         self._model = load_model(model.checkpoint, torch.float32, strategy_config.attn_implementation)
+        if strategy_config.gradient_checkpointing:
+            recompute_layers(self._model)
         self._trainer = HfTrainer(self._model, optimizer, model.dtype)
 
     def _forward(self, sequences: Sequences, entropy: bool) -> TokenScores:

@@ -11,7 +11,7 @@ from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, UpdateResult, ValueLossFunction
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.model import load_model, predicting_rows
+from roll_gspo.strategies.hf.model import load_model, predicting_rows, recompute_layers
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import place
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
@@ -31,6 +31,8 @@ class HfValue(TrainerCheckpoints[HfTrainer]):
         self._setup = model
         self._device = local_device()
         self._model = load_model(model.checkpoint, torch.float32, strategy_config.attn_implementation)
+        if strategy_config.gradient_checkpointing:
+            recompute_layers(self._model)
         self._head = ValueHead(self._model.config.get_text_config().hidden_size).to(self._device)
         self._model.config.tie_word_embeddings = False
         self._model.set_output_embeddings(self._head)

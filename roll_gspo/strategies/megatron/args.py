@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +18,7 @@ from roll_gspo.strategies.megatron.layout import (
     layout_problems,
     optimizer_shares,
     parameters_of_rank,
+    transformer_engine_problems,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +51,24 @@ class MegatronArgs(StrategyArgs):
         c = self.strategy_config
         sizes = (c.tensor_model_parallel_size, c.pipeline_model_parallel_size, c.context_parallel_size)
         return {f"strategy_config.{key}": size for key, size in zip(_SPLITS, sizes, strict=True)}
+
+    @property
+    def gpu_environment(self) -> Mapping[str, str]:
+        """One queue of GPU work if ranks share a layer: megatron-core needs it to overlap communication and products.
+
+        Collectives of tensor and sequence parallelism must start before the product that hides them
+        (`megatron/core/tensor_parallel/layers.py`). Blackwell GPUs do not need it.
+        """
+        c = self.strategy_config
+        return (
+            {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if c.tensor_model_parallel_size * c.context_parallel_size > 1 else {}
+        )
+
+    def missing_packages(self) -> Iterator[Problem]:
+        """Yield settings that need TransformerEngine if it is not installed."""
+        if importlib.util.find_spec("transformer_engine") is None:
+            for problem in transformer_engine_problems(self.strategy_config):
+                yield problem._replace(key=f"strategy_config.{problem.key}")
 
     def layout_text(self, num_devices: int) -> str:
         """Return e.g. `TP 4 + SP · PP 2 · CP 1 · EP 8 · ETP 1 · DP 2`."""

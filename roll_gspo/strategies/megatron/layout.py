@@ -45,6 +45,16 @@ def layout_problems(
         yield from _expert_problems(model, config, world_size) if model.experts else _dense_problems(config)
 
 
+def transformer_engine_problems(config: MegatronConfig) -> Iterator[Problem]:
+    """Yield the settings that need TransformerEngine, for a machine without it."""
+    if config.moe_grouped_gemm:
+        yield Problem(
+            _GROUPED,
+            "true needs TransformerEngine, which is not installed; run pip install --no-build-isolation "
+            "'roll-gspo[te]' on every machine, or set it to false",
+        )
+
+
 def _world_problems(config: MegatronConfig, world_size: int) -> Iterator[Problem]:
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     context, copy = config.context_parallel_size, config.model_parallel_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from roll_gspo.strategies.base import GenerateStrategy, GenerationSetup, ModelSetup
 
 _TENSOR = "strategy_config.tensor_parallel_size"
+_INVARIANT = "strategy_config.batch_invariant"
 _CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
 
 
@@ -48,8 +50,17 @@ class VllmArgs(GenerateStrategyArgs):
         """Return e.g. `TP 4`."""
         return f"TP {self.strategy_config.tensor_parallel_size}"
 
+    def shared_process_problems(self) -> Iterator[Problem]:
+        """Yield `batch_invariant`: vLLM replaces kernels of the whole process."""
+        if self.strategy_config.batch_invariant:
+            yield Problem(
+                _INVARIANT,
+                "true replaces kernels of the whole process, and execution: local trains in the same one; set it to "
+                "false, or execution: ray",
+            )
+
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield a size that does not fit the model. Unknown families are left to vLLM.
+        """Yield settings that do not fit the model or the machine. Unknown families are left to vLLM.
 
         Raises:
             ConfigError: vLLM cannot compute the model's attention on this machine.
@@ -60,6 +71,10 @@ class VllmArgs(GenerateStrategyArgs):
                 f"{model}: attention heads of size {head_size} are not among those that vLLM computes on a CPU "
                 f"({', '.join(map(str, sizes))}); choose another model, or generate with strategy_name hf_infer"
             )
+        if on_cuda is False and self.strategy_config.batch_invariant:
+            yield Problem(
+                _INVARIANT, "true needs GPUs; set it to false (a float32 engine on a CPU needs no such kernels)"
+            )
         try:
             architecture = architecture_of(model)
         except ConfigError:
@@ -69,6 +84,8 @@ class VllmArgs(GenerateStrategyArgs):
 
     def build_generator(self, model: ModelSetup, generation: GenerationSetup) -> GenerateStrategy:
         """Build a `VllmGenerate`."""
+        if self.strategy_config.batch_invariant:
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"  # vLLM reads it while its modules are imported
         from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
         config, broadcast = self.strategy_config, generation.receives_broadcast

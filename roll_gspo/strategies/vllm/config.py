@@ -19,13 +19,16 @@ class VllmConfig(Schema):
     kv_cache_memory_mb: PositiveInt | None = None
     """Fixed size of the KV cache; null: on a CPU what `max_num_seqs` full sequences need (up to 4 GiB or a quarter of
     the free memory), else vLLM's own."""
-    max_num_seqs: PositiveInt = 256
-    """Sequences decoded together."""
+    max_num_seqs: PositiveInt | None = None
+    """Sequences decoded together; null: 256 on a CPU, vLLM's default for the device on a GPU (1,024 on an H100)."""
     max_num_batched_tokens: PositiveInt | None = None
     """Tokens in one engine step; null: vLLM's default. On a CPU at least a whole sequence: none is cut there."""
     enforce_eager: bool | None = None
     """Skip graph capture and compilation; null: true on a CPU, false on a GPU."""
     enable_prefix_caching: bool = True
     """Reuse the KV cache of shared prompt prefixes within one weights version."""
+    batch_invariant: bool = False
+    """Use vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT): log-probs do not depend on the other sequences of a
+    batch in bf16 either. Slower; needs `execution: ray` and GPUs with compute capability 8.0 or above."""
     load_format: Literal["dummy", "auto"] = "dummy"
     """`dummy` starts with random weights, so that a tensor the first transfer misses cannot go unnoticed."""

@@ -23,7 +23,6 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.base import Problem
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
@@ -34,7 +33,7 @@ from roll_gspo.strategies.megatron.engine.attention import HAVE_TE, decoder_spec
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
 from roll_gspo.strategies.megatron.engine.parallel import initialize_parallel
 from roll_gspo.strategies.megatron.engine.weights import load_weights
-from roll_gspo.strategies.megatron.layout import layout_problems
+from roll_gspo.strategies.megatron.layout import layout_problems, transformer_engine_problems
 from roll_gspo.strategies.micro_batches import share_of_rank, split_samples
 
 
@@ -47,8 +46,8 @@ def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     on_cuda = torch.cuda.is_available()
     problems = list(layout_problems(architecture, config, world_size, on_cuda))
-    if config.moe_grouped_gemm and on_cuda and not HAVE_TE:
-        problems.append(Problem("moe_grouped_gemm", "true needs TransformerEngine, which is not installed; set false"))
+    if on_cuda and not HAVE_TE:
+        problems += transformer_engine_problems(config)
     if problems:
         raise ConfigError("\n".join(f"strategy_config.{problem.key}: {problem.message}" for problem in problems))
 

@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import ProcessGroup
 
 from roll_gspo.errors import ConfigError
+from roll_gspo.rendezvous import group_backend
 from roll_gspo.strategies.megatron.config import MegatronConfig
 
 
@@ -25,8 +26,7 @@ def initialize_parallel(config: MegatronConfig, seed: int) -> None:
     """
     if not dist.is_initialized():
         # a store in memory: a group of one process needs no port
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(group_backend(), store=HashStore(), rank=0, world_size=1)
     if parallel_state.model_parallel_is_initialized():
         if _in_use() != _wanted(config):
             raise ConfigError(

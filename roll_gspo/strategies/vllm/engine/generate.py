@@ -34,6 +34,7 @@ from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
 
 logger = logging.getLogger(__name__)
 _CPU_BLOCK_TOKENS = 128
+_CPU_MAX_NUM_SEQS = 256
 _CPU_BATCHED_TOKENS = 8192
 _CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache at engine start takes about two seconds per GiB
 
@@ -77,7 +78,6 @@ class VllmGenerate:
     ) -> None:
         config = strategy_config
         _check_layout(config.tensor_parallel_size, record_routed_experts, receives_broadcast)
-        self._capacity = config.max_num_seqs
         self._records_experts = record_routed_experts
         # Dummy weights must not generate. Those of the checkpoint are the initial policy.
         self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
@@ -91,6 +91,7 @@ class VllmGenerate:
             raise
         except ValueError as error:
             raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
+        self._capacity = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         decoder = VllmDecoder(llm, expert_source(llm) if record_routed_experts else None)
         requests = OutstandingRequests(decoder, PromptLimits(llm.model_config.get_vocab_size(), max_model_len))
         transfer = BroadcastTransfer(llm) if receives_broadcast else InProcessTransfer(llm)
@@ -120,7 +121,7 @@ class VllmGenerate:
 
     @property
     def capacity(self) -> int:
-        """`max_num_seqs`."""
+        """`max_num_seqs` of the engine, which may be vLLM's default."""
         return self._capacity
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
@@ -244,12 +245,15 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": model.seed,
         "max_model_len": max_model_len,
-        "max_num_seqs": config.max_num_seqs,
+        "max_num_seqs": config.max_num_seqs,  # None: vLLM's default for the device
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
         "enable_prefix_caching": config.enable_prefix_caching,
         "tensor_parallel_size": config.tensor_parallel_size,
+        # Inside a Ray placement group, vLLM would choose its Ray executor, which refuses bundles of several GPUs
+        # (vllm/v1/executor/ray_utils.py, vLLM 0.32).
+        "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else "uni",
         "load_format": config.load_format,
         # Ignore sampling defaults of the checkpoint (top-p, end-of-sequence ids).
         "generation_config": "vllm",
@@ -264,9 +268,10 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
         # which CPU generators do not support ("CPU Generator does not use offset").
         args["enable_chunked_prefill"] = False
         args["max_num_batched_tokens"] = max(config.max_num_batched_tokens or _CPU_BATCHED_TOKENS, max_model_len)
+        args["max_num_seqs"] = max_num_seqs = config.max_num_seqs or _CPU_MAX_NUM_SEQS
         model_config = EngineArgs(**args).create_model_config()  # pyright: ignore[reportArgumentType]
         _check_cpu_head_size(model_config)
-        args.setdefault("kv_cache_memory_bytes", _cpu_kv_cache_bytes(model_config, config.max_num_seqs, max_model_len))
+        args.setdefault("kv_cache_memory_bytes", _cpu_kv_cache_bytes(model_config, max_num_seqs, max_model_len))
     return args
 
 

@@ -27,6 +27,8 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.v1.engine import core as engine_core
 
+from roll_gspo.rendezvous import group_backend
+
 _open_engines: weakref.WeakSet[LLM] = weakref.WeakSet()
 _vllm_created_group = False
 
@@ -59,8 +61,7 @@ def open_engine(worker_environment: Mapping[str, str], **engine_args: object) ->
     had_group = dist.is_initialized()
     if not had_group and engine_args.get("tensor_parallel_size", 1) == 1:
         # A store in memory: vLLM would open one that listens on all interfaces.
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(group_backend(), store=HashStore(), rank=0, world_size=1)
     set_num_threads = torch.set_num_threads
     inherited = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE", *worker_environment)}
     if _open_engines:
