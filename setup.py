@@ -17,6 +17,7 @@ CORE = [
     "matplotlib>=3.10,<3.12",
     "numpy>=2.0,<3",
     "omegaconf>=2.3,<2.4",
+    "packaging>=24",
     "psutil>=6,<8",
     "py3langid>=0.4,<0.5",
     "pyarrow>=18,<27",

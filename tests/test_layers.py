@@ -24,7 +24,7 @@ LAYERS = {
     "roles": 4,
     **dict.fromkeys(("pipelines", "sweep", "command_line"), 5),
     **dict.fromkeys(("run", "export"), 6),
-    **dict.fromkeys(("evaluation", "simulate"), 7),
+    **dict.fromkeys(("evaluation", "simulate", "doctor"), 7),
     **dict.fromkeys(("api", "evaluate"), 8),
 }
 COMMANDS = {"roll_gspo/rewards/__main__.py": "export"}  # reads data too, and nothing imports it

@@ -43,10 +43,17 @@ ROLL_ENGINE_KEYS = {"mem_fraction_static": "gpu_memory_utilization"}
 
 
 class Requirement(NamedTuple):
-    """A package that an engine needs: the module that must be importable, and the command that installs it."""
+    """A package that an engine needs.
+
+    Attributes:
+        module: the module that must be installed.
+        install: the command that installs it.
+        probe: module of the engine, which `roll_gspo.doctor` imports; `module` if empty.
+    """
 
     module: str
     install: str
+    probe: str = ""
 
 
 class DeviceParameters(NamedTuple):
@@ -71,6 +78,8 @@ class StrategyArgs(Schema):
     """A role that trains or scores may have several ranks, one per device. They form one process group."""
     supports_token_budget: ClassVar[bool] = False
     """`max_tokens_per_microbatch_in_infer` limits a forward pass by tokens, in place of `infer_batch_size`."""
+    needs_16_bits_on_gpus: ClassVar[bool] = False
+    """The fast kernels of the engine on GPUs compute in bf16 or fp16 only."""
     reads_only_safetensors: ClassVar[bool] = False
     """The engine cannot read weights in `pytorch_model.bin`."""
 
@@ -103,6 +112,11 @@ class StrategyArgs(Schema):
     def gpu_environment(self) -> Mapping[str, str]:
         """Variables for a worker process on GPUs; those of the user's environment and `system_envs` replace them."""
         return {}
+
+    @property
+    def gpu_memory_share(self) -> float | None:
+        """Share of a GPU's memory that the engine reserves when it starts; None if it takes what it needs."""
+        return None
 
     def layout_text(self, num_devices: int) -> str:
         """Return the parallel sizes of a role for the plan, '' if there are none."""

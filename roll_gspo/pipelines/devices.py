@@ -34,6 +34,11 @@ def finds_cuda(config: AnyConfig) -> bool | None:
     """Return whether the roles will compute on GPUs according to this machine; None for a cluster elsewhere."""
     if config.execution == "ray" and os.environ.get("RAY_ADDRESS", "local") != "local":
         return None
+    return has_gpus()
+
+
+def has_gpus() -> bool:
+    """Return whether this machine has GPUs that CUDA_VISIBLE_DEVICES does not hide."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*"))

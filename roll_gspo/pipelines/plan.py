@@ -47,10 +47,16 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = ()) -> Plan:
-    """Make the plan of a valid configuration for a run on this machine."""
+def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = (), *, on_this_machine: bool = True) -> Plan:
+    """Make the plan of a valid configuration.
+
+    Args:
+        config: the configuration.
+        config_warnings: what was found while it was read.
+        on_this_machine: the roles run here; if False, nothing is assumed about their devices.
+    """
     pipeline = pipeline_of(config)
-    size, on_cuda = size_of(config.pretrain), finds_cuda(config)
+    size, on_cuda = size_of(config.pretrain), finds_cuda(config) if on_this_machine else None
     rows = [
         ("model", _model_text(config, size)),
         *(("roles", _role_text(config, name)) for name in config.roles()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -56,12 +56,17 @@ def preflight(config: AnyConfig) -> RunFolder:
     Raises:
         MissingDependencyError, ConfigError, DataError: the first kind with a problem; lists all problems of that kind.
     """
-    check_engines(config)
-    check_trackers(config.track_with, config.tracker_options)
-    check_models(config)
-    check_data_files(config)
-    check_templates(config)
-    check_disk(config)
+    for check in CHECKS.values():
+        check(config)
+    return check_folders(config)
+
+
+def check_folders(config: AnyConfig) -> RunFolder:
+    """Check that the folders of the run can be written, and return them.
+
+    Raises:
+        ConfigError, CheckpointError: one cannot, or the checkpoint to resume from does not fit.
+    """
     folder = find_run_folder(config)
     check_writable(folder.path, "output_dir")
     check_writable(folder.checkpoints, "checkpoint_config.output_dir")
@@ -211,6 +216,17 @@ def check_files(config: AnyConfig, blocks: Mapping[str, SourceArgs]) -> None:
         raise MissingDependencyError(
             f"{named[0]} needs the package 'datasets': pip install 'roll-gspo[data]'; or name JSONL files"
         )
+
+
+CHECKS: Mapping[str, Callable[[AnyConfig], None]] = {
+    "packages": check_engines,
+    "trackers": lambda config: check_trackers(config.track_with, config.tracker_options),
+    "models": check_models,
+    "data": check_data_files,
+    "templates": check_templates,
+    "disk": check_disk,
+}
+"""The checks of `preflight` in their order, by topic."""
 
 
 def _is_installed(package: str) -> bool:

@@ -33,7 +33,9 @@ class HfArgs(StrategyArgs):
     strategy_config: HfConfig = HfConfig()
     """Options of the engine."""
 
-    requirement: ClassVar[Requirement | None] = Requirement("transformers", "pip install transformers")
+    requirement: ClassVar[Requirement | None] = Requirement(
+        "transformers", "pip install transformers", "roll_gspo.strategies.hf.model"
+    )
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
         """Yield nothing; any layout fits.

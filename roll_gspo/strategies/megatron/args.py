@@ -40,7 +40,9 @@ class MegatronArgs(StrategyArgs):
     strategy_config: MegatronConfig = MegatronConfig()
     """Layout and memory of the engine."""
 
-    requirement: ClassVar[Requirement | None] = Requirement("megatron.core", "pip install 'roll-gspo[megatron]'")
+    requirement: ClassVar[Requirement | None] = Requirement(
+        "megatron.core", "pip install 'roll-gspo[megatron]'", "roll_gspo.strategies.megatron.engine"
+    )
     is_distributed: ClassVar[bool] = True
     supports_token_budget: ClassVar[bool] = True
     reads_only_safetensors: ClassVar[bool] = True

