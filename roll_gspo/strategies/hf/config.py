@@ -18,3 +18,5 @@ class HfConfig(Schema):
     """Recompute the activations of every layer in the backward pass instead of keeping them; `hf_train` only."""
     generate_batch_size: PositiveInt = 256
     """Samples that are decoded together when this engine generates."""
+    fp32_lm_head: bool | None = None
+    """Compute logits in float32 from 16-bit hidden states and weights; null: on if `dtype` has 16 bits."""

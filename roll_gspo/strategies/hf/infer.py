@@ -20,9 +20,10 @@ from roll_gspo.strategies.base import (
     WeightSource,
 )
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.decoder import HfDecoder
-from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
+from roll_gspo.strategies.hf.model import HfWeights, compute_logits_in_float32, load_model, response_scores
 from roll_gspo.strategies.log_probs import score_in_micro_batches
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
@@ -46,6 +47,8 @@ class HfInfer:
         self._batch_size = strategy_config.generate_batch_size
         self._device = local_device()
         loaded = load_model(model.checkpoint, model.dtype, strategy_config.attn_implementation)
+        if uses_float32(model.dtype, strategy_config.fp32_lm_head):
+            compute_logits_in_float32(loaded, model.dtype)
         decoder = HfDecoder(loaded, self._batch_size)
         limits = PromptLimits(loaded.config.get_text_config().vocab_size)
         self._loaded: _Loaded | None = _Loaded(loaded, decoder, OutstandingRequests(decoder, limits))

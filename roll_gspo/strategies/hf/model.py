@@ -22,6 +22,7 @@ from roll_gspo.errors import ConfigError
 from roll_gspo.models.weight_mapping import split_fused
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.strategies.device import local_device
+from roll_gspo.strategies.head_products import float32_logits
 from roll_gspo.strategies.log_probs import place, token_log_probs
 
 
@@ -73,6 +74,26 @@ def _forward_of_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) ->
         return forward(*args, **kwargs)
     # No random state is kept, because nothing is random without dropout.
     return recomputed(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def compute_logits_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make the output head return float32 logits of hidden states and weights that are rounded to `dtype`.
+
+    Raises:
+        ConfigError: the head is not a plain linear layer.
+    """
+    head: Any = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        raise ConfigError(
+            f"strategy_config.fp32_lm_head: the output head of model_type '{model.config.model_type}' is a "
+            f"{type(head).__name__}, not a linear layer; set false"
+        )
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = float32_logits(hidden, head.weight, dtype)
+        return found if head.bias is None else found + head.bias.float()
+
+    head.forward = logits
 
 
 def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: float, entropy: bool) -> TokenScores:

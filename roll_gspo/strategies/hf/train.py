@@ -18,8 +18,15 @@ from roll_gspo.strategies.base import (
     WeightSource,
 )
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.model import HfWeights, load_model, recompute_layers, response_scores
+from roll_gspo.strategies.hf.model import (
+    HfWeights,
+    compute_logits_in_float32,
+    load_model,
+    recompute_layers,
+    response_scores,
+)
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import score_in_micro_batches
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
@@ -40,6 +47,8 @@ class HfTrain(TrainerCheckpoints[HfTrainer]):
         self._model = load_model(model.checkpoint, torch.float32, strategy_config.attn_implementation)
         if strategy_config.gradient_checkpointing:
             recompute_layers(self._model)
+        if uses_float32(model.dtype, strategy_config.fp32_lm_head):
+            compute_logits_in_float32(self._model, model.dtype)
         self._trainer = HfTrainer(self._model, optimizer, model.dtype)
 
     def _forward(self, sequences: Sequences, entropy: bool) -> TokenScores:

@@ -43,6 +43,10 @@ class MegatronConfig(Schema):
     """Run the experts of a layer as one grouped matrix product; needs TransformerEngine."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
+    fp32_lm_head: bool | None = None
+    """Compute logits in float32 from 16-bit hidden states and weights; null: on if `dtype` has 16 bits."""
+    fused_head: Literal["auto", "torch", "triton"] = "auto"
+    """Kernel of log-probs and entropies; auto: `triton` for 16-bit dtypes on a GPU if it is installed, else `torch`."""
 
     @classmethod
     def fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:

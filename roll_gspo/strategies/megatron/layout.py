@@ -86,6 +86,8 @@ def _backend_problems(config: MegatronConfig, on_cuda: bool | None) -> Iterator[
         return
     if config.moe_grouped_gemm:
         yield Problem(_GROUPED, "true needs CUDA and TransformerEngine; set it to false")
+    if config.fused_head == "triton":
+        yield Problem("fused_head", "triton needs CUDA; set auto, or torch")
     expert, expert_tensor = config.expert_model_parallel_size, config.expert_tensor_size
     if expert > 1 and expert_tensor > 1 and config.moe_token_dispatcher_type == "alltoall":
         yield Problem(

@@ -30,5 +30,7 @@ class VllmConfig(Schema):
     batch_invariant: bool = False
     """Use vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT): log-probs do not depend on the other sequences of a
     batch in bf16 either. Slower; needs `execution: ray` and GPUs with compute capability 8.0 or above."""
+    fp32_lm_head: bool | None = None
+    """Compute logits in float32 from 16-bit hidden states and weights; null: on if `dtype` has 16 bits."""
     load_format: Literal["dummy", "auto"] = "dummy"
     """`dummy` starts with random weights, so that a tensor the first transfer misses cannot go unnoticed."""

@@ -23,11 +23,13 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from roll_gspo.batch import Sequences, TrainBatch
+from roll_gspo.config.base import Problem
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.fused_scores import has_triton
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.attention import HAVE_TE, decoder_spec
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
@@ -48,6 +50,8 @@ def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
     problems = list(layout_problems(architecture, config, world_size, on_cuda))
     if on_cuda and not HAVE_TE:
         problems += transformer_engine_problems(config)
+    if config.fused_head == "triton" and not has_triton():
+        problems.append(Problem("fused_head", "triton is not installed; set auto, or run: pip install triton"))
     if problems:
         raise ConfigError("\n".join(f"strategy_config.{problem.key}: {problem.message}" for problem in problems))
 

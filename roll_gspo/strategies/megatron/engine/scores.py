@@ -29,6 +29,8 @@ def scores_of_rows(model: ResponseModel, rows: Tensor, packed_layout: PackedLayo
         vocab_size=model.architecture.vocab_size,
         group=group if group.size() > 1 else None,
         first_row=group.rank() * len(weight),
+        fp32_lm_head=model.config.fp32_lm_head,
+        fused_head=model.config.fused_head,
     )
     return TokenScores(packed_layout.place(log_probs), None if entropies is None else packed_layout.place(entropies))
 

@@ -23,6 +23,7 @@ from roll_gspo.strategies.base import (
     Sampling,
     WeightSource,
 )
+from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
 from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.vllm.engine.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
@@ -261,6 +262,8 @@ def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> d
         "logprobs_mode": "processed_logprobs",
         "use_tqdm_on_load": False,
     }
+    if uses_float32(model.dtype, config.fp32_lm_head):
+        args["hf_overrides"] = {"head_dtype": "float32"}
     if config.kv_cache_memory_mb is not None:
         args["kv_cache_memory_bytes"] = config.kv_cache_memory_mb << 20
     if on_cpu:
