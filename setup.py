@@ -60,6 +60,8 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff==0.17.5",
+        # Interprets and compiles the GPU kernels without a GPU; vllm installs it, too.
+        "triton>=3.6; platform_system == 'Linux'",
         "uv>=0.9,<1",
         *(package for packages in TRACKERS.values() for package in packages),
     ],

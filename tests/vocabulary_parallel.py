@@ -30,15 +30,17 @@ class Head(NamedTuple):
     upstream: Tensor
 
     @staticmethod
-    def make(num_tokens: int, padded: int = VOCAB, dtype: torch.dtype = torch.float64) -> Head:
+    def make(
+        num_tokens: int, padded: int = VOCAB, dtype: torch.dtype = torch.float64, hidden_size: int = HIDDEN
+    ) -> Head:
         """Return random inputs with logits of about ±10. Padding rows of the head are large, so that a leak shows."""
         generator = torch.Generator().manual_seed(num_tokens)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        hidden, weight, upstream = normal(num_tokens, HIDDEN), normal(VOCAB, HIDDEN), normal(2, num_tokens)
-        weight = torch.cat([weight, 1e3 * normal(padded - VOCAB, HIDDEN)])
+        hidden, weight, upstream = normal(num_tokens, hidden_size), normal(VOCAB, hidden_size), normal(2, num_tokens)
+        weight = torch.cat([weight, 1e3 * normal(padded - VOCAB, hidden_size)])
         tokens = torch.randint(VOCAB, (num_tokens,), generator=generator)
         tokens[:2] = torch.tensor([0, VOCAB - 1])[:num_tokens]
         return Head(hidden.to(dtype), weight.to(dtype), tokens, upstream)

@@ -5,7 +5,7 @@ import torch
 from ranks import Ranks
 from vocabulary_parallel import HIDDEN, VOCAB, Head, fused, reference, solve_sharded
 
-from roll_gspo.strategies import fused_scores
+from roll_gspo.strategies import fused_scores, head_products
 from roll_gspo.strategies.fused_scores import scores_from_hidden
 
 ALL_AT_ONCE = 2**22
@@ -42,15 +42,51 @@ def test_scores_from_hidden_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.autograd.gradcheck(scores, (hidden, weight))
 
 
-def test_scores_from_hidden_in_bfloat16_take_its_logits_and_sum_in_float32() -> None:
-    head = Head.make(40, dtype=torch.bfloat16)
-    got, want = fused(head, 1.0), reference(head, 1.0)
-    assert [tensor.dtype for tensor in got] == [torch.float32] * 2 + [torch.bfloat16] * 2
-    log_p = (head.hidden @ head.weight.t()).double().log_softmax(-1)
-    of_its_logits = log_p.gather(-1, head.tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    _assert_equal(got[:2], of_its_logits, 1e-5)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_from_hidden_of_16_bits_have_float32_logits(dtype: torch.dtype) -> None:
+    head = Head.make(40, dtype=dtype)
+    got, want = fused(head, 0.6), reference(head, 0.6)
+    assert [tensor.dtype for tensor in got] == [torch.float32] * 2 + [dtype] * 2
+    _assert_equal(got[:2], want[:2], 2e-5)
     for ours, exact in zip(got[2:], want[2:], strict=True):
-        assert (ours - exact).norm() < 0.02 * exact.norm()
+        assert (ours - exact).norm() < torch.finfo(dtype).eps * exact.norm()
+
+
+def test_scores_from_hidden_without_fp32_lm_head_round_logits_to_bfloat16() -> None:
+    head = Head.make(40, dtype=torch.bfloat16)
+    log_probs, entropies = scores_from_hidden(
+        *head[:3], temperature=1.0, entropy=True, vocab_size=VOCAB, fp32_lm_head=False
+    )
+    assert entropies is not None
+    log_p = (head.hidden @ head.weight.t()).double().log_softmax(-1)
+    _assert_equal(
+        (log_probs, entropies), (log_p.gather(-1, head.tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)), 1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_from_hidden_of_other_dtypes_ignore_fp32_lm_head(dtype: torch.dtype) -> None:
+    hidden, weight, tokens, _ = Head.make(10, dtype=dtype)
+    on, off = (
+        scores_from_hidden(hidden, weight, tokens, temperature=0.6, entropy=True, vocab_size=VOCAB, fp32_lm_head=value)
+        for value in (True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(on, off, strict=True) if a is not None and b is not None)
+
+
+def test_float32_logits_convert_a_limited_block_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_products, "_BLOCK_ELEMENTS", 5 * HIDDEN)
+    rows = []
+
+    def product(left: torch.Tensor, right: torch.Tensor, float32: bool) -> torch.Tensor:
+        rows.append(right.shape[1])
+        return head_products.product(left, right, float32)
+
+    monkeypatch.setattr(fused_scores, "product", product)
+    head = Head.make(3, dtype=torch.bfloat16)
+    log_probs, _ = scores_from_hidden(*head[:3], temperature=1.0, entropy=False, vocab_size=VOCAB)
+    assert max(rows) == 5 and sum(rows) == VOCAB
+    _assert_equal((log_probs,), (reference(head, 1.0).log_probs,), 1e-5)
 
 
 def test_scores_from_hidden_take_rows_and_columns_that_are_not_contiguous() -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from roll_gspo.batch import Completion, Sequences
@@ -31,7 +33,7 @@ from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.vllm.args import cpu_head_sizes
 from roll_gspo.strategies.vllm.config import VllmConfig
-from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
+from roll_gspo.strategies.vllm.engine.generate import VllmGenerate, _engine_args
 
 pytestmark = pytest.mark.vllm
 
@@ -459,3 +461,20 @@ def test_weights_that_require_gradients_are_transferred(dense: Tiny) -> None:
     trained = {name: tensor.requires_grad_() for name, tensor in dense.weights(1).items()}
     dense.engine.update_weights(Weights(trained), 1)
     assert dense.engine.generate(PROMPTS, Sampling(1, 8), SEEDS) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key", "expected"),
+    [
+        (torch.bfloat16, None, torch.float32),
+        (torch.bfloat16, False, torch.bfloat16),
+        (torch.float32, None, torch.float32),
+    ],
+)
+def test_head_computes_in_float32_unless_the_key_is_false(
+    tmp_path: Path, dtype: torch.dtype, key: bool | None, expected: torch.dtype
+) -> None:
+    _save_model("qwen3_tied", tmp_path)
+    config = VllmConfig(fp32_lm_head=key, kv_cache_memory_mb=1)
+    args: Any = _engine_args(model_setup(tmp_path, dtype), config, MAX_MODEL_LEN)
+    assert EngineArgs(**args).create_model_config().head_dtype == expected
