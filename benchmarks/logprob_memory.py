@@ -7,7 +7,8 @@ Variants, each from hidden states [N, H] and a head [V, H] to the gradients of b
 
 * plain: `hidden @ head.T`, `log_softmax` in float32, gather and entropy, all by autograd
 * logits: the same logits, then `strategies.log_probs` in chunks
-* fused: `strategies.fused_scores`, which never holds all logits
+* fused: `strategies.fused_scores`, which never holds all logits; its logits are float32
+* rounded: the same with `fp32_lm_head: false`, whose logits have the dtype of the inputs (bfloat16 only)
 
 Each variant runs in a fresh process, and all take turns in every round. The first round warms up and is not counted.
 Time is CPU time of the process (all threads), with the median of the rounds' ratios to plain. Memory is the maximum of
@@ -34,7 +35,7 @@ from roll_gspo.strategies.fused_scores import scores_from_hidden
 from roll_gspo.strategies.log_probs import token_log_probs
 
 MIB = 2**20
-VARIANTS = ("plain", "logits", "fused")
+VARIANTS = ("plain", "logits", "fused", "rounded")
 GOAL_MEMORY, GOAL_TIME = 5.0, 1.1
 
 
@@ -56,8 +57,16 @@ class Problem(NamedTuple):
     def scores(self, variant: str) -> tuple[Tensor, Tensor | None]:
         """Return (log-probabilities, entropies)."""
         hidden, head, tokens = self
-        if variant == "fused":
-            return scores_from_hidden(hidden, head, tokens, temperature=1.0, entropy=True, vocab_size=len(head))
+        if variant in ("fused", "rounded"):
+            return scores_from_hidden(
+                hidden,
+                head,
+                tokens,
+                temperature=1.0,
+                entropy=True,
+                vocab_size=len(head),
+                fp32_lm_head=variant == "fused",
+            )
         logits = hidden @ head.t()
         if variant == "logits":
             return token_log_probs(logits, tokens, 1.0, entropy=True)
@@ -86,16 +95,16 @@ def answer(variant: str, arguments: argparse.Namespace) -> None:
         print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, flush=True)
 
 
-def measure(rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure(rounds: int, variants: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
     """Return (CPU seconds, peak bytes) of each round by variant."""
     command = [sys.executable, *sys.argv]
     children = {
         variant: subprocess.Popen(
             [*command, "--variant", variant], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        for variant in VARIANTS
+        for variant in variants
     }
-    found: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    found: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     try:
         for number in range(rounds + 1):
             for variant, process in children.items():
@@ -127,7 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.variant:
         return answer(arguments.variant, arguments)
-    found = measure(arguments.rounds)
+    found = measure(arguments.rounds, VARIANTS if arguments.dtype == "bfloat16" else VARIANTS[:3])
     logits = arguments.tokens * arguments.vocab * 4 / MIB
     head = arguments.vocab * arguments.hidden * (4 if arguments.dtype == "float32" else 2) / MIB
     print(

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python tests/triton_interpreter.py RANK WORLD_SIZE FOLDER
 
-The variable has to be set before Triton is imported, so the cases run in processes of their own. Rank r writes its
+The variable has to be set before Triton is imported, so the cases run in separate processes. Rank r writes its
 results to FOLDER/r.pt.
 """
 

@@ -94,7 +94,7 @@ class _Scores(torch.autograd.Function):
 
 
 class _Upstream(NamedTuple):
-    """What the gradient of a logit depends on, [N] each; the last two are None without a gradient of the entropy."""
+    """Values per token [N] that determine the gradients of logits; the last two only if the entropy has a gradient."""
 
     log_total: Tensor
     of_log_prob: Tensor

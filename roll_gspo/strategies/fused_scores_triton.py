@@ -199,8 +199,8 @@ def gradients_kernel(
     tl.store(place, d_logits.to(gradients.dtype.element_ty), mask=inside[:, None] & (row < num_rows)[None, :])
 
 
-def _settings(hidden: Tensor, temperature: float, rounded: bool, tiles: Tiles) -> dict[str, Any]:
-    return {
+def _settings(hidden: Tensor, temperature: float, rounded: bool, tiles: Tiles, **others: Any) -> dict[str, Any]:
+    return others | {
         "hidden_size": hidden.shape[1],
         "temperature_inverse": 1 / temperature,
         "ROUNDED": rounded and hidden.dtype in SIXTEEN_BITS,
@@ -240,9 +240,7 @@ def sums_of_blocks(
             sums,
             num_tokens,
             num_rows,
-            ENTROPY=entropy,
-            PART=part,
-            **_settings(hidden, temperature, rounded, tiles),
+            **_settings(hidden, temperature, rounded, tiles, ENTROPY=entropy, PART=part),
         )
     return sums
 
@@ -276,6 +274,8 @@ def gradients_of_logits(
     tiles = tiles_for(hidden.dtype, hidden.device)
     gradients = torch.empty(num_tokens, num_rows, dtype=hidden.dtype, device=hidden.device)
     with_entropy = entropies is not None and of_entropy is not None
+    if entropies is None or of_entropy is None:
+        entropies = of_entropy = log_total  # not read
     if gradients.numel():
         gradients_kernel[(triton.cdiv(num_tokens, tiles.tokens) * triton.cdiv(num_rows, tiles.rows),)](
             hidden,
@@ -283,12 +283,11 @@ def gradients_of_logits(
             tokens,
             log_total,
             of_log_prob.contiguous(),
-            entropies if with_entropy else log_total,
-            of_entropy.contiguous() if with_entropy else log_total,
+            entropies,
+            of_entropy.contiguous(),
             gradients,
             num_tokens,
             num_rows,
-            ENTROPY=with_entropy,
-            **_settings(hidden, temperature, rounded, tiles),
+            **_settings(hidden, temperature, rounded, tiles, ENTROPY=with_entropy),
         )
     return gradients

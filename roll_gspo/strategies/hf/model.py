@@ -89,8 +89,8 @@ def compute_logits_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Non
             f"{type(head).__name__}, not a linear layer; set false"
         )
 
-    def logits(hidden: Tensor) -> Tensor:
-        found = float32_logits(hidden, head.weight, dtype)
+    def logits(input: Tensor) -> Tensor:
+        found = float32_logits(input, head.weight, dtype)
         return found if head.bias is None else found + head.bias.float()
 
     head.forward = logits
