@@ -108,7 +108,7 @@ def checks_of(config: AnyConfig, config_warnings: tuple[str, ...], offline: bool
         Check("sandbox", lambda: sandbox_findings(config)),
         Check("main memory", lambda: main_memory_findings(config, on_cuda), needs=_DEVICE),
         Check("shared memory", lambda: shared_memory_findings(config), needs=_DEVICE),
-        Check("GPUs", lambda: _gpu_findings(config, on_cuda), needs=_DEVICE),
+        Check("GPUs", lambda: _gpu_findings(config, on_cuda), 100, needs=_DEVICE),
         Check("network", network_findings, needs=_DEVICE),
         Check("hub", lambda: hub_findings(config), needs=_NETWORK),
         Check("engines", lambda: import_findings(config), 4 * IMPORT_TIMEOUT_S, needs=_DEVICE),

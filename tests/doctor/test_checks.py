@@ -18,9 +18,10 @@ from roll_gspo.doctor import machine, versions
 from roll_gspo.doctor.communication import communication_findings, run_processes
 from roll_gspo.doctor.findings import Check, Finding, Findings, Status, ok, run_checks, summary, text_of
 from roll_gspo.errors import ConfigError
+from roll_gspo.run import shipped_folders
 
 ROOT = Path(__file__).parents[2]
-GPU_EXAMPLES = ("qwen2.5_7b_gspo", "qwen3_30b_a3b_gspo")
+GPU_EXAMPLES = sorted(file.stem for file in shipped_folders()[0].glob("qwen*.yaml"))
 
 
 def statuses(findings: Findings) -> list[Status]:
