@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
     get_gpt_layer_local_spec,
@@ -20,8 +20,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from roll_gspo.strategies.megatron.engine.packed_layout import own_positions
+from roll_gspo.strategies.megatron.engine.packed_layout import PackedSamples
 from roll_gspo.strategies.megatron.engine.parallel import context_group
+from roll_gspo.strategies.megatron.engine.varlen import (
+    context_attention,
+    packed_attention,
+    padded_attention,
+    varlen_kernel,
+)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -33,7 +39,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(MegatronModule):
-    """`scaled_dot_product_attention` over right-padded or packed samples.
+    """torch's attention over right-padded or packed samples.
 
     Context ranks may share the positions of a sample.
 
@@ -54,6 +60,7 @@ class CausalAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.group = context_group()
+        self.kernel = varlen_kernel(config.params_dtype)
 
     def forward(
         self,
@@ -63,76 +70,66 @@ class CausalAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSamples | None = None,
     ) -> Tensor:
-        """Map query [S, B, N, D], key and value [S, B, K, D] to [S, B, N * D]. Packed inputs have no B."""
+        """Map query [S, B, N, D], key and value [S, B, K, D] to [S, B, N * D]. B is 1 if samples are packed."""
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("CausalAttention: masks and biases are not supported")
-        packed, ranks = packed_seq_params is not None, self.group.size()
-        lengths = [query.shape[0]]
-        if packed:
-            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-            lengths = (packed_seq_params.cu_seqlens_q.diff() // ranks).tolist()
-        if ranks > 1:
-            out = self._across_ranks(query, key, value, lengths)
-        elif packed:
-            out = self._packed(query[:, 0], key[:, 0], value[:, 0], lengths)
+        samples = packed_seq_params
+        if self.group.size() > 1:
+            out = self._across_ranks(query, key, value, samples)
+        elif samples is not None:
+            tokens = query[:, 0], key[:, 0], value[:, 0]
+            out = packed_attention(*tokens, samples.lengths, self.softmax_scale, self.kernel).unsqueeze(1)
         else:
-            out = self._attend(*(tensor.transpose(0, 1) for tensor in (query, key, value))).transpose(0, 1)
-        return out.flatten(1) if packed else out.flatten(2)
+            padded = (tensor.transpose(0, 1) for tensor in (query, key, value))
+            out = padded_attention(*padded, self.softmax_scale).transpose(0, 1)
+        return out.flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Map [B, S, heads, D] each to [B, S, N, D]; causal, or with a mask [S, S of keys]."""
-        grouped = query.shape[2] != key.shape[2]
-        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, seen, is_causal=seen is None, scale=self.softmax_scale, enable_gqa=grouped
+    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples | None) -> Tensor:
+        """Map [S, B, heads, D] each to [S, B, N, D]: local queries, keys of all context ranks."""
+        size, batch = query.shape[:2]
+        lengths = (size,) * batch if samples is None else samples.lengths
+        q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        k, v = (
+            gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=self.group)
+            for tensor in (k, v)
         )
-        return out.transpose(1, 2)
+        place = self.group.rank(), self.group.size()
+        out = context_attention(q, k, v, lengths, place, self.softmax_scale, self.kernel)
+        return out.unflatten(0, (batch, size)).transpose(0, 1)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Map [S, heads, D] each to [S, N, D].
 
-        Samples of similar length are padded to the longest and share one call.
-        """
-        of_size: dict[int, list[int]] = {}
-        for sample, length in enumerate(lengths):
-            of_size.setdefault((length - 1).bit_length(), []).append(sample)
-        size = torch.tensor(lengths, device=query.device)
-        starts = size.cumsum(0) - size
-        outs, places = [], []
-        for samples in of_size.values():
-            chosen = torch.tensor(samples, device=query.device)
-            step = torch.arange(int(size[chosen].max()), device=query.device)
-            valid = step < size[chosen, None]
-            index = starts[chosen, None] + torch.minimum(step, size[chosen, None] - 1)
-            outs.append(self._attend(query[index], key[index], value[index])[valid])
-            places.append(index[valid])
-        return torch.cat(outs)[torch.cat(places).argsort()]
+class PackedRotary(torch.nn.Module):
+    """The rotary embedding of a model, gathered once per pass at the positions of packed tokens.
 
-    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Map [S, B, heads, D] each to [S, B, N, D]: local queries, keys of all context ranks, one sample at a time."""
-        ranks, rank = self.group.size(), self.group.rank()
-        key, value = (
-            gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=self.group).unflatten(
-                0, (ranks, -1)
-            )
-            for tensor in (key, value)
-        )
-        outs = []
-        pieces = zip(query.split(lengths), key.split(lengths, 1), value.split(lengths, 1), strict=True)
-        for q, k, v in pieces:
-            length = len(q) * ranks
-            there = torch.cat([own_positions(length, other, ranks) for other in range(ranks)])
-            seen = own_positions(length, rank, ranks)[:, None] >= there
-            q, k, v = (tensor.transpose(0, 1) for tensor in (q, k.flatten(0, 1), v.flatten(0, 1)))
-            outs.append(self._attend(q, k, v, seen).transpose(0, 1))
-        return torch.cat(outs)
+    megatron's own splits the tokens of every layer by lengths that it reads from the device.
+    """
+
+    def __init__(self, rotary: RotaryEmbedding) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what `forward` gets: the packed samples, else the number of positions."""
+        packed = next((value for value in (*args, *kwargs.values()) if isinstance(value, PackedSamples)), None)
+        return self.rotary.get_rotary_seq_len(*args, **kwargs) if packed is None else packed
+
+    def forward(self, of: PackedSamples | int, **kwargs: Any) -> Tensor:
+        """Return angles [P, 1, 1, D] of packed tokens, or [S, 1, 1, D] of padded ones."""
+        if isinstance(of, PackedSamples):
+            return self.rotary(of.max_seqlen_q, packed_seq=True).index_select(0, of.positions)
+        return self.rotary(of, **kwargs)
+
+
+def uses_transformer_engine() -> bool:
+    """Return whether the layers of models are TransformerEngine's."""
+    return HAVE_TE and torch.cuda.is_available()
 
 
 def decoder_spec(config: TransformerConfig, virtual_stage: int | None = None) -> Any:
     """Return the spec of layers and final norm for `GPTModel`: a `ModuleSpec` or `TransformerBlockSubmodules`."""
-    if HAVE_TE and torch.cuda.is_available():
+    if uses_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,

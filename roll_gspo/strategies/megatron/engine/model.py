@@ -31,7 +31,12 @@ from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.fused_scores import has_triton
 from roll_gspo.strategies.megatron.config import MegatronConfig
-from roll_gspo.strategies.megatron.engine.attention import HAVE_TE, decoder_spec
+from roll_gspo.strategies.megatron.engine.attention import (
+    HAVE_TE,
+    PackedRotary,
+    decoder_spec,
+    uses_transformer_engine,
+)
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
 from roll_gspo.strategies.megatron.engine.parallel import initialize_parallel
 from roll_gspo.strategies.megatron.engine.weights import load_weights
@@ -219,11 +224,17 @@ class ResponseModel:
         return share_of_rank(parts, rank, world_size, multiple)
 
     def micro_batch(self, sequences: Sequences, batch: TrainBatch | None) -> MicroBatch:
-        """Copy samples to the device, in the layout of this rank."""
-        sequences = move(sequences, self.device)
-        tensor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        packed_layout = pack(sequences, packed=self.config.use_sequence_packing, sequence_parallel_size=tensor)
-        return MicroBatch(sequences, packed_layout, None if batch is None else batch.to(self.device))
+        """Lay out samples of the CPU for this rank, and copy them to the device."""
+        packed_layout = pack(
+            sequences,
+            packed=self.config.use_sequence_packing,
+            sequence_parallel_size=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
+            qkv_format="thd" if uses_transformer_engine() else "sbhd",
+        ).to(self.device)
+        if batch is None:
+            return MicroBatch(move(sequences, self.device), packed_layout, None)
+        batch = batch.to(self.device)
+        return MicroBatch(batch.sequences, packed_layout, batch)
 
     def run(
         self,
@@ -358,7 +369,7 @@ def build_model(setup: ModelSetup, config: MegatronConfig) -> ResponseModel:
 
 def _build_chunk(architecture: Architecture, config: TransformerConfig, virtual_stage: int | None) -> GPTModel:
     tensor, whole = config.tensor_model_parallel_size, virtual_stage is None
-    return GPTModel(
+    model = GPTModel(
         config,
         decoder_spec(config, virtual_stage),
         vocab_size=-(-architecture.vocab_size // tensor) * tensor,
@@ -370,3 +381,6 @@ def _build_chunk(architecture: Architecture, config: TransformerConfig, virtual_
         rotary_base=architecture.rope_theta,  # type: ignore[arg-type]
         vp_stage=virtual_stage,
     )
+    if not uses_transformer_engine():
+        model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb)  # type: ignore[assignment]
+    return model

@@ -5,7 +5,7 @@ Legend: B samples, T response positions, P positions of this rank, N of its posi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core import parallel_state
@@ -17,13 +17,28 @@ from roll_gspo.batch import Sequences
 from roll_gspo.strategies.megatron.engine.parallel import context_group
 
 
+@dataclass
+class PackedSamples(PackedSeqParams):
+    """Packed samples of this context rank, with what every layer needs to know about them.
+
+    Lengths are known on the host, so that no layer waits for the device.
+
+    Attributes:
+        lengths: tokens of each sample on this rank.
+        positions: [P] position of each token in its sample.
+    """
+
+    lengths: tuple[int, ...] = ()
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
 @dataclass(frozen=True)
 class PackedLayout:
     """A micro-batch in megatron's layout.
 
     Attributes:
         input_ids: [B, P], or [1, P] if samples are packed.
-        packed: starts of the packed samples; None if they are padded.
+        packed: the packed samples; None if they are padded.
         rows: (position, row) of the hidden states [P, B, H] that predict response tokens, both [N].
         places: (sample, response position) of the predicted tokens, both [N].
         tokens: [N] predicted tokens.
@@ -31,11 +46,24 @@ class PackedLayout:
     """
 
     input_ids: Tensor
-    packed: PackedSeqParams | None
+    packed: PackedSamples | None
     rows: tuple[Tensor, Tensor]
     places: tuple[Tensor, Tensor]
     tokens: Tensor
     shape: tuple[int, int]
+
+    def to(self, device: torch.device) -> PackedLayout:
+        """Return the same layout on `device`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        packed = self.packed
+        if packed is not None:
+            ends = move(packed.cu_seqlens_q)
+            packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends, positions=move(packed.positions))
+        rows, places = (move(self.rows[0]), move(self.rows[1])), (move(self.places[0]), move(self.places[1]))
+        return PackedLayout(move(self.input_ids), packed, rows, places, move(self.tokens), self.shape)
 
     def place(self, values: Tensor) -> Tensor:
         """Scatter values [N] of this rank into [B, T], 0 elsewhere, and add those of the other context ranks.
@@ -51,13 +79,16 @@ class PackedLayout:
         return reduce_from_tensor_model_parallel_region(placed, group=group)
 
 
-def pack(sequences: Sequences, *, packed: bool, sequence_parallel_size: int = 1) -> PackedLayout:
+def pack(
+    sequences: Sequences, *, packed: bool, sequence_parallel_size: int = 1, qkv_format: str = "sbhd"
+) -> PackedLayout:
     """Arrange the samples for this context-parallel rank.
 
     Args:
-        sequences: the samples.
+        sequences: the samples, on the CPU. On a GPU every length would cost a wait for the device.
         packed: concatenate samples without padding; else pad to the longest.
         sequence_parallel_size: ranks that split positions between attentions; divides P.
+        qkv_format: `thd` if TransformerEngine computes attention over packed samples, else `sbhd`.
     """
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     unit = (
@@ -81,8 +112,10 @@ def pack(sequences: Sequences, *, packed: bool, sequence_parallel_size: int = 1)
     extra = -len(flat) % (sequence_parallel_size * (2 if ranks > 1 else 1))
     if extra:
         flat, padded = torch.cat([flat, flat.new_zeros(extra)]), torch.cat([padded, padded.new_tensor([extra * ranks])])
+        positions.append(own_positions(extra * ranks, rank, ranks))
     rows = (starts[samples] + row, torch.zeros_like(samples))
-    return PackedLayout(flat[None], _packed_params(padded), rows, (samples, steps), tokens, (size, width))
+    found = _packed_samples(padded, positions, ranks, qkv_format)
+    return PackedLayout(flat[None], found, rows, (samples, steps), tokens, (size, width))
 
 
 def _up(lengths: Tensor, unit: int) -> Tensor:
@@ -107,9 +140,15 @@ def _local(positions: Tensor, lengths: Tensor, rank: int, ranks: int) -> tuple[T
     return positions - piece * half + torch.where(second, half, 0), first | second
 
 
-def _packed_params(lengths: Tensor) -> PackedSeqParams:
+def _packed_samples(lengths: Tensor, positions: list[Tensor], ranks: int, qkv_format: str) -> PackedSamples:
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     longest = int(lengths.max())
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    return PackedSamples(
+        qkv_format=qkv_format,
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=tuple((lengths // ranks).tolist()),
+        positions=torch.cat(positions),
     )
