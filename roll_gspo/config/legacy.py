@@ -358,7 +358,7 @@ def _without_switches(
         if is_on and not block.get(budget):
             refusals.append(Problem(f"{role}.{switch}", f"true needs {budget}; add it"))
         elif not is_on and block.pop(budget, None):
-            warnings.append((f"{role}.{budget}", f"{switch}: false switches it off"))
+            warnings.append((f"{role}.{budget}", f"{switch}: false switches it off (GPUs choose one)"))
     return values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
@@ -16,6 +16,9 @@ from roll_gspo.config.strategy import (
     TrainStrategyArgs,
     shipped_engines,
 )
+
+# Tokens of one pass on a GPU, if samples are packed and no budget is set. Passes without gradient keep no activations.
+TOKENS_PER_PASS_IN_TRAIN, TOKENS_PER_PASS_IN_INFER = 16_384, 32_768
 
 BuiltinTask = Literal["builtin:column_addition", "builtin:multi_domain"]
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
@@ -124,12 +127,26 @@ class TrainedRoleConfig(Schema):
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass without gradient, of old log-probs or values."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine
-    supports it."""
+    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine supports it.
+    null: 32768 on GPUs if the engine packs samples, else `infer_batch_size` decides."""
     max_tokens_per_microbatch_in_train: PositiveInt | None = None
     """Dynamic batching: cut a mini-batch into micro-batches of at most this many tokens (padding included) instead of
     `per_device_train_batch_size` samples. Optimizer steps and results do not change. A sample that exceeds the limit
-    forms its own micro-batch."""
+    forms its own micro-batch. null: 16384 on GPUs if the engine packs samples, else `per_device_train_batch_size`
+    decides."""
+
+    @property
+    def needs_padding(self) -> bool:
+        """True if a setting of the role needs padded samples."""
+        return False
+
+    def on_device(self, on_cuda: bool) -> Self:
+        """Return the block with the values that null stands for on GPUs (`on_cuda`) or CPUs."""
+        args = self.strategy_args.on_device(on_cuda, padded=self.needs_padding)
+        changes: dict[str, Any] = _token_budgets(self, args, on_cuda)
+        if on_cuda and args.packs_samples and self.max_tokens_per_microbatch_in_train is None:
+            changes["max_tokens_per_microbatch_in_train"] = TOKENS_PER_PASS_IN_TRAIN
+        return self.model_copy(update=changes)
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield token budgets that the engine does not support."""
@@ -143,11 +160,16 @@ class PolicyConfig(TrainedRoleConfig):
     router_replay: RouterReplayConfig = RouterReplayConfig()
     """Replay of recorded experts in mixtures of experts, if the engine supports it."""
 
+    @property
+    def needs_padding(self) -> bool:
+        """True if experts are recorded or replayed."""
+        return self.router_replay.mode != "disable" or self.router_replay.record
+
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that this role's engine or layout does not support."""
         yield from super().broken_rules()
         replay, args = self.router_replay, self.strategy_args
-        if replay.mode == "disable" and not replay.record:
+        if not self.needs_padding:
             return
         key, value = ("mode", replay.mode) if replay.mode != "disable" else ("record", "true")
         if not args.can_replay_routing:
@@ -209,8 +231,12 @@ class ReferenceConfig(Schema):
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine
-    supports it."""
+    """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine supports it.
+    null: 32768 on GPUs if the engine packs samples, else `infer_batch_size` decides."""
+
+    def on_device(self, on_cuda: bool) -> Self:
+        """Return the block with the values that null stands for on GPUs (`on_cuda`) or CPUs."""
+        return self.model_copy(update=_token_budgets(self, self.strategy_args.on_device(on_cuda), on_cuda))
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that an engine cannot use for scoring."""
@@ -218,6 +244,15 @@ class ReferenceConfig(Schema):
         yield from _token_budget_rules(self)
         for problem in self.strategy_args.scoring_problems():
             yield problem._replace(key=f"strategy_args.{problem.key}")
+
+
+def _token_budgets(block: TrainedRoleConfig | ReferenceConfig, args: StrategyArgs, on_cuda: bool) -> dict[str, Any]:
+    """Return the changed keys of a block: the arguments of its engine, and the token budget of passes that score."""
+    changes: dict[str, Any] = {"strategy_args": args}
+    packs = on_cuda and args.packs_samples and args.supports_token_budget
+    if packs and block.max_tokens_per_microbatch_in_infer is None:
+        changes["max_tokens_per_microbatch_in_infer"] = TOKENS_PER_PASS_IN_INFER
+    return changes
 
 
 def _token_budget_rules(block: TrainedRoleConfig | ReferenceConfig) -> Iterator[Problem]:

@@ -118,6 +118,20 @@ class StrategyArgs(Schema):
         """Share of a GPU's memory that the engine reserves when it starts; None if it takes what it needs."""
         return None
 
+    @property
+    def packs_samples(self) -> bool:
+        """True if micro-batches use the packed layout, without padding."""
+        return False
+
+    def on_device(self, on_cuda: bool, *, padded: bool = False) -> Self:
+        """Return the arguments with the values that null stands for.
+
+        Args:
+            on_cuda: the role computes on GPUs.
+            padded: the role needs padded samples, because recorded experts are not packed.
+        """
+        return self
+
     def layout_text(self, num_devices: int) -> str:
         """Return the parallel sizes of a role for the plan, '' if there are none."""
         return ""
@@ -157,11 +171,6 @@ class TrainStrategyArgs(StrategyArgs):
     """`build_value` exists, so that the engine can hold the critic."""
     can_replay_routing: ClassVar[bool] = False
     """The engine records the experts of a mixture of experts and replays them (`router_replay`)."""
-
-    @property
-    def packs_samples(self) -> bool:
-        """True if micro-batches use the packed layout, without padding."""
-        return False
 
     @property
     def replay_conflicts(self) -> dict[str, str]:

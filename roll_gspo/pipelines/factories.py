@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.roles import PolicyConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.pipelines.settings import (
     micro_batching,
     model_setup,
+    on_this_device,
     optimizer_setup,
     policy_loss_settings,
     value_loss_settings,
@@ -28,11 +30,12 @@ from roll_gspo.strategies.batch_streaming import streaming
 
 def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
     """Build `actor_train`, or one rank of it."""
+    role = on_this_device("actor_train", config.actor_train)
     return Actor(
-        _train_strategy(config, checkpoint, config.num_updates),
+        _train_strategy(config, role, checkpoint, config.num_updates),
         policy_loss_settings(config),
         mini_batch_size=config.mini_batch_size,
-        micro_batching=micro_batching(config.actor_train),
+        micro_batching=micro_batching(role, config.data_parallel_size, checkpoint),
         num_epochs=config.ppo_epochs,
         max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
         seed=config.seed,
@@ -42,17 +45,17 @@ def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
 
 def make_sft_actor(config: SftConfig, checkpoint: Path, num_steps: int) -> SftActor:
     """Build `actor_train` of `pipeline: sft`, or one rank of it, for a run of `num_steps` optimizer steps."""
+    role = on_this_device("actor_train", config.actor_train)
     return SftActor(
-        _train_strategy(config, checkpoint, num_steps),
+        _train_strategy(config, role, checkpoint, num_steps),
         mini_batch_size=config.mini_batch_size,
-        micro_batching=micro_batching(config.actor_train),
+        micro_batching=micro_batching(role, config.data_parallel_size, checkpoint),
         max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
     )
 
 
-def _train_strategy(config: AnyConfig, checkpoint: Path, num_updates: int) -> TrainStrategy:
-    """Build the engine of `actor_train`."""
-    role = config.actor_train
+def _train_strategy(config: AnyConfig, role: PolicyConfig, checkpoint: Path, num_updates: int) -> TrainStrategy:
+    """Build the engine of `actor_train`, whose block is `role`."""
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     replay = role.router_replay
@@ -62,8 +65,8 @@ def _train_strategy(config: AnyConfig, checkpoint: Path, num_updates: int) -> Tr
 
 def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
     """Build `critic`, or one rank of it."""
-    role = config.critic
-    assert role is not None  # the schema requires the block if the estimator needs a critic
+    assert config.critic is not None  # the schema requires the block if the estimator needs a critic
+    role = on_this_device("critic", config.critic)
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     optimizer = optimizer_setup(config, role.training_args, config.critic_updates_per_rollout * config.max_steps)
@@ -71,7 +74,7 @@ def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
         role.strategy_args.build_value(setup, optimizer),
         value_loss_settings(config),
         mini_batch_size=config.critic_mini_batch_size,
-        micro_batching=micro_batching(role),
+        micro_batching=micro_batching(role, config.critic_data_parallel_size, checkpoint),
         num_epochs=config.ppo_epochs,
         max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
         seed=config.seed,
@@ -80,8 +83,8 @@ def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
 
 def make_reference(config: ExperimentConfig, checkpoint: Path) -> Reference:
     """Build `reference`, or one rank of it."""
-    role = config.reference
-    assert role is not None  # the schema requires the block if a KL term is on
+    assert config.reference is not None  # the schema requires the block if a KL term is on
+    role = on_this_device("reference", config.reference)
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     return Reference(role.strategy_args.build_scorer(setup))

@@ -12,6 +12,7 @@ from roll_gspo.models.size import ModelSize, size_of
 from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
 from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text
 from roll_gspo.pipelines.memory import memory_texts, memory_warnings
+from roll_gspo.pipelines.passes import pass_rows
 from roll_gspo.pipelines.pipeline import pipeline_of
 from roll_gspo.pipelines.pretrain import builtin_folder
 from roll_gspo.pipelines.warnings import execution_warnings
@@ -61,6 +62,7 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = (), *, on_th
         ("model", _model_text(config, size)),
         *(("roles", _role_text(config, name)) for name in config.roles()),
         *pipeline.plan_rows(config),
+        *pass_rows(config, on_cuda),
         *(("memory", text) for text in memory_texts(config)),
         ("run", f"{pipeline.length_text(config)}, {_intervals_text(config)}"),
     ]

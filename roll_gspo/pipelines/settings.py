@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,13 +19,19 @@ from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
 from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.config.base import Schema
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.roles import GeneratingArgs, TrainedRoleConfig, TrainingArgs
+from roll_gspo.config.roles import GeneratingArgs, ReferenceConfig, TrainedRoleConfig, TrainingArgs
 from roll_gspo.config.sft import AnyConfig
+from roll_gspo.errors import ConfigError
+from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.pass_cost import PassCost
+from roll_gspo.pipelines.passes import passes_text
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 Settings = TypeVar("Settings")
+RoleT = TypeVar("RoleT", bound=TrainedRoleConfig | ReferenceConfig)
+logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,10 +55,22 @@ def model_setup(
     )
 
 
-def micro_batching(role: TrainedRoleConfig) -> MicroBatching:
-    """Return how a trained role splits mini-batches into micro-batches."""
-    size = role.training_args.per_device_train_batch_size
-    return MicroBatching(size, role.max_tokens_per_microbatch_in_train, role.strategy_args.packs_samples)
+def on_this_device(name: str, role: RoleT) -> RoleT:
+    """Return the block of a role with the values that null stands for in this process, and log them."""
+    on_cuda = torch.cuda.is_available()
+    found = role.on_device(on_cuda)
+    if on_cuda and found != role:
+        logger.info("%s: %s", name, passes_text(found))
+    return found
+
+
+def micro_batching(role: TrainedRoleConfig, ranks: int, checkpoint: Path) -> MicroBatching:
+    """Return how a trained role splits mini-batches into micro-batches for its data-parallel ranks."""
+    size, cost = role.training_args.per_device_train_batch_size, PassCost()
+    if ranks > 1:
+        with suppress(ConfigError):  # of an engine that knows other models: balance tokens
+            cost = PassCost.of(Architecture.from_checkpoint(checkpoint))
+    return MicroBatching(size, role.max_tokens_per_microbatch_in_train, role.strategy_args.packs_samples, ranks, cost)
 
 
 def optimizer_setup(config: AnyConfig, args: TrainingArgs, total_steps: int) -> OptimizerSetup:

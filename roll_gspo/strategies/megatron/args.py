@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from roll_gspo.config.base import Problem
 from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrategyArgs, StrategyArgs, TrainStrategyArgs
@@ -72,6 +72,18 @@ class MegatronArgs(StrategyArgs):
             for problem in transformer_engine_problems(self.strategy_config):
                 yield problem._replace(key=f"strategy_config.{problem.key}")
 
+    @property
+    def packs_samples(self) -> bool:
+        """True with `use_sequence_packing`."""
+        return bool(self.strategy_config.use_sequence_packing)
+
+    def on_device(self, on_cuda: bool, *, padded: bool = False) -> Self:
+        """Pack samples on GPUs if the configuration does not decide."""
+        if self.strategy_config.use_sequence_packing is not None:
+            return self
+        config = self.strategy_config.model_copy(update={"use_sequence_packing": on_cuda and not padded})
+        return self.model_copy(update={"strategy_config": config})
+
     def layout_text(self, num_devices: int) -> str:
         """Return e.g. `TP 4 + SP · PP 2 · CP 1 · EP 8 · ETP 1 · DP 2`."""
         c = self.strategy_config
@@ -136,11 +148,6 @@ class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
 
     has_value_head: ClassVar[bool] = True
     can_replay_routing: ClassVar[bool] = True
-
-    @property
-    def packs_samples(self) -> bool:
-        """True with `use_sequence_packing`."""
-        return self.strategy_config.use_sequence_packing
 
     @property
     def replay_conflicts(self) -> dict[str, str]:

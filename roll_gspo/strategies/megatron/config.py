@@ -27,8 +27,9 @@ class MegatronConfig(Schema):
     """Ranks that share each expert's matrices; null: as `tensor_model_parallel_size`. Mixtures of experts only."""
     sequence_parallel: bool = False
     """Cut norms and dropouts over the tensor-parallel ranks too."""
-    use_sequence_packing: bool = False
-    """Lay the samples of a micro-batch one after the other, without padding."""
+    use_sequence_packing: bool | None = None
+    """Lay the samples of a micro-batch one after the other, without padding. null: on GPUs, unless `router_replay` is
+    on. Results do not change."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks."""
     recompute_granularity: Literal["full", "selective"] | None = None

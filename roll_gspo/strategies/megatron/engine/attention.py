@@ -82,8 +82,8 @@ class CausalAttention(MegatronModule):
             tokens = query[:, 0], key[:, 0], value[:, 0]
             out = packed_attention(*tokens, samples.lengths, self.softmax_scale, self.kernel).unsqueeze(1)
         else:
-            padded = (tensor.transpose(0, 1) for tensor in (query, key, value))
-            out = padded_attention(*padded, self.softmax_scale).transpose(0, 1)
+            q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
+            out = padded_attention(q, k, v, self.softmax_scale).transpose(0, 1)
         return out.flatten(2)
 
     def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples | None) -> Tensor:

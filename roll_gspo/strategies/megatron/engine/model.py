@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -23,123 +22,23 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.config.base import Problem
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.hf_checkpoint import CheckpointReader
+from roll_gspo.models.pass_cost import PassCost
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
-from roll_gspo.strategies.fused_scores import has_triton
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.attention import (
-    HAVE_TE,
     PackedRotary,
     decoder_spec,
     uses_transformer_engine,
 )
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
 from roll_gspo.strategies.megatron.engine.parallel import initialize_parallel
+from roll_gspo.strategies.megatron.engine.transformer import refuse_layout, transformer_config
 from roll_gspo.strategies.megatron.engine.weights import load_weights
-from roll_gspo.strategies.megatron.layout import layout_problems, transformer_engine_problems
-from roll_gspo.strategies.micro_batches import share_of_rank, split_samples
-
-
-def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
-    """Reject layouts that are unsupported or would train incorrectly, given the model and the ranks.
-
-    Raises:
-        ConfigError: names every key.
-    """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    on_cuda = torch.cuda.is_available()
-    problems = list(layout_problems(architecture, config, world_size, on_cuda))
-    if on_cuda and not HAVE_TE:
-        problems += transformer_engine_problems(config)
-    if config.fused_head == "triton" and not has_triton():
-        problems.append(Problem("fused_head", "triton is not installed; set auto, or run: pip install triton"))
-    if problems:
-        raise ConfigError("\n".join(f"strategy_config.{problem.key}: {problem.message}" for problem in problems))
-
-
-def _leave(weight: Tensor) -> Tensor:
-    """Initialise nothing, because every parameter is read from the checkpoint."""
-    return weight
-
-
-def transformer_config(model: Architecture, dtype: torch.dtype, config: MegatronConfig) -> TransformerConfig:
-    """Return megatron's description of the model and of its computation."""
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.intermediate_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_key_value_heads,
-        kv_channels=model.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.rms_norm_eps,
-        qk_layernorm=model.qk_norm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=model.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        perform_initialization=True,  # also marks how parameters are split; the initialisers below do nothing
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        # loss functions return shares that are summed, so megatron must not divide by the number of micro-batches
-        calculate_per_token_loss=True,
-        recompute_granularity=config.recompute_granularity,
-        recompute_method=config.recompute_method,
-        recompute_num_layers=config.recompute_num_layers,
-        **_parallel_settings(config),
-        **_expert_settings(model, config),
-    )
-
-
-def _parallel_settings(config: MegatronConfig) -> dict[str, Any]:
-    virtual = config.virtual_pipeline_model_parallel_size
-    return {
-        "tensor_model_parallel_size": config.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": virtual,
-        "context_parallel_size": config.context_parallel_size,
-        "expert_model_parallel_size": config.expert_model_parallel_size,
-        "expert_tensor_parallel_size": config.expert_tensor_parallel_size,
-        "sequence_parallel": config.sequence_parallel,
-        # stages exchange the shape of every micro-batch
-        "variable_seq_lengths": config.pipeline_model_parallel_size > 1,
-        # with two stages the next rank is also the previous one: batched messages of virtual stages would mix
-        "overlap_p2p_comm": virtual is not None,
-        "batch_p2p_comm": virtual is None,
-    }
-
-
-def _expert_settings(model: Architecture, config: MegatronConfig) -> dict[str, Any]:
-    if model.experts is None:
-        return {"moe_token_dispatcher_type": "alltoall"}  # megatron reads it for dense models, too
-    return {
-        "num_moe_experts": model.experts.num_experts,
-        "moe_router_topk": model.experts.num_experts_per_token,
-        "moe_ffn_hidden_size": model.experts.intermediate_size,
-        # softmax over the chosen experts equals the renormalised softmax over all
-        "moe_router_pre_softmax": not model.experts.normalize_top_k,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": config.moe_grouped_gemm,
-        "moe_token_dispatcher_type": config.moe_token_dispatcher_type,
-    }
+from roll_gspo.strategies.micro_batches import cost_of_pass, costs_of, share_of_rank, split_samples
 
 
 class MicroBatch(NamedTuple):
@@ -206,6 +105,7 @@ class ResponseModel:
     partial_head: bool = True
 
     def __post_init__(self) -> None:
+        self.pass_cost = PassCost.of(self.architecture)
         self._rows = [_ResponseRows(chunk, self.partial_head) for chunk in self.chunks if chunk.post_process]
 
     @property
@@ -217,17 +117,27 @@ class ResponseModel:
             and parallel_state.get_context_parallel_rank() == 0
         )
 
-    def share(self, parts: Sequence[Any]) -> list[Any]:
-        """Select the micro-batches of this data-parallel rank; None marks a dummy pass."""
+    def share(self, parts: Sequence[Any], samples_of: Callable[[Any], tuple[Sequences, Tensor | None]]) -> list[Any]:
+        """Select the micro-batches of this data-parallel rank; None marks a dummy pass.
+
+        Args:
+            parts: micro-batches of all ranks.
+            samples_of: returns the sequences of a micro-batch, and the index of its samples in them (None for all), for
+                the estimated operations that the ranks share evenly.
+        """
         multiple = self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         rank, world_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        return share_of_rank(parts, rank, world_size, multiple)
+        costs = None
+        if world_size > 1:
+            packed, cost = bool(self.config.use_sequence_packing), self.pass_cost
+            costs = [cost_of_pass(sequences, cost, packed, index) for sequences, index in map(samples_of, parts)]
+        return share_of_rank(parts, rank, world_size, multiple, costs)
 
     def micro_batch(self, sequences: Sequences, batch: TrainBatch | None) -> MicroBatch:
         """Lay out samples of the CPU for this rank, and copy them to the device."""
         packed_layout = pack(
             sequences,
-            packed=self.config.use_sequence_packing,
+            packed=bool(self.config.use_sequence_packing),
             sequence_parallel_size=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
             qkv_format="thd" if uses_transformer_engine() else "sbhd",
         ).to(self.device)
@@ -315,9 +225,14 @@ class ResponseModel:
         for module in self.wrapped:
             module.eval()
         parts = split_samples(
-            sequences.lengths, self.setup.micro_batch_size, self.setup.max_tokens, self.config.use_sequence_packing
+            sequences.lengths,
+            self.setup.micro_batch_size,
+            self.setup.max_tokens,
+            bool(self.config.use_sequence_packing),
+            ranks=parallel_state.get_data_parallel_world_size(),
+            costs=costs_of(sequences, self.pass_cost),
         )
-        mine = self.share(parts)
+        mine = self.share(parts, lambda index: (sequences, index))
         nothing = torch.zeros(1, dtype=torch.int64)
         micro_batches = [self.micro_batch(sequences.rows(nothing if part is None else part), None) for part in mine]
         results = self.run(micro_batches, read, train=False)

@@ -96,7 +96,7 @@ class MegatronTrainer:
         nothing = micro_batches[0].sequences.rows(torch.zeros(1, dtype=torch.int64))
         return [
             self._model.micro_batch(nothing if batch is None else batch.sequences, batch)
-            for batch in self._model.share(micro_batches)
+            for batch in self._model.share(micro_batches, lambda batch: (batch.sequences, None))
         ]
 
     def _step(self, rate: float, losses_finite: bool) -> tuple[float, bool]:

@@ -95,8 +95,8 @@ def packed_attention(
     groups, order = _groups(lengths, query.device)
     outs = []
     for index in groups:
-        padded = (tensor.index_select(0, index.flatten()).unflatten(0, index.shape) for tensor in (query, key, value))
-        outs.append(padded_attention(*padded, scale).flatten(0, 1))
+        q, k, v = (tensor.index_select(0, index.flatten()).unflatten(0, index.shape) for tensor in (query, key, value))
+        outs.append(padded_attention(q, k, v, scale).flatten(0, 1))
     return torch.cat(outs).index_select(0, order)
 
 
