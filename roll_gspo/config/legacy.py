@@ -123,10 +123,7 @@ IGNORED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *(
-                "*.strategy_args.strategy_config.apply_rope_fusion",
-                "*.strategy_args.strategy_config.bias_activation_fusion",
-            ),
+            "*.strategy_args.strategy_config.masked_softmax_fusion",
             *(
                 "*.strategy_args.strategy_config.cross_entropy_loss_fusion",
                 "*.strategy_args.strategy_config.moe_shared_expert_overlap",
@@ -231,6 +228,8 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.strategy_args.strategy_config.optimizer_offload_fraction": Later(
         "offload between the phases of a step (use_distributed_optimizer shards optimizer states)", (None, 0, 1)
     ),
+    "*.strategy_args.strategy_config.tp_comm_overlap": Later("buffers of one length (micro-batches differ in length)"),
+    "*.strategy_args.strategy_config.use_precision_aware_optimizer": Later("moments in 16 bits (checkpoints hold 32)"),
     "*.strategy_args.strategy_config.recompute_modules": Later(
         "a choice of recomputed modules: most need TransformerEngine (selective recomputes the attention)", (None,)
     ),

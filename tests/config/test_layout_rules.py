@@ -43,6 +43,16 @@ SWITCH = "use_dynamic_batching_in"
             "actor_train.strategy_args.strategy_config.moe_token_dispatcher_type",
             ("allgather", "pipeline_model_parallel_size", "2", "alltoall"),
         ),
+        (
+            (f"{STRATEGY}.overlap_param_gather=true", f"{STRATEGY}.overlap_grad_reduce=true"),
+            f"{STRATEGY}.overlap_param_gather",
+            ("true", "use_distributed_optimizer: true"),
+        ),
+        (
+            ("reference.strategy_args.strategy_config.grad_reduce_in_fp32=false",),
+            "reference.strategy_args.strategy_config.grad_reduce_in_fp32",
+            ("megatron_train",),
+        ),
         ((TP,), "actor_train.device_mapping", ("1", "2", "tensor_model_parallel_size")),
         (
             ("actor_train.device_mapping='0-4'", TP),
@@ -73,6 +83,7 @@ def test_impossible_layout_is_refused(overrides: tuple[str, ...], key: str, valu
         ((TWO, PP), ("pipeline_model_parallel_size: 2",)),
         ((TWO, f"{STRATEGY}.context_parallel_size=2"), ("context_parallel_size: 2",)),
         ((f"{STRATEGY}.use_sequence_packing=true",), ("use_sequence_packing: true",)),
+        ((f"{STRATEGY}.moe_router_fusion=true",), ("moe_router_fusion: true",)),
     ],
 )
 @pytest.mark.parametrize(("option", "key", "value"), [("R2", "mode", "R2"), ("record", "record", "true")])
@@ -128,6 +139,8 @@ def test_rolls_dynamic_batching_is_its_budget(role: str, phase: str) -> None:
             "actor_train.strategy_args.strategy_config.optimizer_cpu_offload",
             ("use_distributed_optimizer",),
         ),
+        (f"+{STRATEGY}.tp_comm_overlap=true", f"{STRATEGY}.tp_comm_overlap", ("length",)),
+        (f"+{STRATEGY}.use_precision_aware_optimizer=true", f"{STRATEGY}.use_precision_aware_optimizer", ("16 bits",)),
         (f"+{STRATEGY}.recompute_modules=[mlp]", "actor_train.strategy_args.strategy_config.recompute_modules", ()),
         (
             "+actor_train.use_sequence_packing=true",

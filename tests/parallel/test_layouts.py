@@ -33,6 +33,8 @@ DENSE: dict[str, tuple[int, Layout]] = {
     "dp2": (2, {}),
     "dp2_distributed_optimizer": (2, {DISTRIBUTED: True}),
     "dp2_overlapped": (2, {DISTRIBUTED: True, "overlap_grad_reduce": True}),
+    "dp2_gathered_late": (2, {DISTRIBUTED: True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "dp2_packed_fused": (2, {PACKED: True, "bias_activation_fusion": True, "bias_dropout_fusion": True}),
     "tp2_dp2": (4, {TP: 2}),
     "cp2_tp2_sp_packed": (4, {CP: 2, TP: 2, SP: True, PACKED: True}),
     "pp2_dp2_distributed_optimizer": (4, {PP: 2, DISTRIBUTED: True}),
@@ -40,7 +42,7 @@ DENSE: dict[str, tuple[int, Layout]] = {
 MOE: dict[str, tuple[int, Layout]] = {
     "ep2": (2, {EP: 2}),
     "ep2_distributed_optimizer": (2, {EP: 2, DISTRIBUTED: True}),
-    "ep2_packed": (2, {EP: 2, PACKED: True}),
+    "ep2_packed": (2, {EP: 2, PACKED: True, "bias_activation_fusion": True, "bias_dropout_fusion": True}),
     "tp2_sp_allgather": (2, {TP: 2, SP: True, "moe_token_dispatcher_type": "allgather"}),
     "tp2_sp": (2, {TP: 2, SP: True}),
     "tp2_sp_ep2": (2, {TP: 2, SP: True, EP: 2, ETP: 1}),
@@ -131,7 +133,11 @@ def test_replay_uses_the_experts_of_one_process(folders: dict[str, Path], ranks:
         check_same({**got, "scores": []}, {**want, "scores": []})
 
 
-@pytest.mark.parametrize("layout", [{TP: 2, SP: True}, {PP: 2}, {DISTRIBUTED: True}], ids=["tp2_sp", "pp2", "dp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{TP: 2, SP: True}, {PP: 2}, {DISTRIBUTED: True, "grad_reduce_in_fp32": False}],
+    ids=["tp2_sp", "pp2", "dp2"],
+)
 def test_bfloat16_layouts_differ_by_rounding_only(folders: dict[str, Path], ranks: Ranks, layout: Layout) -> None:
     (want,) = ranks.run(1, trained, folders["dense"], {}, torch.bfloat16)
     for got in ranks.run(2, trained, folders["dense"], layout, torch.bfloat16):

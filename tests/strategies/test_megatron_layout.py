@@ -14,7 +14,12 @@ from roll_gspo.models.size import architecture_of, size_of
 from roll_gspo.models.tiny import TINY_MODELS
 from roll_gspo.strategies.megatron.args import MegatronTrainArgs
 from roll_gspo.strategies.megatron.config import MegatronConfig
-from roll_gspo.strategies.megatron.layout import layout_problems, optimizer_shares, parameters_of_rank
+from roll_gspo.strategies.megatron.layout import (
+    layout_problems,
+    optimizer_shares,
+    parameters_of_rank,
+    transformer_engine_problems,
+)
 
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
@@ -104,6 +109,39 @@ def test_limits_of_gloo_apply_without_cuda_only() -> None:
     layout = {TP: 2, SP: True, EP: 2, "moe_grouped_gemm": True}
     assert len(problems(MOE, layout, 4, on_cuda=False)) == 2
     assert problems(MOE, layout, 4, on_cuda=True) == problems(MOE, layout, 4, on_cuda=None) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "texts"),
+    [
+        ("moe_permute_fusion", True, ("CUDA and TransformerEngine", "set it to false")),
+        ("moe_router_fusion", True, ("CUDA and TransformerEngine", "set it to false")),
+        ("apply_rope_fusion", True, ("CUDA and TransformerEngine", "set it to null")),
+        ("gradient_accumulation_fusion", True, ("CUDA and apex", "set it to null")),
+        ("moe_token_dispatcher_type", "flex", ("CUDA and DeepEP", "set it to alltoall")),
+    ],
+)
+def test_kernels_of_gpus_are_refused_without_cuda(key: str, value: Any, texts: tuple[str, ...]) -> None:
+    (problem,) = problems(MOE, {EP: 2, ETP: 1, key: value}, 2, on_cuda=False)
+    assert problem.key == key and all(text in problem.message for text in texts)
+    assert problems(MOE, {EP: 2, ETP: 1, key: value}, 2, on_cuda=True) == []
+
+
+def test_flex_needs_ranks_that_share_experts() -> None:
+    (problem,) = problems(MOE, {"moe_token_dispatcher_type": "flex"}, 2, on_cuda=True)
+    assert problem.key == "moe_token_dispatcher_type" and "no token" in problem.message
+
+
+@pytest.mark.parametrize("key", ["moe_permute_fusion", "moe_router_fusion"])
+def test_kernels_of_experts_need_experts(key: str) -> None:
+    (problem,) = problems(DENSE, {key: True}, 1, on_cuda=True)
+    assert problem.key == key and "set it to false" in problem.message
+
+
+@pytest.mark.parametrize("key", ["moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion"])
+def test_settings_of_transformer_engine_are_found_one_by_one(key: str) -> None:
+    (problem,) = transformer_engine_problems(MegatronConfig(**{key: True}))
+    assert problem.key == key and "not installed" in problem.message
 
 
 def test_settings_of_transformer_engine_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

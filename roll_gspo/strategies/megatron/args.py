@@ -154,6 +154,7 @@ class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
         """Keys by which a rank has only some tokens or layers, or another order of them."""
         c = self.strategy_config
         switches = {"sequence_parallel": c.sequence_parallel, "use_sequence_packing": c.use_sequence_packing}
+        switches["moe_router_fusion"] = c.moe_router_fusion  # the kernel chooses experts by itself
         conflicts = {key: str(size) for key, size in self.model_parallel_sizes.items() if size > 1}
         return conflicts | {f"strategy_config.{key}": "true" for key, is_on in switches.items() if is_on}
 
@@ -186,6 +187,9 @@ class MegatronInferArgs(MegatronArgs, ScoreStrategyArgs):
         for key, value in (
             ("use_distributed_optimizer", c.use_distributed_optimizer),
             ("overlap_grad_reduce", c.overlap_grad_reduce),
+            ("overlap_param_gather", c.overlap_param_gather),
+            ("grad_reduce_in_fp32", not c.grad_reduce_in_fp32),
+            ("gradient_accumulation_fusion", c.gradient_accumulation_fusion),
             ("recompute_granularity", c.recompute_granularity),
         ):
             if value:

@@ -38,12 +38,30 @@ class MegatronConfig(Schema):
     """Selection of layers for `recompute_granularity: full`; if omitted with it, `uniform`."""
     recompute_num_layers: PositiveInt | None = None
     """Layers per recomputed unit; if omitted with `recompute_method: uniform`, 1: every layer is recomputed."""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """Collective that dispatches tokens to experts; mixtures of experts only."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """Collective that dispatches tokens to experts; mixtures of experts only. `flex` needs DeepEP."""
     moe_grouped_gemm: bool = False
     """Run the experts of a layer as one grouped matrix product; needs TransformerEngine."""
+    moe_permute_fusion: bool = False
+    """Permute the tokens of experts in one kernel; needs TransformerEngine 2.1 or later."""
+    moe_router_fusion: bool = False
+    """Choose experts in one kernel; needs TransformerEngine 2.7 or later."""
+    bias_activation_fusion: bool | None = None
+    """Compute the activation of feed-forward layers in one kernel. null: on GPUs."""
+    bias_dropout_fusion: bool | None = None
+    """Add residuals in one kernel. null: on GPUs."""
+    apply_rope_fusion: bool | None = None
+    """Compute rotary embeddings in one kernel; needs TransformerEngine. null: on GPUs if it is installed."""
+    gradient_accumulation_fusion: bool | None = None
+    """Add gradients of weights to their buffer inside the matrix product; needs apex's extension
+    `fused_weight_gradient_mlp_cuda`. null: on GPUs if it is installed."""
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in float32; false: in the dtype of the model, with half the memory in 16 bits."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs `use_distributed_optimizer` and
+    `overlap_grad_reduce`."""
     fp32_lm_head: bool | None = None
     """Compute logits in float32 from 16-bit hidden states and weights; null: on if `dtype` has 16 bits."""
     fused_head: Literal["auto", "torch", "triton"] = "auto"
@@ -79,6 +97,10 @@ class MegatronConfig(Schema):
         yield from super().broken_rules()
         yield from self._broken_parallel_rules()
         yield from self._broken_recompute_rules()
+        needed = {key: getattr(self, key) for key in ("use_distributed_optimizer", "overlap_grad_reduce")}
+        if self.overlap_param_gather and (missing := [key for key, value in needed.items() if not value]):
+            message = f"true needs {' and '.join(f'{key}: true' for key in missing)}; add it, or set this key to false"
+            yield Problem("overlap_param_gather", message, tuple(missing))
 
     def _broken_parallel_rules(self) -> Iterator[Problem]:
         tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size

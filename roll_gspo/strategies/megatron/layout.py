@@ -22,6 +22,9 @@ _EXPERT = "expert_model_parallel_size"
 _EXPERT_TENSOR = "expert_tensor_parallel_size"
 _DISPATCHER = "moe_token_dispatcher_type"
 _GROUPED = "moe_grouped_gemm"
+# Keys that need TransformerEngine if they are true, with the value that switches each off.
+_NEEDS_ENGINE = {_GROUPED: "false", "moe_permute_fusion": "false", "moe_router_fusion": "false"}
+_NEEDS_ENGINE |= {"apply_rope_fusion": "null"}
 
 
 def layout_problems(
@@ -47,12 +50,13 @@ def layout_problems(
 
 def transformer_engine_problems(config: MegatronConfig) -> Iterator[Problem]:
     """Yield the settings that need TransformerEngine, for a machine without it."""
-    if config.moe_grouped_gemm:
-        yield Problem(
-            _GROUPED,
-            "true needs TransformerEngine, which is not installed; run pip install --no-build-isolation "
-            "'roll-gspo[te]' on every machine, or set it to false",
-        )
+    for key, off in _NEEDS_ENGINE.items():
+        if getattr(config, key):
+            yield Problem(
+                key,
+                "true needs TransformerEngine, which is not installed; run pip install --no-build-isolation "
+                f"'roll-gspo[te]' on every machine, or set it to {off}",
+            )
 
 
 def _world_problems(config: MegatronConfig, world_size: int) -> Iterator[Problem]:
@@ -84,8 +88,13 @@ def _backend_problems(config: MegatronConfig, on_cuda: bool | None) -> Iterator[
     """Yield what gloo and CPUs do not support."""
     if on_cuda is not False:
         return
-    if config.moe_grouped_gemm:
-        yield Problem(_GROUPED, "true needs CUDA and TransformerEngine; set it to false")
+    for key, off in _NEEDS_ENGINE.items():
+        if getattr(config, key):
+            yield Problem(key, f"true needs CUDA and TransformerEngine; set it to {off}")
+    if config.gradient_accumulation_fusion:
+        yield Problem("gradient_accumulation_fusion", "true needs CUDA and apex; set it to null")
+    if config.moe_token_dispatcher_type == "flex":
+        yield Problem(_DISPATCHER, "flex needs CUDA and DeepEP; set it to alltoall")
     if config.fused_head == "triton":
         yield Problem("fused_head", "triton needs CUDA; set auto, or torch")
     expert, expert_tensor = config.expert_model_parallel_size, config.expert_tensor_size
@@ -139,6 +148,8 @@ def _expert_problems(model: Architecture, config: MegatronConfig, world_size: in
             "rank, but samples differ in length; set it to alltoall",
         )
     expert, expert_tensor = config.expert_model_parallel_size, config.expert_tensor_size
+    if config.moe_token_dispatcher_type == "flex" and expert * expert_tensor == 1:
+        yield Problem(_DISPATCHER, f"flex with {_EXPERT} 1 sends no token to another rank; set it to alltoall")
     number, size = model.experts.num_experts, model.experts.intermediate_size
     rest = expert_tensor * config.pipeline_model_parallel_size
     if number % expert:
@@ -165,6 +176,8 @@ def _dense_problems(config: MegatronConfig) -> Iterator[Problem]:
         _EXPERT_TENSOR: (config.expert_tensor_parallel_size, None),
         _DISPATCHER: (config.moe_token_dispatcher_type, "alltoall"),
         _GROUPED: (config.moe_grouped_gemm, False),
+        "moe_permute_fusion": (config.moe_permute_fusion, False),
+        "moe_router_fusion": (config.moe_router_fusion, False),
     }
     for key, (value, off) in keys.items():
         if value != off:

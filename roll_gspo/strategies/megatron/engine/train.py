@@ -51,6 +51,7 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
 
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
         """Score every sample with the current weights, without gradient. The result is float32 on the CPU."""
+        self._trainer.finish_gather()
         return score(self._model, sequences, entropy, self._routers)
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
@@ -91,6 +92,7 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
 
     def weights(self) -> WeightSource:
         """Return the live weights under checkpoint names."""
+        self._trainer.finish_gather()
         return MegatronWeights(self._model.chunks, self._model.architecture)
 
     def save_hf(self, folder: Path) -> None:

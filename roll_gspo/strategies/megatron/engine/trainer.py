@@ -60,10 +60,12 @@ class MegatronTrainer:
                 bf16=model.setup.dtype == torch.bfloat16,
                 params_dtype=model.setup.dtype,
                 use_distributed_optimizer=model.config.use_distributed_optimizer,
+                overlap_param_gather=model.config.overlap_param_gather,
             ),
             list[MegatronModule](self._ddp),
         )
         self._applied_steps = 0
+        self._gathering = False
         self._saving: tuple[ShardedSave, BackgroundWrite] | None = None
 
     def update(
@@ -89,6 +91,7 @@ class MegatronTrainer:
         total = sum(value for value, _ in reports_of_all)
         rate = learning_rate(self._setup, self._applied_steps)
         grad_norm, applied = self._step(rate, math.isfinite(total))
+        self._gathering = self._model.config.overlap_param_gather
         return UpdateResult(total, grad_norm, rate, applied, merge(metrics for _, metrics in reports_of_all))
 
     def _mine(self, micro_batches: Sequence[TrainBatch]) -> list[MicroBatch]:
@@ -121,6 +124,16 @@ class MegatronTrainer:
                 decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm, decoupled)
 
+    def finish_gather(self) -> None:
+        """Gather the parameters of the last step; a collective. Call it before parameters are read or moved.
+
+        With `overlap_param_gather` the next update would gather them in its first forward pass.
+        """
+        if self._gathering:
+            for ddp in self._ddp:
+                ddp.start_param_sync(force_sync=True)
+            self._gathering = False
+
     def _clear_gradients(self) -> None:
         for ddp in self._ddp:
             ddp.zero_grad_buffer()
@@ -137,6 +150,7 @@ class MegatronTrainer:
             CheckpointError: a rank could not write, now or in an unfinished earlier save; raised on every rank.
         """
         self.finish_save()
+        self.finish_gather()
         save = begin_save(folder, self._model, self._optimizer, self._applied_steps, staged=asynchronous)
         if asynchronous:
             self._saving = save, BackgroundWrite(save.write)
@@ -170,18 +184,20 @@ class MegatronTrainer:
         Raises:
             CheckpointError: the state is missing, damaged, or of another model; raised on every rank.
         """
+        self.finish_gather()
         self._applied_steps = load_state(folder, self._model, self._optimizer)
 
 
 def _wrap(model: ResponseModel) -> list[DistributedDataParallel]:
-    """Wrap the model for data parallelism; gradients are accumulated in float32 and summed, not averaged."""
+    """Wrap the model for data parallelism; gradients are summed, not averaged."""
     config, megatron_config = model.config, model.chunks[0].config
     wrapped = [
         DistributedDataParallel(
             megatron_config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=config.grad_reduce_in_fp32,
                 overlap_grad_reduce=config.overlap_grad_reduce,
+                overlap_param_gather=config.overlap_param_gather,
                 use_distributed_optimizer=config.use_distributed_optimizer,
             ),
             chunk,

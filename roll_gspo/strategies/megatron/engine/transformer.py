@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from torch import Tensor
 
 from roll_gspo.config.base import Problem
@@ -15,7 +17,7 @@ from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.strategies.fused_scores import has_triton
 from roll_gspo.strategies.megatron.config import MegatronConfig
-from roll_gspo.strategies.megatron.engine.attention import HAVE_TE
+from roll_gspo.strategies.megatron.engine.attention import HAVE_TE, uses_transformer_engine
 from roll_gspo.strategies.megatron.layout import layout_problems, transformer_engine_problems
 
 
@@ -32,6 +34,12 @@ def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
         problems += transformer_engine_problems(config)
     if config.fused_head == "triton" and not has_triton():
         problems.append(Problem("fused_head", "triton is not installed; set auto, or run: pip install triton"))
+    if on_cuda and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
+        message = "true needs apex's fused_weight_gradient_mlp_cuda, which is not installed; set it to null"
+        problems.append(Problem("gradient_accumulation_fusion", message))
+    if on_cuda and config.moe_token_dispatcher_type == "flex" and not HAVE_DEEP_EP:
+        message = "flex needs DeepEP (deep_ep), which is not installed; set it to alltoall"
+        problems.append(Problem("moe_token_dispatcher_type", message))
     if problems:
         raise ConfigError("\n".join(f"strategy_config.{problem.key}: {problem.message}" for problem in problems))
 
@@ -66,20 +74,30 @@ def transformer_config(model: Architecture, dtype: torch.dtype, config: Megatron
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        masked_softmax_fusion=False,  # of an attention that is not used here: every kernel has its softmax
         persist_layer_norm=False,
         # loss functions return shares that are summed, so megatron must not divide by the number of micro-batches
         calculate_per_token_loss=True,
         recompute_granularity=config.recompute_granularity,
         recompute_method=config.recompute_method,
         recompute_num_layers=config.recompute_num_layers,
+        **_kernels(config),
         **_parallel_settings(config),
         **_expert_settings(model, config),
     )
+
+
+def _kernels(config: MegatronConfig) -> dict[str, bool]:
+    """Return which kernels are fused. megatron compiles those of activations and residuals with torch.compile."""
+    on_cuda = torch.cuda.is_available()
+    available = {
+        "bias_activation_fusion": on_cuda,
+        "bias_dropout_fusion": on_cuda,
+        "apply_rope_fusion": uses_transformer_engine(),
+        "gradient_accumulation_fusion": on_cuda and layers._grad_accum_fusion_available,
+    }
+    chosen = {key: getattr(config, key) for key in available}
+    return {key: available[key] if value is None else value for key, value in chosen.items()}
 
 
 def _parallel_settings(config: MegatronConfig) -> dict[str, Any]:
@@ -114,4 +132,6 @@ def _expert_settings(model: Architecture, config: MegatronConfig) -> dict[str, A
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "moe_token_dispatcher_type": config.moe_token_dispatcher_type,
+        "moe_permute_fusion": config.moe_permute_fusion,
+        "moe_router_fusion": config.moe_router_fusion,
     }

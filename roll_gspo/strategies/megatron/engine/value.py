@@ -38,6 +38,7 @@ class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
         def read(rows: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
             return [self._values(rows, micro_batch.packed_layout)]
 
+        self._trainer.finish_gather()
         return self._model.over_samples(sequences, read)[0]
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
