@@ -1,4 +1,4 @@
-"""How the samples of a role are split into passes, for the plan and the log (no torch)."""
+"""Size and layout of the passes of a role, for the plan and the log (no torch)."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_unknown_engine_key_names_only_keys_of_that_engine() -> None:
     assert problem.names("recompute_granularity") and not problem.names("generate_batch_size")
     values = {"actor_train": {"strategy_args": {"strategy_name": "hf_train"}}}
     path = ("actor_train", "strategy_args", "strategy_config")
-    assert known_keys(path, values) == ["attn_implementation", "generate_batch_size"]
+    assert known_keys(path, values) == ["attn_implementation", "generate_batch_size", "gradient_checkpointing"]
 
 
 def test_reward_domain_may_be_named_like_an_engine() -> None:
