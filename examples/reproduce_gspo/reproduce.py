@@ -3,6 +3,7 @@
     python examples/reproduce_gspo/reproduce.py                   # every study, about an hour on two cores
     python examples/reproduce_gspo/reproduce.py stability         # one of them
     python examples/reproduce_gspo/reproduce.py staleness --jobs 16 strategy=hf     # with further keys, on 16 cores
+    python examples/reproduce_gspo/reproduce.py noise --seeds 2 --jobs 1            # fewer seeds, one run at a time
     python examples/reproduce_gspo/reproduce.py --tables          # print the tables of earlier runs
 
 Complete runs are not repeated. `docs/reproducing-gspo.md` holds the tables and their interpretation.
@@ -116,6 +117,24 @@ ALGORITHMS = {
     "SAPO": ("algorithm=sapo",),
 }
 
+NOISE = (
+    Column("reward, last 5", "rollout/score_mean", LAST),
+    Column("held out", "validation/score_mean", END),
+    Column("clipped tokens", "actor/clip_fraction", ALL, ".4f"),
+    Column("abs(ratio - 1)", "actor/ratio_deviation", ALL, ".5f"),
+    Column("noise, two passes", "actor/ratio_noise", ALL, ".1e"),
+    Column("noise, engine", "mismatch/ratio_rms", ALL, ".1e"),
+)
+BF16 = tuple(f"{role}.model_args.dtype=bf16" for role in ("actor_train", "actor_infer", "reference"))
+WIDE = ("pg_clip_low=3e-3", "pg_clip_high=4e-3")
+ROUNDED_HEAD = ("actor_train.strategy_args.strategy_config.fp32_lm_head=false",)
+# Scoring and training pass one sample at a time, so that both compute the same batches.
+SINGLE = (
+    "actor_train.infer_batch_size=1",
+    "actor_train.training_args.per_device_train_batch_size=1",
+    "actor_train.training_args.gradient_accumulation_steps=32",
+)
+
 STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
     "stability": (
         tuple(
@@ -154,12 +173,30 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
         ),
         STALENESS,
     ),
+    "noise": (
+        tuple(
+            Setting(name, ("strategy=hf", LEVELS["GSPO"], *SMALL, *overrides), 20)
+            for name, overrides in (
+                ("fp32", ()),
+                ("bf16", BF16),
+                ("bf16, rounded logits", (*BF16, *ROUNDED_HEAD)),
+                ("bf16, one sample per pass", (*BF16, *SINGLE)),
+                ("bf16, old log-probs of the engine", (*BF16, "old_log_probs=rollout")),
+                ("fp32, clip 3e-3 and 4e-3", WIDE),
+                ("bf16, clip 3e-3 and 4e-3", (*BF16, *WIDE)),
+            )
+        ),
+        NOISE,
+    ),
 }
 
 
-def run_all(settings: Iterable[Setting], output: Path, jobs: int, overrides: Sequence[str] = ()) -> None:
-    """Run every seed of every setting that is not complete, `jobs` at a time; interrupted runs resume."""
-    missing = [(s, seed) for seed in SEEDS for s in settings if last_step(run_folder(s, output, seed)) < s.steps]
+def run_all(
+    settings: Iterable[Setting], output: Path, jobs: int, overrides: Sequence[str] = (), num_seeds: int = len(SEEDS)
+) -> None:
+    """Run `num_seeds` of every setting that are not complete, `jobs` at a time; interrupted runs resume."""
+    seeds = SEEDS[:num_seeds]
+    missing = [(s, seed) for seed in seeds for s in settings if last_step(run_folder(s, output, seed)) < s.steps]
     print(f"{len(missing)} runs", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         for done in as_completed([pool.submit(run, *each, output, jobs, overrides) for each in missing]):
@@ -227,6 +264,7 @@ def main() -> None:
     parser.add_argument("studies", nargs="*", metavar="STUDY|key=value", help=f"{', '.join(STUDIES)}; default: all")
     parser.add_argument("--output", type=Path, default=Path("output/reproduce_gspo"), help="folder of all runs")
     parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="number of runs per setting")
     parser.add_argument("--tables", action="store_true", help="only print the tables of earlier runs")
     options = parser.parse_args()
     overrides = [text for text in options.studies if "=" in text]
@@ -236,7 +274,7 @@ def main() -> None:
     for name in studies or STUDIES:
         settings, columns = STUDIES[name]
         if not options.tables:
-            run_all(settings, options.output, options.jobs, overrides)
+            run_all(settings, options.output, options.jobs, overrides, options.seeds)
         print(f"\n### {name}\n\n{table(settings, columns, options.output)}", flush=True)
 
 

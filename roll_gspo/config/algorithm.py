@@ -10,7 +10,12 @@ from pydantic import BeforeValidator, Field, JsonValue, NonNegativeFloat, NonNeg
 from roll_gspo.config.base import Problem, Schema, used_only_with
 from roll_gspo.config.clip_range import ClipHigh, ClipLow, ClipRange, default_clip_range
 from roll_gspo.config.functions import Selects
-from roll_gspo.config.selection import QueryFilterConfig, StalenessGateConfig, TrainInferCorrectionConfig
+from roll_gspo.config.selection import (
+    MismatchGateConfig,
+    QueryFilterConfig,
+    StalenessGateConfig,
+    TrainInferCorrectionConfig,
+)
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS, EXTENSIBLE, POLICY_LOSSES, RATIOS
 from roll_gspo.errors import RollGspoError
 from roll_gspo.registry import did_you_mean
@@ -171,6 +176,9 @@ class AlgorithmConfig(Schema):
     staleness_gate: StalenessGateConfig | None = None
     """Act on a rollout whose importance weights, trainer before the update over generation engine, have a small
     effective sample size; null: off."""
+    mismatch_gate: MismatchGateConfig | None = MismatchGateConfig()
+    """Compare trainer and generation engine before the first update of every process, so also after a resume; null:
+    off."""
     max_grad_norm: PositiveFloat = 1.0
     """Clip the gradient to this norm."""
     max_consecutive_skipped_steps: PositiveInt = 3

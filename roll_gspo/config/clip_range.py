@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -21,6 +22,8 @@ ClipRange = Annotated[tuple[ClipLow, ClipHigh], BeforeValidator(_tuple_of_list)]
 
 
 LENGTH_SCALED_RANGE = (0.03, 0.03)  # as of policy_loss fspo
+MAX_NOISE_SHARE = 1 / 3
+"""Noise of the importance ratio, over the distance of the nearer clip bound, above which runs and reports warn."""
 
 
 class DefaultClipRange(NamedTuple):
@@ -62,3 +65,15 @@ def default_clip_range(
         return DefaultClipRange(*ranges[importance_sampling], f"pg_clip_ranges.{importance_sampling}")
     bounds = RATIOS.declaration(importance_sampling).clip_range
     return None if bounds is None else DefaultClipRange(*bounds, f"importance_sampling: {importance_sampling}")
+
+
+def nearest_log_bound(low: float, high: float, length_scaling: bool = False) -> float:
+    """Return the distance in log space between a ratio of 1 and its nearer clip bound.
+
+    Args:
+        low, high: clip range around 1.
+        length_scaling: the range already bounds a log-ratio (`pg_clip_length_scaling`, `policy_loss: fspo`).
+    """
+    if length_scaling:
+        return min(low, high)
+    return min(-math.log1p(-low) if low < 1 else math.inf, math.log1p(high))

@@ -334,6 +334,14 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
                 f"{sampling.max_new_tokens} is not response_length {self.max_response_length}; remove it",
                 ("response_length", "sequence_length"),
             )
+        is_truncated = sampling.top_p < 1 or sampling.top_k > 0
+        if is_truncated and self.mismatch_gate is not None and self.mismatch_gate.action == "stop":
+            yield Problem(
+                "mismatch_gate.action",
+                f"stop cannot be measured with {block}.top_p {sampling.top_p:g} and top_k {sampling.top_k}: the "
+                "engine's log-probs are of the truncated distribution; set top_p: 1, top_k: 0, or action: warn",
+                (f"{block}.top_p", f"{block}.top_k"),
+            )
         if sampling.temperature == 0:
             message = "0 is greedy, and equal responses have no advantage; set it above 0"
             yield Problem(f"{block}.temperature", message)

@@ -42,6 +42,15 @@ class StalenessGateConfig(Schema):
     """Level of the weights; null: that of `train_infer_correction`, else `sequence`."""
 
 
+class MismatchGateConfig(Schema):
+    """Action on a generation engine that computes another policy than the trainer from the same weights."""
+
+    max_kl: PositiveFloat = 0.01
+    """Largest mean KL(generation engine || trainer) in nats per token, by k3 on the sampled tokens."""
+    action: Literal["warn", "stop"] = "warn"
+    """Action above `max_kl`: `warn` logs the likely causes; `stop` ends the run with them before its first update."""
+
+
 class FilterArgs(Schema):
     """Thresholds of a query filter."""
 

@@ -29,7 +29,7 @@ FREE = (
     *("*.strategy_args.strategy_config.*", "*.infer_batch_size", "*.max_tokens_per_microbatch_in_*"),
     *("*.training_args.per_device_train_batch_size", "*.training_args.gradient_accumulation_steps"),
     *("*.training_args.save_hf_model", "rewards.*.world_size", "rewards.*.start_timeout_s", "rewards.*.max_memory_mb"),
-    *("validation", "validation.batch_size"),
+    *("validation", "validation.batch_size", "mismatch_gate*"),
 )
 _MISSING = object()
 

@@ -49,6 +49,19 @@ CHARTS: tuple[tuple[str, str, str, tuple[_Row, ...], bool, bool], ...] = (
         True,
     ),
     (
+        "Ratio noise",
+        "Log-ratio at equal weights, where it should be 0. Above a third of the clip range, rounding decides what is "
+        "clipped.",
+        "RMS of the log-ratio",
+        (
+            ("trainer, two passes", "actor/ratio_noise", 0, _LINE),
+            ("trainer over engine", "mismatch/ratio_rms", 1, _LINE),
+            ("clip range", "actor/clip_distance", 3, _FAINT),
+        ),
+        True,
+        False,
+    ),
+    (
         "KL divergence",
         "To the old policy and to the reference.",
         "nats per token",

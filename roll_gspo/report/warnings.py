@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from roll_gspo.config.clip_range import MAX_NOISE_SHARE
 from roll_gspo.report.numbers import format_number
 from roll_gspo.report.run_folder import RunFolder
 
@@ -23,6 +25,11 @@ def run_warnings(run: RunFolder) -> list[str]:
         if points:
             total = format_number(sum(value for _, value in points))
             found.append(f"{total} {problem} (at {_listed([step for step, _ in points])})")
+    for name in ("actor/ratio_noise", "mismatch/ratio_rms"):
+        limits = dict(run.points("actor/clip_distance"))
+        noisy = [step for step, value in run.points(name) if value > MAX_NOISE_SHARE * limits.get(step, math.inf)]
+        if noisy:
+            found.append(f"{name} was above a third of the clip range (at {_listed(noisy)})")
     return found + [f"{name} was not finite at {_listed(steps)}" for name, steps in run.not_finite().items()]
 
 

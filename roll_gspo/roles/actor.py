@@ -9,6 +9,7 @@ from torch import Tensor
 from roll_gspo.algorithms.aggregate import Denominators
 from roll_gspo.algorithms.objective import PolicyLossSettings
 from roll_gspo.algorithms.policy_loss import policy_loss
+from roll_gspo.algorithms.ratio_noise import engine_ratio, ratio_rms
 from roll_gspo.algorithms.staleness import engine_metrics
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric
@@ -31,9 +32,9 @@ class Actor(TrainedPolicy):
         num_epochs: passes over a rollout.
         max_consecutive_skipped_steps: number of consecutive non-finite optimizer steps after which training stops.
         seed: seed of the order in which samples form mini-batches.
-        measure_mismatch: report `mismatch/*` and `staleness/*` against the generation engine from the first mini-batch
-            of each update. Its policy is still the one before the update, so no extra pass is needed. Off if old
-            log-probs are recomputed, because that measures the whole rollout.
+        measure_mismatch: old log-probs are those of the generation engine. The first mini-batch of each update, whose
+            policy has not moved yet, then reports `mismatch/*` and `staleness/*`. If they are recomputed by the
+            trainer, that pass measures the whole rollout, and the first mini-batch reports `actor/ratio_noise`.
     """
 
     def __init__(
@@ -76,16 +77,17 @@ class Actor(TrainedPolicy):
         Raises:
             TrainingError: too many consecutive optimizer steps were not finite.
         """
-        measure = self._measure_mismatch
+        is_first = True
 
         def optimizer_step(mini_batch: TrainBatch) -> UpdateResult:
-            nonlocal measure
-            measure, measured = False, measure
-            return self._optimizer_step(mini_batch, measured)
+            nonlocal is_first
+            is_first, unmoved = False, is_first
+            return self._optimizer_step(mini_batch, unmoved)
 
         return summary(self._mini_batches.train(batch, step, optimizer_step, progress), "actor")
 
-    def _optimizer_step(self, mini_batch: TrainBatch, measure_mismatch: bool) -> UpdateResult:
+    def _optimizer_step(self, mini_batch: TrainBatch, unmoved: bool) -> UpdateResult:
+        """Take one optimizer step. If the policy is `unmoved` since the old log-probs, measure their difference."""
         denominators, policy_denominators = Denominators.of(mini_batch.response_mask), None
         if mini_batch.policy_mask is not None:
             policy_denominators = Denominators.of(mini_batch.policy_mask & mini_batch.response_mask)
@@ -94,13 +96,20 @@ class Actor(TrainedPolicy):
             share, metrics = policy_loss(
                 *(scores.log_probs, scores.entropy, micro_batch, denominators, self._loss_settings, policy_denominators)
             )
-            if measure_mismatch:
-                policies = scores.log_probs.detach(), micro_batch.rollout_log_probs
-                metrics |= engine_metrics(*policies, micro_batch.response_mask, micro_batch.lag_buckets, "sequence")
+            if unmoved:
+                metrics |= self._unmoved_metrics(scores.log_probs.detach(), micro_batch)
             return share, metrics
 
         wants_entropy = self._loss_settings.entropy_loss_coef != 0
         return self._strategy.update(self._micro_batching.split(mini_batch), loss, wants_entropy)
+
+    def _unmoved_metrics(self, log_probs: Tensor, batch: TrainBatch) -> dict[str, Metric]:
+        """Return how the policy of the update differs from the old one before it has moved."""
+        mask, settings = batch.response_mask, self._loss_settings
+        if not self._measure_mismatch:
+            return {"actor/ratio_noise": ratio_rms(log_probs, batch.old_log_probs, mask, settings)}
+        compared = log_probs, batch.rollout_log_probs, mask, batch.lag_buckets
+        return engine_metrics(*compared, "sequence") | engine_ratio(*compared, settings)
 
     def weights(self) -> WeightSource:
         """Return the live weights for the generation engine."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from roll_gspo.tracking.mismatch_names import MISMATCH_METRICS, NOISE_METRICS
 from roll_gspo.tracking.staleness_names import STALENESS_METRICS, STALENESS_PATTERNS
 
 
@@ -82,6 +83,7 @@ METRICS: dict[str, MetricInfo] = {
             "ratio",
             _TOKENS,
         ),
+        **NOISE_METRICS,
         "actor/approx_kl": ("KL(old policy || current policy), k3 estimate.", "nats per token", _TOKENS),
         "actor/kl_ref": (
             "KL of the current policy to the frozen reference, estimated as `kl_loss_type` says.",
@@ -145,23 +147,7 @@ METRICS: dict[str, MetricInfo] = {
             "tokens/s",
             _STEP,
         ),
-        "mismatch/log_prob_diff_mean": (
-            "|log-probability of the trainer - of the generation engine|, same weights. Only tokens with lag 0 count "
-            "in `mismatch/*`.",
-            "nats",
-            _TOKENS,
-        ),
-        "mismatch/log_prob_diff_max": (
-            "Largest such difference.",
-            "nats",
-            "max over response tokens",
-        ),
-        "mismatch/kl": ("KL(generation engine || trainer), k3 estimate.", "nats per token", _TOKENS),
-        "mismatch/ess": (
-            "Effective sample size of the weights trainer / generation engine; 1 is a perfect match.",
-            "fraction",
-            _STEP,
-        ),
+        **MISMATCH_METRICS,
         **STALENESS_METRICS,
         "routing/rollout_mismatch": (
             "Activated experts of the trainer that the generation engine did not choose for the same token, same "

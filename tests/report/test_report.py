@@ -32,6 +32,7 @@ def metrics_of(step: int) -> dict[str, float | None]:
     names = (*DRAWN, "rollout/score_mean", "rollout/num_tokens", "validation/score_mean", "actor/pg_loss")
     row: dict[str, float | None] = dict.fromkeys(names, 0.5 + 0.1 * wave)
     stages = {"time/generate": 2.0 + 0.1 * wave, "time/update": 1.0, "time/other": 0.25}
+    row["actor/clip_distance"] = 3.0  # above the noise
     return {**row, **stages, "time/step": sum(stages.values()), **dict.fromkeys(COUNTED_PROBLEMS, 0.0)}
 
 

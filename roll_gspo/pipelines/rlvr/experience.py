@@ -10,6 +10,8 @@ from torch import Tensor
 
 from roll_gspo.algorithms.advantage import Estimated, advantages
 from roll_gspo.algorithms.advantage_estimators import AdvantageSettings, RewardParts
+from roll_gspo.algorithms.objective import PolicyLossSettings
+from roll_gspo.algorithms.ratio_noise import engine_ratio
 from roll_gspo.algorithms.routing import expert_difference
 from roll_gspo.algorithms.sample_weighting import (
     SampleMaskSettings,
@@ -263,6 +265,14 @@ def mismatch(
     """
     policies = old_log_probs, rollouts.rollout_log_probs
     return to_floats(engine_metrics(*policies, rollouts.sequences.response_mask, buckets, level))
+
+
+def ratio_mismatch(
+    rollouts: Rollouts, old_log_probs: Tensor, buckets: Tensor | None, settings: PolicyLossSettings
+) -> dict[str, float]:
+    """Return `mismatch/ratio_rms` of a rollout: the ratio of trainer over generation engine at equal weights."""
+    compared = old_log_probs, rollouts.rollout_log_probs, rollouts.sequences.response_mask, buckets
+    return to_floats(engine_ratio(*compared, settings))
 
 
 def rollout_ess(rollouts: Rollouts, old_log_probs: Tensor, level: str) -> dict[str, float]:

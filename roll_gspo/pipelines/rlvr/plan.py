@@ -11,6 +11,7 @@ from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.models.size import context_length_of
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pipeline import mini_batch_text
+from roll_gspo.pipelines.rlvr.ratio_noise import noise_texts
 from roll_gspo.pipelines.rlvr.waiting import async_texts
 
 
@@ -26,6 +27,7 @@ def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     yield from (("async", text) for text in async_texts(config))
     yield "updates", _updates_text(config)
     yield "ratio", _ratio_text(config)
+    yield from (("noise", text) for text in noise_texts(config))
     yield "rewards", _rewards_text(config)
     yield from (("samples", text) for text in _sample_texts(config))
     yield "log-probs", _log_probs_text(config)
@@ -115,7 +117,10 @@ def _filter_text(query_filter: QueryFilterConfig) -> str:
 
 
 def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
-    """Yield the enabled corrections of the mismatch between trainer and engine."""
+    """Yield the gate and the enabled corrections of the mismatch between trainer and engine."""
+    gate = config.mismatch_gate
+    if gate is not None:
+        yield f"gate: {gate.action} if KL(engine || trainer) is above {gate.max_kl:g} before the first update"
     correction, replay = config.train_infer_correction, config.actor_train.router_replay
     if correction is not None:
         bounds = f"[{correction.lower_bound:g}, {correction.upper_bound:g}]"

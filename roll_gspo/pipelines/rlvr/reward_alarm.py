@@ -49,7 +49,7 @@ class RewardAlarm:
             self._failing[domain] = 0
             return
         self._failing[domain] += 1
-        if _is_due(self._failing[domain], 1):
+        if is_due(self._failing[domain], 1):
             reason, count = reasons.most_common(1)[0]
             logger.warning(
                 "step %d: rewards.%s: %d of %d samples failed and are not trained on, most often (%d times): %s; try "
@@ -62,7 +62,7 @@ class RewardAlarm:
             self._equal[domain] = 0
         elif len(scores) > 1:
             self._equal[domain] += 1
-            if _is_due(self._equal[domain], FEW_STEPS):
+            if is_due(self._equal[domain], FEW_STEPS):
                 logger.warning(
                     "step %d: rewards.%s: all scores were equal in each of the last %d steps (now %g, %d samples), so "
                     "that estimators that compare samples learn nothing from them; see in rollouts/ whether responses "
@@ -117,7 +117,7 @@ def _short(value: object) -> str:
     return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}… ({len(text)} characters)"
 
 
-def _is_due(count: int, first: int) -> bool:
+def is_due(count: int, first: int) -> bool:
     """Return whether `count` is `first` times a power of two."""
     times, rest = divmod(count, first)
     return not rest and times & (times - 1) == 0 and times > 0

@@ -21,17 +21,21 @@ from roll_gspo.pipelines.rlvr.experience import (
     TokenScoring,
     entropy_metrics,
     mismatch,
+    ratio_mismatch,
     rollout_ess,
     rollout_metrics,
     routing_metrics,
     staleness,
     train_batch,
 )
+from roll_gspo.pipelines.rlvr.mismatch_gate import MismatchGate
+from roll_gspo.pipelines.rlvr.ratio_noise import RatioNoiseAlarm
 from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.pipelines.settings import policy_loss_settings
 from roll_gspo.pipelines.step_loop import Steps
 from roll_gspo.strategies.base import TokenScores
+from roll_gspo.tracking.console import Console
 
 logger = logging.getLogger(__name__)
 TRANSFER_CHECK_PROMPTS = 8
@@ -43,6 +47,11 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
     _checked_transfer = False
     _version = 0
     """Version of the trainer's weights: the step of the last policy update, or the step that was resumed from."""
+
+    def __init__(self, config: ExperimentConfig, components: RlvrComponents, console: Console) -> None:
+        super().__init__(config, components, console)
+        self._noise_alarm = RatioNoiseAlarm(config)
+        self._mismatch_gate = MismatchGate(config)
 
     def prepare(self) -> None:
         """Send the initial weights to the generation engine."""
@@ -56,7 +65,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         collected = components.collector.collect(step, stage)
         rollouts = collected.rollouts
         metrics = collected.metrics | rollout_metrics(rollouts)
-        scoring, figures = self._score_tokens(rollouts)
+        scoring, figures = self._score_tokens(step, rollouts)
         with stage("advantages"):
             domains = components.rewards.domains(rollouts.prompts)
             batch, statistics = train_batch(collected, scoring, components.experience, components.state, domains)
@@ -104,7 +113,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             log_probs = self.components.actor_train.score(traced).log_probs
             self.components.samples.write_updated(step, rows, log_probs, traced.response_mask)
 
-    def _score_tokens(self, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
+    def _score_tokens(self, step: int, rollouts: Rollouts) -> tuple[TokenScoring, dict[str, float]]:
         """Score the sampled tokens with reference, critic and trainer before any update."""
         components, stage = self.components, self.console.stage
         ref_log_probs = values = None
@@ -116,7 +125,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
                 values = components.critic.values(rollouts.sequences)
         buckets, lag_metrics = staleness(rollouts, self._version, self.config.async_generation_ratio)
         with stage("old_log_probs"):
-            old_log_probs, own, metrics = self._old_log_probs(rollouts, buckets)
+            old_log_probs, own, metrics = self._old_log_probs(step, rollouts, buckets)
         routed_experts = rollouts.routed_experts
         if own is not None and self.config.actor_train.router_replay.mode != "R3":
             routed_experts = own.routed_experts
@@ -125,7 +134,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         return scoring, metrics | lag_metrics
 
     def _old_log_probs(
-        self, rollouts: Rollouts, buckets: torch.Tensor | None
+        self, step: int, rollouts: Rollouts, buckets: torch.Tensor | None
     ) -> tuple[torch.Tensor, TokenScores | None, dict[str, float]]:
         """Return the old log-probs, the trainer's scores if they were computed, and metrics.
 
@@ -136,17 +145,18 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             return rollouts.rollout_log_probs, None, {}
         own = self.components.actor_train.score(rollouts.sequences)
         if not self._checked_transfer:
-            self._check_transfer(rollouts, own.log_probs)
+            self._check_transfer(step, rollouts, own.log_probs)
             self._checked_transfer = True
         if not recompute:  # The first mini-batch of every step measures the mismatch instead.
             return rollouts.rollout_log_probs, None, {}
         level = self.config.importance_level
         metrics = mismatch(rollouts, own.log_probs, buckets, level) | entropy_metrics(rollouts, own.entropy)
+        metrics |= ratio_mismatch(rollouts, own.log_probs, buckets, policy_loss_settings(self.config))
         if self.config.staleness_gate is not None:
             metrics |= rollout_ess(rollouts, own.log_probs, level)
         return own.log_probs, own, metrics | routing_metrics(rollouts, own.routed_experts)
 
-    def _check_transfer(self, rollouts: Rollouts, log_probs: torch.Tensor) -> None:
+    def _check_transfer(self, step: int, rollouts: Rollouts, log_probs: torch.Tensor) -> None:
         """Check that trainer and engine agree on a rollout; on a few new responses if older weights sampled it."""
         components, sampling = self.components, self.components.sampling
         mask = rollouts.sequences.response_mask
@@ -155,7 +165,9 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             rollouts = components.actor_infer.generate(prompts, replace(sampling, num_samples=1), "transfer check")
             log_probs = components.actor_train.score(rollouts.sequences).log_probs
         dtypes = (role.model_args.dtype for role in (self.config.actor_train, self.config.actor_infer))
-        check_transfer(rollouts, log_probs, sampling, *dtypes)
+        found = check_transfer(rollouts, log_probs, sampling, *dtypes)
+        if found is not None:
+            self._mismatch_gate.check(step, found)
 
     def _update_policy(self, batch: TrainBatch, step: int, so_far: Mapping[str, float]) -> dict[str, float]:
         """Update the actor. Warn if the update is skipped.
@@ -174,7 +186,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             return {"actor/num_updates": 0.0, "actor/skipped_updates": skipped, **gate}
         with stage("update") as progress:
             metrics = self.components.actor_train.update(batch, step, progress)
-        return metrics | gate
+        return metrics | gate | self._noise_alarm.check(step, {**so_far, **metrics})
 
     def _checked_by_gate(self, step: int, so_far: Mapping[str, float]) -> str | None:
         """Return why the staleness gate is closed, or None. Warn if generation is to wait."""
