@@ -125,7 +125,7 @@ NOISE = (
     Column("noise, two passes", "actor/ratio_noise", ALL, ".1e"),
     Column("noise, engine", "mismatch/ratio_rms", ALL, ".1e"),
 )
-BF16 = tuple(f"{role}.model_args.dtype=bf16" for role in ("actor_train", "actor_infer", "reference"))
+BF16 = ("actor_train.model_args.dtype=bf16",)  # the engine stays in float32, so that only the trainer rounds
 WIDE = ("pg_clip_low=3e-3", "pg_clip_high=4e-3")
 ROUNDED_HEAD = ("actor_train.strategy_args.strategy_config.fp32_lm_head=false",)
 # Scoring and training pass one sample at a time, so that both compute the same batches.

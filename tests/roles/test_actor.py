@@ -140,7 +140,8 @@ def test_update_that_is_not_finite_changes_nothing_is_counted_and_stops_the_run_
 
 def test_first_mini_batch_measures_the_mismatch_to_the_engine_that_sampled(checkpoint: Path) -> None:
     actor = actor_of(hf(checkpoint), num_epochs=1)
-    assert not [name for name in actor.update(rollout(actor), 1, nothing) if name.startswith("mismatch/")]
+    own = actor.update(rollout(actor), 1, nothing)
+    assert not [name for name in own if name.startswith("mismatch/")] and own["actor/ratio_noise"] < 1e-5
 
     actor = actor_of(hf(checkpoint), num_epochs=1, measure_mismatch=True)
     batch = rollout(actor)
@@ -150,9 +151,40 @@ def test_first_mini_batch_measures_the_mismatch_to_the_engine_that_sampled(check
     # later mini-batches, whose policy has moved on, are not in it
     assert metrics["mismatch/log_prob_diff_mean"] == pytest.approx(0.25, abs=1e-5)
     assert metrics["mismatch/log_prob_diff_max"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["mismatch/ratio_rms"] == pytest.approx(0.25, abs=1e-5) and "actor/ratio_noise" not in metrics
     assert metrics["mismatch/kl"] == pytest.approx(math.exp(0.25) - 1.25, abs=1e-5) and metrics["mismatch/ess"] > 0
     again = actor.update(batch, 2, nothing)
     assert again["mismatch/log_prob_diff_max"] > 0.26, "every update measures anew, and this policy has moved on"
+
+
+def noise_of_first_mini_batch(strategy: TrainStrategy, micro_batching: MicroBatching) -> tuple[float, float]:
+    """Return `actor/ratio_noise` and its expected value if the old log-probs of sample i are off by 0.01 (i + 1)."""
+    actor = actor_of(strategy, micro_batching=micro_batching)  # type: ignore[arg-type]
+    batch = rollout(actor)
+    off = 0.01 * (1 + torch.arange(len(batch)))
+    batch = replace(batch, old_log_probs=batch.old_log_probs - off[:, None])
+    sizes = {"mini_batch_size": 3, "num_epochs": 2, "max_consecutive_skipped_steps": 3, "seed": 0}
+    first = next(MiniBatches("actor_train", **sizes).indices(batch, 1))  # type: ignore[arg-type]
+    answered = first[batch.response_mask[first].any(-1)]
+    found = actor.update(batch, 1, nothing)
+    assert "mismatch/ratio_rms" not in found
+    return found["actor/ratio_noise"], math.sqrt(float(off[answered].square().mean()))
+
+
+@pytest.mark.parametrize("micro_batching", [MicroBatching(1), MicroBatching(3), MicroBatching(3, max_tokens=30)])
+def test_first_mini_batch_measures_the_noise_of_the_ratio(checkpoint: Path, micro_batching: MicroBatching) -> None:
+    found, expected = noise_of_first_mini_batch(hf(checkpoint), micro_batching)
+    assert found == pytest.approx(expected, rel=1e-3), "later mini-batches have moved and do not count"
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("packed", [False, True])
+def test_noise_of_the_ratio_does_not_depend_on_packing(checkpoint: Path, packed: bool) -> None:
+    from roll_gspo.strategies.megatron.engine.train import MegatronTrain
+
+    strategy = MegatronTrain(model_setup(checkpoint), optimizer_setup(), MegatronConfig(use_sequence_packing=packed))
+    found, expected = noise_of_first_mini_batch(strategy, MicroBatching(3, max_tokens=30, packed=packed))
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_mini_batch_that_is_masked_whole_takes_no_step(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
