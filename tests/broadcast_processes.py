@@ -138,6 +138,11 @@ class Worker:
         setup = ModelSetup(folder, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)
         self.engine = VllmGenerate(setup, config, 256, receives_broadcast=True)
 
+    def pretend_gpus(self) -> None:
+        from file_gpus import install
+
+        install(setattr)
+
     def connect_engine(self, address: WeightBroadcastAddress) -> None:
         self.engine.connect(address)
 

@@ -154,6 +154,8 @@ class Trainer:
         self.sender, self.checksum = WeightBroadcastSender(address, bucket_bytes), checksum
         return self.sender.address
 
+    def join_broadcast(self, address: WeightBroadcastAddress, bucket_bytes: int) -> None: ...
+
     def send_weights(self, version: int) -> None:
         if self.sender is not None:
             self.sender.send([("version", torch.tensor(version))], version, self.checksum)

@@ -220,6 +220,18 @@ class GenerateStrategyArgs(StrategyArgs):
 
     returns_routed_experts: ClassVar[bool] = False
     """Completions hold the experts that a mixture of experts chose (`router_replay: R3`, `record`)."""
+    receives_between_gpus: ClassVar[bool] = False
+    """The engine can receive weights by NCCL and CUDA IPC (`weight_transfer.backend`); `build_weight_sender` exists."""
+
+    def build_weight_sender(self, address: Any, buffer_bytes: int | None, commands: Any) -> Any:
+        """Build the `NativeWeightSender` of one rank of the trainer; called only if `receives_between_gpus`.
+
+        Args:
+            address: a `WeightBroadcastAddress`, whose backend is `nccl` or `ipc`.
+            buffer_bytes: size of packed buffers; None for the default.
+            commands: a `CommandSender` on rank 0, None on the others.
+        """
+        raise NotImplementedError(f"{self.strategy_name}: receives_between_gpus needs build_weight_sender")
 
     @abstractmethod
     def build_generator(self, model: Any, generation: Any) -> Any:

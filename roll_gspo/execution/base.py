@@ -156,6 +156,10 @@ class WorkerGroup(Protocol):
         """Restart a replica with a new object."""
         ...
 
+    def lose(self, rank: int, why: str) -> None:
+        """Kill a worker that does not return, so that it counts as lost; in one world, every worker."""
+        ...
+
     def kill(self) -> None:
         """Kill every process."""
         ...

@@ -31,6 +31,7 @@ from roll_gspo.strategies.batch_streaming import streaming
 def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
     """Build `actor_train`, or one rank of it."""
     role = on_this_device("actor_train", config.actor_train)
+    generator = config.actor_infer.strategy_args
     return Actor(
         _train_strategy(config, role, checkpoint, config.num_updates),
         policy_loss_settings(config),
@@ -40,6 +41,7 @@ def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
         max_consecutive_skipped_steps=config.max_consecutive_skipped_steps,
         seed=config.seed,
         measure_mismatch=not config.enable_old_logprobs_recompute,
+        build_weight_sender=generator.build_weight_sender if generator.receives_between_gpus else None,
     )
 
 

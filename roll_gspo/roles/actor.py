@@ -16,9 +16,10 @@ from roll_gspo.metrics import Metric
 from roll_gspo.roles.mini_batches import MiniBatches, summary
 from roll_gspo.roles.profiled import profiled
 from roll_gspo.roles.trained import TrainedPolicy
+from roll_gspo.roles.weight_export import BuildNativeSender, WeightExport
 from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult, WeightSource
 from roll_gspo.strategies.micro_batches import MicroBatching
-from roll_gspo.strategies.weight_broadcast import BUCKET_BYTES, WeightBroadcastAddress, WeightBroadcastSender
+from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 
 
 class Actor(TrainedPolicy):
@@ -35,6 +36,8 @@ class Actor(TrainedPolicy):
         measure_mismatch: old log-probs are those of the generation engine. The first mini-batch of each update, whose
             policy has not moved yet, then reports `mismatch/*` and `staleness/*`. If they are recomputed by the
             trainer, that pass measures the whole rollout, and the first mini-batch reports `actor/ratio_noise`.
+        build_weight_sender: builds the sender of a weight transfer between GPUs; None if the generation engine has
+            none.
     """
 
     def __init__(
@@ -48,13 +51,13 @@ class Actor(TrainedPolicy):
         max_consecutive_skipped_steps: int,
         seed: int,
         measure_mismatch: bool = False,
+        build_weight_sender: BuildNativeSender | None = None,
     ) -> None:
         super().__init__(strategy)
         self._loss_settings = loss_settings
         self._micro_batching = micro_batching
         self._measure_mismatch = measure_mismatch
-        self._sender: WeightBroadcastSender | None = None
-        self._checksum = False
+        self._export = WeightExport(strategy, build_weight_sender)
         self._mini_batches = MiniBatches(
             "actor_train",
             mini_batch_size=mini_batch_size,
@@ -116,25 +119,15 @@ class Actor(TrainedPolicy):
         return self._strategy.weights()
 
     def open_broadcast(
-        self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES, checksum: bool = False
+        self, address: WeightBroadcastAddress, bucket_bytes: int | None = None, checksum: bool = False
     ) -> WeightBroadcastAddress:
-        """Open a weight broadcast to generation engines in other processes; close an earlier one.
+        """Open a weight transfer to generation engines in other processes, on rank 0; see `WeightExport.open`."""
+        return self._export.open(address, bucket_bytes, checksum)
 
-        Call it on rank 0 only, which sends. It sends pieces of `bucket_bytes`, each with its `checksum` if requested.
-        """
-        if self._sender is not None:
-            self._sender.close()
-        self._sender, self._checksum = WeightBroadcastSender(address, bucket_bytes), checksum
-        return self._sender.address
+    def join_broadcast(self, address: WeightBroadcastAddress, bucket_bytes: int | None = None) -> None:
+        """Join the opened transfer, on every rank; see `WeightExport.join`."""
+        self._export.join(address, bucket_bytes)
 
     def send_weights(self, version: int) -> None:
-        """Broadcast the live weights. Ranks without a sender only take part in the export.
-
-        Raises:
-            WeightTransferError: an engine did not receive the weights.
-        """
-        if self._sender is not None:
-            self._sender.send(self._strategy.weights(), version, self._checksum)
-            return
-        for _ in self._strategy.weights():
-            pass
+        """Send the live weights, on every rank; see `WeightExport.send`."""
+        self._export.send(version)

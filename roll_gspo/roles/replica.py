@@ -15,7 +15,7 @@ from roll_gspo.strategies.base import (
     WeightReceiver,
 )
 from roll_gspo.strategies.batch_streaming import streaming
-from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
+from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 from roll_gspo.tracking.profiler import TraceTarget, record_trace
 
 
@@ -87,7 +87,7 @@ class Replica(ProfiledRole):
         """Do nothing. A reply shows that the process is alive."""
 
     def connect(self, address: WeightBroadcastAddress) -> None:
-        """Join the weight broadcast."""
+        """Join the weight transfer."""
         self._engine.connect(address)
 
     def receive_weights(self, version: int) -> None:

@@ -6,11 +6,12 @@ import logging
 from typing import Protocol
 
 from roll_gspo.errors import WeightTransferError, WorkerError
-from roll_gspo.execution.base import WorkerGroup, gather
+from roll_gspo.execution.base import WorkerGroup
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.replicas import Replicas
-from roll_gspo.strategies.weight_broadcast import BUCKET_BYTES, WeightBroadcastAddress, report_loss
+from roll_gspo.roles.transfer_watch import TransferWatch
+from roll_gspo.strategies.weight_broadcast_address import Backend, WeightBroadcastAddress
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class BroadcastSync:
     """Transfer across processes: all ranks of the trainer export, rank 0 sends, every worker of every replica receives.
 
     A replica that is lost during a transfer or during generation is restarted. All replicas then receive the weights
-    again.
+    again. A worker that does not return from a failed transfer is killed.
 
     Args:
         trainer: ranks of `actor_train`.
@@ -61,8 +62,10 @@ class BroadcastSync:
         generator: role that generates on them.
         workers_per_replica: processes per engine (its tensor-parallel size).
         timeout_s: time limit of every wait of one side for the other.
-        bucket_bytes: maximum size of a piece that is sent at once.
-        checksum: verify every piece on arrival.
+        bucket_bytes: maximum size of a piece that is sent at once; None for the default of the backend.
+        checksum: verify every piece on arrival; gloo only.
+        backend: what moves the bytes.
+        falls_back: use gloo if the backend cannot be started. Once it has started, its errors are errors.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class BroadcastSync:
         *,
         workers_per_replica: int,
         timeout_s: float,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         checksum: bool = False,
+        backend: Backend = "gloo",
+        falls_back: bool = False,
     ) -> None:
         self._trainer = trainer
         self._replicas = replicas
@@ -82,7 +87,9 @@ class BroadcastSync:
         self._workers_per_replica = workers_per_replica
         self._timeout_s = timeout_s
         self._pieces = bucket_bytes, checksum
-        self._address: WeightBroadcastAddress | None = None
+        self.backend: Backend = backend
+        self._falls_back = falls_back and backend != "gloo"
+        self._watch: TransferWatch | None = None
         replicas.restore_weights = self._restore
 
     def push(self, version: int) -> None:
@@ -99,39 +106,59 @@ class BroadcastSync:
     def _push(self, version: int) -> None:
         # A loss found here costs nothing, and the other replicas keep their requests.
         if self._replicas.revive():
-            self._address = None
+            self._watch = None
+        group = self._replicas.group
         while True:
+            connecting = False
             try:
                 # In a transfer the sender would wait for a lost replica.
-                self._replicas.group.call("ready")
-                if self._address is None:
-                    self._connect()
-                gather(
-                    [
-                        self._replicas.group.submit("receive_weights", version),
-                        self._trainer.submit("send_weights", version),
-                    ]
-                )
+                group.call("ready")
+                connecting = self._watch is None
+                watch = self._watch = self._watch or self._connect()
+                connecting = False
+                calls = {rank: group.submit("receive_weights", version, rank=rank) for rank in range(group.size)}
+                watch.finish(self._trainer.submit("send_weights", version), calls)
             except (WorkerError, WeightTransferError) as error:
-                if self._address is not None:
-                    report_loss(self._address, str(error))
-                self._address = None
+                self._watch = None
                 # the others may hold part of a version, so they are unusable, too
-                if not self._replicas.revive(every=True):
+                lost = self._replicas.revive(every=True)
+                if connecting and self._falls_back:
+                    self._fall_back(error)
+                elif not lost:
                     raise
-                logger.warning("%s; weights of version %d are sent again", error, version)
+                else:
+                    logger.warning("%s; weights of version %d are sent again", error, version)
             else:
                 self._generator.weights_version = version
                 return
 
     def _restore(self) -> None:
-        self._address = None
+        self._watch = None
         self.push(self._generator.weights_version)
 
-    def _connect(self) -> None:
-        """Open a new broadcast, as its members are fixed after the first use."""
+    def _fall_back(self, error: Exception) -> None:
+        logger.warning(
+            "weight_transfer.backend: auto: %s cannot be started (%s); weights travel through host memory (gloo), "
+            "which is slower; set gloo to silence this, or %s to make it an error",
+            *(self.backend, error, self.backend),
+        )
+        self.backend, self._falls_back = "gloo", False
+
+    def _connect(self) -> TransferWatch:
+        """Open a new transfer, as its members are fixed after the first use."""
         group, width = self._replicas.group, self._workers_per_replica
-        wanted = WeightBroadcastAddress(self._trainer.host(0), 0, 1 + group.size * width, timeout_s=self._timeout_s)
+        wanted = WeightBroadcastAddress(
+            self._trainer.host(0),
+            0,
+            1 + group.size * width,
+            timeout_s=self._timeout_s,
+            backend=self.backend,
+            num_trainers=self._trainer.size,
+            workers_per_engine=width,
+        )
         address: WeightBroadcastAddress = self._trainer.call("open_broadcast", wanted, *self._pieces, rank=0)
-        gather([group.submit("connect", address.at(1 + rank * width), rank=rank) for rank in range(group.size)])
-        self._address = address
+        watch = TransferWatch(self._trainer, group, address)
+        calls = {rank: group.submit("connect", address.at(1 + rank * width), rank=rank) for rank in range(group.size)}
+        watch.finish(self._trainer.submit("join_broadcast", address, self._pieces[0]), calls)
+        self._falls_back = False
+        return watch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from roll_gspo.batch import Completion, Sequences, TrainBatch
 from roll_gspo.metrics import Metric
-from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
+from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 
 
 @dataclass(frozen=True)
@@ -314,19 +314,47 @@ class StreamingStrategy(GenerateStrategy, Protocol):
         ...
 
 
-class WeightReceiver(Protocol):
-    """An engine that receives its weights from a trainer in another process, by weight broadcast."""
+class NativeWeightSender(Protocol):
+    """One rank of the trainer in a weight transfer between GPUs. Every rank has one and makes the same calls."""
 
-    def connect(self, address: WeightBroadcastAddress) -> None:
-        """Join the broadcast of an open `WeightBroadcastSender` (first time, or again for a new sender).
+    def start(self, source: WeightSource) -> None:
+        """Start the backend while every engine connects. `source` is exported once, to learn what it contains.
 
         Raises:
-            WeightTransferError: the sender is not reached within `address.timeout_s`.
+            WeightTransferError: the backend does not work here, or an engine failed or is late.
+        """
+        ...
+
+    def send(self, source: WeightSource, version: int) -> None:
+        """Send the weights; return when every engine has loaded all of them.
+
+        Raises:
+            WeightTransferError: the source failed, or an engine failed, is late or waits for another version.
+        """
+        ...
+
+    def close(self) -> None:
+        """Disconnect. Further calls do nothing."""
+        ...
+
+
+class WeightReceiver(Protocol):
+    """An engine that receives its weights from a trainer in another process."""
+
+    def connect(self, address: WeightBroadcastAddress) -> None:
+        """Join the transfer of an open sender (first time, or again for a new sender), with the address's backend.
+
+        Call it on all engines at the same time, and `NativeSender.start` on all ranks of the trainer unless the backend
+        is gloo.
+
+        Raises:
+            WeightTransferError: the sender is not reached within `address.timeout_s`, or the backend does not work
+                here.
         """
         ...
 
     def receive(self, version: int) -> None:
-        """Receive the weights that `WeightBroadcastSender.send` sends as `version`. Call both at the same time.
+        """Receive the weights that the sender sends as `version`. Call `send` and this at the same time.
 
         Nothing computed with older weights is used afterwards. After an error the engine refuses to generate until a
         transfer succeeds.

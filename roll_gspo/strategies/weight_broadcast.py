@@ -13,22 +13,16 @@ TCP store that the sender opens. The default process group is not used.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store  # not exported by torch.distributed
+from torch._C._distributed_c10d import PrefixStore  # not exported by torch.distributed
 
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.rendezvous import StoreAddress, connect_store, open_store
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 from roll_gspo.strategies.weight_broadcast_format import (
     Accept,
@@ -40,62 +34,22 @@ from roll_gspo.strategies.weight_broadcast_format import (
     pack_buckets,
     pieces,
 )
+from roll_gspo.strategies.weight_rendezvous import (
+    TransferMember,
+    TransferReceiver,
+    TransferSender,
+    as_transfer_error,
+)
+from roll_gspo.strategies.weight_update import FULL_MODEL, check_kind
 
 BUCKET_BYTES = 16 << 20  # measured: larger buckets do not stay in the CPU cache between copy and broadcast
-_GRACE_S = 5.0  # receivers wait longer than the sender, which can name the late rank
 _LISTED = 8
-_LOST = "lost"  # key of the message of `report_loss`
-_POLL_S = 1.0  # interval at which a waiting sender checks for it
 
 
-class _Member:
-    """Common part of sender and receiver: store, process group, and counters of transfers and their buckets."""
+class _GlooMember(TransferMember):
+    """The gloo group of a member, which opens with the first transfer."""
 
-    def __init__(self, address: WeightBroadcastAddress, rank: int, is_sender: bool) -> None:
-        self.address = address
-        self._rank = rank
-        self._group: dist.ProcessGroupGloo | None = None
-        self._transfer = self._step = 0
-        self._broken = ""
-        self._buffers = Buffers()
-        try:
-            self._opened: Store | None
-            if is_sender:
-                self._opened, where = open_store(address.host, address.timeout_s, address.port)
-                self.address = replace(address, port=where.port, secret=where.secret)
-            else:
-                self._opened = connect_store(_store_address(address), address.timeout_s)
-        except (RuntimeError, ValueError, OSError) as error:
-            doing = "open the store at" if is_sender else "reach the sender's store at"
-            raise WeightTransferError(
-                f"weight transfer: rank {rank} could not {doing} {address.host}:{address.port} within "
-                f"{address.timeout_s:g} s: {error}"
-            ) from error
-
-    @property
-    def _store(self) -> Store:
-        if self._opened is None:
-            raise WeightTransferError("weight transfer: the connection is closed; connect again")
-        return self._opened
-
-    def _key(self, kind: str, rank: int = 0) -> str:
-        return f"{self._transfer}/{self._step}/{kind}/{rank}"
-
-    def _wait(self, key: str, timeout_s: float) -> bool:
-        """Wait for `key`; return False on timeout."""
-        try:
-            self._store.wait([key], timedelta(seconds=timeout_s))
-        except dist.DistStoreError:
-            return False
-        return True
-
-    def _begin(self) -> None:
-        self._transfer += 1
-        self._step = 0
-
-    def _check_usable(self) -> None:
-        if self._broken:
-            raise WeightTransferError(f"weight transfer: an earlier transfer failed ({self._broken}); connect again")
+    _group: dist.ProcessGroupGloo | None = None
 
     def _open_group(self) -> None:
         """Open the process group. All members call this together; each uses the interface that reaches the sender."""
@@ -114,36 +68,12 @@ class _Member:
         with self._unusable_after_error("broadcast"):
             self._group.broadcast([bytes_of(tensor)], options).wait()  # pyright: ignore[reportAttributeAccessIssue]
 
-    @contextmanager
-    def _unusable_after_error(self, doing: str) -> Iterator[None]:
-        """Mark the connection as unusable after an error, as the members are no longer in step."""
-        try:
-            yield
-        except BaseException as error:
-            self._broken = f"{type(error).__name__} in {doing}"
-            if not isinstance(error, RuntimeError):
-                raise
-            raise WeightTransferError(
-                f"weight transfer: rank {self._rank} could not {doing} with the {self.address.world_size} members "
-                f"of the broadcast: {error}"
-            ) from error
-
     def close(self) -> None:
-        """Disconnect. Further calls do nothing."""
-        self._group = self._opened = None
+        self._group = None
+        super().close()
 
 
-def report_loss(address: WeightBroadcastAddress, text: str) -> None:
-    """Notify the sender that a receiver died, so that it stops waiting. No-op if the sender is gone."""
-    with suppress(RuntimeError):
-        connect_store(_store_address(address), _GRACE_S).set(_LOST, text)
-
-
-def _store_address(address: WeightBroadcastAddress) -> StoreAddress:
-    return StoreAddress(address.host, address.port, address.secret)
-
-
-class WeightBroadcastSender(_Member):
+class WeightBroadcastSender(_GlooMember, TransferSender):
     """Rank 0 of a weight broadcast. It does not wait for receivers, which connect before or during the first `send`.
 
     A lost receiver cannot be replaced: open a new sender and connect all receivers to it.
@@ -157,10 +87,17 @@ class WeightBroadcastSender(_Member):
     """
 
     def __init__(self, address: WeightBroadcastAddress, bucket_bytes: int = BUCKET_BYTES) -> None:
-        super().__init__(address, 0, is_sender=True)
+        super().__init__(address, range(1, address.world_size))
         self._bucket_bytes = bucket_bytes
+        self._buffers = Buffers()
 
-    def send(self, source: Iterable[tuple[str, Tensor]], version: int, checksum: bool = False) -> None:
+    def send(
+        self,
+        source: Iterable[tuple[str, Tensor]],
+        version: int,
+        checksum: bool = False,
+        kind: str = FULL_MODEL,
+    ) -> None:
         """Send (name, tensor) pairs; return when every receiver has received all of them.
 
         The source is iterated once and to its end, even if a receiver fails: other ranks may take part in a
@@ -170,26 +107,28 @@ class WeightBroadcastSender(_Member):
             source: pairs to send, e.g. a `WeightSource`.
             version: version that every receiver must be waiting for.
             checksum: send a CRC-32 with every piece, at about the cost of a copy.
+            kind: what the tensors are, e.g. `FULL_MODEL`; receivers refuse a kind that they do not know.
 
         Raises:
             WeightTransferError: the source failed, or a receiver failed, is late or waits for another version. The
                 message has the rank, its name and its error.
         """
         self._begin()
-        tensors = iter(source)
+        tensors = self.exporting(source, version)
         try:
             self._check_usable()
             if self._group is None:
-                self._post(Header(opens_group=True), version)
+                self._post_header(Header(opens_group=True, kind=kind), version)
                 self._open_group()
-            for header, payload in pack_buckets(tensors, self._buffers.take(self._bucket_bytes), checksum):
-                self._post(header, version)
+            for header, payload in pack_buckets(tensors, self._buffers.take(self._bucket_bytes), checksum, kind):
+                self._post_header(header, version)
                 self._send_payload(payload, checksum)
                 del payload  # free it before the source creates the next tensor
             self._await_receivers(version)
         except BaseException as error:
-            wrapped = _as_transfer_error(error, version)
-            self._post_error(Header(error=str(wrapped) or type(error).__name__))
+            wrapped = as_transfer_error(error, version)
+            text = str(wrapped) or type(error).__name__
+            self._post_error(Header(error=text).encode(), text)
             if isinstance(error, WeightTransferError):
                 with suppress(Exception):
                     for _ in tensors:
@@ -205,71 +144,13 @@ class WeightBroadcastSender(_Member):
             if checksum:
                 self._broadcast(torch.tensor([crc32(sent)]))
 
-    def _post(self, header: Header, version: int) -> None:
+    def _post_header(self, header: Header, version: int) -> None:
         """Post the next header once all receivers wait for it."""
         self._await_receivers(version)
-        self._store.set(self._key("header"), header.encode())
-        self._step += 1
-
-    def _post_error(self, header: Header) -> None:
-        """Post an error for receivers that may have disconnected."""
-        try:
-            self._store.set(self._key("header"), header.encode())
-        except (RuntimeError, WeightTransferError):
-            self._broken = self._broken or "the store is closed"
-
-    def _await_receivers(self, version: int) -> None:
-        """Wait until all receivers are ready for the current step.
-
-        Raises:
-            WeightTransferError: a receiver reported an error or is late.
-        """
-        receivers = range(1, self.address.world_size)
-        self._wait_for_all()
-        ready = [rank for rank in receivers if self._store.check([self._key("ready", rank)])]
-        for rank in ready:
-            self._check_ready(rank, version)
-        late = [self._name(rank) for rank in receivers if rank not in ready]
-        if late:
-            raise WeightTransferError(
-                f"weight transfer of version {version}: waited {self.address.timeout_s:g} s for {', '.join(late)}"
-            )
-        for key in (self._key("all_ready"), self._key("count")):
-            self._store.delete_key(key)
-        if self._step:  # all receivers have read the previous header
-            self._store.delete_key(f"{self._transfer}/{self._step - 1}/header/0")
-
-    def _wait_for_all(self) -> bool:
-        """Wait for all receivers; return False on timeout.
-
-        Raises:
-            WeightTransferError: `report_loss` reported a dead receiver.
-        """
-        until = time.monotonic() + self.address.timeout_s
-        while not self._wait(self._key("all_ready"), min(_POLL_S, max(until - time.monotonic(), 0.001))):
-            if self._store.check([_LOST]):
-                self._broken = "a receiver was lost"
-                raise WeightTransferError(f"weight transfer: {self._store.get(_LOST).decode()}")
-            if time.monotonic() >= until:
-                return False
-        return True
-
-    def _check_ready(self, rank: int, version: int) -> None:
-        state = json.loads(self._store.get(self._key("ready", rank)))
-        self._store.delete_key(self._key("ready", rank))
-        if state["error"]:
-            raise WeightTransferError(f"weight transfer of version {version}: {self._name(rank)}: {state['error']}")
-        if state["version"] != version:
-            raise WeightTransferError(
-                f"weight transfer of version {version}: {self._name(rank)} waits for version {state['version']}"
-            )
-
-    def _name(self, rank: int) -> str:
-        known = self._store.check([f"member/{rank}"])
-        return f"rank {rank} ({self._store.get(f'member/{rank}').decode() if known else 'never connected'})"
+        self._post(header.encode())
 
 
-class WeightBroadcastReceiver(_Member):
+class WeightBroadcastReceiver(_GlooMember, TransferReceiver):
     """A receiver of a weight broadcast (rank 1 or above). It waits for the sender's store, not for other receivers.
 
     Args:
@@ -283,11 +164,8 @@ class WeightBroadcastReceiver(_Member):
 
     def __init__(self, address: WeightBroadcastAddress, rank: int | None = None, name: str = "") -> None:
         rank = address.first_rank if rank is None else rank
-        if not 0 < rank < address.world_size:
-            raise ValueError(f"WeightBroadcastReceiver: rank {rank} is not in 1..{address.world_size - 1}")
-        super().__init__(address, rank, is_sender=False)
-        name = f"{name + ', ' if name else ''}process {os.getpid()} on {socket.gethostname()}"
-        self._store.set(f"member/{rank}", name)
+        super().__init__(address, rank, address.world_size - 1, name)
+        self._buffers = Buffers()
 
     @contextmanager
     def receive(self, version: int, accept: Accept | None = None) -> Iterator[Iterator[tuple[str, Tensor]]]:
@@ -332,42 +210,12 @@ class WeightBroadcastReceiver(_Member):
                 break
         ended.append(True)
 
-    def _report(self, version: int, error: str = "") -> None:
-        """Report readiness for the current step, or an error; the last receiver wakes the sender."""
-        with self._reaching_sender(version):
-            self._store.set(self._key("ready", self._rank), json.dumps({"version": version, "error": error}))
-            if self._store.add(self._key("count"), 1) == self.address.world_size - 1 or error:
-                self._store.set(self._key("all_ready"), "")
-
-    def _report_error(self, version: int, error: BaseException) -> None:
-        text = str(error) if isinstance(error, WeightTransferError) else f"{type(error).__name__}: {error}"
-        with suppress(WeightTransferError):  # the sender is gone
-            self._report(version, text)
-
-    @contextmanager
-    def _reaching_sender(self, version: int) -> Iterator[None]:
-        try:
-            yield
-        except dist.DistError as error:
-            self._broken = "the sender is gone"
-            raise WeightTransferError(
-                f"weight transfer of version {version}: rank {self._rank} lost the sender: {error}"
-            ) from error
-
     def _next_header(self, version: int) -> Header:
-        key, patience = self._key("header"), self.address.timeout_s + _GRACE_S
-        with self._reaching_sender(version):
-            posted = self._wait(key, patience)
-            data = self._store.get(key) if posted else b""
-        if not posted:
-            raise WeightTransferError(
-                f"weight transfer of version {version}: rank {self._rank} waited {patience:g} s for the sender at "
-                f"{self.address.host}:{self.address.port}"
-            )
-        header = Header.decode(data)
+        header = Header.decode(self._next_message(version))
         if header.error:
             raise WeightTransferError(header.error)
         self._step += 1
+        check_kind(header.kind)
         return header
 
     def _take(self, header: Header) -> list[tuple[str, Tensor]]:
@@ -388,9 +236,3 @@ class WeightBroadcastReceiver(_Member):
                 f"{', '.join(names[:_LISTED])}{more}"
             )
         return tensors
-
-
-def _as_transfer_error(error: BaseException, version: int) -> BaseException:
-    if isinstance(error, WeightTransferError) or not isinstance(error, Exception):
-        return error
-    return WeightTransferError(f"weight transfer of version {version}: {type(error).__name__}: {error}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, replace
+from typing import Literal
+
+Backend = Literal["gloo", "nccl", "ipc"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,9 @@ class WeightBroadcastAddress:
         secret: prefix of the keys in the store; chosen by the sender.
         first_rank: rank of the receiver that gets this address, or of the first worker of its engine.
         timeout_s: time limit of every wait for another member.
+        backend: transport of the bytes: `gloo` through host memory, vLLM's `nccl` or `ipc` between GPUs.
+        num_trainers: ranks of the trainer, of which rank 0 sends.
+        workers_per_engine: consecutive ranks that belong to one engine.
     """
 
     host: str
@@ -25,6 +31,9 @@ class WeightBroadcastAddress:
     secret: str = ""
     first_rank: int = 1
     timeout_s: float = 300.0
+    backend: Backend = "gloo"
+    num_trainers: int = 1
+    workers_per_engine: int = 1
 
     def at(self, first_rank: int) -> WeightBroadcastAddress:
         """Return the address for the receiver with rank `first_rank`."""

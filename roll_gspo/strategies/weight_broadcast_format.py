@@ -11,6 +11,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from roll_gspo.strategies.weight_update import FULL_MODEL
+
 _ALIGNMENT = 64  # bytes; a multiple of every dtype size, so that tensors can be views of the bucket
 
 
@@ -53,6 +55,7 @@ class Header:
         bucket_bytes: maximum size of a piece.
         opens_group: no bucket follows; every member opens the process group now.
         error: no bucket follows; the reason that the transfer ended.
+        kind: what the tensors are; see `weight_update`.
     """
 
     tensors: tuple[TensorMeta, ...] = ()
@@ -61,6 +64,7 @@ class Header:
     bucket_bytes: int = 0
     opens_group: bool = False
     error: str = ""
+    kind: str = FULL_MODEL
 
     def encode(self) -> str:
         """Encode as JSON."""
@@ -101,7 +105,7 @@ def _num_references(tensor: Tensor) -> int:
 
 
 def pack_buckets(
-    tensors: Iterable[tuple[str, Tensor]], buffer: Tensor, checksum: bool
+    tensors: Iterable[tuple[str, Tensor]], buffer: Tensor, checksum: bool, kind: str = FULL_MODEL
 ) -> Iterator[tuple[Header, Tensor]]:
     """Yield a header and payload per bucket: the bytes of several tensors in `buffer`, or one larger tensor.
 
@@ -112,7 +116,7 @@ def pack_buckets(
     used = 0
 
     def header(packed: list[TensorMeta], last: bool = False) -> Header:
-        return Header(tuple(packed), last, checksum, bucket_bytes)
+        return Header(tuple(packed), last, checksum, bucket_bytes, kind=kind)
 
     for name, tensor in tensors:
         tensor = tensor.detach()

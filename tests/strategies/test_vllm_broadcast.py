@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from broadcast_processes import Process, ProcessError, Worker
+from file_gpus import install
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from torch import Tensor
@@ -20,8 +21,12 @@ from roll_gspo.errors import ConfigError, WeightTransferError
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastSender
+from roll_gspo.strategies.weight_broadcast_address import Backend
+from roll_gspo.strategies.weight_commands import CommandSender
 
 pytest.importorskip("vllm", reason="vllm is not installed")
+from roll_gspo.strategies.vllm.engine.native_sender import NativeSender
+
 pytestmark = [pytest.mark.vllm]
 
 PROMPTS = [[3, 5 + i, 9, 40 + i, 7] for i in range(4)] + [[3 + (i * 7) % 50 for i in range(150)]]
@@ -90,6 +95,56 @@ def connect(process: Process, tmp_path: Path) -> Iterator[Connect]:
     yield build
     assert process.call(Worker.shutdown_engine) == 0
     senders[0].close()
+
+
+@pytest.fixture
+def gpus(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides have GPUs made of gloo and of files."""
+    process.call(Worker.pretend_gpus)
+    install(monkeypatch.setattr)
+
+
+class Trainer:
+    """The only rank of a trainer whose tensors share memory, as those of an export do."""
+
+    def __init__(self, process: Process, folder: Path, backend: Backend, timeout_s: float = 30.0) -> None:
+        address = WeightBroadcastAddress("127.0.0.1", 0, 2, timeout_s=timeout_s, backend=backend)
+        self.commands = CommandSender(address)
+        self.sender = NativeSender(self.commands.address, SMALL_BUCKETS, self.commands)
+        process.start(Worker.connect_engine, self.commands.address)
+        self.sender.start(overwritten(weights(folder, 0)))
+        process.result()
+
+    def send(self, process: Process, tensors: dict[str, Tensor], version: int) -> None:
+        process.start(Worker.receive_engine, version)
+        self.sender.send(overwritten(tensors), version)
+        process.result()
+
+
+def overwritten(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield views of one buffer, which the next tensor overwrites."""
+    buffer = torch.empty(max(tensor.numel() for tensor in tensors.values()))
+    for name, tensor in tensors.items():
+        view = buffer[: tensor.numel()].view(tensor.shape)
+        yield name, view.copy_(tensor)
+        buffer.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(("backend", "family"), [("nccl", "qwen3_tied"), ("ipc", "qwen3_moe")])
+def test_vllms_transfers_between_gpus_deliver_each_version(
+    process: Process, gpus: None, tmp_path: Path, backend: Backend, family: str
+) -> None:
+    folder = save_model(family, tmp_path / family)
+    process.call(Worker.build_engine, folder, 1)
+    trainer = Trainer(process, folder, backend)
+    with pytest.raises(ProcessError, match="no weights were transferred yet; call receive first"):
+        generate(process)
+    for version in (1, 2):
+        new = weights(folder, version)
+        trainer.send(process, new, version)
+        assert log_prob_error(folder, new, generate(process), tmp_path / "copy") < TOLERANCE[family]
+    trainer.sender.close()
+    assert process.call(Worker.shutdown_engine) == 0
 
 
 def transfer(process: Process, sender: WeightBroadcastSender, source: dict[str, Tensor], version: int) -> None:

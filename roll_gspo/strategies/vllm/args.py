@@ -18,7 +18,9 @@ from roll_gspo.models.size import architecture_of, head_size_of
 from roll_gspo.strategies.vllm.config import VllmConfig
 
 if TYPE_CHECKING:
-    from roll_gspo.strategies.base import GenerateStrategy, GenerationSetup, ModelSetup
+    from roll_gspo.strategies.base import GenerateStrategy, GenerationSetup, ModelSetup, NativeWeightSender
+    from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
+    from roll_gspo.strategies.weight_commands import CommandSender
 
 _TENSOR = "strategy_config.tensor_parallel_size"
 _INVARIANT = "strategy_config.batch_invariant"
@@ -38,6 +40,7 @@ class VllmArgs(GenerateStrategyArgs):
     )
     needs_16_bits_on_gpus: ClassVar[bool] = True
     returns_routed_experts: ClassVar[bool] = True
+    receives_between_gpus: ClassVar[bool] = True
 
     @property
     def model_parallel_sizes(self) -> dict[str, int]:
@@ -89,6 +92,14 @@ class VllmArgs(GenerateStrategyArgs):
             return
         if architecture is not None:
             yield from tensor_parallel_problems(architecture, self.strategy_config.tensor_parallel_size)
+
+    def build_weight_sender(
+        self, address: WeightBroadcastAddress, buffer_bytes: int | None, commands: CommandSender | None
+    ) -> NativeWeightSender:
+        """Build a `NativeSender`."""
+        from roll_gspo.strategies.vllm.engine.native_sender import NativeSender
+
+        return NativeSender(address, buffer_bytes, commands)
 
     def build_generator(self, model: ModelSetup, generation: GenerationSetup) -> GenerateStrategy:
         """Build a `VllmGenerate`."""

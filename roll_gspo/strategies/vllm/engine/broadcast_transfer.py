@@ -1,134 +1,36 @@
-"""vLLM's weight transfer with backend `gloo`: every worker of an engine receives the trainer's weight broadcast.
+"""Controls the receiving side of a weight transfer from another process.
 
 vLLM imports this module in each of its workers because the engine's `worker_extension_cls` is defined here; the import
-registers the backend. A worker never raises through vLLM's RPC: if one of several workers raised, the replies of the
-others would stay queued and be read as replies to later calls. Workers record the error and `BroadcastTransfer`
-collects it.
+registers `ReceivingEngine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from torch import Tensor
 from vllm import LLM
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from roll_gspo.errors import WeightTransferError
-from roll_gspo.strategies.vllm.engine.loading import load_full_model, shapes_of_full_model
+from roll_gspo.strategies.vllm.engine.loading import shapes_of_full_model
 from roll_gspo.strategies.vllm.engine.manifest import differences
-from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
-from roll_gspo.strategies.weight_broadcast_format import TensorMeta
+from roll_gspo.strategies.vllm.engine.receiving_engine import KEPT, ReceivingEngine
+from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
+from roll_gspo.strategies.weight_commands import CommandReceiver
+from roll_gspo.strategies.weight_update import CONNECTING, FULL_MODEL, PROBE, check_kind
 
-GLOO = "gloo"
+RECEIVING = "roll_gspo"
 
-
-@dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """A `WeightBroadcastAddress`; worker r of the engine is rank `first_rank + r`."""
-
-    host: str
-    port: int
-    world_size: int
-    first_rank: int
-    timeout_s: float
-    secret: str
-
-
-@dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The version that the sender sends next."""
-
-    version: int
-
-
-class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Worker side: receives the weight broadcast and loads the model layer by layer as the buckets arrive."""
-
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
-    _receiver: WeightBroadcastReceiver | None = None
-    _half_loaded = False
-    problem = ""
-
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Connect to the sender; closes an earlier connection."""
-        self._record_problem(lambda: self._connect(WeightBroadcastAddress(**asdict(init_info))))
-
-    def _connect(self, address: WeightBroadcastAddress) -> None:
-        self.shutdown()
-        self._expected = shapes_of_full_model(self.model_config)
-        worker = self.parallel_config.rank
-        self._receiver = WeightBroadcastReceiver(address, address.first_rank + worker, f"vllm worker {worker}")
-
-    def start_weight_update(self) -> None:
-        """Do nothing: the old weights stay usable until the first manifest is accepted."""
-
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive and load the whole model."""
-        self._record_problem(lambda: self._receive(update_info.version))
-
-    def _receive(self, version: int) -> None:
-        if self._receiver is None:
-            raise WeightTransferError("weight transfer: the engine is not connected; call connect first")
-        arrived: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-
-        def accept(metas: Sequence[TensorMeta], last: bool) -> None:
-            arrived.extend((meta.name, meta.shape, meta.torch_dtype) for meta in metas)
-            seen = {name for name, _, _ in arrived}
-            expected = self._expected if last else {n: s for n, s in self._expected.items() if n in seen}
-            if wrong := differences(expected, arrived):
-                raise WeightTransferError("weight transfer: " + "; ".join(wrong) + self._state_after_rejection())
-
-        with self._receiver.receive(version, accept) as weights:
-            if self._half_loaded:
-                raise WeightTransferError("weight transfer: an earlier transfer stopped half-way; build a new engine")
-            first = next(weights, None)  # the old weights stay valid until the first tensor arrives
-            self._half_loaded = True
-            load_full_model(self.model, self.model_config, _chained(first, weights))
-            self._half_loaded = False
-
-    def _state_after_rejection(self) -> str:
-        return "; build a new engine" if self._half_loaded else "; the old weights were kept"
-
-    def finish_weight_update(self) -> None:
-        """Do nothing: `receive_weights` loads the whole model."""
-
-    def shutdown(self) -> None:
-        """Disconnect from the sender."""
-        if self._receiver is not None:
-            self._receiver.close()
-            self._receiver = None
-
-    def _record_problem(self, work: Callable[[], None]) -> None:
-        self.problem = ""
-        try:
-            work()
-        except Exception as error:
-            is_transfer_error = isinstance(error, WeightTransferError)
-            self.problem = str(error) if is_transfer_error else f"weight transfer: {type(error).__name__}: {error}"
-
-
-def _chained(first: tuple[str, Tensor] | None, rest: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    if first is not None:
-        yield first
-    yield from rest
-
-
-WeightTransferEngineFactory.register_engine(GLOO, GlooEngine)
+WeightTransferEngineFactory.register_engine(RECEIVING, ReceivingEngine)
 
 
 class BroadcastWorker:
-    """The `worker_extension_cls` of an engine that receives a weight broadcast."""
+    """The `worker_extension_cls` of an engine that receives its weights from another process."""
 
-    weight_transfer_engine: GlooEngine
+    weight_transfer_engine: ReceivingEngine
 
     def broadcast_problem(self) -> str:
         """Return the error of the last weight-transfer call; empty if it succeeded."""
@@ -137,7 +39,7 @@ class BroadcastWorker:
 
 # Arguments of an engine for `BroadcastTransfer`.
 BROADCAST_ARGS: dict[str, object] = {
-    "weight_transfer_config": {"backend": GLOO},
+    "weight_transfer_config": {"backend": RECEIVING},
     "worker_extension_cls": f"{BroadcastWorker.__module__}.{BroadcastWorker.__qualname__}",
 }
 
@@ -147,15 +49,23 @@ class BroadcastTransfer:
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
+        self._commands: _Commands | None = None
 
     def connect(self, address: WeightBroadcastAddress) -> None:
-        """Connect all workers of the engine to the sender.
+        """Connect all workers of the engine to the sender, with the backend of the address.
 
         Raises:
-            WeightTransferError: a worker cannot reach the sender.
+            WeightTransferError: a worker cannot reach the sender, or the backend does not work here.
         """
-        self._llm.init_weight_transfer_engine({"init_info": asdict(address)})
-        self._raise_problems()
+        if self._commands is not None:
+            self._commands.close()
+            self._commands = None
+        if address.backend == "gloo":
+            self._llm.init_weight_transfer_engine({"init_info": {"address": asdict(address)}})
+            raise_problems(self._llm)
+        else:
+            self._commands = _Commands(self._llm, address)
+            self._commands.serve(CONNECTING)
 
     def receive(self, version: int) -> None:
         """Receive `version`.
@@ -165,18 +75,92 @@ class BroadcastTransfer:
         Raises:
             WeightTransferError: the errors of all workers, including the error of the sender.
         """
+        if self._commands is not None:
+            self._commands.serve(version)
+            return
         self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"version": version}})
-        problems = self._problems()
-        self._llm.finish_weight_update(str(version) if not problems else None)
-        if problems:
-            raise WeightTransferError("\n".join(problems))
+        found = problems(self._llm)
+        self._llm.finish_weight_update(str(version) if not found else None)
+        if found:
+            raise WeightTransferError("\n".join(found))
 
-    def _problems(self) -> list[str]:
-        """Return the errors of all workers without duplicates."""
-        return list(dict.fromkeys(problem for problem in self._llm.collective_rpc("broadcast_problem") if problem))
 
-    def _raise_problems(self) -> None:
-        if problems := self._problems():
-            raise WeightTransferError("\n".join(problems))
+class _Commands:
+    """Executes the commands of a sender whose bytes travel between GPUs: the calls of vLLM's protocol."""
+
+    def __init__(self, llm: LLM, address: WeightBroadcastAddress) -> None:
+        self._llm = llm
+        self._address = address
+        self._receiver = CommandReceiver(address, "vllm")
+        self._version, self._kind, self._started = CONNECTING, FULL_MODEL, False
+
+    def serve(self, version: int) -> None:
+        """Execute all commands of a version."""
+        self._version = version
+        try:
+            self._receiver.serve(version, self._execute)
+        finally:
+            if self._started:  # the transfer failed; vLLM would refuse to start the next
+                self._started = False
+                self._llm.finish_weight_update()
+
+    def close(self) -> None:
+        """Disconnect from the sender."""
+        self._receiver.close()
+
+    def _execute(self, name: str, arguments: dict[str, Any]) -> None:
+        methods = {"init": self._init, "start": self._start, "update": self._update, "finish": self._finish}
+        methods[name](arguments)
+        raise_problems(self._llm)
+
+    def _init(self, arguments: dict[str, Any]) -> None:
+        """Start the backend; `arguments` are the init info of vLLM's engine."""
+        if "rank_offset" in arguments:
+            arguments = {**arguments, "rank_offset": self._address.first_rank}
+        self._llm.init_weight_transfer_engine(
+            {"init_info": {"address": asdict(self._address), "native": dict(arguments)}}
+        )
+
+    def _start(self, arguments: dict[str, Any]) -> None:
+        """Check the manifest of an update before any weight changes."""
+        self._kind = arguments["kind"]
+        if self._kind != PROBE:
+            check_kind(self._kind)
+            self._check_manifest(arguments)
+            self._llm.reset_prefix_cache(reset_running_requests=True)
+        self._llm.start_weight_update()
+        self._started = True
+
+    def _check_manifest(self, arguments: Mapping[str, Any]) -> None:
+        dtypes = [getattr(torch, name) for name in arguments["dtype_names"]]
+        announced = zip(arguments["names"], map(tuple, arguments["shapes"]), dtypes, strict=True)
+        if wrong := differences(shapes_of_full_model(self._llm.model_config), list(announced)):
+            raise WeightTransferError("weight transfer: " + "; ".join(wrong) + KEPT)
+
+    def _update(self, arguments: dict[str, Any]) -> None:
+        """Receive all tensors, or a part of them; `arguments` are the update info of vLLM's engine."""
+        self._llm.update_weights(
+            {"update_info": {"version": self._version, "kind": self._kind, "native": dict(arguments)}}
+        )
+
+    def _finish(self, arguments: dict[str, Any]) -> None:
+        """Complete an update."""
+        self._started = False
+        self._llm.finish_weight_update(None if self._kind == PROBE else str(self._version))
+
+
+def problems(llm: LLM) -> list[str]:
+    """Return the errors of all workers without duplicates."""
+    return list(dict.fromkeys(problem for problem in llm.collective_rpc("broadcast_problem") if problem))
+
+
+def raise_problems(llm: LLM) -> None:
+    """Raise the errors of the workers' last weight-transfer call.
+
+    Raises:
+        WeightTransferError: the errors of all workers.
+    """
+    if found := problems(llm):
+        raise WeightTransferError("\n".join(found))

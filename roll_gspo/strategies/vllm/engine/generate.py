@@ -31,7 +31,7 @@ from roll_gspo.strategies.vllm.engine.host_process import close_engine, global_r
 from roll_gspo.strategies.vllm.engine.requests import VllmDecoder
 from roll_gspo.strategies.vllm.engine.routed_experts import expert_source, recording_args
 from roll_gspo.strategies.vllm.engine.weight_transfer import IN_PROCESS, InProcessTransfer
-from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress
+from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 
 logger = logging.getLogger(__name__)
 _CPU_BLOCK_TOKENS = 128
@@ -220,11 +220,6 @@ class VllmGenerate:
 
 
 def _check_layout(tensor_parallel_size: int, record_routed_experts: bool, receives_broadcast: bool) -> None:
-    if receives_broadcast and not current_platform.is_cpu():
-        logger.warning(
-            "vllm: weights come through the host's memory (gloo), which has not been tried on a GPU; vLLM's own ways "
-            "between GPUs (nccl, ipc) are faster and not driven yet. The first rollout shows whether they arrived"
-        )
     if tensor_parallel_size == 1:
         return
     if not receives_broadcast:

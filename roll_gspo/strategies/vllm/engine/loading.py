@@ -25,25 +25,62 @@ def shapes_of_full_model(model_config: ModelConfig) -> dict[str, tuple[int, ...]
     return expected_shapes(Path(model_config.model), tied)
 
 
-def load_full_model(model: torch.nn.Module, model_config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Replace all weights, layer by layer. If the iteration raises, the model is unusable.
+class ModelLoader:
+    """Replaces all weights of a vLLM model, layer by layer: `begin`, `load` any number of times, `finish`.
 
-    Raises:
-        WeightTransferError: a parameter received no tensor.
+    If a load stops between `begin` and `finish`, the model is unusable.
     """
-    if current_platform.is_cpu():
-        _repack_experts_on_load(model)
-    initialize_layerwise_reload(model)
-    loader: Any = model  # vLLM's models add `load_weights` to nn.Module
-    loaded = loader.load_weights(iter(weights))
-    finalize_layerwise_reload(model, model_config)
-    if current_platform.is_cpu():
-        _repack_output_heads(model)
-    untouched = {name for name, _ in model.named_parameters()} - set(loaded or ())
-    if untouched:
-        raise WeightTransferError(
-            f"weight transfer: parameters of the engine received no tensor: {sorted(untouched)[:10]}"
-        )
+
+    def __init__(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        self._model = model
+        self._config = model_config
+        self._loaded: set[str] = set()
+        self.half_loaded = False
+
+    def begin(self) -> None:
+        """Prepare the model for new weights.
+
+        Raises:
+            WeightTransferError: an earlier load stopped half-way.
+        """
+        if self.half_loaded:
+            raise WeightTransferError("weight transfer: an earlier transfer stopped half-way; build a new engine")
+        self.half_loaded = True
+        self._loaded.clear()
+        if current_platform.is_cpu():
+            _repack_experts_on_load(self._model)
+        initialize_layerwise_reload(self._model)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load some of the tensors. Their memory may be reused after the last tensor of each layer has been loaded."""
+        loader: Any = self._model  # vLLM's models add `load_weights` to nn.Module
+        self._loaded |= set(loader.load_weights(iter(weights)) or ())
+
+    def finish(self) -> None:
+        """Complete the load.
+
+        Raises:
+            WeightTransferError: a parameter received no tensor.
+        """
+        finalize_layerwise_reload(self._model, self._config)
+        if current_platform.is_cpu():
+            _repack_output_heads(self._model)
+        untouched = {name for name, _ in self._model.named_parameters()} - self._loaded
+        if untouched:
+            raise WeightTransferError(
+                f"weight transfer: parameters of the engine received no tensor: {sorted(untouched)[:10]}"
+            )
+        self.half_loaded = False
+
+    def replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load all tensors.
+
+        Raises:
+            WeightTransferError: see `begin` and `finish`.
+        """
+        self.begin()
+        self.load(weights)
+        self.finish()
 
 
 def _repack_experts_on_load(model: torch.nn.Module) -> None:

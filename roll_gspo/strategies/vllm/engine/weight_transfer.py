@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.base import WeightSource
-from roll_gspo.strategies.vllm.engine.loading import load_full_model, shapes_of_full_model
+from roll_gspo.strategies.vllm.engine.loading import ModelLoader, shapes_of_full_model
 from roll_gspo.strategies.vllm.engine.manifest import differences
 
 IN_PROCESS = "in_process"
@@ -46,7 +46,7 @@ class InProcessEngine(WeightTransferEngine[InProcessInitInfo, InProcessUpdateInf
     def init_transfer_engine(self, init_info: InProcessInitInfo) -> None:
         """Read from the checkpoint which tensors a full model has."""
         self._expected = shapes_of_full_model(self.model_config)
-        self._half_loaded = False
+        self._loader = ModelLoader(self.model, self.model_config)
 
     def start_weight_update(self) -> None:
         """Do nothing: the old weights stay usable until the manifest is accepted."""
@@ -56,11 +56,7 @@ class InProcessEngine(WeightTransferEngine[InProcessInitInfo, InProcessUpdateInf
         wrong = differences(self._expected, [(name, tuple(t.shape), t.dtype) for name, t in update_info.weights])
         if wrong:
             raise WeightTransferError("weight transfer: " + "; ".join(wrong) + "; the old weights were kept")
-        if self._half_loaded:
-            raise WeightTransferError("weight transfer: an earlier one broke off half-way; build a new engine")
-        self._half_loaded = True
-        load_full_model(self.model, self.model_config, update_info.weights)
-        self._half_loaded = False
+        self._loader.replace(update_info.weights)
 
     def finish_weight_update(self) -> None:
         """Do nothing: `receive_weights` loaded the whole model."""
