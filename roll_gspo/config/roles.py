@@ -320,9 +320,14 @@ class CheckpointConfig(Schema):
 class WeightTransferConfig(Schema):
     """Settings of the weight transfer from the trainer to the engines with `execution: ray`."""
 
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """Transport: `ipc` (CUDA IPC) if every engine shares its GPUs with the trainer, `nccl` between separate GPUs,
+    `gloo` through host memory. `auto` selects in this order, and `gloo` without GPUs. If its selection cannot be
+    started, it falls back to `gloo` with a warning."""
     checksum: bool = False
-    """Compare the checksum of every received bucket."""
-    bucket_mb: PositiveInt = 16
-    """Size of a tensor bucket in MiB. Sender and receivers allocate one in addition to the model."""
+    """Compare the checksum of every received bucket. Only with `gloo`."""
+    bucket_mb: PositiveInt | None = None
+    """Size of a tensor bucket in MiB; null: 16 with `gloo`, 512 with `nccl`, 2048 with `ipc`, but not more than the
+    model. Sender and receivers allocate one in addition to the model, with `nccl` two."""
     timeout_s: PositiveFloat = 120.0
     """Seconds that sender and receivers wait for each other at any point."""

@@ -25,6 +25,7 @@ from roll_gspo.pipelines.factories import (
     make_generator,
     make_replica,
 )
+from roll_gspo.pipelines.weight_transfer import transfer_choice, transfer_problems
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.profiled import Profilable
@@ -88,7 +89,7 @@ class ClusterPlacement:
     def start_generator(
         self, config: ExperimentConfig, checkpoint: Path, pad_token_id: int, actor: Actor
     ) -> tuple[Generator, Profilable, WeightSync]:
-        """Build one generation engine per worker, each of which is profiled. Weights are broadcast to them."""
+        """Build one generation engine per worker, each of which is profiled. The trainer sends weights to them."""
         devices = worker_devices(config, config.actor_infer)
         make = partial(make_replica, config, checkpoint)
         environment = self._environment(config.actor_infer)
@@ -96,15 +97,20 @@ class ClusterPlacement:
         continues = config.updates_in_flight and config.partial_rollouts == "continue"
         replicas = Replicas(group, config.max_worker_restarts, continue_lost=continues)
         generator = Generator(replicas, pad_token_id, config.seed, replicas.stream)
-        transfer = config.weight_transfer
+        transfer, uses_gpus = config.weight_transfer, self._executor.uses_gpus
+        # The plan reports this too if the machine of the command has the devices of the cluster.
+        if problems := [*transfer_problems(config, uses_gpus)]:
+            raise ConfigError("\n".join(map(str, problems)))
         weights = BroadcastSync(
             self._groups["actor_train"],
             replicas,
             generator,
             workers_per_replica=devices.per_worker,
             timeout_s=min(transfer.timeout_s, config.worker_timeout_s),
-            bucket_bytes=transfer.bucket_mb << 20,
+            bucket_bytes=None if transfer.bucket_mb is None else transfer.bucket_mb << 20,
             checksum=transfer.checksum,
+            backend=transfer_choice(config, uses_gpus).backend,
+            falls_back=transfer.backend == "auto",
         )
         return generator, replicas, weights
 

@@ -106,10 +106,11 @@ def test_keys_of_execution_have_their_values() -> None:
         *(None, 1800),
         *(0, 3),
     )
-    assert config.weight_transfer.model_dump() == {"checksum": False, "bucket_mb": 16, "timeout_s": 120}
+    transfer = {"backend": "auto", "checksum": False, "bucket_mb": None, "timeout_s": 120}
+    assert config.weight_transfer.model_dump() == transfer
     assert not config.checkpoint_config.async_save
     own = load_config("example_gspo", "weight_transfer.checksum=true", "checkpoint_config.async_save=true").config
-    assert own.weight_transfer.checksum and own.checkpoint_config.async_save and own.weight_transfer.bucket_mb == 16
+    assert own.weight_transfer.checksum and own.checkpoint_config.async_save and own.weight_transfer.bucket_mb is None
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from roll_gspo.config.base import Problem
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.pipelines.devices import finds_cuda
 from roll_gspo.pipelines.pipeline import Pipeline
 from roll_gspo.pipelines.rlvr.plan import context_problems, plan_rows
 from roll_gspo.pipelines.rlvr.warnings import rlvr_warnings
+from roll_gspo.pipelines.weight_transfer import transfer_problems, transfer_warnings
 
 if TYPE_CHECKING:
     from roll_gspo.pipelines.rlvr.steps import RlvrSteps
@@ -40,7 +42,7 @@ class RlvrPipeline(Pipeline[ExperimentConfig]):
         return plan_rows(config)
 
     def warnings(self, config: ExperimentConfig) -> Iterable[Problem]:
-        return rlvr_warnings(config)
+        return (*rlvr_warnings(config), *transfer_warnings(config, finds_cuda(config)))
 
     def problems(self, config: ExperimentConfig) -> Iterable[Problem]:
-        return context_problems(config)
+        return (*context_problems(config), *transfer_problems(config, finds_cuda(config)))

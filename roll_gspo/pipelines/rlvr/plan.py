@@ -9,10 +9,11 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.selection import QueryFilterConfig
 from roll_gspo.declarations import EXTENSIBLE, POLICY_LOSSES
 from roll_gspo.models.size import context_length_of
-from roll_gspo.pipelines.devices import model_of
+from roll_gspo.pipelines.devices import finds_cuda, model_of
 from roll_gspo.pipelines.pipeline import mini_batch_text
 from roll_gspo.pipelines.rlvr.ratio_noise import noise_texts
 from roll_gspo.pipelines.rlvr.waiting import async_texts
+from roll_gspo.pipelines.weight_transfer import transfer_text
 
 
 def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
@@ -23,6 +24,7 @@ def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield "roles", f"{'critic':<12} learning rate {config.critic.training_args.learning_rate:g}"
     elif config.critic is not None:
         yield "roles", f"{'critic':<12} not built: adv_estimator is {config.adv_estimator}, not gae"
+    yield "weights", transfer_text(config, finds_cuda(config))
     yield "rollout", _rollout_text(config)
     yield from (("async", text) for text in async_texts(config))
     yield "updates", _updates_text(config)
