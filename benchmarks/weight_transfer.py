@@ -1,11 +1,15 @@
 """Time the transfer of weights to an engine in another process against a copy in this process.
 
-    python benchmarks/weight_transfer.py [--rounds 9] [--sizes 0.6 20 300] [--checksum]
+    python benchmarks/weight_transfer.py [--rounds 9] [--sizes 0.6 20 300] [--checksum] [--backends gloo nccl ipc]
 
 Sizes are million parameters of a tied dense Qwen3 with random weights in float32. Each round times three things: a copy
 (`tensor.copy_`) of every tensor into an existing one, the broadcast to a receiver that drops the tensors, and the
 broadcast into a running vLLM engine, which repacks them for its kernels. `--largest-engine 20` skips larger engines:
 the largest needs several GB of memory for trainer, copies and engine.
+
+`nccl` and `ipc` need GPUs and are only timed into an engine. The trainer is on the first GPU. The engine is on the
+second one for `nccl`, and shares the first one for `ipc` and `gloo`. Backends without enough GPUs are skipped, and the
+script says so. With GPUs the weights are bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +34,15 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
+from roll_gspo.strategies.base import NativeWeightSender
+from roll_gspo.strategies.weight_broadcast import WeightBroadcastReceiver, WeightBroadcastSender
+from roll_gspo.strategies.weight_broadcast_address import Backend, WeightBroadcastAddress
+from roll_gspo.strategies.weight_commands import CommandSender
 
 TIMEOUT_S = 120.0
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+GPUS_NEEDED = {"gloo": 0, "ipc": 1, "nccl": 2}
 
 
 class Shape(NamedTuple):
@@ -84,8 +95,10 @@ def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | 
         from roll_gspo.strategies.vllm.config import VllmConfig
         from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
-        setup = ModelSetup(checkpoint, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)
-        engine = VllmGenerate(setup, VllmConfig(max_num_seqs=8, kv_cache_memory_mb=64), 256, receives_broadcast=True)
+        setup = ModelSetup(checkpoint, DTYPE, micro_batch_size=1, temperature=1.0, seed=0)
+        config = VllmConfig(max_num_seqs=8, kv_cache_memory_mb=64, enforce_eager=True)
+        engine = VllmGenerate(setup, config, 256, receives_broadcast=True)
+        pipe.send("built")
         engine.connect(address)
         receive = engine.receive
     pipe.send("ready")
@@ -96,22 +109,40 @@ def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | 
 class Remote:
     """A process with a receiver, and its sender in this process."""
 
-    def __init__(self, checkpoint: Path | None) -> None:
+    def __init__(self, checkpoint: Path | None, backend: Backend, weights: list[tuple[str, Tensor]]) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._sender = WeightBroadcastSender(WeightBroadcastAddress("127.0.0.1", 0, 2, timeout_s=TIMEOUT_S))
-        self._process = context.Process(target=serve, args=(theirs, self._sender.address, checkpoint))
-        self._process.start()
-        if not self._pipe.poll(TIMEOUT_S):
-            raise TimeoutError(f"the receiving process was not ready within {TIMEOUT_S:g} s")
-        self._pipe.recv()
+        wanted = WeightBroadcastAddress("127.0.0.1", 0, 2, timeout_s=TIMEOUT_S, backend=backend)
+        commands = WeightBroadcastSender(wanted) if backend == "gloo" else CommandSender(wanted)
+        self._process = context.Process(target=serve, args=(theirs, commands.address, checkpoint))
+        with visible_gpus("1") if backend == "nccl" else nullcontext():
+            self._process.start()
+        if checkpoint is not None:
+            self._expect("built")
+        self._sender: WeightBroadcastSender | NativeWeightSender
+        if isinstance(commands, WeightBroadcastSender):
+            self._sender = commands
+        else:
+            from roll_gspo.strategies.vllm.engine.native_sender import NativeSender
+
+            self._sender = NativeSender(commands.address, None, commands)
+            self._sender.start(weights)
+        self._expect("ready")
         self._version = 0
+
+    def _expect(self, word: str) -> None:
+        if not self._pipe.poll(TIMEOUT_S):
+            raise TimeoutError(f"the receiving process was not {word} within {TIMEOUT_S:g} s")
+        assert self._pipe.recv() == word
 
     def send(self, weights: list[tuple[str, Tensor]], checksum: bool) -> None:
         """Send the weights; return after the receiver has them."""
         self._version += 1
         self._pipe.send(self._version)
-        self._sender.send(weights, self._version, checksum)
+        if isinstance(self._sender, WeightBroadcastSender):
+            self._sender.send(weights, self._version, checksum)
+        else:
+            self._sender.send(weights, self._version)
 
     def close(self) -> None:
         """End the receiving process."""
@@ -121,6 +152,20 @@ class Remote:
         self._sender.close()
 
 
+@contextmanager
+def visible_gpus(numbers: str) -> Iterator[None]:
+    """Let processes that start in the block see only these GPUs."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = numbers
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Return the wall time of one call."""
     start = time.perf_counter()
@@ -128,35 +173,40 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(millions: float, rounds: int, checksum: bool, with_engine: bool) -> Cost:
+def measure(millions: float, rounds: int, checksum: bool, with_engine: bool, backend: Backend) -> Cost:
     """Measure one size; the first round opens connections and touches memory, and does not count."""
-    model = model_of(SHAPES[millions])
+    model = model_of(SHAPES[millions]).to(DTYPE)
     with tempfile.TemporaryDirectory() as folder:
         if with_engine:
             model.save_pretrained(folder)
+        model.to("cuda" if ON_GPU else "cpu")
         weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
         copies = [torch.empty_like(tensor) for _, tensor in weights]
-        broadcast, engine = Remote(None), Remote(Path(folder)) if with_engine else None
+        broadcast = Remote(None, backend, weights) if backend == "gloo" else None
+        engine = Remote(Path(folder), backend, weights) if with_engine else None
 
         def copy() -> None:
             for target, (_, tensor) in zip(copies, weights, strict=True):
                 target.copy_(tensor)
+            if ON_GPU:
+                torch.cuda.synchronize()
 
         cost = Cost(sum(tensor.nbytes for _, tensor in weights), [], [], [])
         try:
             for _ in range(rounds + 1):
                 cost.copy.append(seconds(copy))
-                cost.broadcast.append(seconds(lambda: broadcast.send(weights, checksum)))
+                if broadcast is not None:
+                    cost.broadcast.append(seconds(lambda: broadcast.send(weights, checksum)))
                 if engine is not None:
                     cost.engine.append(seconds(lambda: engine.send(weights, checksum)))
         finally:
-            broadcast.close()
-            if engine is not None:
-                engine.close()
+            for remote in (broadcast, engine):
+                if remote is not None:
+                    remote.close()
     return Cost(cost.nbytes, cost.copy[1:], cost.broadcast[1:], cost.engine[1:])
 
 
-def row(millions: float, cost: Cost) -> str:
+def row(millions: float, backend: Backend, cost: Cost) -> str:
     """Return a row of the table; ratios are medians of the rounds' ratios."""
 
     def rate(times: list[float]) -> str:
@@ -170,7 +220,7 @@ def row(millions: float, cost: Cost) -> str:
         return f"{1e3 * statistics.median(times):.1f}" if times else "–"
 
     cells = [
-        f"{millions:g} M ({cost.nbytes / 1e6:.0f} MB)",
+        f"{millions:g} M ({cost.nbytes / 1e6:.0f} MB), {backend}",
         rate(cost.copy),
         *(rate(cost.broadcast), milliseconds(cost.broadcast), ratio(cost.broadcast)),
         *(rate(cost.engine), milliseconds(cost.engine), ratio(cost.engine)),
@@ -185,12 +235,19 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--largest-engine", type=float, default=300.0, help="million parameters")
     parser.add_argument("--checksum", action="store_true")
+    parser.add_argument("--backends", nargs="+", choices=list(GPUS_NEEDED), default=list(GPUS_NEEDED))
     arguments = parser.parse_args()
     print("| parameters | copy, GB/s | broadcast, GB/s | ms | × copy | into vLLM, GB/s | ms | × copy |")
     print("|---|---|---|---|---|---|---|---|")
     for millions in arguments.sizes:
-        with_engine = millions <= arguments.largest_engine
-        print(row(millions, measure(millions, arguments.rounds, arguments.checksum, with_engine)), flush=True)
+        for backend in arguments.backends:
+            if torch.cuda.device_count() < GPUS_NEEDED[backend]:
+                found = torch.cuda.device_count()
+                print(f"| {millions:g} M, {backend}: skipped, needs {GPUS_NEEDED[backend]} GPU(s), found {found} |")
+                continue
+            with_engine = millions <= arguments.largest_engine
+            cost = measure(millions, arguments.rounds, arguments.checksum, with_engine, backend)
+            print(row(millions, backend, cost), flush=True)
 
 
 if __name__ == "__main__":
