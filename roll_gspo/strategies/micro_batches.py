@@ -164,7 +164,7 @@ class MicroBatching:
         if self.max_tokens is None:
             return mini_batch.split(self.size)
         sequences = mini_batch.sequences
-        costs = costs_of(sequences, self.cost)
+        costs = costs_of(sequences, self.cost) if self.ranks > 1 else None
         limits = self.size, self.max_tokens, self.packed
         parts = split_samples(sequences.lengths, *limits, ranks=self.ranks, costs=costs)
         return [mini_batch.rows(index) for index in parts]

@@ -224,13 +224,14 @@ class ResponseModel:
         """
         for module in self.wrapped:
             module.eval()
+        ranks = parallel_state.get_data_parallel_world_size()
         parts = split_samples(
             sequences.lengths,
             self.setup.micro_batch_size,
             self.setup.max_tokens,
             bool(self.config.use_sequence_packing),
-            ranks=parallel_state.get_data_parallel_world_size(),
-            costs=costs_of(sequences, self.pass_cost),
+            ranks=ranks,
+            costs=costs_of(sequences, self.pass_cost) if ranks > 1 else None,
         )
         mine = self.share(parts, lambda index: (sequences, index))
         nothing = torch.zeros(1, dtype=torch.int64)
