@@ -1,4 +1,4 @@
-"""Checkpoints of an engine whose training state is owned by its trainer."""
+"""Checkpoints and residency of an engine whose training state is owned by its trainer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from roll_gspo.strategies.base import Checkpointable
+from roll_gspo.strategies.offload import Offloadable
+from roll_gspo.strategies.residency import Residency
 
 TrainerT = TypeVar("TrainerT", bound=Checkpointable)
 
 
-class TrainerCheckpoints(Generic[TrainerT]):
-    """Saves and loads the state of `self._trainer`: parameters, optimizer, applied steps and RNG states."""
+class TrainerCheckpoints(Offloadable, Generic[TrainerT]):
+    """Saves and loads the state of `self._trainer`: parameters, optimizer, applied steps and RNG states.
+
+    The state must be on the device, so a checkpoint does not depend on residency.
+    """
 
     _trainer: TrainerT
 
@@ -20,7 +25,9 @@ class TrainerCheckpoints(Generic[TrainerT]):
 
         Raises:
             CheckpointError: the state, or that of an earlier asynchronous save, cannot be written.
+            ResidencyError: the state is offloaded.
         """
+        self._state.need(Residency.FULL, "save")
         self._trainer.save(folder, asynchronous)
 
     def finish_save(self, wait: bool = True) -> bool:
@@ -36,5 +43,7 @@ class TrainerCheckpoints(Generic[TrainerT]):
 
         Raises:
             CheckpointError: there is no state, it is damaged, or it is of another model.
+            ResidencyError: the state is offloaded.
         """
+        self._state.need(Residency.FULL, "load")
         self._trainer.load(folder)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from roll_gspo.batch import Completion, Sequences
@@ -25,6 +26,8 @@ from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.decoder import HfDecoder
 from roll_gspo.strategies.hf.model import HfWeights, compute_logits_in_float32, load_model, response_scores
 from roll_gspo.strategies.log_probs import score_in_micro_batches
+from roll_gspo.strategies.offload import EngineState, Offloadable, Part
+from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
 
@@ -35,8 +38,11 @@ class _Loaded(NamedTuple):
     requests: OutstandingRequests
 
 
-class HfInfer:
+class HfInfer(Offloadable):
     """`ScoringStrategy`, `StreamingStrategy` and `WeightReceiver` of a checkpoint.
+
+    Weights that were not replaced are copied to the host once. Responses that are not finished continue after the
+    engine has left the device; it computes their cached states again.
 
     Raises:
         ConfigError: the checkpoint cannot be loaded.
@@ -52,8 +58,20 @@ class HfInfer:
         decoder = HfDecoder(loaded, self._batch_size)
         limits = PromptLimits(loaded.config.get_text_config().vocab_size)
         self._loaded: _Loaded | None = _Loaded(loaded, decoder, OutstandingRequests(decoder, limits))
+        self._weights = Part(self._tensors, "constant")
+        self._state = EngineState("hf_infer", self._weights)
         self._receiver: WeightBroadcastReceiver | None = None
         self._failed: int | None = None
+
+    def reside(self, residency: Residency) -> None:
+        """Move the weights. Below `FULL`, no cached states of responses are kept."""
+        if residency < Residency.FULL:
+            self._open().decoder.recompute()
+        super().reside(residency)
+
+    def _tensors(self) -> list[Tensor]:
+        model = self._open().model
+        return [*model.parameters(), *model.buffers()]
 
     @property
     def weights_version(self) -> int | None:
@@ -65,8 +83,10 @@ class HfInfer:
             raise RuntimeError("HfInfer: used after shutdown()")
         return self._loaded
 
-    def _usable(self) -> _Loaded:
+    def _usable(self, work: str, least: Residency = Residency.FULL) -> _Loaded:
+        """Return the model if it can do `work`, which needs the residency `least`."""
         loaded = self._open()
+        self._state.need(least, work)
         if self._failed is not None:
             raise WeightTransferError(
                 f"hf_infer: the transfer of version {self._failed} failed half-way; transfer again"
@@ -76,7 +96,7 @@ class HfInfer:
     @torch.no_grad()
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
         """Score every sample without gradient; float32 on the CPU."""
-        model = self._usable().model
+        model = self._usable("score", Residency.WEIGHTS).model
         return score_in_micro_batches(
             sequences,
             self._setup.micro_batch_size,
@@ -98,7 +118,7 @@ class HfInfer:
         Raises:
             DataError: there are no prompts, or one is empty or contains an id outside the vocabulary.
         """
-        return self._usable().requests.generate(prompts, sampling, seeds, progress, finished, self._batch_size)
+        return self._usable("generate").requests.generate(prompts, sampling, seeds, progress, finished, self._batch_size)
 
     @property
     def capacity(self) -> int:
@@ -107,7 +127,7 @@ class HfInfer:
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests."""
-        self._usable().requests.submit(requests)
+        self._usable("submit").requests.submit(requests)
 
     def advance(self, seconds: float) -> list[FinishedRequest]:
         """Decode for about `seconds`. If a step fails or is interrupted, no request remains.
@@ -115,7 +135,7 @@ class HfInfer:
         Raises:
             WeightTransferError: the last weight update failed; the requests remain.
         """
-        return self._usable().requests.advance(seconds)
+        return self._usable("generate").requests.advance(seconds)
 
     def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
         """Remove requests and return what they have sampled."""
@@ -133,8 +153,10 @@ class HfInfer:
             WeightTransferError: a tensor is unknown, missing, or has another shape.
         """
         model, decoder, _ = self._open()
+        self._state.need(Residency.WEIGHTS, "receive weights")
         places = dict(HfWeights(model))
         self._failed = version
+        self._weights.changed()
         for name, tensor in source:
             place = places.pop(name, None)
             if place is None:

@@ -29,6 +29,7 @@ from roll_gspo.strategies.hf.model import (
 )
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import score_in_micro_batches
+from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 
 
@@ -50,6 +51,7 @@ class HfTrain(TrainerCheckpoints[HfTrainer]):
         if uses_float32(model.dtype, strategy_config.fp32_lm_head):
             compute_logits_in_float32(self._model, model.dtype)
         self._trainer = HfTrainer(self._model, optimizer, model.dtype)
+        self._state = self._trainer.state("hf_train")
 
     def _forward(self, sequences: Sequences, entropy: bool) -> TokenScores:
         with self._trainer.precision():
@@ -58,16 +60,19 @@ class HfTrain(TrainerCheckpoints[HfTrainer]):
     @torch.no_grad()
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
         """Score every sample with the current weights, without gradient. The result is float32 on the CPU."""
+        self._state.need(Residency.WEIGHTS, "score")
         return score_in_micro_batches(
             sequences, self._setup.micro_batch_size, lambda part: self._forward(move(part, self._device), entropy)
         )
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
         """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
+        self._state.need(Residency.FULL, "update")
         return self._trainer.update(micro_batches, lambda batch: loss(self._forward(batch.sequences, entropy), batch))
 
     def weights(self) -> WeightSource:
         """Return the live weights under checkpoint names, in the setup's dtype."""
+        self._state.need(Residency.WEIGHTS, "export weights")
         return HfWeights(self._model, self._setup.dtype)
 
     def save_hf(self, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
+from roll_gspo.strategies.offload import EngineState, Part, outside
 from roll_gspo.strategies.reports import Report, on_host
 from roll_gspo.strategies.restricted_load import load_restricted, unreadable
 from roll_gspo.strategies.schedule import learning_rate
@@ -57,6 +58,19 @@ class HfTrainer:
         )
         self._applied_steps = 0
         self._saving: BackgroundWrite | None = None
+
+    def state(self, engine: str) -> EngineState:
+        """Return the movable state of the engine that owns this trainer."""
+        return EngineState(engine, Part(self._weights), [Part(lambda: outside(self._training_tensors(), self._weights()))])
+
+    def _weights(self) -> list[Tensor]:
+        return [*self._module.parameters(), *self._module.buffers()]
+
+    def _training_tensors(self) -> Iterator[Tensor]:
+        """Yield gradients, if there are any between updates, and the optimizer state."""
+        yield from (parameter.grad for parameter in self._module.parameters() if parameter.grad is not None)
+        for moments in self._optimizer.state.values():
+            yield from (value for value in moments.values() if isinstance(value, Tensor))
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass (autocast or none)."""

@@ -14,6 +14,7 @@ from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.model import load_model, predicting_rows, recompute_layers
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import place
+from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 from roll_gspo.strategies.value_head import ValueHead, values_in_micro_batches
 
@@ -37,6 +38,7 @@ class HfValue(TrainerCheckpoints[HfTrainer]):
         self._model.config.tie_word_embeddings = False
         self._model.set_output_embeddings(self._head)
         self._trainer = HfTrainer(self._model, optimizer, model.dtype)
+        self._state = self._trainer.state("hf_train")
 
     def _forward(self, sequences: Sequences) -> Tensor:
         """Return [B, T] values of the states before the response tokens; differentiable."""
@@ -49,10 +51,12 @@ class HfValue(TrainerCheckpoints[HfTrainer]):
     @torch.no_grad()
     def values(self, sequences: Sequences) -> Tensor:
         """Return [B, T] float32 on the CPU, without gradient; 0 where masked."""
+        self._state.need(Residency.WEIGHTS, "compute values")
         return values_in_micro_batches(
             sequences, self._setup.micro_batch_size, lambda part: self._forward(move(part, self._device))
         )
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
         """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
+        self._state.need(Residency.FULL, "update")
         return self._trainer.update(micro_batches, lambda batch: loss(self._forward(batch.sequences), batch))

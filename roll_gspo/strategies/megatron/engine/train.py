@@ -28,6 +28,7 @@ from roll_gspo.strategies.megatron.engine.router_replay import Routers
 from roll_gspo.strategies.megatron.engine.scores import chosen_experts, score, scores_of_rows
 from roll_gspo.strategies.megatron.engine.trainer import MegatronTrainer
 from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
+from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 
 
@@ -48,14 +49,17 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         if model.replay_routing or model.record_routing:
             self._routers = Routers(self._model.chunks[0])
         self._trainer = MegatronTrainer(self._model, optimizer)
+        self._state = self._trainer.state
 
     def score(self, sequences: Sequences, entropy: bool = False) -> TokenScores:
         """Score every sample with the current weights, without gradient. The result is float32 on the CPU."""
+        self._state.need(Residency.WEIGHTS, "score")
         self._trainer.finish_gather()
         return score(self._model, sequences, entropy, self._routers)
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
         """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
+        self._state.need(Residency.FULL, "update")
 
         def share(rows: Tensor, packed_layout: PackedLayout, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
             value, metrics = loss(scores_of_rows(self._model, rows, packed_layout, entropy), batch)
@@ -92,6 +96,7 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
 
     def weights(self) -> WeightSource:
         """Return the live weights under checkpoint names."""
+        self._state.need(Residency.WEIGHTS, "export weights")
         self._trainer.finish_gather()
         return MegatronWeights(self._model.chunks, self._model.architecture)
 

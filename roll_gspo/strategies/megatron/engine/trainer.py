@@ -20,6 +20,7 @@ from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
 from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel
+from roll_gspo.strategies.megatron.engine.offload import trainer_state
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.sharded_files import ShardedSave, all_true
 from roll_gspo.strategies.megatron.engine.state import begin_save, load_state
@@ -40,6 +41,9 @@ class MegatronTrainer:
     Args:
         model: trained model; it runs inside the data-parallel wrapper from now on.
         setup: settings of optimizer and schedule.
+
+    Attributes:
+        state: the state that leaves the device between phases.
     """
 
     def __init__(self, model: ResponseModel, setup: OptimizerSetup) -> None:
@@ -64,6 +68,7 @@ class MegatronTrainer:
             ),
             list[MegatronModule](self._ddp),
         )
+        self.state = trainer_state(model.chunks, self._ddp, self._optimizer)
         self._applied_steps = 0
         self._gathering = False
         self._saving: tuple[ShardedSave, BackgroundWrite] | None = None

@@ -17,6 +17,7 @@ from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel, build_model
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.trainer import MegatronTrainer
+from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
 from roll_gspo.strategies.value_head import ValueHead
 
@@ -31,9 +32,11 @@ class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
     def __init__(self, model: ModelSetup, optimizer: OptimizerSetup, strategy_config: MegatronConfig) -> None:
         self._model, self._head = _with_value_head(build_model(model, strategy_config))
         self._trainer = MegatronTrainer(self._model, optimizer)
+        self._state = self._trainer.state
 
     def values(self, sequences: Sequences) -> Tensor:
         """Return [B, T] float32 on the CPU, without gradient; 0 where masked."""
+        self._state.need(Residency.WEIGHTS, "compute values")
 
         def read(rows: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
             return [self._values(rows, micro_batch.packed_layout)]
@@ -43,6 +46,7 @@ class MegatronValue(TrainerCheckpoints[MegatronTrainer]):
 
     def update(self, micro_batches: Sequence[TrainBatch], loss: ValueLossFunction) -> UpdateResult:
         """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
+        self._state.need(Residency.FULL, "update")
 
         def share(rows: Tensor, packed_layout: PackedLayout, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
             return loss(self._values(rows, packed_layout), batch)
