@@ -137,7 +137,8 @@ IGNORED: dict[str, str] = {
     "*.strategy_args.strategy_config.tiled_num_shards": ALONE.format("apply_tiled_mlp"),
     "*.use_remove_padding": "use_sequence_packing of strategy_config decides",
     **dict.fromkeys(("lora_rank", "lora_alpha"), ALONE.format("lora_target")),
-    "*.strategy_args.strategy_config.sleep_level": "nothing is offloaded",
+    "*.strategy_args.strategy_config.sleep_level": "engines that share devices sleep at level 2 (offload_states)",
+    "*.strategy_args.strategy_config.enable_sleep_mode": "offload_states decides",
     "*.strategy_args.strategy_config.variable_seq_lengths": "pipeline stages always tell each other the length",
     "*.strategy_args.strategy_config.overlap_p2p_comm": "it is on where virtual pipeline stages need it",
     "*.strategy_args.strategy_config.moe_router_dtype": "routers always compute in float32",
@@ -221,12 +222,11 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.generating_args.do_sample": Later("greedy decoding by do_sample (use temperature: 0)", (None, True)),
     "*.generating_args.logprobs": Later("more than the sampled token's log-prob", (None, 0, 1)),
     "*.use_sequence_packing": Later("this place (write strategy_args.strategy_config.use_sequence_packing)"),
-    **dict.fromkeys(
-        ("*.strategy_args.strategy_config.optimizer_cpu_offload", "*.strategy_args.strategy_config.enable_sleep_mode"),
-        Later("offload between the phases of a step (use_distributed_optimizer shards optimizer states)"),
+    "*.strategy_args.strategy_config.optimizer_cpu_offload": Later(
+        "optimizer steps on the host (offload_states moves the state between the phases of a step)"
     ),
     "*.strategy_args.strategy_config.optimizer_offload_fraction": Later(
-        "offload between the phases of a step (use_distributed_optimizer shards optimizer states)", (None, 0, 1)
+        "optimizer steps on the host (offload_states moves the state between the phases of a step)", (None, 0, 1)
     ),
     "*.strategy_args.strategy_config.tp_comm_overlap": Later("buffers of one length (micro-batches differ in length)"),
     "*.strategy_args.strategy_config.use_precision_aware_optimizer": Later("moments in 16 bits (checkpoints hold 32)"),

@@ -123,7 +123,7 @@ class TrainedRoleConfig(Schema):
     model_args: ModelArgs = ModelArgs()
     """Model. A critic replaces its output layer by a value head."""
     device_mapping: DeviceMapping = None
-    """Devices, one rank each; null: one rank on the default device."""
+    """Devices, one rank each; null: one rank on the first device. Roles may share devices (`offload_states`)."""
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass without gradient, of old log-probs or values."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
@@ -216,7 +216,7 @@ class ActorInferConfig(Schema):
     model_args: ModelArgs = ModelArgs()
     """Model."""
     device_mapping: DeviceMapping = None
-    """Devices; null: one engine on the default device."""
+    """Devices; null: one engine on the first device(s). Roles may share devices (`offload_states`)."""
 
 
 class ReferenceConfig(Schema):
@@ -227,7 +227,7 @@ class ReferenceConfig(Schema):
     model_args: ModelArgs = ModelArgs()
     """Model."""
     device_mapping: DeviceMapping = None
-    """Devices; null: one rank on the default device."""
+    """Devices; null: one rank on the first device. Roles may share devices (`offload_states`)."""
     infer_batch_size: PositiveInt = 16
     """Samples in one forward pass."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None

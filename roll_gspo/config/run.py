@@ -75,6 +75,10 @@ class RunConfig(Schema):
     """Devices per machine; device `d` is on machine `d // num_gpus_per_node`."""
     num_nodes: PositiveInt | None = None
     """Number of machines; null: as many as the device mappings need."""
+    offload_states: bool | None = None
+    """Let roles that share devices take turns: while one works, the state of the others is in host memory, and vLLM
+    sleeps. null: true on GPUs. `false` keeps all of them in device memory together. Roles share devices if their
+    `device_mapping` overlaps, or with `execution: local`."""
     weight_transfer: WeightTransferConfig = WeightTransferConfig()
     """Transfer of new weights from the trainer to the engines."""
 

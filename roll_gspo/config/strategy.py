@@ -157,6 +157,14 @@ class StrategyArgs(Schema):
         """Yield settings that need a package of GPU machines that is not installed here."""
         yield from ()
 
+    def offload_problem(self, on_cuda: bool | None) -> str | None:
+        """Return why the engine cannot leave its devices (`offload_states`); None if it is an `OffloadableEngine`.
+
+        Args:
+            on_cuda: True if the devices are GPUs, None if not known yet.
+        """
+        return f"{self.strategy_name} does not implement OffloadableEngine"
+
     def parameters_per_device(
         self, model: str, num_devices: int, *, value_head: bool
     ) -> Sequence[DeviceParameters] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +127,16 @@ def resume(
     console: Console,
     roles: Mapping[str, TrainedRole[Any]],
     state: RunState[Any],
+    before_load: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Load the checkpoint to resume from, if there is one, into `roles` (by folder name) and `state`."""
+    """Load the checkpoint to resume from, if there is one.
+
+    Args:
+        config, folder, console: the run.
+        roles: trained roles by the name of their folder.
+        state: the progress of the run.
+        before_load: called with the name of a role before it loads its state.
+    """
     if folder.resumed_from is None:
         if config.resume_from_checkpoint is True:
             console.warning("resume_from_checkpoint: no complete checkpoint was found; starting from the beginning")
@@ -136,6 +144,7 @@ def resume(
     source = folder.resumed_from.folder
     with console.stage("load checkpoint"):
         for name, role in roles.items():
+            before_load(name)
             role.load(source / name)
         state.load(source)
         keep = config.checkpoint_config

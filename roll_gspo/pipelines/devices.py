@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 
 from roll_gspo.config.base import Problem
@@ -53,8 +52,6 @@ def device_problems(config: AnyConfig, on_cuda: bool | None) -> list[Problem]:
     """
     roles = config.roles()
     problems = _local_problems(roles) if config.execution == "local" else [*_node_problems(config, roles)]
-    if config.execution == "ray" and on_cuda:
-        problems += colocated(config)
     for name, role in roles.items():
         problems += _worker_problems(config, name, role)
         problems += _engine_problems(config, name, role, on_cuda)
@@ -107,22 +104,6 @@ def _node_problems(config: AnyConfig, roles: dict[str, Role]) -> Iterator[Proble
             f"device_mapping reaches device {last}, on machine {needed - 1} of {config.num_nodes} with "
             f"num_gpus_per_node {per_node} (counted from 0); set num_nodes: {needed}, or lower device_mapping",
         )
-
-
-def colocated(config: AnyConfig) -> list[Problem]:
-    """Return roles that would share GPUs. Without GPUs, sharing is allowed: device numbers are worker slots."""
-    problems = []
-    for (first, one), (second, other) in combinations(config.roles().items(), 2):
-        if shared := sorted(set(devices_of(one)) & set(devices_of(other))):
-            free = 1 + max(max(devices_of(role)) for role in config.roles().values())
-            count = len(devices_of(other))
-            message = (
-                f"shares device(s) {ranges(tuple(shared))} with {first}; on GPUs each role needs separate devices, "
-                "because engines do not sleep and trainers are not offloaded; set it to e.g. "
-                f"{ranges(tuple(range(free, free + count)))}"
-            )
-            problems.append(Problem(f"{second}.device_mapping", message))
-    return problems
 
 
 def _worker_problems(config: AnyConfig, name: str, role: Role) -> Iterator[Problem]:

@@ -92,9 +92,11 @@ def make_reference(config: ExperimentConfig, checkpoint: Path) -> Reference:
     return Reference(role.strategy_args.build_scorer(setup))
 
 
-def make_generator(config: ExperimentConfig, checkpoint: Path, pad_token_id: int) -> Generator:
+def make_generator(
+    config: ExperimentConfig, checkpoint: Path, pad_token_id: int, shares_devices: bool = False
+) -> Generator:
     """Build `actor_infer` with its engine in this process."""
-    engine = _engine(config, checkpoint, receives_broadcast=False)
+    engine = _engine(config, checkpoint, receives_broadcast=False, shares_devices=shares_devices)
     return Generator(engine, pad_token_id, config.seed, LocalStream(streaming(engine)))
 
 
@@ -107,17 +109,18 @@ def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int
     return Generator(engine, pad_token_id, config.seed)
 
 
-def make_replica(config: ExperimentConfig, checkpoint: Path) -> Replica:
+def make_replica(config: ExperimentConfig, checkpoint: Path, shares_devices: bool = False) -> Replica:
     """Build one engine of `actor_infer` in a separate process."""
-    return Replica(_engine(config, checkpoint, receives_broadcast=True))
+    return Replica(_engine(config, checkpoint, receives_broadcast=True, shares_devices=shares_devices))
 
 
-def _engine(config: ExperimentConfig, checkpoint: Path, *, receives_broadcast: bool) -> Any:
+def _engine(config: ExperimentConfig, checkpoint: Path, *, receives_broadcast: bool, shares_devices: bool) -> Any:
     role = config.actor_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
     generation = GenerationSetup(
         config.engine_sequence_length,
         receives_broadcast=receives_broadcast,
         record_routed_experts=config.actor_train.router_replay.reads_rollout,
+        shares_devices=shares_devices,
     )
     return role.strategy_args.build_generator(setup, generation)

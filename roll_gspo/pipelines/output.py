@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from roll_gspo.checkpoint import HF_EXPORT, Best, CheckpointStore
-from roll_gspo.pipelines.state import RunState
+from roll_gspo.pipelines.state import ACTOR, RunState
 from roll_gspo.report.page import write_report
 from roll_gspo.roles.trained import TrainedPolicy, TrainedRole
 from roll_gspo.tracking.console import Console
@@ -87,7 +87,12 @@ class Output:
         self._trackers.log_samples(step, samples)
 
     def save(
-        self, step: int, state: RunState[Any], roles: Mapping[str, TrainedRole[Any]], policy: TrainedPolicy
+        self,
+        step: int,
+        state: RunState[Any],
+        roles: Mapping[str, TrainedRole[Any]],
+        policy: TrainedPolicy,
+        before_save: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Write a checkpoint of the run, then the report if the last one is older than `REPORT_INTERVAL_S`.
 
@@ -98,6 +103,7 @@ class Output:
             state: the run's progress.
             roles: the trained roles, by the name of their folder in the checkpoint.
             policy: the role that is exported in Hugging Face layout if `save_hf_model`.
+            before_save: called with the name of a role before its state or its model is read.
 
         Raises:
             CheckpointError: this checkpoint or the one before it cannot be written; complete ones are untouched.
@@ -109,11 +115,13 @@ class Output:
         folder = self._checkpoints.begin(step)
         with self._checkpoints.filling(step):
             if self._save_hf_model:
+                before_save(ACTOR)
                 (folder / HF_EXPORT).mkdir()
                 policy.save_hf(folder / HF_EXPORT)
             state.save(folder)
             (folder / "config.yaml").write_text(self._config_text, encoding="utf-8")
             for name, role in roles.items():
+                before_save(name)
                 (folder / name).mkdir()
                 role.save(folder / name, self._asynchronous)
         self._saving = step, state.best, list(roles.values())

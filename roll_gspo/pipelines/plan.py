@@ -15,6 +15,7 @@ from roll_gspo.pipelines.memory import memory_texts, memory_warnings
 from roll_gspo.pipelines.passes import pass_rows
 from roll_gspo.pipelines.pipeline import pipeline_of
 from roll_gspo.pipelines.pretrain import builtin_folder
+from roll_gspo.pipelines.sharing import sharing_problems, sharing_texts, sharing_warnings
 from roll_gspo.pipelines.warnings import execution_warnings
 
 
@@ -61,6 +62,7 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = (), *, on_th
     rows = [
         ("model", _model_text(config, size)),
         *(("roles", _role_text(config, name)) for name in config.roles()),
+        *(("roles", text) for text in sharing_texts(config, on_cuda)),
         *pipeline.plan_rows(config),
         *pass_rows(config, on_cuda),
         *(("memory", text) for text in memory_texts(config)),
@@ -68,7 +70,9 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = (), *, on_th
     ]
     title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
     warnings = (*pipeline.warnings(config), *execution_warnings(config), *memory_warnings(config, on_cuda))
+    warnings += tuple(sharing_warnings(config, on_cuda))
     problems = (*_replay_problems(config, size), *pipeline.problems(config), *device_problems(config, on_cuda))
+    problems += tuple(sharing_problems(config, on_cuda))
     problems = tuple(dict.fromkeys(problems))  # roles may share a model
     return Plan(title, tuple(rows), warnings, problems, config_warnings)
 

@@ -47,6 +47,9 @@ class Steps(Generic[ConfigT, ComponentsT]):
     def prepare(self) -> None:
         """Prepare for the first step of this process. Does nothing unless overridden."""
 
+    def before_save(self, role: str) -> None:
+        """Bring the state of a trained role onto its devices. Does nothing unless overridden."""
+
     def validate(self, step: int) -> dict[str, float]:
         """Return validation metrics of the current model. Empty unless overridden."""
         return {}
@@ -107,7 +110,7 @@ def run_steps(steps: Steps[Any, Any], interrupt: Interrupt, callbacks: Sequence[
         stopping = any(requests) or interrupt.requested or steps.stop_reason is not None
         if is_last or stopping or is_best or step % config.save_steps == 0:
             with console.stage("save"):
-                output.save(step, state, components.trained_roles, components.actor_train)
+                output.save(step, state, components.trained_roles, components.actor_train, steps.before_save)
         else:
             output.finish_save(wait=False)
     with console.stage("save"):

@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.roles.profiled import ProfiledRole, profiled
 from roll_gspo.roles.request_stream import RequestStream, StreamClient
+from roll_gspo.roles.shared_devices import ResidentRole
 from roll_gspo.strategies.base import GenerateStrategy, SampleFinished, Sampling, WeightSource
 from roll_gspo.tracking.profiler import record_trace
 
 
-class Generator(ProfiledRole):
+class Generator(ProfiledRole, ResidentRole):
     """The role `actor_infer`: samples responses.
 
     Args:
@@ -26,7 +27,7 @@ class Generator(ProfiledRole):
     def __init__(
         self, strategy: GenerateStrategy, pad_token_id: int, seed: int, stream: RequestStream | None = None
     ) -> None:
-        self._strategy = strategy
+        self._strategy: GenerateStrategy = strategy
         self._stream = stream
         self._pad_token_id = pad_token_id
         self._seed = seed

@@ -6,14 +6,15 @@ from torch import Tensor
 
 from roll_gspo.batch import Sequences
 from roll_gspo.roles.profiled import ProfiledRole, profiled
+from roll_gspo.roles.shared_devices import ResidentRole
 from roll_gspo.strategies.base import ScoringStrategy
 
 
-class Reference(ProfiledRole):
+class Reference(ProfiledRole, ResidentRole):
     """The role `reference`: scores tokens with the frozen initial policy."""
 
     def __init__(self, strategy: ScoringStrategy) -> None:
-        self._strategy = strategy
+        self._strategy: ScoringStrategy = strategy
 
     @profiled
     def log_probs(self, sequences: Sequences) -> Tensor:

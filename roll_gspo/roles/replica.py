@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from roll_gspo.roles.profiled import ProfiledRole
+from roll_gspo.roles.shared_devices import ResidentRole
 from roll_gspo.strategies.base import (
     FinishedRequest,
     GenerateStrategy,
@@ -37,11 +38,11 @@ class Advanced:
     news: list[FinishedRequest]
 
 
-class Replica(ProfiledRole):
+class Replica(ProfiledRole, ResidentRole):
     """The engine of one worker process. A trace covers the time from the first request until none is outstanding."""
 
     def __init__(self, engine: _Engine) -> None:
-        self._engine = engine
+        self._engine = self._strategy = engine
         self._requests = streaming(engine)
         self._reported: dict[int, int] = {}  # number of reported tokens of each outstanding request
         self._trace = ExitStack()

@@ -16,6 +16,7 @@ from roll_gspo.errors import WeightTransferError, WorkerDiedError
 from roll_gspo.execution.base import Progress, WorkerGroup
 from roll_gspo.roles.replica_stream import ReplicaStream
 from roll_gspo.strategies.base import GenerationRequest, SampleFinished, Sampling, WeightSource
+from roll_gspo.strategies.residency import Residency
 from roll_gspo.tracking.profiler import TraceTarget
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,13 @@ class Replicas:
 
     Args:
         group: independent workers.
-        max_restarts: maximum number of lost workers in the whole run.
+        max_restarts: maximum number of lost workers in the whole run; None if no worker can be started again, because
+            the engines share their devices with roles that are in memory then.
         continue_lost: continue the responses of a lost worker after the tokens that it reported, instead of sampling
             them again. The samples then depend on when the worker was lost.
     """
 
-    def __init__(self, group: WorkerGroup, max_restarts: int, continue_lost: bool = False) -> None:
+    def __init__(self, group: WorkerGroup, max_restarts: int | None, continue_lost: bool = False) -> None:
         self.group = group
         self.stream = ReplicaStream(group, self._restore, continue_lost)
         self.restore_weights: Callable[[], None] = lambda: None  # set by the weight sync
@@ -91,6 +93,16 @@ class Replicas:
             "other processes cannot read them here"
         )
 
+    def reside(self, residency: Residency) -> None:
+        """Move the state of every engine. Outstanding requests wait meanwhile."""
+        with self.stream.paused():
+            self.group.call("reside", residency)
+
+    def device_memory(self) -> int | None:
+        """Return the bytes in use on the first device of rank 0; None without a GPU."""
+        with self.stream.paused():
+            return self.group.call("device_memory", rank=0)
+
     def revive(self, every: bool = False) -> bool:
         """Restart lost workers, or all workers if one was lost and `every` is set.
 
@@ -103,8 +115,13 @@ class Replicas:
             WorkerDiedError: more than `max_restarts` workers were lost.
         """
         lost = [rank for rank in range(self.group.size) if not self.group.alive(rank)]
+        if lost and self._max_restarts is None:
+            raise WorkerDiedError(
+                f"{self.group.name}: rank {lost[0]} was lost, and engines that share devices with other roles are not "
+                "started again; look for the cause in run.log; with max_restarts=1 the run resumes by itself"
+            )
         self._restarts += len(lost)
-        if self._restarts > self._max_restarts:
+        if self._max_restarts is not None and self._restarts > self._max_restarts:
             raise WorkerDiedError(
                 f"{self.group.name}: {self._restarts} worker(s) were lost in this run, more than max_worker_restarts "
                 f"{self._max_restarts}; look for the cause in run.log, or raise it"

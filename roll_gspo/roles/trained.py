@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from roll_gspo.roles.profiled import ProfiledRole
+from roll_gspo.roles.shared_devices import ResidentRole
 from roll_gspo.strategies.base import Checkpointable, TrainStrategy
 
 StrategyT = TypeVar("StrategyT", bound=Checkpointable)
 
 
-class TrainedRole(ProfiledRole, Generic[StrategyT]):
+class TrainedRole(ProfiledRole, ResidentRole, Generic[StrategyT]):
     """A role whose engine trains a model.
 
     Args:
@@ -19,7 +20,7 @@ class TrainedRole(ProfiledRole, Generic[StrategyT]):
     """
 
     def __init__(self, strategy: StrategyT) -> None:
-        self._strategy = strategy
+        self._strategy: StrategyT = strategy
 
     def save(self, folder: Path, asynchronous: bool = False) -> None:
         """Write the training state into an empty folder; see `Checkpointable.save`."""

@@ -53,12 +53,14 @@ class GenerationSetup:
         loads_checkpoint: the engine generates with the weights of the checkpoint; no trainer replaces them.
         receives_broadcast: the trainer is in another process, so that the engine is a `WeightReceiver`.
         record_routed_experts: completions hold the experts that a mixture of experts chose.
+        shares_devices: the engine is an `OffloadableEngine` and leaves its devices while other engines use them.
     """
 
     max_sequence_length: int
     loads_checkpoint: bool = False
     receives_broadcast: bool = False
     record_routed_experts: bool = False
+    shares_devices: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,14 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def used_device_bytes() -> int | None:
+    """Return the memory in use on the current CUDA device, by all processes; None if there is no such device."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def move(sequences: Sequences, device: torch.device) -> Sequences:
     """Return the same samples on `device`."""
     return Sequences(

@@ -187,7 +187,7 @@ def require(residency: Residency, least: Residency, engine: str, work: str) -> N
 
 
 def outside(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
-    """Return the tensors that share no memory with `others`, without scalars: torch keeps those of AdamW on the host."""
+    """Return the tensors that share no memory with `others`, without scalars, which AdamW keeps on the host."""
     taken = {storage_of(tensor)._cdata for tensor in others}
     return [tensor for tensor in tensors if tensor.dim() and storage_of(tensor)._cdata not in taken]
 

@@ -12,7 +12,7 @@ from config_problems import ConfigProblem, parse_problem
 from tiny_models import DEEPER
 
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.pipelines.devices import colocated, device_problems, finds_cuda, layout_text
+from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text
 from roll_gspo.pipelines.memory import memory_of, memory_warnings
 from roll_gspo.pipelines.plan import make_plan
 
@@ -95,18 +95,6 @@ def test_impossible_devices_are_refused(overrides: tuple[str, ...], key: str, va
 )
 def test_roles_may_share_worker_slots(overrides: tuple[str, ...]) -> None:
     assert problems(*overrides) == []
-
-
-def test_gpus_may_not_be_shared() -> None:
-    found = problems(RAY, on_cuda=True)
-    assert [problem.key for problem in found] == [
-        "actor_infer.device_mapping",
-        *["reference.device_mapping"] * 2,
-    ]
-    assert found[0].names("actor_train", "e.g. 1") and found[2].names("actor_infer")
-    apart = (RAY, "actor_infer.device_mapping=[1]", "reference.device_mapping=[2]")
-    assert problems(*apart, on_cuda=True) == [] == problems(RAY, on_cuda=None)
-    assert colocated(config_of(*apart, "use_kl_loss=false", "kl_loss_coef=0")) == []
 
 
 @pytest.mark.parametrize("example", ["qwen2.5_7b_gspo", "qwen3_30b_a3b_gspo"])

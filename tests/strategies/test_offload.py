@@ -139,7 +139,7 @@ def test_a_critic_moves_too(checkpoint: Checkpoints, name: str) -> None:
             moves.values(sequences())
         moves.reside(WEIGHTS)
         assert torch.equal(moves.values(sequences()), stays.values(sequences()))
-        with pytest.raises(ResidencyError, match="cannot update .* is at WEIGHTS, update needs FULL"):
+        with pytest.raises(ResidencyError, match=r"cannot update .* is at WEIGHTS, update needs FULL"):
             moves.update(value_batch(number).split(2), squared)
         moves.reside(FULL)
         results = [engine.update(value_batch(number).split(2), squared).loss for engine in (stays, moves)]

@@ -48,6 +48,7 @@ from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.reward_manager import RewardManager
+from roll_gspo.roles.shared_devices import Phase, SharedDevices
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.roles.weight_sync import WeightSync
 from roll_gspo.strategies.base import Sampling
@@ -61,6 +62,7 @@ class RlvrComponents(RunComponents):
     Attributes:
         actor_infer: the policy that generates.
         weights: sends the weights of `actor_train` to `actor_infer`.
+        devices: the devices that roles share.
         reference, critic: None if no KL term or no estimator needs them.
         rewards: scores responses.
         collector: generates and scores the samples of a step.
@@ -75,6 +77,7 @@ class RlvrComponents(RunComponents):
     state: RlvrState
     actor_infer: Generator
     weights: WeightSync
+    devices: SharedDevices
     reference: Reference | None
     critic: Critic | None
     rewards: RewardManager
@@ -138,7 +141,8 @@ def _start_roles(
     make = partial(_make_collector, config, data, sampler, models, rewards, training)
     collector = executor.start("rollouts", make)
     state.pending = collector
-    resume(config, folder, console, trained_roles_of(models.actor_train, models.critic), state)
+    trained_roles = trained_roles_of(models.actor_train, models.critic)
+    resume(config, folder, console, trained_roles, state, partial(models.devices.enter, Phase.TRAINING))
     samples = SampleFiles(
         folder.path,
         lambda ids: data.tokenizer.decode(list(ids)),
@@ -151,6 +155,7 @@ def _start_roles(
         actor_train=models.actor_train,
         actor_infer=models.actor_infer,
         weights=collector,
+        devices=models.devices,
         reference=models.reference,
         critic=models.critic,
         rewards=rewards,

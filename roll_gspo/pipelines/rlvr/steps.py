@@ -2,6 +2,8 @@
 
 sample prompts -> generate groups -> score (and replace groups that fail the filter) -> log-probs (reference, old),
 values -> advantages -> critic and policy updates -> send weights to the generation engine -> validate, log, save
+
+Before it calls a role, a step enters the phase in which that role is in the memory of the devices that roles share.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from roll_gspo.pipelines.rlvr.experience import (
     train_batch,
 )
 from roll_gspo.pipelines.rlvr.mismatch_gate import MismatchGate
+from roll_gspo.pipelines.rlvr.models import CRITIC, REFERENCE
 from roll_gspo.pipelines.rlvr.ratio_noise import RatioNoiseAlarm
 from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.pipelines.settings import policy_loss_settings
 from roll_gspo.pipelines.step_loop import Steps
+from roll_gspo.roles.shared_devices import Phase
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.tracking.console import Console
 
@@ -62,6 +66,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
     def train_step(self, step: int) -> dict[str, float]:
         """Generate, score and train on one rollout."""
         components, stage = self.components, self.console.stage
+        self._enter_generating()
         collected = components.collector.collect(step, stage)
         rollouts = collected.rollouts
         metrics = collected.metrics | rollout_metrics(rollouts)
@@ -76,6 +81,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             if self._logs_samples(step):
                 components.output.log_samples(step, components.samples.tracked(*scored))
         if components.critic is not None:
+            components.devices.enter(Phase.TRAINING, CRITIC)
             with stage("update_critic") as progress:
                 metrics |= components.critic.update(batch, step, progress)
         metrics |= self._update_policy(batch, step, metrics)
@@ -86,7 +92,20 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             self._trace(step, collected)
         if not bool(collected.valid.any()):  # no mean over no scores
             metrics = {name: value for name, value in metrics.items() if not name.startswith("reward/score_")}
-        return metrics | components.state.metrics() | {"data/prompts_dropped": float(components.num_prompts_dropped)}
+        metrics |= components.state.metrics() | components.devices.take_metrics()
+        return metrics | {"data/prompts_dropped": float(components.num_prompts_dropped)}
+
+    def _enter_generating(self) -> None:
+        """Let the engines generate. Engines that have left shared devices since the last transfer need the weights."""
+        devices = self.components.devices
+        if devices.needs_weights:
+            with self.console.stage("sync_weights"):
+                devices.send_weights()
+        devices.enter(Phase.GENERATING)
+
+    def before_save(self, role: str) -> None:
+        """Bring the state of a trained role onto its devices."""
+        self.components.devices.enter(Phase.TRAINING, role)
 
     def _send_weights(self, step: int) -> None:
         """Send the trainer's weights to the engines. If the staleness gate waits, sample the groups in flight again."""
@@ -109,6 +128,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         if not len(rows):
             return
         with self.console.stage("trace"):
+            self.components.devices.enter(Phase.SCORING)
             traced = collected.rollouts.sequences.rows(rows)
             log_probs = self.components.actor_train.score(traced).log_probs
             self.components.samples.write_updated(step, rows, log_probs, traced.response_mask)
@@ -118,9 +138,11 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         components, stage = self.components, self.console.stage
         ref_log_probs = values = None
         if components.reference is not None:
+            components.devices.enter(Phase.SCORING, REFERENCE)
             with stage("reference_log_probs"):
                 ref_log_probs = components.reference.log_probs(rollouts.sequences)
         if components.critic is not None:
+            components.devices.enter(Phase.SCORING, CRITIC)
             with stage("values"):
                 values = components.critic.values(rollouts.sequences)
         buckets, lag_metrics = staleness(rollouts, self._version, self.config.async_generation_ratio)
@@ -143,6 +165,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         recompute = self.config.enable_old_logprobs_recompute
         if not recompute and self._checked_transfer:
             return rollouts.rollout_log_probs, None, {}
+        self.components.devices.enter(Phase.SCORING)
         own = self.components.actor_train.score(rollouts.sequences)
         if not self._checked_transfer:
             self._check_transfer(step, rollouts, own.log_probs)
@@ -162,7 +185,9 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         mask = rollouts.sequences.response_mask
         if bool((rollouts.versions[mask] != self._version).any()):
             prompts = list({id(prompt): prompt for prompt in rollouts.prompts}.values())[:TRANSFER_CHECK_PROMPTS]
+            self._enter_generating()
             rollouts = components.actor_infer.generate(prompts, replace(sampling, num_samples=1), "transfer check")
+            components.devices.enter(Phase.SCORING)
             log_probs = components.actor_train.score(rollouts.sequences).log_probs
         dtypes = (role.model_args.dtype for role in (self.config.actor_train, self.config.actor_infer))
         found = check_transfer(rollouts, log_probs, sampling, *dtypes)
@@ -184,6 +209,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             logger.warning("step %d: %s; the update is skipped", step, reason)
             skipped = float(self.config.updates_per_rollout)
             return {"actor/num_updates": 0.0, "actor/skipped_updates": skipped, **gate}
+        self.components.devices.enter(Phase.TRAINING)
         with stage("update") as progress:
             metrics = self.components.actor_train.update(batch, step, progress)
         return metrics | gate | self._noise_alarm.check(step, {**so_far, **metrics})
@@ -217,6 +243,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         if validation is None:
             return {}
         answers: list[Answers] = []
+        self._enter_generating()
 
         def seen(batch: ScoredBatch) -> ScoredBatch:
             answers.extend(answers_of(batch, validation.config.group_by))

@@ -37,6 +37,10 @@ class HfArgs(StrategyArgs):
         "transformers", "pip install transformers", "roll_gspo.strategies.hf.model"
     )
 
+    def offload_problem(self, on_cuda: bool | None) -> str | None:
+        """Return None: weights and optimizer state move to host memory and back."""
+        return None
+
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
         """Yield nothing; any layout fits.
 

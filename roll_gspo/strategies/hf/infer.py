@@ -118,7 +118,9 @@ class HfInfer(Offloadable):
         Raises:
             DataError: there are no prompts, or one is empty or contains an id outside the vocabulary.
         """
-        return self._usable("generate").requests.generate(prompts, sampling, seeds, progress, finished, self._batch_size)
+        return self._usable("generate").requests.generate(
+            prompts, sampling, seeds, progress, finished, self._batch_size
+        )
 
     @property
     def capacity(self) -> int:

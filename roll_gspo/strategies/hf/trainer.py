@@ -61,7 +61,9 @@ class HfTrainer:
 
     def state(self, engine: str) -> EngineState:
         """Return the movable state of the engine that owns this trainer."""
-        return EngineState(engine, Part(self._weights), [Part(lambda: outside(self._training_tensors(), self._weights()))])
+        return EngineState(
+            engine, Part(self._weights), [Part(lambda: outside(self._training_tensors(), self._weights()))]
+        )
 
     def _weights(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]

@@ -99,6 +99,10 @@ class MegatronArgs(StrategyArgs):
         ]
         return " · ".join(sizes)
 
+    def offload_problem(self, on_cuda: bool | None) -> str | None:
+        """Return None: weights and optimizer state move to host memory and back."""
+        return None
+
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
         """Yield reasons why the layout does not fit the model, the ranks or the machine."""
         architecture = architecture_of(model)

@@ -101,6 +101,10 @@ class VllmArgs(GenerateStrategyArgs):
 
         return NativeSender(address, buffer_bytes, commands)
 
+    def offload_problem(self, on_cuda: bool | None) -> str | None:
+        """Return None on GPUs, where vLLM has a sleep mode."""
+        return "vLLM has no sleep mode on a CPU" if on_cuda is False else None
+
     def build_generator(self, model: ModelSetup, generation: GenerationSetup) -> GenerateStrategy:
         """Build a `VllmGenerate`."""
         if self.strategy_config.batch_invariant:
@@ -118,6 +122,7 @@ class VllmArgs(GenerateStrategyArgs):
             generation.max_sequence_length,
             record_routed_experts=generation.record_routed_experts,
             receives_broadcast=broadcast,
+            shares_devices=generation.shares_devices,
         )
 
 

@@ -34,7 +34,9 @@ def trainer_state(
         optimizer: holds master weights and moments.
     """
     gradients = Part(lambda: gradient_buffers(wrapped), "zeros")
-    moments = Part(lambda: outside(_optimizer_tensors(optimizer), [*weight_tensors(chunks), *gradient_buffers(wrapped)]))
+    moments = Part(
+        lambda: outside(_optimizer_tensors(optimizer), [*weight_tensors(chunks), *gradient_buffers(wrapped)])
+    )
     return EngineState("megatron_train", Part(lambda: weight_tensors(chunks)), [moments, gradients])
 
 

@@ -24,12 +24,14 @@ from roll_gspo.strategies.base import (
     WeightSource,
 )
 from roll_gspo.strategies.head_products import uses_float32
+from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
 from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.vllm.engine.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
 from roll_gspo.strategies.vllm.engine.host_process import close_engine, global_rng_kept, open_engine
 from roll_gspo.strategies.vllm.engine.requests import VllmDecoder
 from roll_gspo.strategies.vllm.engine.routed_experts import expert_source, recording_args
+from roll_gspo.strategies.vllm.engine.sleep import SleepMode, sleep_args
 from roll_gspo.strategies.vllm.engine.weight_transfer import IN_PROCESS, InProcessTransfer
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 
@@ -45,6 +47,7 @@ class _Engine(NamedTuple):
     transfer: InProcessTransfer | BroadcastTransfer
     decoder: VllmDecoder
     requests: OutstandingRequests
+    memory: SleepMode
 
 
 class VllmGenerate:
@@ -62,6 +65,7 @@ class VllmGenerate:
         max_model_len: longest prompt plus response, in tokens.
         record_routed_experts: return the experts of every token; on a CPU this disables prefix caching.
         receives_broadcast: the trainer is in another process.
+        shares_devices: the engine leaves its devices while others use them (`reside`).
 
     Raises:
         ConfigError: vLLM rejects the settings, the experts of a dense model or of a model in several processes are to
@@ -76,6 +80,7 @@ class VllmGenerate:
         *,
         record_routed_experts: bool = False,
         receives_broadcast: bool = False,
+        shares_devices: bool = False,
     ) -> None:
         config = strategy_config
         _check_layout(config.tensor_parallel_size, record_routed_experts, receives_broadcast)
@@ -86,7 +91,8 @@ class VllmGenerate:
         try:
             backend = BROADCAST_ARGS if receives_broadcast else {"weight_transfer_config": {"backend": IN_PROCESS}}
             llm = open_engine(
-                _worker_environment(config), **_engine_args(model, config, max_model_len) | recording | backend
+                _worker_environment(config),
+                **_engine_args(model, config, max_model_len) | recording | backend | sleep_args(shares_devices),
             )
         except ConfigError:
             raise
@@ -96,7 +102,7 @@ class VllmGenerate:
         decoder = VllmDecoder(llm, expert_source(llm) if record_routed_experts else None)
         requests = OutstandingRequests(decoder, PromptLimits(llm.model_config.get_vocab_size(), max_model_len))
         transfer = BroadcastTransfer(llm) if receives_broadcast else InProcessTransfer(llm)
-        self._engine: _Engine | None = _Engine(llm, transfer, decoder, requests)
+        self._engine: _Engine | None = _Engine(llm, transfer, decoder, requests, SleepMode(llm, shares_devices))
 
     def generate(
         self,
@@ -158,8 +164,23 @@ class VllmGenerate:
         """Return what every outstanding request has sampled."""
         return self._open_engine().requests.partials()
 
+    @property
+    def residency(self) -> Residency:
+        """Part of the engine that is in device memory."""
+        return self._open_engine().memory.residency
+
+    def reside(self, residency: Residency) -> None:
+        """Sleep or wake. After a sleep the engine has no weights until the next transfer, which needs `WEIGHTS`."""
+        engine = self._open_engine()
+        engine.requests.read()
+        if residency < engine.memory.residency:
+            self._unusable = "the weights were freed when the engine left its device"
+        with global_rng_kept():
+            engine.memory.reside(residency)
+
     def _usable_engine(self, method: str) -> _Engine:
         engine = self._open_engine()
+        engine.memory.require(Residency.FULL, method)
         if self._unusable:
             missing = "receive" if isinstance(engine.transfer, BroadcastTransfer) else "update_weights"
             raise WeightTransferError(f"{method}: {self._unusable}; call {missing} first")
@@ -194,6 +215,7 @@ class VllmGenerate:
     @contextmanager
     def _replacing_weights(self, version: int) -> Iterator[None]:
         engine = self._open_engine()
+        engine.memory.require(Residency.WEIGHTS, "receive weights")
         if self._records_experts and engine.requests.num_running:
             raise ConfigError(
                 "actor_train.router_replay: experts are not recorded if the weights change while responses are "
