@@ -42,7 +42,8 @@ def trainer_state(
 
 def gradient_buffers(wrapped: Sequence[DistributedDataParallel]) -> list[Tensor]:
     """Return the gradient buffers, those of experts included."""
-    return [buffer.grad_data for ddp in wrapped for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+    modules: list[Any] = list(wrapped)  # their `buffers` replace those of torch's modules
+    return [buffer.grad_data for ddp in modules for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
 
 
 def _optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
