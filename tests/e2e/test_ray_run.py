@@ -100,6 +100,20 @@ def test_ray_gives_the_numbers_of_local_execution(command: Command, small: tuple
 
 
 @pytest.mark.long
+@pytest.mark.megatron
+def test_roles_that_take_turns_give_the_same_numbers(command: Command, small: tuple[str, ...], whole: Path) -> None:
+    outcome = command(*HF, *small, *RAY, "offload_states=true", "run_name=turns")
+    assert outcome.code == 0, outcome.err
+    assert computed(RUNS / "turns") == computed(whole) and rollouts_of(RUNS / "turns") == rollouts_of(whole)
+    megatron = ("--config-name", "example_gspo", "layout=two_ranks", "actor_infer.strategy_args.strategy_name=hf_infer")
+    distributed = "actor_train.strategy_args.strategy_config.use_distributed_optimizer=true"
+    for value in ("true", "false"):
+        run = command(*megatron, *small, distributed, "max_steps=2", f"offload_states={value}", f"run_name={value}")
+        assert run.code == 0, run.err
+    assert computed(RUNS / "true") == computed(RUNS / "false")
+
+
+@pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.megatron
 def test_two_vllm_replicas_give_the_numbers_of_one(command: Command, workplace: Path, small: tuple[str, ...]) -> None:

@@ -45,7 +45,7 @@ class Engines:
         executor: RayExecutor,
         folder: Path,
         dies_in: tuple[int, ...],
-        max_restarts: int = 3,
+        max_restarts: int | None = 3,
         timeout_s: float = 20,
         continue_lost: bool = False,
         size: int = 2,
@@ -141,6 +141,14 @@ def test_replicas_that_are_lost_again_and_again_end_the_run(executor: RayExecuto
     engines = Engines(executor, tmp_path, (-2,), max_restarts=2)
     engines.sync.push(5)
     with pytest.raises(WorkerDiedError, match="lost in this run, more than max_worker_restarts 2; look for the cause"):
+        engines.samples()
+    engines.group.close()
+
+
+def test_a_lost_engine_of_shared_devices_ends_the_run(executor: RayExecutor, tmp_path: Path) -> None:
+    engines = Engines(executor, tmp_path, (-2,), max_restarts=None)
+    engines.sync.push(5)
+    with pytest.raises(WorkerDiedError, match="rank 0 was lost, and engines that share devices .* not started again"):
         engines.samples()
     engines.group.close()
 
