@@ -148,7 +148,7 @@ def test_replicas_that_are_lost_again_and_again_end_the_run(executor: RayExecuto
 def test_a_lost_engine_of_shared_devices_ends_the_run(executor: RayExecutor, tmp_path: Path) -> None:
     engines = Engines(executor, tmp_path, (-2,), max_restarts=None)
     engines.sync.push(5)
-    with pytest.raises(WorkerDiedError, match="rank 0 was lost, and engines that share devices .* not started again"):
+    with pytest.raises(WorkerDiedError, match=r"rank 0 was lost, and engines that share devices .* not started again"):
         engines.samples()
     engines.group.close()
 
