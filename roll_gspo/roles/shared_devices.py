@@ -21,7 +21,7 @@ TRAINER, ENGINE = "actor_train", "actor_infer"
 
 
 class Phase(StrEnum):
-    """What the shared devices are used for."""
+    """A use of the shared devices."""
 
     GENERATING = "generating"
     SCORING = "scoring"

@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 from roll_gspo.tracking.mismatch_names import MISMATCH_METRICS, NOISE_METRICS
+from roll_gspo.tracking.memory_names import MEMORY_METRICS
 from roll_gspo.tracking.staleness_names import STALENESS_METRICS, STALENESS_PATTERNS
 
 
@@ -301,20 +302,7 @@ METRICS: dict[str, MetricInfo] = {
         "time/save": ("Writing checkpoints.", "s", _SUM),
         "time/other": ("Everything outside of the stages.", "s", _SUM),
         "memory/rss_mb": ("Resident memory of the controlling process.", "MiB", _STEP),
-        **{
-            f"memory/{phase}_{border}_gib": (
-                f"Memory in use on the first shared GPU, by all processes, when roles that take turns {verb} {what}.",
-                "GiB",
-                "max over the step",
-            )
-            for phase, what in (
-                ("generating", "generating responses"),
-                ("scoring", "scoring tokens"),
-                ("training", "training"),
-                ("syncing", "sending weights to the engines"),
-            )
-            for border, verb in (("start", "start"), ("end", "end"))
-        },
+        **MEMORY_METRICS,
     }.items()
 }
 

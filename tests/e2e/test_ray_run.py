@@ -108,9 +108,11 @@ def test_roles_that_take_turns_give_the_same_numbers(command: Command, small: tu
     megatron = ("--config-name", "example_gspo", "layout=two_ranks", "actor_infer.strategy_args.strategy_name=hf_infer")
     distributed = "actor_train.strategy_args.strategy_config.use_distributed_optimizer=true"
     for value in ("true", "false"):
-        run = command(*megatron, *small, distributed, "max_steps=2", f"offload_states={value}", f"run_name={value}")
+        run = command(
+            *megatron, *small, distributed, "max_steps=2", f"offload_states={value}", f"run_name=turns_{value}"
+        )
         assert run.code == 0, run.err
-    assert computed(RUNS / "true") == computed(RUNS / "false")
+    assert computed(RUNS / "turns_true") == computed(RUNS / "turns_false")
 
 
 @pytest.mark.long

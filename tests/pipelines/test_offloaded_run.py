@@ -39,9 +39,11 @@ def _final_weights(run: Path) -> dict[str, Any]:
 def test_a_run_whose_roles_take_turns_gives_the_same_numbers(
     command: Command, small: tuple[str, ...], entered: list[str]
 ) -> None:
-    outcomes = [command(*HF, *small, f"offload_states={value}", f"run_name={value}") for value in ("false", "true")]
+    outcomes = [
+        command(*HF, *small, f"offload_states={value}", f"run_name=turns_{value}") for value in ("false", "true")
+    ]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err + outcomes[1].err
-    stays, moves = (Path(f"out/example_gspo/{value}") for value in ("false", "true"))
+    stays, moves = (Path(f"out/example_gspo/turns_{value}") for value in ("false", "true"))
     assert computed(moves) == computed(stays) and len(metrics_of(moves)) == 5
     assert [[vars(s) for s in step] for step in rollouts_of(moves).values()] == [
         [vars(s) for s in step] for step in rollouts_of(stays).values()
@@ -72,8 +74,8 @@ def test_a_run_whose_roles_take_turns_gives_the_same_numbers(
 def test_a_skipped_update_needs_no_new_version(command: Command, small: tuple[str, ...], entered: list[str]) -> None:
     arguments = ("max_steps=2", "algorithm=gspo", "rewards.column_addition.worker_cls=my_reward.half", "kl=none")
     for value in ("false", "true"):
-        assert command(*HF, *small, *arguments, f"offload_states={value}", f"run_name={value}").code == 0
-    stays, moves = (Path(f"out/example_gspo/{value}") for value in ("false", "true"))
+        assert command(*HF, *small, *arguments, f"offload_states={value}", f"run_name=turns_{value}").code == 0
+    stays, moves = (Path(f"out/example_gspo/turns_{value}") for value in ("false", "true"))
     assert computed(moves) == computed(stays)
     assert all(row["actor/num_updates"] == 0 for row in metrics_of(moves)[1:])
     assert "training" not in entered[: entered.index("generating") + 3]
