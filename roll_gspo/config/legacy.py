@@ -223,10 +223,11 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.generating_args.logprobs": Later("more than the sampled token's log-prob", (None, 0, 1)),
     "*.use_sequence_packing": Later("this place (write strategy_args.strategy_config.use_sequence_packing)"),
     "*.strategy_args.strategy_config.optimizer_cpu_offload": Later(
-        "optimizer steps on the host (offload_states moves the state between the phases of a step)"
+        "optimizer steps on the host (offload_states moves their state, use_distributed_optimizer shards it)"
     ),
     "*.strategy_args.strategy_config.optimizer_offload_fraction": Later(
-        "optimizer steps on the host (offload_states moves the state between the phases of a step)", (None, 0, 1)
+        "optimizer steps on the host (offload_states moves their state, use_distributed_optimizer shards it)",
+        (None, 0, 1),
     ),
     "*.strategy_args.strategy_config.tp_comm_overlap": Later("buffers of one length (micro-batches differ in length)"),
     "*.strategy_args.strategy_config.use_precision_aware_optimizer": Later("moments in 16 bits (checkpoints hold 32)"),

@@ -14,15 +14,19 @@ from tiny_models import write_model
 pytestmark = pytest.mark.megatron
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
-    "distributed optimizer": ("four_layers", {"use_distributed_optimizer": True}, torch.bfloat16),
+    "overlapped gradients": (
+        "four_layers",
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
+        torch.bfloat16,
+    ),
     "virtual stages": (
         "four_layers",
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         torch.float32,
     ),
-    "experts and overlapped gradients": (
+    "experts": (
         "four_layers_moe",
-        {"expert_model_parallel_size": 2, "use_distributed_optimizer": True, "overlap_grad_reduce": True},
+        {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
         torch.bfloat16,
     ),
 }
