@@ -110,10 +110,18 @@ class EngineState:
         engine: name of the engine, for messages.
         weights: the weights.
         training: gradients and optimizer state.
+        before_leaving: called before anything leaves the device.
     """
 
-    def __init__(self, engine: str, weights: Part, training: Sequence[Part] = ()) -> None:
+    def __init__(
+        self,
+        engine: str,
+        weights: Part,
+        training: Sequence[Part] = (),
+        before_leaving: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engine = engine
+        self._before_leaving = before_leaving
         self._parts = [(Residency.WEIGHTS, weights), *((Residency.FULL, part) for part in training)]
         self._residency = Residency.FULL
         self._present = [True] * len(self._parts)
@@ -130,6 +138,8 @@ class EngineState:
         Raises:
             ResidencyError: device or host memory is exhausted; parts that had moved stay where they are.
         """
+        if residency < self.residency:
+            self._before_leaving()
         try:
             for number in reversed(range(len(self._parts))):
                 needed, part = self._parts[number]

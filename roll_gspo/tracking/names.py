@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from roll_gspo.tracking.mismatch_names import MISMATCH_METRICS, NOISE_METRICS
 from roll_gspo.tracking.memory_names import MEMORY_METRICS
+from roll_gspo.tracking.mismatch_names import MISMATCH_METRICS, NOISE_METRICS
 from roll_gspo.tracking.staleness_names import STALENESS_METRICS, STALENESS_PATTERNS
 
 

@@ -7,7 +7,7 @@ views: megatron frees gradient buffers in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -24,7 +24,10 @@ def weight_tensors(chunks: Sequence[GPTModel]) -> list[Tensor]:
 
 
 def trainer_state(
-    chunks: Sequence[GPTModel], wrapped: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+    chunks: Sequence[GPTModel],
+    wrapped: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    before_leaving: Callable[[], None],
 ) -> EngineState:
     """Return the movable state of a trainer.
 
@@ -32,12 +35,13 @@ def trainer_state(
         chunks: layers of this rank.
         wrapped: their data-parallel wrappers, which hold the gradients. These are 0 between updates.
         optimizer: holds master weights and moments.
+        before_leaving: completes the communication of the last step.
     """
     gradients = Part(lambda: gradient_buffers(wrapped), "zeros")
     moments = Part(
         lambda: outside(_optimizer_tensors(optimizer), [*weight_tensors(chunks), *gradient_buffers(wrapped)])
     )
-    return EngineState("megatron_train", Part(lambda: weight_tensors(chunks)), [moments, gradients])
+    return EngineState("megatron_train", Part(lambda: weight_tensors(chunks)), [moments, gradients], before_leaving)
 
 
 def gradient_buffers(wrapped: Sequence[DistributedDataParallel]) -> list[Tensor]:

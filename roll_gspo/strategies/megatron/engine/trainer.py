@@ -68,7 +68,7 @@ class MegatronTrainer:
             ),
             list[MegatronModule](self._ddp),
         )
-        self.state = trainer_state(model.chunks, self._ddp, self._optimizer)
+        self.state = trainer_state(model.chunks, self._ddp, self._optimizer, self.finish_gather)
         self._applied_steps = 0
         self._gathering = False
         self._saving: tuple[ShardedSave, BackgroundWrite] | None = None
