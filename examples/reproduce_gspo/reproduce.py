@@ -184,6 +184,8 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
                 ("bf16, old log-probs of the engine", (*BF16, "old_log_probs=rollout")),
                 ("fp32, clip 3e-3 and 4e-3", WIDE),
                 ("bf16, clip 3e-3 and 4e-3", (*BF16, *WIDE)),
+                ("fp32, lr 2e-6", (f"{RATE}=2e-6", CONSTANT)),
+                ("bf16, lr 2e-6", (*BF16, f"{RATE}=2e-6", CONSTANT)),
             )
         ),
         NOISE,
