@@ -73,6 +73,8 @@ class RunConfig(Schema):
     """Environment variables, set before engines are imported."""
     num_gpus_per_node: NonNegativeInt = 8
     """Devices per machine; device `d` is on machine `d // num_gpus_per_node`."""
+    gpu_memory_gb: PositiveFloat | None = None
+    """Memory of each GPU in GiB, for the memory plan; null: that of this machine's GPUs, or 80 if there are none."""
     num_nodes: PositiveInt | None = None
     """Number of machines; null: as many as the device mappings need."""
     offload_states: bool | None = None

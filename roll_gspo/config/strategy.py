@@ -19,6 +19,7 @@ from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from roll_gspo.config.base import Problem, Schema
+from roll_gspo.config.memory import Alternative, GenerationBytes, PassBytes, PassSize
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import Registry
 
@@ -171,12 +172,39 @@ class StrategyArgs(Schema):
         """Return what each device of a role holds, or None for even parts of the model (or if its size is unknown)."""
         return None
 
+    def pass_memory(
+        self, model: str, num_devices: int, size: PassSize, itemsize: int, *, train: bool, value_head: bool
+    ) -> Sequence[PassBytes] | None:
+        """Return the memory of the largest pass on each device of a role, or None if it is not known.
+
+        Args:
+            model: Hugging Face name or folder, or a `builtin:` name.
+            num_devices: devices of the role.
+            size: the largest micro-batch.
+            itemsize: bytes of a number in the role's `dtype`.
+            train: whether a backward pass follows.
+            value_head: whether the model has a value head in place of the vocabulary's.
+        """
+        return None
+
+    def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
+        """Yield changes of keys after which a device may hold less. The plan proposes the cheapest that fits."""
+        yield from ()
+
 
 class TrainStrategyArgs(StrategyArgs):
     """An engine of `actor_train` and `critic`."""
 
     has_value_head: ClassVar[bool] = False
     """`build_value` exists, so that the engine can hold the critic."""
+    has_float32_weights: ClassVar[bool] = False
+    """Weights are float32 whatever `dtype` is. Otherwise the optimizer has a float32 copy of 16-bit weights."""
+
+    @property
+    def has_float32_gradients(self) -> bool:
+        """True if gradients are float32 whatever `dtype` is."""
+        return True
+
     can_replay_routing: ClassVar[bool] = False
     """The engine records the experts of a mixture of experts and replays them (`router_replay`)."""
 
@@ -240,6 +268,20 @@ class GenerateStrategyArgs(StrategyArgs):
             commands: a `CommandSender` on rank 0, None on the others.
         """
         raise NotImplementedError(f"{self.strategy_name}: receives_between_gpus needs build_weight_sender")
+
+    def generation_memory(
+        self, model: str, weights: float, device: float, itemsize: int, sequence_length: int
+    ) -> GenerationBytes | None:
+        """Return what the engine takes on each of its devices besides its weights, or None if it is not known.
+
+        Args:
+            model: Hugging Face name or folder, or a `builtin:` name.
+            weights: bytes of the weights on a device.
+            device: bytes of a device.
+            itemsize: bytes of a number in the role's `dtype`.
+            sequence_length: longest prompt plus response in tokens.
+        """
+        return None
 
     @abstractmethod
     def build_generator(self, model: Any, generation: Any) -> Any:

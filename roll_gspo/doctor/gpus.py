@@ -15,7 +15,7 @@ from roll_gspo.doctor.findings import Finding, Findings, error, not_checked, ok,
 from roll_gspo.doctor.versions import cuda_of_torch
 from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.devices import devices_of, devices_per_node, ranges
-from roll_gspo.pipelines.memory import memory_of
+from roll_gspo.pipelines.memory import estimate_memory
 
 _QUERY = "index,uuid,name,memory.total,memory.used,compute_cap,driver_version,compute_mode"
 _TIMEOUT_S = 30.0
@@ -199,7 +199,7 @@ def _device_findings(config: AnyConfig, gpus: Sequence[Gpu]) -> Iterator[Finding
 
 
 def _memory_findings(config: AnyConfig, visible: Sequence[Gpu]) -> Iterator[Finding]:
-    memory, gpus = memory_of(config), [visible[device] for device in used_devices(config) if device < len(visible)]
+    gpus = [visible[device] for device in used_devices(config) if device < len(visible)]
     if not gpus:
         return
     for name, role in config.roles().items():
@@ -209,16 +209,16 @@ def _memory_findings(config: AnyConfig, visible: Sequence[Gpu]) -> Iterator[Find
                 f"{name}.strategy_args.strategy_config.gpu_memory_utilization: {share} of a GPU, but only {small:.2f} "
                 "of one is free; lower it, or end the other processes (nvidia-smi shows them)"
             )
+    total, free = min(gpu.total for gpu in gpus), min(gpu.total - gpu.used for gpu in gpus)
+    memory = estimate_memory(config, total * _MIB)
     if memory is None:
         yield not_checked("the size of the model is unknown until it is downloaded")
         return
-    needed = max(memory.of_devices.values()) / _MIB
-    total, free = min(gpu.total for gpu in gpus), min(gpu.total - gpu.used for gpu in gpus)
-    estimate = f"about {needed:.0f} MiB per GPU for weights, gradients and optimizer"
+    phase, device = memory.fullest()
+    needed = memory.total(phase, device) / _MIB
+    estimate = f"about {needed:.0f} MiB on a GPU while {phase}"
     if needed > total:
-        yield error(
-            f"{estimate}, and a GPU has {total} MiB; use more devices, or larger parallel sizes in strategy_config"
-        )
+        yield error(f"{estimate}, and a GPU has {total} MiB; --dry-run names the nearest settings that fit")
     elif needed > free:
         users = ", ".join(
             f"GPU {gpu.index} has {gpu.total - gpu.used} MiB" for gpu in gpus if gpu.total - gpu.used < needed

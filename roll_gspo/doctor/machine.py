@@ -19,9 +19,9 @@ from roll_gspo.config.reward_table import shipped_name
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.doctor.findings import Findings, error, ok, warning
 from roll_gspo.errors import ConfigError
-from roll_gspo.pipelines.devices import devices_per_node, model_of
+from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.disk import checkpoint_bytes, checkpoints_folder, disk_warnings
-from roll_gspo.pipelines.memory import GIB, memory_of
+from roll_gspo.pipelines.memory import GIB, state_bytes_of_machine
 from roll_gspo.pipelines.pretrain import HUB_NAME
 from roll_gspo.sandbox import Sandbox
 
@@ -67,11 +67,10 @@ def main_memory_findings(config: AnyConfig, on_cuda: bool | None) -> Findings:
     """Compare free main memory with the plan's estimate, if the roles compute on CPUs."""
     available = psutil.virtual_memory().available
     text = f"{available / GIB:.3g} GiB of main memory are available"
-    memory = memory_of(config)
-    if on_cuda is not False or memory is None:
+    needed = state_bytes_of_machine(config)
+    if on_cuda is not False or needed is None:
         yield ok(text)
         return
-    needed = memory.of_node(devices_per_node(config))
     estimate = f"weights, gradients and optimizer take about {needed / GIB:.3g} GiB"
     if needed > available:
         yield error(f"{text}, and {estimate}; end other processes, or choose a smaller model")

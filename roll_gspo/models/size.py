@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.config_files import CONFIG, read_object, text_config
+from roll_gspo.models.known import known_config
 from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
 
 
@@ -23,14 +25,27 @@ class ModelSize:
 
 
 def architecture_of(pretrain: str) -> Architecture | None:
-    """Return the architecture of a builtin model or local checkpoint; None for a model that is not on this machine.
+    """Return the architecture of a builtin model, a local checkpoint or a well-known name; else None.
 
     Raises:
         ConfigError: the megatron strategies do not support the architecture.
     """
     config = _hf_config(pretrain)
-    # builtin models omit the norm epsilon, which does not affect sizes
-    return None if config is None else Architecture.from_config({"rms_norm_eps": 1e-6, **config}, pretrain)
+    if config is not None:
+        # builtin models omit the norm epsilon, which does not affect sizes
+        return Architecture.from_config({"rms_norm_eps": 1e-6, **config}, pretrain)
+    if (known := known_config(pretrain)) is not None:
+        unknown = {"rms_norm_eps": 1e-6, "max_position_embeddings": 1}  # not read for sizes
+        return Architecture.from_config({**unknown, **known}, pretrain)
+    return None
+
+
+def supported_architecture_of(pretrain: str) -> Architecture | None:
+    """Return `architecture_of`, or None if the megatron strategies do not support the architecture."""
+    try:
+        return architecture_of(pretrain)
+    except ConfigError:
+        return None
 
 
 def context_length_of(pretrain: str) -> int | None:
@@ -68,7 +83,10 @@ def _hf_config(pretrain: str) -> Mapping[str, Any] | None:
 
 
 def size_of(pretrain: str) -> ModelSize | None:
-    """Return the size of a builtin model or local checkpoint, or as read from a name like `Qwen2.5-7B`; else None."""
+    """Return the size of a builtin model, a local checkpoint or a well-known name, else as read from a name; or None.
+
+    A name such as `Some-7B` or `Some-30B-A3B` states the parameters.
+    """
     if (config := _hf_config(pretrain)) is not None:
         try:
             return _count(config, "builtin" if pretrain.startswith(BUILTIN) else CONFIG)
@@ -76,6 +94,8 @@ def size_of(pretrain: str) -> ModelSize | None:
             return None
     if pretrain.startswith(BUILTIN):
         return None
+    if (known := known_config(pretrain)) is not None:
+        return _count(known, "known by name")
     if match := re.search(r"(\d+(?:\.\d+)?)B(?:-A(\d+(?:\.\d+)?)B)?", pretrain):
         total = float(match[1]) * 1e9
         # Nearly all inactive parameters are in experts; about half of the active ones are shared.

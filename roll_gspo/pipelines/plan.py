@@ -11,7 +11,8 @@ from roll_gspo.config.sft import AnyConfig
 from roll_gspo.models.size import ModelSize, size_of
 from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
 from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text
-from roll_gspo.pipelines.memory import memory_texts, memory_warnings
+from roll_gspo.pipelines.gpu_memory import gpu_memory
+from roll_gspo.pipelines.memory_rows import has_gpu_plan, main_memory_warnings, memory_problems, memory_texts
 from roll_gspo.pipelines.passes import pass_rows
 from roll_gspo.pipelines.pipeline import pipeline_of
 from roll_gspo.pipelines.pretrain import builtin_folder
@@ -59,20 +60,26 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = (), *, on_th
     """
     pipeline = pipeline_of(config)
     size, on_cuda = size_of(config.pretrain), finds_cuda(config) if on_this_machine else None
+    gpu = gpu_memory(config, on_cuda)
     rows = [
         ("model", _model_text(config, size)),
         *(("roles", _role_text(config, name)) for name in config.roles()),
         *(("roles", text) for text in sharing_texts(config, on_cuda)),
         *pipeline.plan_rows(config),
         *pass_rows(config, on_cuda),
-        *(("memory", text) for text in memory_texts(config)),
+        *(("memory", text) for text in memory_texts(config, gpu, on_cuda)),
         ("run", f"{pipeline.length_text(config)}, {_intervals_text(config)}"),
     ]
     title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
-    warnings = (*pipeline.warnings(config), *execution_warnings(config), *memory_warnings(config, on_cuda))
+    too_large = memory_problems(config, gpu) if has_gpu_plan(config, on_cuda) else []
+    warnings = (*pipeline.warnings(config), *execution_warnings(config), *main_memory_warnings(config, on_cuda))
     warnings += tuple(sharing_warnings(config, on_cuda))
     problems = (*_replay_problems(config, size), *pipeline.problems(config), *device_problems(config, on_cuda))
     problems += tuple(sharing_problems(config, on_cuda))
+    if gpu.is_known:
+        problems += tuple(too_large)
+    else:
+        warnings += tuple(too_large)
     problems = tuple(dict.fromkeys(problems))  # roles may share a model
     return Plan(title, tuple(rows), warnings, problems, config_warnings)
 

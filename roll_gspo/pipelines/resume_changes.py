@@ -25,6 +25,7 @@ FREE = (
     *("max_steps", "num_epochs", "save_steps", "eval_steps", "logging_steps", "checkpoint_config.*"),
     *("track_with", "tracker_kwargs*", "tags", "profiler*", "log_samples_every", "trace_groups", "system_envs*"),
     *("execution", "num_gpus_per_node", "num_nodes", "*.device_mapping", "weight_transfer.*", "offload_states"),
+    "gpu_memory_gb",
     *("worker_timeout_s", "max_worker_restarts", "max_restarts", "max_consecutive_skipped_steps"),
     *("*.strategy_args.strategy_config.*", "*.infer_batch_size", "*.max_tokens_per_microbatch_in_*"),
     *("*.training_args.per_device_train_batch_size", "*.training_args.gradient_accumulation_steps"),

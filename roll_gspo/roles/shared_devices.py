@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from enum import StrEnum
 from typing import Protocol
 
 from roll_gspo.errors import ResidencyError, WeightTransferError
 from roll_gspo.strategies.device import used_device_bytes
-from roll_gspo.strategies.residency import OffloadableEngine, Residency
+from roll_gspo.strategies.residency import OffloadableEngine, Phase, Residency
 
 logger = logging.getLogger(__name__)
 _GIB = 2**30
 TRAINER, ENGINE = "actor_train", "actor_infer"
-
-
-class Phase(StrEnum):
-    """A use of the shared devices."""
-
-    GENERATING = "generating"
-    SCORING = "scoring"
-    TRAINING = "training"
-    SYNCING = "syncing"
 
 
 _NAMED = "the role that `enter` names"

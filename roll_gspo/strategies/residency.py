@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Protocol, runtime_checkable
+
+
+class Phase(StrEnum):
+    """Uses of shared devices, in the order of a step."""
+
+    GENERATING = "generating"
+    SCORING = "scoring"
+    TRAINING = "training"
+    SYNCING = "syncing"
 
 
 class Residency(IntEnum):

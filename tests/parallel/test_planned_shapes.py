@@ -42,6 +42,9 @@ QWEN25_7B = _CONSTANTS | {
     "vocab_size": 152064,
 }
 TIED = QWEN25_7B | {"model_type": "qwen3", "num_hidden_layers": 8, "vocab_size": 1001, "tie_word_embeddings": True}
+SMALL = TIED | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_attention_heads": 8}
+SMALL_EXPERTS = SMALL | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
+SMALL_EXPERTS |= {"moe_intermediate_size": 128, "norm_topk_prob": True}
 SMALL_MOE = QWEN3_30B | {"num_hidden_layers": 4, "num_experts": 8, "vocab_size": 1001}
 
 
@@ -70,6 +73,18 @@ CASES: dict[str, tuple[dict[str, Any], MegatronConfig, int]] = {
         4,
     ),
     "contexts": (TIED, _own(context_parallel_size=2, tensor_model_parallel_size=2), 8),
+    "small": (SMALL, _own(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 8),
+    "small, whole optimizer": (SMALL, MegatronConfig(tensor_model_parallel_size=2), 4),
+    "small experts": (
+        SMALL_EXPERTS,
+        _own(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            expert_model_parallel_size=4,
+            expert_tensor_parallel_size=1,
+        ),
+        8,
+    ),
     "cut experts": (
         SMALL_MOE,
         _own(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=4),
@@ -78,10 +93,16 @@ CASES: dict[str, tuple[dict[str, Any], MegatronConfig, int]] = {
 }
 
 
+ALLOCATED = ("small", "small experts", "small, whole optimizer")
+
+
 @pytest.fixture(scope="module")
 def built() -> dict[str, list[Built]]:
     """Build the models with megatron in a separate process, since their groups conflict with those of other tests."""
-    jobs = [(Architecture.from_config(model), layout, world_size) for model, layout, world_size in CASES.values()]
+    jobs = [
+        (Architecture.from_config(model), layout, world_size, name in ALLOCATED)
+        for name, (model, layout, world_size) in CASES.items()
+    ]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return dict(zip(CASES, pool.submit(build_all, jobs).result(timeout=240), strict=True))
 
@@ -92,12 +113,25 @@ def test_planned_parameters_are_those_of_every_rank(name: str, built: dict[str, 
     model = Architecture.from_config(values)
     assert not list(layout_problems(model, layout, world_size, on_cuda=None))
     assert len(built[name]) == world_size
-    for rank, (shared, experts, shares, stage) in enumerate(built[name]):
+    for rank, (shared, experts, shares, stage, _) in enumerate(built[name]):
         assert stage == rank // (world_size // layout.pipeline_model_parallel_size)
         planned = parameters_of_rank(model, layout, stage)
         assert (shared, experts) == (planned.shared, planned.experts), rank
         if layout.use_distributed_optimizer:
             assert shares == optimizer_shares(layout, world_size)
+
+
+@pytest.mark.parametrize("name", ALLOCATED)
+def test_planned_bytes_are_those_that_megatron_allocates(name: str, built: dict[str, list[Built]]) -> None:
+    values, layout, world_size = CASES[name]
+    model = Architecture.from_config(values)
+    shared, experts = optimizer_shares(layout, world_size)
+    for built_rank in built[name]:
+        rank = parameters_of_rank(model, layout, built_rank.stage)
+        planned = (2 * rank.total, 4 * rank.total, 12 * (rank.shared / shared + rank.experts / experts))
+        assert built_rank.allocated is not None
+        # Buffers are padded, and ranks share the optimizer by bucket.
+        assert built_rank.allocated == pytest.approx(planned, rel=0.01)
 
 
 def test_shipped_layout_of_the_large_mixture_is_the_one_that_was_meant() -> None:

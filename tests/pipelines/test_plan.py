@@ -195,7 +195,7 @@ def test_size_of_a_checkpoint_is_read_from_its_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "total", "experts"),
-    [("Qwen/Qwen2.5-7B", 7e9, 0), ("Qwen/Qwen3-0.6B", 6e8, 0), ("Qwen/Qwen3-30B-A3B-Base", 30e9, 28.5e9)],
+    [("some/Model-7B", 7e9, 0), ("some/Model-0.6B-Chat", 6e8, 0), ("some/Model-30B-A3B-Base", 30e9, 28.5e9)],
 )
 def test_size_of_a_name_is_read_from_it(name: str, total: float, experts: float) -> None:
     size = size_of(name)
@@ -225,22 +225,6 @@ def test_memory_of_a_float32_model_counts_each_copy() -> None:
     assert memory_gib(without) == pytest.approx(size.num_parameters * (trained + 4) / GIB, rel=0.01)
 
 
-def test_memory_of_a_7b_model_is_divided_by_parallel_sizes() -> None:
-    per_rank = 7e9 / 2
-    trained = per_rank * (2 + 4 + 12 / 2)  # bf16, float32 gradient; main copy and moments over two ranks
-    plan = plan_of("qwen2.5_7b_gspo")
-    assert memory_gib(plan) == pytest.approx(trained / GIB, rel=0.01)
-    roles = f"actor_train {trained / GIB:.3g} GiB · actor_infer {7e9 * 2 / GIB:.3g} GiB · reference "
-    assert roles + f"{per_rank * 2 / GIB:.3g} GiB" in row(plan, "memory")
-
-
-def test_memory_of_experts_is_divided_by_the_expert_parallel_size() -> None:
-    dense, experts = 1.5e9 / (4 * 2), 28.5e9 / (8 * 1 * 2)
-    # 2 data-parallel ranks share the optimizer of the dense part, each expert is on one rank
-    expected = ((dense + experts) * (2 + 4) + (dense / 2 + experts) * 12) / GIB
-    assert memory_gib(plan_of("qwen3_30b_a3b_gspo")) == pytest.approx(expected, rel=0.01)
-
-
 def test_memory_of_a_shared_device_adds_up() -> None:
     alone = memory_gib(plan_of("example_gspo"))
     apart = ("execution=ray", "actor_infer.device_mapping=[1]", "reference.device_mapping=[2]")
@@ -253,7 +237,7 @@ def test_text_has_every_row_warning_and_problem() -> None:
     text = plan.text()
     for part in (*(text for _, text in plan.rows), *plan.warnings, *plan.not_runnable):
         assert str(part) in text
-    assert "cannot run  actor_train.device_mapping: 4 devices " in text
+    assert "cannot run  actor_train.device_mapping: 8 devices " in text
     assert text.splitlines()[0].endswith("plan of qwen2.5_7b_gspo")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from roll_gspo.config.base import Problem
+from roll_gspo.config.memory import Alternative, GenerationBytes, PassBytes, PassSize
 from roll_gspo.config.strategy import (
     GenerateStrategyArgs,
     Requirement,
@@ -17,8 +18,10 @@ from roll_gspo.config.strategy import (
 )
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.config_files import CONFIG
-from roll_gspo.models.size import model_type_of
+from roll_gspo.models.size import model_type_of, supported_architecture_of
 from roll_gspo.strategies.hf.config import HfConfig
+from roll_gspo.strategies.hf.memory import pass_bytes
+from roll_gspo.strategies.memory import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from roll_gspo.strategies.base import GenerationSetup, ModelSetup, OptimizerSetup
@@ -55,6 +58,16 @@ class HfArgs(StrategyArgs):
             )
         yield from ()
 
+    def pass_memory(
+        self, model: str, num_devices: int, size: PassSize, itemsize: int, *, train: bool, value_head: bool
+    ) -> Sequence[PassBytes] | None:
+        """Estimate the passes; every device has the whole model."""
+        architecture = supported_architecture_of(model)
+        if architecture is None:
+            return None
+        found = pass_bytes(architecture, self.strategy_config, size, itemsize, train=train, head=not value_head)
+        return [found] * num_devices
+
     def _generation_problems(self) -> Iterator[Problem]:
         """Yield keys of generation that are set for an engine that never generates."""
         if self.strategy_config.generate_batch_size != HfConfig().generate_batch_size:
@@ -74,11 +87,17 @@ class HfTrainArgs(HfArgs, TrainStrategyArgs):
     """Train with plain transformers: the readable reference implementation."""
 
     has_value_head: ClassVar[bool] = True
+    has_float32_weights: ClassVar[bool] = True
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield keys that only generation uses."""
         yield from super().broken_rules()
         yield from self._generation_problems()
+
+    def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
+        """Yield recomputation of all layers."""
+        if not self.strategy_config.gradient_checkpointing:
+            yield Alternative(2, {"strategy_config.gradient_checkpointing": True})
 
     def build_train(self, model: ModelSetup, optimizer: OptimizerSetup) -> HfTrain:
         """Build an `HfTrain`."""
@@ -106,6 +125,23 @@ class HfInferArgs(HfArgs, ScoreStrategyArgs, GenerateStrategyArgs):
     def scoring_problems(self) -> Iterator[Problem]:
         """Yield keys that only generation uses."""
         yield from self._generation_problems()
+
+    def generation_memory(
+        self, model: str, weights: float, device: float, itemsize: int, sequence_length: int
+    ) -> GenerationBytes | None:
+        """Return the cache of `generate_batch_size` full sequences, and logits of one token of each."""
+        architecture = supported_architecture_of(model)
+        if architecture is None:
+            return None
+        num_tokens = self.strategy_config.generate_batch_size * sequence_length
+        logits = 3 * 4 * self.strategy_config.generate_batch_size * architecture.vocab_size
+        return GenerationBytes(num_tokens * kv_bytes_per_token(architecture, itemsize), logits, 0.0, num_tokens)
+
+    def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
+        """Yield smaller batches of generation."""
+        size = self.strategy_config.generate_batch_size
+        for cost in range(1, size.bit_length()):
+            yield Alternative(cost, {"strategy_config.generate_batch_size": size >> cost})
 
     def build_scorer(self, model: ModelSetup) -> HfInfer:
         """Build an `HfInfer`."""

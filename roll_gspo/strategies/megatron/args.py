@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from roll_gspo.config.base import Problem
+from roll_gspo.config.memory import Alternative, PassBytes, PassSize
 from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrategyArgs, StrategyArgs, TrainStrategyArgs
-from roll_gspo.errors import ConfigError
-from roll_gspo.models.architecture import Architecture
-from roll_gspo.models.size import architecture_of, size_of
+from roll_gspo.models.size import architecture_of, size_of, supported_architecture_of
+from roll_gspo.strategies.megatron.alternatives import alternatives
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.layout import (
     RankParameters,
@@ -20,6 +20,7 @@ from roll_gspo.strategies.megatron.layout import (
     parameters_of_rank,
     transformer_engine_problems,
 )
+from roll_gspo.strategies.megatron.memory import pass_bytes
 
 if TYPE_CHECKING:
     from roll_gspo.strategies.base import (
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         TrainStrategy,
         ValueStrategy,
     )
+
+AmountT = TypeVar("AmountT", DeviceParameters, PassBytes)
 
 _SPLITS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
@@ -117,20 +120,36 @@ class MegatronArgs(StrategyArgs):
         if stages is None:
             return None
         shared, experts = optimizer_shares(self.strategy_config, num_devices)
-        per_stage = max(num_devices // len(stages), 1)  # the ranks of a stage are consecutive
-        held = [
-            DeviceParameters(stage.total, stage.shared / shared + stage.experts / experts)
+        held = [DeviceParameters(stage.total, stage.shared / shared + stage.experts / experts) for stage in stages]
+        return _of_devices(held, num_devices)
+
+    def pass_memory(
+        self, model: str, num_devices: int, size: PassSize, itemsize: int, *, train: bool, value_head: bool
+    ) -> Sequence[PassBytes] | None:
+        """Estimate the passes of every rank; stages of a pipeline differ."""
+        architecture, layout = supported_architecture_of(model), self.strategy_config
+        if architecture is None:
+            return None
+        stages = range(layout.pipeline_model_parallel_size)
+        of_stages = [
+            pass_bytes(architecture, layout, stage, size, itemsize, train=train, head=not value_head)
             for stage in stages
-            for _ in range(per_stage)
         ]
-        largest = max(held, key=lambda parameters: parameters.weights)
-        return (held + [largest] * num_devices)[:num_devices]
+        return _of_devices(of_stages, num_devices)
+
+    def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
+        """Yield layouts that split the model further."""
+        yield from self._prefixed(alternatives(supported_architecture_of(model), self.strategy_config, num_devices))
+
+    def _prefixed(self, found: Iterator[Alternative]) -> Iterator[Alternative]:
+        for cost, changes in found:
+            yield Alternative(cost, {f"strategy_config.{key}": value for key, value in changes.items()})
 
     def _parameters_of_stages(self, model: str, value_head: bool) -> list[RankParameters] | None:
         """Return the parameters of a rank of each stage, counted from the architecture or estimated from the name."""
         layout = self.strategy_config
         pipeline = layout.pipeline_model_parallel_size
-        if (architecture := _known_architecture(model)) is not None:
+        if (architecture := supported_architecture_of(model)) is not None:
             head = "value" if value_head else "vocabulary"
             return [parameters_of_rank(architecture, layout, stage, head) for stage in range(pipeline)]
         size = size_of(model)
@@ -140,11 +159,11 @@ class MegatronArgs(StrategyArgs):
         return [RankParameters(shared, size.num_expert_parameters // layout.expert_copy_size)] * pipeline
 
 
-def _known_architecture(model: str) -> Architecture | None:
-    try:
-        return architecture_of(model)
-    except ConfigError:
-        return None
+def _of_devices(of_stages: Sequence[AmountT], num_devices: int) -> list[AmountT]:
+    """Return the amount on each device; the ranks of a pipeline stage are consecutive."""
+    per_stage = max(num_devices // len(of_stages), 1)
+    amounts = [amount for amount in of_stages for _ in range(per_stage)]
+    return (amounts + [max(of_stages)] * num_devices)[:num_devices]
 
 
 class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
@@ -152,6 +171,16 @@ class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
 
     has_value_head: ClassVar[bool] = True
     can_replay_routing: ClassVar[bool] = True
+
+    def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
+        """Yield layouts that split model or optimizer further, or recompute activations."""
+        architecture, layout = supported_architecture_of(model), self.strategy_config
+        yield from self._prefixed(alternatives(architecture, layout, num_devices, train=True))
+
+    @property
+    def has_float32_gradients(self) -> bool:
+        """True with `grad_reduce_in_fp32`."""
+        return self.strategy_config.grad_reduce_in_fp32
 
     @property
     def replay_conflicts(self) -> dict[str, str]:

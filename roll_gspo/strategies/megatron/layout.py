@@ -45,6 +45,7 @@ def layout_problems(
     yield from _backend_problems(config, on_cuda)
     if model is not None:
         yield from _model_problems(model, config, world_size)
+        yield from _recompute_problems(model, config)
         yield from _expert_problems(model, config, world_size) if model.experts else _dense_problems(config)
 
 
@@ -137,6 +138,15 @@ def _model_problems(model: Architecture, config: MegatronConfig, world_size: int
             f"{virtual} * {_PIPELINE} {pipeline} = {virtual * pipeline} does not divide {model.num_layers} layers; "
             f"{choice}",
         )
+
+
+def _recompute_problems(model: Architecture, config: MegatronConfig) -> Iterator[Problem]:
+    """Yield recomputed units that do not divide the layers of a pipeline chunk; megatron-core fails on the last one."""
+    chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    layers, unit = model.num_layers // chunks, config.recompute_num_layers or 1
+    if config.recompute_method == "uniform" and model.num_layers % chunks == 0 and layers % unit:
+        choice = set_key("recompute_num_layers", unit, lambda number: number <= layers and layers % number == 0)
+        yield Problem("recompute_num_layers", f"{unit} does not divide the {layers} layers of a rank; {choice}")
 
 
 def _expert_problems(model: Architecture, config: MegatronConfig, world_size: int) -> Iterator[Problem]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from roll_gspo.config.base import Problem
+from roll_gspo.config.memory import Alternative, GenerationBytes
 from roll_gspo.config.strategy import GenerateStrategyArgs, Requirement
 from roll_gspo.config.suggestions import set_key
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
-from roll_gspo.models.size import architecture_of, head_size_of
+from roll_gspo.models.size import architecture_of, head_size_of, supported_architecture_of
 from roll_gspo.strategies.vllm.config import VllmConfig
+from roll_gspo.strategies.vllm.memory import alternatives, generation_bytes
 
 if TYPE_CHECKING:
     from roll_gspo.strategies.base import GenerateStrategy, GenerationSetup, ModelSetup, NativeWeightSender
@@ -104,6 +106,23 @@ class VllmArgs(GenerateStrategyArgs):
     def offload_problem(self, on_cuda: bool | None) -> str | None:
         """Return None on GPUs, where vLLM has a sleep mode."""
         return "vLLM has no sleep mode on a CPU" if on_cuda is False else None
+
+    def generation_memory(
+        self, model: str, weights: float, device: float, itemsize: int, sequence_length: int
+    ) -> GenerationBytes | None:
+        """Return the KV cache that vLLM takes, and its working memory."""
+        architecture = supported_architecture_of(model)
+        if architecture is None:
+            return None
+        return generation_bytes(architecture, self.strategy_config, weights, device, itemsize)
+
+    def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
+        """Yield other shares of the device, and more devices per engine."""
+        architecture = supported_architecture_of(model)
+        for cost, changes in alternatives(self.strategy_config, num_devices):
+            size = changes.get("tensor_parallel_size", self.strategy_config.tensor_parallel_size)
+            if architecture is None or not list(tensor_parallel_problems(architecture, size)):
+                yield Alternative(cost, {f"strategy_config.{key}": value for key, value in changes.items()})
 
     def build_generator(self, model: ModelSetup, generation: GenerationSetup) -> GenerateStrategy:
         """Build a `VllmGenerate`."""
