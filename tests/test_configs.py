@@ -115,7 +115,8 @@ def test_layout_follows_model_and_strategy(model: str) -> None:
 
 def test_layouts_are_named_after_model_and_strategy() -> None:
     pairs = {f"{model}-{strategy}" for model in OPTIONS["model"] for strategy in OPTIONS["strategy"]}
-    assert set(LAYOUTS) - {"single", "two_ranks"} <= pairs
+    separate = {f"{model}-separate" for model in OPTIONS["model"]}
+    assert set(LAYOUTS) - {"single", "two_ranks"} <= pairs | separate
 
 
 @pytest.mark.parametrize("example", EXAMPLE_NAMES)

@@ -185,14 +185,14 @@ def test_critic_follows_the_actor_and_may_say_otherwise() -> None:
 def test_critic_of_a_large_model_follows_its_layout() -> None:
     config = load_config("qwen2.5_7b_gspo", "adv_estimator=gae").config
     assert config.critic is not None
-    assert config.critic.device_mapping == config.actor_train.device_mapping == tuple(range(4))
+    assert config.critic.device_mapping == config.actor_train.device_mapping == tuple(range(8))
     assert config.critic.strategy_args == config.actor_train.strategy_args
     assert (config.critic_mini_batch_size, config.critic.training_args.learning_rate) == (128, 1e-5)
     larger = load_config(
         "qwen2.5_7b_gspo", "adv_estimator=gae", "critic.strategy_args.strategy_config.tensor_model_parallel_size=4"
     ).config
-    assert larger.critic is not None and larger.critic_data_parallel_size == 1
-    assert larger.data_parallel_size == 2, "the actor's layout is its own"
+    assert larger.critic is not None and larger.critic_data_parallel_size == 2
+    assert larger.data_parallel_size == 4, "the actor's layout is its own"
 
 
 def test_critic_block_without_gae_is_accepted_and_not_built() -> None:

@@ -112,7 +112,7 @@ def test_configuration_error_exits_with_2_and_leaves_nothing(command: Command) -
 
 def test_several_devices_are_planned_but_refused_to_run(command: Command) -> None:
     text = command("--config-name", "qwen2.5_7b_gspo", "execution=local", code=2)
-    assert "actor_train.device_mapping: 4 devices are for worker groups, but execution: local" in text
+    assert "actor_train.device_mapping: 8 devices are for worker groups, but execution: local" in text
 
 
 @pytest.mark.parametrize(
