@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 from composed import load_config
+from pydantic import BaseModel
 
 from roll_gspo.algorithms.aggregate import LOSS_AGG_MODES
 from roll_gspo.algorithms.correction import CORRECTION_LEVELS, CORRECTION_MODES
@@ -143,8 +144,8 @@ def test_tracker_options_are_the_values_of_track_with() -> None:
 
 def test_base_yaml_chooses_the_defaults_of_the_schema() -> None:
     config = load_config("base").config.model_dump(include=set(AlgorithmConfig.model_fields))
-    fields = AlgorithmConfig.model_fields
-    defaults = {key: info.get_default(call_default_factory=True) for key, info in fields.items()}
+    values = {key: info.get_default(call_default_factory=True) for key, info in AlgorithmConfig.model_fields.items()}
+    defaults = {key: v.model_dump() if isinstance(v, BaseModel) else v for key, v in values.items()}
     clip_range = {"use_pg_clip_range": True, "pg_clip_low": 0.2, "pg_clip_high": 0.27}  # of importance_sampling=token
     assert config == defaults | clip_range
 

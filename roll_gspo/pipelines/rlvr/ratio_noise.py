@@ -10,7 +10,7 @@ from typing import Any
 from roll_gspo.config.clip_range import MAX_NOISE_SHARE, nearest_log_bound
 from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.declarations import RATIOS
-from roll_gspo.pipelines.rlvr.reward_alarm import is_due
+from roll_gspo.pipelines.repeats import is_due
 
 logger = logging.getLogger(__name__)
 

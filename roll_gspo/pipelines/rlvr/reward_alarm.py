@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from roll_gspo.batch import Prompt
 from roll_gspo.errors import RewardError
+from roll_gspo.pipelines.repeats import is_due
 from roll_gspo.rewards.base import RewardResult
 
 logger = logging.getLogger(__name__)
@@ -115,9 +116,3 @@ class FailedSteps:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}… ({len(text)} characters)"
-
-
-def is_due(count: int, first: int) -> bool:
-    """Return whether `count` is `first` times a power of two."""
-    times, rest = divmod(count, first)
-    return not rest and times & (times - 1) == 0 and times > 0
