@@ -13,13 +13,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from commands import ROOT, Outcome
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded_engines"])
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["preloaded_engines"])
+
+
+def engines_imported() -> Any:
+    """Return the context whose processes are forked from one with all engines imported; starts that one if needed."""
+    inherited = os.environ.get("PYTHONPATH")
+    # Python 3.11's fork server ignores the path of its parent, and skips modules that it does not find.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [inherited])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if inherited is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = inherited
+    return _CONTEXT
 
 
 def train(*arguments: str, folder: Path, env: Mapping[str, str] | None = None, timeout_s: float = 180) -> Outcome:
@@ -37,7 +53,7 @@ def train(*arguments: str, folder: Path, env: Mapping[str, str] | None = None, t
     with tempfile.TemporaryDirectory() as outputs:
         out, err = Path(outputs, "out"), Path(outputs, "err")
         started = time.perf_counter()
-        process = CONTEXT.Process(target=_run, args=(arguments, folder, dict(env or {}), out, err))
+        process = engines_imported().Process(target=_run, args=(arguments, folder, dict(env or {}), out, err))
         process.start()
         process.join(timeout_s)
         if process.exitcode is None:

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from forked_command import CONTEXT
+from forked_command import engines_imported
 
 # A destroyed gloo group leaves a thread behind that wakes a hundred times per second.
 _JOBS_PER_PROCESS = 16
@@ -47,8 +47,9 @@ class Ranks:
             self.close()
         self._num_jobs += 1
         while len(self._members) < world_size:
-            ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+            context = engines_imported()
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
