@@ -75,7 +75,8 @@ class Sequences:
         batch, width = self.input_ids.shape
         if self.prompt_lengths.shape != (batch,) or self.response_mask.shape[0] != batch:
             raise ValueError("input_ids, prompt_lengths and response_mask disagree about B")
-        if batch and int(self.lengths.max()) > width:
+        # samples on a GPU are copies of checked ones; their lengths would wait for it
+        if batch and self.input_ids.device.type == "cpu" and int(self.lengths.max()) > width:
             raise ValueError("a prompt and its response are longer than input_ids is wide")
 
     def __len__(self) -> int:
@@ -109,10 +110,9 @@ class Sequences:
     @property
     def predicting_mask(self) -> Tensor:
         """[B, S] bool, true on the positions whose logits predict response tokens."""
-        samples, columns = self.response_mask.nonzero(as_tuple=True)
-        predicting = torch.zeros_like(self.input_ids, dtype=torch.bool)
-        predicting[samples, self.prompt_lengths[samples] - 1 + columns] = True
-        return predicting
+        # masked tokens add 0 somewhere; an index of unknown length would wait for the device
+        counts = torch.zeros_like(self.input_ids, dtype=torch.int32)
+        return counts.scatter_add_(1, self.predicting_positions, self.response_mask.int()) > 0
 
     @property
     def response_ids(self) -> Tensor:

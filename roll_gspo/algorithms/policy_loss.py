@@ -204,8 +204,10 @@ def _clip_metrics_by_length(clipped: Tensor, lengths: Tensor, quartiles: Tensor)
     counts = count_true(clipped).to(torch.float32)
     metrics = {}
     for quartile in range(4):
-        inside = quartiles == quartile
-        metrics[f"actor/clip_fraction_length_q{quartile + 1}"] = Metric(counts[inside].sum(), lengths[inside].sum())
+        inside = quartiles == quartile  # as factors: an index of unknown length would wait for the device
+        metrics[f"actor/clip_fraction_length_q{quartile + 1}"] = Metric(
+            (counts * inside).sum(), (lengths * inside).sum()
+        )
     return metrics
 
 

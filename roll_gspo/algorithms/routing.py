@@ -27,10 +27,10 @@ def expert_difference(experts: Tensor, others: Tensor, positions: Tensor) -> Met
     Returns:
         A mean over positions, layers and experts.
     """
-    ours, theirs = experts[positions], others[positions]
-    recorded = (ours >= 0).all(-1) & (theirs >= 0).all(-1)
-    shared = torch.zeros_like(ours, dtype=torch.bool)
-    for choice in theirs.unbind(-1):  # comparing [N, L, K, K] at once would need K times the memory
-        shared |= ours == choice[..., None]
+    # all positions, because an index of unknown length would wait for the device
+    recorded = (experts >= 0).all(-1) & (others >= 0).all(-1) & positions[:, :, None]
+    shared = torch.zeros_like(experts, dtype=torch.bool)
+    for choice in others.unbind(-1):  # comparing [B, S, L, K, K] at once would need K times the memory
+        shared |= experts == choice[..., None]
     differing = (~shared & recorded[..., None]).sum()
     return Metric(differing.double(), recorded.sum() * experts.shape[-1])

@@ -125,13 +125,12 @@ def ratio_metrics_by_lag(
         clip_range: (low, high) around 1 if the loss clips `ratio` itself, else None.
     """
     metrics = {}
+    one = ratio.new_ones(())
     for name, inside in _present(buckets, response_mask):
-        values = ratio[inside]
-        one = values.new_ones(())
         metrics |= {
             f"actor/clip_fraction_lag_{name}": mean_of(clipped.to(ratio.dtype), inside),
-            f"actor/ratio_min_lag_{name}": Metric(values.amin(), one, "min"),
-            f"actor/ratio_max_lag_{name}": Metric(values.amax(), one, "max"),
+            f"actor/ratio_min_lag_{name}": Metric(torch.where(inside, ratio, torch.inf).amin(), one, "min"),
+            f"actor/ratio_max_lag_{name}": Metric(torch.where(inside, ratio, -torch.inf).amax(), one, "max"),
         }
         if clip_range is not None:
             low, high = clip_range
@@ -142,7 +141,8 @@ def ratio_metrics_by_lag(
 
 def _present(buckets: Tensor, response_mask: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tokens [B, T] bool of every bucket that has a valid token."""
-    counts = torch.bincount(buckets[response_mask].long(), minlength=len(BUCKETS)).tolist()
-    for index, (name, count) in enumerate(zip(BUCKETS, counts, strict=True)):
-        if count:
-            yield name, response_mask & (buckets == index)
+    tokens = [response_mask & (buckets == index) for index in range(len(BUCKETS))]
+    present = torch.stack([inside.any() for inside in tokens]).tolist()  # the only wait for the device
+    for name, inside, found in zip(BUCKETS, tokens, present, strict=True):
+        if found:
+            yield name, inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from roll_gspo.batch import Sequences
+from roll_gspo.batch import Sequences, moved
 
 
 def local_device() -> torch.device:
@@ -24,8 +24,4 @@ def used_device_bytes() -> int | None:
 
 def move(sequences: Sequences, device: torch.device) -> Sequences:
     """Return the same samples on `device`."""
-    return Sequences(
-        sequences.input_ids.to(device),
-        sequences.prompt_lengths.to(device),
-        sequences.response_mask.to(device),
-    )
+    return Sequences(*moved((sequences.input_ids, sequences.prompt_lengths, sequences.response_mask), device))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roll_gspo.batch import Sequences, pad_rows
+from roll_gspo.batch import Sequences, moved, pad_rows
 from roll_gspo.strategies.base import TokenScores
 
 # float32 working memory of a chunk is about four times this many logits
@@ -88,10 +88,10 @@ def token_log_probs(
     return log_probs, entropies if entropy else None
 
 
-def place(values: Tensor, response_mask: Tensor) -> Tensor:
-    """Scatter values [N] of the response tokens, in row order, into [B, T]; 0 elsewhere."""
-    placed = values.new_zeros(response_mask.shape)
-    placed[response_mask] = values
+def place(values: Tensor, places: tuple[Tensor, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Scatter values [N] to their samples and response positions, both [N], in a tensor [B, T]; 0 elsewhere."""
+    placed = values.new_zeros(shape)
+    placed[places] = values
     return placed
 
 
@@ -109,12 +109,11 @@ def score_in_micro_batches(
     order = sequences.lengths.argsort(stable=True)  # samples of similar length need the least padding
     parts = [forward(sequences.rows(index)) for index in order.split(micro_batch_size)]
     back = order.argsort().cpu()
-    log_probs = pad_rows([part.log_probs.cpu() for part in parts], width)[back]
-    entropies = [part.entropy.cpu() for part in parts if part.entropy is not None]
-    routes = [part.routed_experts.cpu() for part in parts if part.routed_experts is not None]
     positions = sequences.input_ids.shape[1]
-    return TokenScores(
-        log_probs,
-        pad_rows(entropies, width)[back] if entropies else None,
-        pad_rows(routes, positions, fill=-1)[back] if routes else None,
-    )
+    entropies = [part.entropy for part in parts if part.entropy is not None]
+    routes = [part.routed_experts for part in parts if part.routed_experts is not None]
+    wholes = [pad_rows([part.log_probs for part in parts], width)]
+    wholes += [pad_rows(entropies, width)] if entropies else []
+    wholes += [pad_rows(routes, positions, fill=-1)] if routes else []
+    found = iter([whole[back] for whole in moved(wholes, "cpu")])  # one wait for the device, after all passes
+    return TokenScores(next(found), next(found) if entropies else None, next(found) if routes else None)

@@ -49,7 +49,8 @@ def test_token_log_probs_ignores_columns_that_pad_the_vocabulary() -> None:
 def test_token_log_probs_of_no_token_can_be_differentiated() -> None:
     logits = torch.randn(0, 61, requires_grad=True)
     values, entropy = token_log_probs(logits, torch.zeros(0, dtype=torch.int64), 1.0, entropy=False)
-    place(values, torch.zeros(2, 3, dtype=torch.bool)).sum().backward()
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    place(values, (nowhere, nowhere), (2, 3)).sum().backward()
     assert entropy is None and logits.grad.shape == (0, 61)
 
 

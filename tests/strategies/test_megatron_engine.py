@@ -183,6 +183,19 @@ def test_bfloat16_keeps_updates_that_are_too_small_for_it(checkpoint: Checkpoint
     assert 0.05 < float(torch.stack(moved).mean()) < 0.9
 
 
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_moe"])
+def test_gradient_norm_is_megatrons_bit_for_bit(checkpoint: Checkpoints, family: str) -> None:
+    from roll_gspo.strategies.megatron.engine.gradients import gradient_norm
+
+    optimizer = _trainer(checkpoint(family))._trainer._optimizer  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(0)
+    for part in optimizer.chained_optimizers:
+        for parameter in part.get_parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+    optimizer.prepare_grads()
+    assert gradient_norm(optimizer) == optimizer.get_grad_norm() > 10
+
+
 def test_reference_beside_the_trainer_does_not_move(checkpoint: Checkpoints) -> None:
     engine = _trainer(checkpoint("qwen3_tied"))
     reference = megatron.MegatronInfer(model_setup(checkpoint("qwen3_tied")), MegatronConfig())

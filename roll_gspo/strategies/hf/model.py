@@ -101,21 +101,23 @@ def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: f
 
     No mask is needed: attention is causal, and padding is on the right.
     """
-    mask = sequences.response_mask
-    samples, positions = predicting_rows(sequences)
-    first, last = (int(positions.min()), int(positions.max())) if len(positions) else (0, 0)
-    kept = torch.arange(first, last + 1, device=mask.device)
+    shape = tuple(sequences.response_mask.shape)
+    places, positions = predicting_rows(sequences)
+    first, last = torch.stack(positions.aminmax()).tolist() if len(positions) else (0, 0)
+    kept = torch.arange(first, last + 1, device=positions.device)
     logits = model(input_ids=sequences.input_ids, use_cache=False, logits_to_keep=kept).logits
-    rows = logits[samples, positions - first]
-    log_probs, entropies = token_log_probs(rows, sequences.response_ids[mask], temperature, entropy)
-    return TokenScores(place(log_probs, mask), None if entropies is None else place(entropies, mask))
+    rows = logits[places[0], positions - first]
+    log_probs, entropies = token_log_probs(rows, sequences.response_ids[places], temperature, entropy)
+    return TokenScores(place(log_probs, places, shape), None if entropies is None else place(entropies, places, shape))
 
 
-def predicting_rows(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Return samples [N] and positions [N] whose outputs predict the response tokens, in row order."""
-    mask = sequences.response_mask
-    samples = torch.arange(len(sequences), device=mask.device)[:, None].expand_as(mask)[mask]
-    return samples, sequences.predicting_positions[mask]
+def predicting_rows(sequences: Sequences) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return (sample, response position) and the position in S that predicts it, each [N], of every response token.
+
+    The tokens are in row order. An index by the mask would wait for the device every time it is used.
+    """
+    samples, columns = sequences.response_mask.nonzero(as_tuple=True)
+    return (samples, columns), sequences.predicting_positions[samples, columns]
 
 
 class HfWeights:

@@ -45,8 +45,9 @@ class HfValue(TrainerCheckpoints[HfTrainer]):
         with self._trainer.precision():
             # the body only: the processing of logits (e.g. capping) does not apply to values
             hidden = self._model.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-        samples, positions = predicting_rows(sequences)
-        return place(self._head(hidden[samples, positions])[:, 0], sequences.response_mask)
+        places, positions = predicting_rows(sequences)
+        values = self._head(hidden[places[0], positions])[:, 0]
+        return place(values, places, tuple(sequences.response_mask.shape))
 
     @torch.no_grad()
     def values(self, sequences: Sequences) -> Tensor:

@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from roll_gspo.batch import Sequences
+from roll_gspo.batch import Sequences, moved
 from roll_gspo.strategies.megatron.engine.parallel import context_group
 
 
@@ -54,16 +54,14 @@ class PackedLayout:
 
     def to(self, device: torch.device) -> PackedLayout:
         """Return the same layout on `device`."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
         packed = self.packed
+        of_packed = () if packed is None else (packed.cu_seqlens_q, packed.positions)
+        copies = moved([self.input_ids, *self.rows, *self.places, self.tokens, *of_packed], device)
         if packed is not None:
-            ends = move(packed.cu_seqlens_q)
-            packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends, positions=move(packed.positions))
-        rows, places = (move(self.rows[0]), move(self.rows[1])), (move(self.places[0]), move(self.places[1]))
-        return PackedLayout(move(self.input_ids), packed, rows, places, move(self.tokens), self.shape)
+            ends, positions = copies[6:]
+            packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends, positions=positions)
+        rows, places = (copies[1], copies[2]), (copies[3], copies[4])
+        return PackedLayout(copies[0], packed, rows, places, copies[5], self.shape)
 
     def place(self, values: Tensor) -> Tensor:
         """Scatter values [N] of this rank into [B, T], 0 elsewhere, and add those of the other context ranks.

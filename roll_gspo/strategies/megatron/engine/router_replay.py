@@ -125,14 +125,16 @@ class Routers:
         Raises:
             TrainingError: a layer chose freely. Nothing else would reveal that.
         """
-        wanted = (experts >= 0).sum(dim=(0, 1, 3)).tolist()
-        for number, (layer, count) in enumerate(zip(self._layers, wanted, strict=True)):
-            if int(layer.num_replayed) != count:
+        # a router that did not ask still has its number on the CPU
+        replayed = torch.stack([layer.num_replayed.to(experts.device) for layer in self._layers])
+        counts = torch.stack([(experts >= 0).sum(dim=(0, 1, 3)), replayed]).tolist()  # one wait for the device
+        for number, (wanted, found) in enumerate(zip(*counts, strict=True)):
+            if found != wanted:
                 raise TrainingError(
-                    f"router replay: layer {number} replayed {int(layer.num_replayed)} of {count} recorded choices; "
-                    "the installed megatron-core does not use them"
+                    f"router replay: layer {number} replayed {found} of {wanted} recorded choices; the installed "
+                    "megatron-core does not use them"
                 )
-        return sum(wanted)
+        return sum(counts[0])
 
     def chosen(self, batch_size: int, width: int) -> Tensor:
         """Return the experts that the routers chose in the last pass, [B, S, L, K] int16, padding included."""

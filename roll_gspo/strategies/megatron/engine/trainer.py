@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
+from roll_gspo.strategies.megatron.engine.gradients import clip_gradients, gradient_norm
 from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel
 from roll_gspo.strategies.megatron.engine.offload import trainer_state
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
@@ -110,24 +110,17 @@ class MegatronTrainer:
     def _step(self, rate: float, losses_finite: bool) -> tuple[float, bool]:
         """Step the optimizer and drop the gradients; return (gradient norm before clipping, whether it stepped)."""
         self._optimizer.prepare_grads()
-        grad_norm = float(self._optimizer.get_grad_norm())
+        grad_norm = gradient_norm(self._optimizer)
         applied = losses_finite and math.isfinite(grad_norm)
         if applied:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
                 group["weight_decay"] = self._setup.weight_decay * group["wd_mult"]
-            self._clip_gradients(grad_norm)
+            clip_gradients(self._optimizer, grad_norm)
             self._optimizer.step_with_ready_grads()  # `step` would prepare gradients and compute their norm again
             self._applied_steps += 1
         self._clear_gradients()
         return grad_norm, applied
-
-    def _clip_gradients(self, grad_norm: float) -> None:
-        for part in self._optimizer.chained_optimizers:  # type: ignore[attr-defined]
-            parameters = part.get_parameters()
-            if parameters and part.config.clip_grad > 0:
-                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm, decoupled)
 
     def finish_gather(self) -> None:
         """Gather the parameters of the last step; a collective. Call it before parameters are read or moved.
