@@ -129,7 +129,7 @@ def transfer(backend: Backend, fails_at: str | None = None, missing: bool = Fals
         patches.setattr(receiving_engine, "ModelLoader", Loader)
         patches.setattr(broadcast_transfer, "shapes_of_full_model", lambda config: expected)
         patches.setattr(Loader, "fails_at", fails_at if rank == 1 else None)
-        wanted = WeightBroadcastAddress("127.0.0.1", 0, 3, timeout_s=10.0, backend=backend, num_trainers=2)
+        wanted = WeightBroadcastAddress("127.0.0.1", 0, 3, timeout_s=60.0, backend=backend, num_trainers=2)
         commands = CommandSender(wanted) if rank == 0 else None
         shared = [commands.address if commands else None]
         dist.broadcast_object_list(shared)
