@@ -9,6 +9,7 @@ another machine.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def main(name: str, folder: Path) -> None:
             report.write_text("<p>the report</p>")
             trackers.finish(report)
         trackers.close()
+        time.sleep(1)  # wandb names the folder of a session by the second
 
 
 if __name__ == "__main__":
