@@ -137,7 +137,7 @@ def test_full_disk_keeps_the_last_checkpoint(
     shutil.copytree(interrupted, RUNS / "full")
     checkpoint = RUNS / "full/checkpoints/step_000002"
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
-    # Without a tracker: that of tensorboard writes in a thread of its own, which prints its error.
+    # Without a tracker: the one of tensorboard writes in another thread, which prints its error.
     arguments = (*HF, *small, "run_name=full", "tracker=none", *RESUME)
     outcome = spawn(*arguments, folder=workplace, limits=f"-f {kib}")
     assert outcome.code == 1
