@@ -204,6 +204,8 @@ class CriticConfig(TrainedRoleConfig):
                 "strategy_args.strategy_name",
                 f"'{self.strategy_args.strategy_name}' has no value head; choose {' or '.join(able)}",
             )
+        for problem in self.strategy_args.value_problems():
+            yield problem._replace(key=f"strategy_args.{problem.key}")
 
 
 class ActorInferConfig(Schema):

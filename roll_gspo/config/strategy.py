@@ -213,6 +213,10 @@ class TrainStrategyArgs(StrategyArgs):
         """Keys that conflict with routing replay, with their values."""
         return {}
 
+    def value_problems(self) -> Iterator[Problem]:
+        """Yield keys of `strategy_args` that have no effect on a model with a value head, for a critic."""
+        yield from ()
+
     @abstractmethod
     def build_train(self, model: Any, optimizer: Any) -> Any:
         """Build the `TrainStrategy` of this rank.

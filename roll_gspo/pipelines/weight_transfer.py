@@ -35,13 +35,18 @@ def transfer_choice(config: ExperimentConfig, on_cuda: bool) -> Choice:
 
 
 def transfer_problems(config: ExperimentConfig, on_cuda: bool | None) -> Iterator[Problem]:
-    """Yield a selected backend that cannot work, with the nearest one that can.
+    """Yield a selected backend that cannot work, with the nearest one that can, and checksums that it does not have.
 
     Args:
         config: the whole configuration.
         on_cuda: True if devices are GPUs; None if not known yet.
     """
     selected = config.weight_transfer.backend
+    if config.weight_transfer.checksum and config.execution == "ray" and on_cuda is not None:
+        backend = transfer_choice(config, on_cuda).backend
+        if backend != "gloo":
+            message = f"true is only for gloo, not {backend}; set it to false, or {_KEY}: gloo"
+            yield Problem("weight_transfer.checksum", message, (_KEY,))
     if selected == "auto":
         return
     if config.execution == "local":
@@ -56,7 +61,7 @@ def transfer_problems(config: ExperimentConfig, on_cuda: bool | None) -> Iterato
 
 
 def transfer_warnings(config: ExperimentConfig, on_cuda: bool | None) -> Iterator[Problem]:
-    """Yield weights of GPUs that travel through host memory, and checksums that the backend does not have."""
+    """Yield weights of GPUs that travel through host memory."""
     if config.execution == "local" or not on_cuda:
         return
     backend, reason = transfer_choice(config, on_cuda)
@@ -64,8 +69,6 @@ def transfer_warnings(config: ExperimentConfig, on_cuda: bool | None) -> Iterato
         faster = next(iter(dict(_valid(config, on_cuda))))
         fix = f"set {faster}" if faster != "gloo" else "give engines GPUs of the trainer only, or none of them"
         yield Problem(_KEY, f"gloo ({reason}) sends the weights through host memory, which is slow on GPUs; {fix}")
-    elif config.weight_transfer.checksum:
-        yield Problem("weight_transfer.checksum", f"true is only for gloo, not {backend}; set it to false, or gloo")
 
 
 def transfer_text(config: ExperimentConfig, on_cuda: bool | None) -> str:

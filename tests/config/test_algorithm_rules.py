@@ -30,6 +30,21 @@ ONE_MICRO_BATCH = "actor_train.training_args.gradient_accumulation_steps=1"
             ("256", "96", "critic.training_args.gradient_accumulation_steps", "3"),
         ),
         (
+            ("adv_estimator=gae", "critic.strategy_args.strategy_config.fp32_lm_head=true"),
+            "critic.strategy_args.strategy_config.fp32_lm_head",
+            ("critic", "remove it"),
+        ),
+        (
+            ("adv_estimator=gae", "critic.strategy_args.strategy_config.fused_head=torch"),
+            "critic.strategy_args.strategy_config.fused_head",
+            ("critic", "remove it"),
+        ),
+        (
+            ("adv_estimator=gae", "strategy=hf", "critic.strategy_args.strategy_config.fp32_lm_head=false"),
+            "critic.strategy_args.strategy_config.fp32_lm_head",
+            ("critic", "remove it"),
+        ),
+        (
             ("adv_estimator=gae", "critic.strategy_args.strategy_config.tensor_model_parallel_size=2"),
             "critic.device_mapping",
             ("1", "2", "tensor_model_parallel_size"),

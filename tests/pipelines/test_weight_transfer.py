@@ -75,8 +75,13 @@ def test_valid_selections_run_and_slow_ones_are_warned_about() -> None:
         assert transfer_choice(config, True).backend == selected
     (warning,) = transfer_warnings(config, True)
     assert parse_problem(str(warning)).names("gloo", "set ipc")
-    (checksum,) = transfer_warnings(config_of("0", "1", "weight_transfer.checksum=true"), True)
-    assert checksum.key == "weight_transfer.checksum"
+
+
+def test_checksums_are_refused_unless_gloo_sends() -> None:
+    config = config_of("0", "1", "weight_transfer.checksum=true")
+    assert [*transfer_problems(config, False)] == [*transfer_problems(config, None)] == []
+    (problem,) = transfer_problems(config, True)
+    assert problem.key == "weight_transfer.checksum" and parse_problem(str(problem)).names("gloo", "nccl")
 
 
 def test_unknown_devices_show_both_choices() -> None:

@@ -94,6 +94,11 @@ class HfTrainArgs(HfArgs, TrainStrategyArgs):
         yield from super().broken_rules()
         yield from self._generation_problems()
 
+    def value_problems(self) -> Iterator[Problem]:
+        """Yield keys of the output head, which a critic replaces."""
+        if self.strategy_config.fp32_lm_head is not None:
+            yield Problem("strategy_config.fp32_lm_head", "is about logits, and a critic has none; remove it")
+
     def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
         """Yield recomputation of all layers."""
         if not self.strategy_config.gradient_checkpointing:

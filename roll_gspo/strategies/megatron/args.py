@@ -177,6 +177,13 @@ class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
         architecture, layout = supported_architecture_of(model), self.strategy_config
         yield from self._prefixed(alternatives(architecture, layout, num_devices, train=True))
 
+    def value_problems(self) -> Iterator[Problem]:
+        """Yield keys of the output head, which a critic replaces."""
+        c = self.strategy_config
+        for key, is_set in (("fp32_lm_head", c.fp32_lm_head is not None), ("fused_head", c.fused_head != "auto")):
+            if is_set:
+                yield Problem(f"strategy_config.{key}", "is about logits, and a critic has none; remove it")
+
     @property
     def has_float32_gradients(self) -> bool:
         """True with `grad_reduce_in_fp32`."""
