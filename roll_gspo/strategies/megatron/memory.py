@@ -82,7 +82,10 @@ def _layer_numbers(model: Architecture, config: MegatronConfig) -> float:
     """Return the numbers that a layer keeps per position for the backward pass."""
     # inputs of both norms, and their outputs, which are inputs of the projections
     hidden = 4 * model.hidden_size / _sequence_shards(config)
-    return hidden + _attention_numbers(model, config) + _feed_forward_numbers(model, config)
+    rotary = 0
+    if config.use_sequence_packing and not config.apply_rope_fusion:
+        rotary = 4 * model.head_dim  # cosines and sines per token, of queries and of keys; padded samples share them
+    return hidden + rotary + _attention_numbers(model, config) + _feed_forward_numbers(model, config)
 
 
 def _attention_numbers(model: Architecture, config: MegatronConfig) -> float:
