@@ -30,10 +30,18 @@ def devices_per_node(config: AnyConfig) -> int:
 
 
 def finds_cuda(config: AnyConfig) -> bool | None:
-    """Return whether the roles will compute on GPUs according to this machine; None for a cluster elsewhere."""
+    """Return whether the roles will compute on GPUs according to this machine; None for a cluster elsewhere.
+
+    A layout of several machines is for a cluster, of which a machine without GPUs may only plan the run.
+    """
     if config.execution == "ray" and os.environ.get("RAY_ADDRESS", "local") != "local":
         return None
-    return has_gpus()
+    return has_gpus() or (None if config.execution == "ray" and machines_of(config) > 1 else False)
+
+
+def machines_of(config: AnyConfig) -> int:
+    """Return the number of machines that the device mappings need."""
+    return max(max(devices_of(role)) for role in config.roles().values()) // devices_per_node(config) + 1
 
 
 def has_gpus() -> bool:
@@ -91,7 +99,7 @@ def _local_problems(roles: dict[str, Role]) -> list[Problem]:
 def _node_problems(config: AnyConfig, roles: dict[str, Role]) -> Iterator[Problem]:
     """Yield a number of devices or machines that is too small for the device mappings."""
     per_node, last = devices_per_node(config), max(max(devices_of(role)) for role in roles.values())
-    needed = last // per_node + 1
+    needed = machines_of(config)
     if not config.num_gpus_per_node and last:
         yield Problem(
             "num_gpus_per_node",

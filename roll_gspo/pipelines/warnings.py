@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from roll_gspo.config.base import Problem, Schema, used_only_with
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
-from roll_gspo.pipelines.devices import devices_of, devices_per_node
+from roll_gspo.pipelines.devices import machines_of
 
 RAY_ONLY = ("worker_timeout_s", "max_worker_restarts", "max_restarts", "num_nodes", "weight_transfer")
 
@@ -15,7 +15,7 @@ RAY_ONLY = ("worker_timeout_s", "max_worker_restarts", "max_restarts", "num_node
 def execution_warnings(config: AnyConfig) -> Iterator[Problem]:
     """Yield machines that stay idle, and keys that only `execution: ray` reads."""
     if config.execution == "ray":
-        nodes = 1 + max(max(devices_of(role)) for role in config.roles().values()) // devices_per_node(config)
+        nodes = machines_of(config)
         if config.num_nodes is not None and config.num_nodes > nodes:
             yield Problem(
                 "num_nodes",

@@ -181,5 +181,7 @@ def test_keys_without_effect_give_a_warning() -> None:
 def test_gpus_are_detected_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert finds_cuda(config_of()) is False
+    # several machines are a cluster, which this machine without GPUs may only plan
+    assert finds_cuda(config_of(example="qwen3_30b_a3b_gspo")) is None
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert (finds_cuda(config_of()), finds_cuda(config_of(RAY))) == (False, None)
