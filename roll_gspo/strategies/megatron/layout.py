@@ -163,8 +163,8 @@ def _expert_problems(model: Architecture, config: MegatronConfig, world_size: in
     if config.overlap_grad_reduce and not config.moe_grouped_gemm:
         yield Problem(
             "overlap_grad_reduce",
-            f"true with {model.experts.num_experts} experts that are not grouped: ranks wait for each other if an expert "
-            f"gets no token on one of them; set it to false, or {_GROUPED}: true",
+            f"true with {model.experts.num_experts} experts that are not grouped: ranks wait for each other if an "
+            f"expert gets no token on one of them; set it to false, or {_GROUPED}: true",
             (_GROUPED,),
         )
     number, size = model.experts.num_experts, model.experts.intermediate_size
