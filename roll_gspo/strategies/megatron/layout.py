@@ -160,11 +160,12 @@ def _expert_problems(model: Architecture, config: MegatronConfig, world_size: in
     expert, expert_tensor = config.expert_model_parallel_size, config.expert_tensor_size
     if config.moe_token_dispatcher_type == "flex" and expert * expert_tensor == 1:
         yield Problem(_DISPATCHER, f"flex with {_EXPERT} 1 sends no token to another rank; set it to alltoall")
-    if config.overlap_grad_reduce and not config.moe_grouped_gemm:
+    reducing = world_size // (config.tensor_model_parallel_size * config.pipeline_model_parallel_size)
+    if config.overlap_grad_reduce and not config.moe_grouped_gemm and reducing > 1:
         yield Problem(
             "overlap_grad_reduce",
-            f"true with {model.experts.num_experts} experts that are not grouped: ranks wait for each other if an "
-            f"expert gets no token on one of them; set it to false, or {_GROUPED}: true",
+            f"true on {reducing} ranks with {model.experts.num_experts} ungrouped experts: ranks wait for each "
+            f"other if an expert gets no token on one of them; set it to false, or {_GROUPED}: true",
             (_GROUPED,),
         )
     number, size = model.experts.num_experts, model.experts.intermediate_size
