@@ -1,0 +1,5 @@
+"""Environments: what a model talks to over several turns."""
+
+from roll_gspo.environments.base import Environment, Reply, Start
+
+__all__ = ["Environment", "Reply", "Start"]
