@@ -21,6 +21,10 @@ class RewardError(RollGspoError):
     """A reward worker that cannot be built, or a pool that cannot keep its workers alive."""
 
 
+class PlayError(RollGspoError):
+    """An environment that cannot be built, or a pool that cannot keep its workers alive."""
+
+
 class WeightTransferError(RollGspoError):
     """A failed weight transfer: the generation engine does not hold the trainer's weights."""
 

@@ -18,8 +18,8 @@ LAYERS = {
     **dict.fromkeys(
         ("errors", "printable", "registry", "declarations", "metrics", "batch", "rollout_files", "rendezvous"), 0
     ),
-    **dict.fromkeys(("config", "algorithms", "sandbox", "scheduling"), 1),
-    **dict.fromkeys(("execution", "data", "rewards", "models", "tracking", "report", "checkpoint"), 2),
+    **dict.fromkeys(("config", "algorithms", "sandbox", "scheduling", "workers"), 1),
+    **dict.fromkeys(("execution", "data", "rewards", "environments", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
     "roles": 4,
     **dict.fromkeys(("pipelines", "sweep", "command_line"), 5),

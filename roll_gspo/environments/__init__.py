@@ -1,4 +1,4 @@
-"""Environments: what a model talks to over several turns."""
+"""Environments: the other side of a conversation over several turns."""
 
 from roll_gspo.environments.base import Environment, Reply, Start
 

@@ -65,5 +65,5 @@ class Environment(ABC):
             answer: the sampled text, without the token that ends the turn.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, most environments hold no resources
         """Release resources. Called once after the last step, also of an episode that was cut off."""

@@ -11,28 +11,22 @@ A `BatchReward` sends all results of a batch at its end.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import math
 import os
 import pickle
-import resource
-import signal
 import socket
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from roll_gspo.rewards import pipe
 from roll_gspo.rewards.base import BatchReward, RewardOutput, RewardRequest, RewardResult
 from roll_gspo.rewards.spec import build_reward
+from roll_gspo.workers import pipe
+from roll_gspo.workers.child import limit_memory, message_of, serve
 
-_PARENT_CHECK_S = 0.5
-_PR_SET_CHILD_SUBREAPER = 36
 _EXIT_GRACE_S = 5.0
 _MAX_FAILURE_CHARS = 500
 _MAX_FRAMES, _MAX_TRACEBACK_CHARS = 10, 3000
@@ -41,40 +35,17 @@ _MAX_FLOAT32 = 3.4028234663852886e38
 
 
 def main(descriptor: int, parent_pid: int) -> None:
-    """Score requests until the pool closes the connection or its process ends.
-
-    Args:
-        descriptor: file descriptor of the socket to the pool.
-        parent_pid: process id of the pool.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    connection = socket.socket(fileno=descriptor)
-    connection.set_inheritable(False)
-    _adopt_orphans()
-    threading.Thread(target=_exit_with_parent, args=(parent_pid,), daemon=True).start()
-    try:
-        _serve(connection)
-    except (EOFError, ConnectionError):
-        pass  # the pool closed the connection, or its process ended
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        _kill_own_group()
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of processes whose parent ends, so that daemons of the reward are found and killed."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    """Score requests until the pool closes the connection or its process ends; see `workers.child.serve`."""
+    serve(descriptor, parent_pid, _serve)
 
 
 def _serve(connection: socket.socket) -> None:
     spec, max_memory_mb = pickle.loads(pipe.receive(connection))
-    _limit_memory(max_memory_mb)
+    limit_memory(max_memory_mb)
     try:
         reward = build_reward(spec)
     except BaseException as error:
-        _send(connection, {"error": [type(error).__name__, _message_of(error)]})
+        _send(connection, {"error": [type(error).__name__, message_of(error)]})
         return
     _send(connection, {"batch": isinstance(reward, BatchReward)})
     with open(os.devnull, "w") as devnull:
@@ -90,14 +61,6 @@ def _serve(connection: socket.socket) -> None:
                 with _exit_after(timeout_s, devnull):
                     result = evaluate(reward, request)
                 _send(connection, vars(result))
-
-
-def _limit_memory(max_memory_mb: int | None) -> None:
-    """Limit the memory of this process, and make it the kernel's first choice when the machine runs out of memory."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    if max_memory_mb is not None:  # not RLIMIT_AS: libraries map much more address space than they use
-        resource.setrlimit(resource.RLIMIT_DATA, (max_memory_mb << 20, max_memory_mb << 20))
 
 
 @contextlib.contextmanager
@@ -152,7 +115,7 @@ def _to_result(value: object) -> RewardResult:
 
 
 def _failed_result(error: BaseException) -> RewardResult:
-    text = _message_of(error)
+    text = message_of(error)
     if isinstance(error, MemoryError) and not text:
         text = "out of memory"
     reason = text if isinstance(error, _InvalidOutputError) else f"{type(error).__name__}: {text}"
@@ -180,29 +143,3 @@ def _number(value: object) -> float:
     if abs(number) > _MAX_FLOAT32:
         raise _InvalidOutputError(f"returned {number}, which exceeds float32, the dtype of rewards in training")
     return number
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "(no message: str() of the exception failed)"
-
-
-def _exit_with_parent(parent_pid: int) -> None:
-    # Poll the kernel instead of the connection, whose other end may be held open by a fork of the parent. Linux's
-    # PR_SET_PDEATHSIG fires when the parent *thread* ends, which may be short-lived.
-    while os.getppid() == parent_pid:
-        time.sleep(_PARENT_CHECK_S)
-    _kill_own_group()
-
-
-def _kill_own_group() -> None:
-    """Kill what the reward started, and the process group, which the pool created for this process."""
-    with contextlib.suppress(Exception):
-        import psutil
-
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-    os.killpg(os.getpgid(0), signal.SIGKILL)

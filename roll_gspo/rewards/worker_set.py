@@ -12,9 +12,11 @@ import uuid
 import weakref
 from collections.abc import Callable
 
-from roll_gspo.rewards.output import WorkerOutput
-from roll_gspo.rewards.process import WorkerProcess, WorkerStartError, kill_marked
+from roll_gspo.errors import RewardError
+from roll_gspo.rewards.process import WorkerProcess
 from roll_gspo.rewards.spec import RewardSpec
+from roll_gspo.workers.output import WorkerOutput
+from roll_gspo.workers.process import WorkerProgram, WorkerStartError, kill_marked
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,14 @@ class WorkerSet:
     """
 
     def __init__(self, spec: RewardSpec, key: str, start_timeout_s: float, max_memory_mb: int | None) -> None:
-        self._spec = spec
-        self._key = key
-        self._start_timeout_s = start_timeout_s
-        self._max_memory_mb = max_memory_mb
+        self._program = WorkerProgram(
+            module="roll_gspo.rewards.worker",
+            setup=(spec, max_memory_mb),
+            key=key,
+            title=f"reward {spec.name}",
+            start_timeout_s=start_timeout_s,
+            error=RewardError,
+        )
         self._workers: list[WorkerProcess] = []
         self._selector = selectors.DefaultSelector()
         self._wake_sender, self._wake_receiver = socket.socketpair()
@@ -73,9 +79,10 @@ class WorkerSet:
     def start_up_to(self, num_workers: int) -> None:
         """Start processes until there are `num_workers`."""
         while len(self._workers) < num_workers:
-            worker = WorkerProcess(
-                self._spec, self._key, self._start_timeout_s, self._max_memory_mb, self._output, self._mark
-            )
+            try:
+                worker = WorkerProcess(self._program, self._output, self._mark)
+            except WorkerStartError as error:
+                raise RewardError(str(error)) from None
             self._workers.append(worker)
             self._selector.register(worker, selectors.EVENT_READ, worker)
 
@@ -116,7 +123,7 @@ class WorkerSet:
         except WorkerStartError as error:
             self._failed_starts += 1
             if not self._has_started or self._failed_starts > _MAX_CONSECUTIVE_FAILED_STARTS:
-                raise
+                raise RewardError(str(error)) from None
             logger.warning("%s; starting another worker", error)
             self.remove(worker)
         else:

@@ -15,7 +15,7 @@ import pytest
 
 from roll_gspo.errors import ConfigError, MissingDependencyError, RewardError
 from roll_gspo.rewards import RewardPool, RewardRequest, RewardResult, reward_spec
-from roll_gspo.rewards.output import WorkerOutput
+from roll_gspo.workers.output import WorkerOutput
 
 HOSTILE = """
 import os, re, subprocess, sys, time

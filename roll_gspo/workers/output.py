@@ -1,4 +1,4 @@
-"""Output of the worker processes of a reward: forwarded up to a limit, then dropped and counted."""
+"""Output of worker processes: forwarded up to a limit, then dropped and counted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WorkerOutput:
     """Read the output of worker processes in a thread, so that a process that prints never waits.
 
     Args:
-        key: key path of the reward's block, for the line that reports what was dropped.
+        key: key path of the block in the configuration, for the line that reports what was dropped.
         descriptor: where the output goes.
         max_worker_bytes, max_step_bytes: limits of one process and of all processes between two calls of `next_step`.
     """

@@ -1,4 +1,4 @@
-"""Length-prefixed messages between the reward pool and its worker processes."""
+"""Length-prefixed messages between a pool and its worker processes."""
 
 from __future__ import annotations
 
