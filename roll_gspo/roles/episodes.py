@@ -1,0 +1,299 @@
+"""Episodes of several turns: each turn is a request to the generation engines and a step of an environment."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from roll_gspo.batch import Completion
+from roll_gspo.data.messages import Message
+from roll_gspo.data.prompts import encode_chat
+from roll_gspo.data.rendering import Tools
+from roll_gspo.data.templates import ChatTemplate
+from roll_gspo.data.turns import TokenRecord, TurnRenderer
+from roll_gspo.environments.base import Reply, Start
+from roll_gspo.environments.pool import EnvironmentPool, Failure, Played
+from roll_gspo.errors import DataError
+from roll_gspo.roles.request_stream import StreamClient
+from roll_gspo.strategies.base import GenerationRequest, Sampling
+
+_SLICE_S = 0.05
+TURN_LIMIT, TOKEN_LIMIT, TIME_LIMIT, DONE = "max_turns", "max_tokens", "timeout", "done"
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """Limits of an episode.
+
+    Attributes:
+        max_turns: number of answers of the model.
+        max_tokens: tokens after the first prompt, sampled and given.
+        timeout_s: seconds from the start of the environment.
+    """
+
+    max_turns: int
+    max_tokens: int
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class EpisodeRequest:
+    """An episode to play.
+
+    Attributes:
+        key: number of the episode, unique among the outstanding ones of a client.
+        environment: name of the environment's block.
+        row: columns of the data row.
+        row_seed: seed of the environment, the same for all episodes of a group.
+        seed: seed of the sampling.
+    """
+
+    key: int
+    environment: str
+    row: Mapping[str, Any]
+    row_seed: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer of the model and what the environment made of it.
+
+    Attributes:
+        answer: the sampled text, without the token that ends the turn.
+        reply: what the environment returned; None if the episode failed or was cut off before.
+    """
+
+    answer: str
+    reply: Reply | None = None
+
+
+@dataclass(frozen=True)
+class FinishedEpisode:
+    """An episode that has ended.
+
+    Attributes:
+        key: key of the request.
+        record: every token.
+        turns: the conversation.
+        reason: why it ended: `done`, `max_turns`, `max_tokens`, `timeout` or `failed`.
+        failure: why the environment failed, or None. A failed episode has no reward.
+        rewritten: number of turns before which the chat template would have changed the recorded history.
+    """
+
+    key: int
+    record: TokenRecord
+    turns: tuple[Turn, ...]
+    reason: str
+    failure: Failure | None = None
+    rewritten: int = 0
+
+    @property
+    def reward(self) -> float:
+        """Sum of the rewards of all turns."""
+        return sum(turn.reply.reward for turn in self.turns if turn.reply is not None)
+
+
+@dataclass
+class _Episode:
+    request: EpisodeRequest
+    deadline: float
+    messages: list[Message] = field(default_factory=list)
+    tools: Tools = ()
+    record: TokenRecord | None = None
+    turns: list[Turn] = field(default_factory=list)
+    rewritten: int = 0
+    samples: bool = False  # the engines sample an answer
+
+
+class EpisodeClient:
+    """Plays episodes with a client of the generation engines and with environments.
+
+    One thread uses it. Episodes make progress while it calls `poll`. The tokens that the model sampled are never
+    encoded again: a turn's prompt is every recorded token and the tokens of the new messages.
+
+    Args:
+        client: the engines.
+        environments: pool of each block.
+        tokenizer: tokenizer of the model.
+        template: chat template.
+        sampling: sampling of one turn; `num_samples` is ignored.
+        limits: limits of an episode.
+    """
+
+    def __init__(
+        self,
+        client: StreamClient,
+        environments: Mapping[str, EnvironmentPool],
+        tokenizer: Any,
+        template: ChatTemplate,
+        sampling: Sampling,
+        limits: EpisodeLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._environments = environments
+        self._tokenizer = tokenizer
+        self._template = template
+        self._sampling = sampling
+        self._limits = limits
+        self._clock = clock
+        self._episodes: dict[int, _Episode] = {}
+        self._finished: list[FinishedEpisode] = []
+
+    @property
+    def outstanding(self) -> int:
+        """Number of episodes that `poll` has not returned."""
+        return len(self._episodes) + len(self._finished)
+
+    def submit(self, requests: Sequence[EpisodeRequest]) -> None:
+        """Begin episodes. Their keys must differ from those of the outstanding ones."""
+        for request in requests:
+            if request.key in self._episodes:
+                raise ValueError(f"episode {request.key} is outstanding already; give every episode another key")
+            self._episodes[request.key] = _Episode(request, self._clock() + self._limits.timeout_s)
+            self._pool(request.key).start(request.key, request.row, request.row_seed)
+
+    def poll(self, timeout_s: float) -> list[FinishedEpisode]:
+        """Play for about `timeout_s`, or until an episode ends; return all that ended.
+
+        Raises:
+            RollGspoError: the engines failed, a template rejects a conversation, or no environment can be started.
+        """
+        until = self._clock() + timeout_s
+        while self._episodes and not self._finished:
+            left = min(max(0.0, until - self._clock()), _SLICE_S)
+            sampling = any(episode.samples for episode in self._episodes.values())
+            pools = [pool for name, pool in self._environments.items() if self._plays(name)]
+            for pool in pools:
+                for played in pool.take(0.0 if sampling else left / len(pools)):
+                    self._take_played(played)
+            if sampling:
+                for key, completion in self._client.poll(left):
+                    self._take_answer(key, completion)
+            self._end_late()
+            if self._clock() >= until:
+                break
+        finished, self._finished = self._finished, []
+        return finished
+
+    def close(self) -> None:
+        """Drop all episodes."""
+        for key in list(self._episodes):
+            self._drop(key)
+
+    def abort(self, keys: Sequence[int]) -> list[int]:
+        """Drop episodes and return the keys of those that were outstanding."""
+        known = [key for key in keys if key in self._episodes]
+        for key in known:
+            self._drop(key)
+        return known
+
+    def _pool(self, key: int) -> EnvironmentPool:
+        return self._environments[self._episodes[key].request.environment]
+
+    def _plays(self, name: str) -> bool:
+        return any(episode.request.environment == name for episode in self._episodes.values())
+
+    def _drop(self, key: int) -> _Episode:
+        self._pool(key).end(key)
+        episode = self._episodes.pop(key)
+        if episode.samples:
+            self._client.abort([key])
+        return episode
+
+    def _take_played(self, played: Played) -> None:
+        episode = self._episodes.get(played.episode)
+        if episode is None:
+            return
+        result = played.result
+        if isinstance(result, Failure):
+            self._end(played.episode, "failed", result)
+        elif isinstance(result, Start):
+            self._begin(played.episode, episode, result)
+        else:
+            episode.turns[-1] = replace(episode.turns[-1], reply=result)
+            self._continue(played.episode, episode, result)
+
+    def _begin(self, key: int, episode: _Episode, start: Start) -> None:
+        episode.messages, episode.tools = list(start.messages), start.tools
+        place = f"environment {episode.request.environment}"
+        prompt = encode_chat(self._tokenizer, episode.messages, self._template, episode.tools, place)
+        episode.record = TokenRecord(tuple(prompt))
+        self._request(key, episode, episode.record)
+
+    def _request(self, key: int, episode: _Episode, record: TokenRecord) -> None:
+        left = self._limits.max_tokens - len(record.token_ids)
+        sampling = replace(self._sampling, max_new_tokens=min(self._sampling.max_new_tokens, left))
+        seed = turn_seed(episode.request.seed, len(episode.turns))
+        self._client.submit([GenerationRequest(key, record.next_prompt, sampling, seed)])
+        episode.samples = True
+
+    def _take_answer(self, key: int, completion: Completion) -> None:
+        episode = self._episodes.get(key)
+        if episode is None or episode.record is None:
+            return
+        episode.samples = False
+        episode.record.add_answer(completion.token_ids, completion.log_probs, completion.version_runs)
+        text = self._text_of(completion)
+        episode.messages.append({"role": "assistant", "content": text})
+        episode.turns.append(Turn(text))
+        self._pool(key).step(key, len(episode.turns), text)
+
+    def _text_of(self, completion: Completion) -> str:
+        ends = set(self._sampling.stop_token_ids) | {self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}
+        return self._tokenizer.decode([token for token in completion.token_ids if token not in ends])
+
+    def _continue(self, key: int, episode: _Episode, reply: Reply) -> None:
+        record = episode.record
+        assert record is not None
+        if reply.done or len(episode.turns) >= self._limits.max_turns:
+            self._end(key, DONE if reply.done else TURN_LIMIT)
+            return
+        renderer = TurnRenderer(
+            self._tokenizer, self._template, episode.tools, f"environment {episode.request.environment}"
+        )
+        given = renderer.following(episode.messages, reply.messages, record.token_ids[-1])
+        if len(record.token_ids) + len(given) >= self._limits.max_tokens:
+            self._end(key, TOKEN_LIMIT)
+            return
+        recorded = self._tokenizer.decode([*record.prompt_ids, *record.token_ids[:-1]])
+        episode.rewritten += not renderer.keeps(episode.messages, reply.messages, recorded)
+        record.add_given(given)
+        episode.messages += reply.messages
+        self._request(key, episode, record)
+
+    def _end_late(self) -> None:
+        now = self._clock()
+        for key in [key for key, episode in self._episodes.items() if now >= episode.deadline]:
+            self._end(key, TIME_LIMIT)
+
+    def _end(self, key: int, reason: str, failure: Failure | None = None) -> None:
+        episode = self._drop(key)
+        if episode.record is None and failure is None:
+            failure = Failure(f"the environment did not start within {self._limits.timeout_s:g} s")
+        record = episode.record or TokenRecord(())
+        self._finished.append(FinishedEpisode(key, record, tuple(episode.turns), reason, failure, episode.rewritten))
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Return the seed of a turn's sampling; turn 0 has the seed of the episode."""
+    if turn == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:6], "big")
+
+
+def check_same_start(starts: Sequence[tuple[int, ...]], environment: str) -> None:
+    """Check that all episodes of a group began with the same prompt.
+
+    Raises:
+        DataError: `reset` is not determined by row and seed.
+    """
+    if len(set(starts)) > 1:
+        raise DataError(
+            f"environment {environment}: episodes of one row began with different prompts; let reset depend on row and "
+            "seed only"
+        )

@@ -1,0 +1,159 @@
+"""Episodes over a scripted model and real environment processes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from roll_gspo.batch import Completion
+from roll_gspo.data.templates import TEMPLATES
+from roll_gspo.environments.adding_machine import typed_columns
+from roll_gspo.environments.pool import EnvironmentPool
+from roll_gspo.environments.spec import EnvironmentSpec
+from roll_gspo.models.tiny import END, byte_tokenizer
+from roll_gspo.roles.episodes import EpisodeClient, EpisodeLimits, EpisodeRequest, FinishedEpisode, turn_seed
+from roll_gspo.roles.local_stream import LocalStream
+from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
+
+TOKENIZER = byte_tokenizer()
+END_ID = TOKENIZER.convert_tokens_to_ids(END)
+SAMPLING = Sampling(1, max_new_tokens=16, stop_token_ids=(END_ID,))
+LIMITS = EpisodeLimits(max_turns=8, max_tokens=200, timeout_s=60.0)
+
+
+class ScriptedModel:
+    """An engine whose answers are a function of the prompt's text. Log-probs are -1, -2, ... in each answer."""
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        self.answer = answer
+        self.requests: list[GenerationRequest] = []
+        self.waiting: dict[int, GenerationRequest] = {}
+        self.version = 0
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        self.requests += requests
+        self.waiting |= {request.key: request for request in requests}
+
+    def advance(self, seconds: float) -> list[FinishedRequest]:
+        finished = [FinishedRequest(key, self._completion(request)) for key, request in self.waiting.items()]
+        self.waiting.clear()
+        return finished
+
+    def _completion(self, request: GenerationRequest) -> Completion:
+        text = self.answer(TOKENIZER.decode(request.prompt))
+        tokens = [*TOKENIZER(text, add_special_tokens=False)["input_ids"], END_ID][: request.sampling.max_new_tokens]
+        log_probs = tuple(-float(number) for number in range(1, len(tokens) + 1))
+        reason = "stop" if tokens[-1] == END_ID else "length"
+        return Completion(tuple(tokens), log_probs, reason, None, ((self.version, len(tokens)),))
+
+    def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
+        return [FinishedRequest(k, Completion((), (), "partial")) for k in keys if self.waiting.pop(k, None)]
+
+    def partials(self) -> list[FinishedRequest]:
+        return []
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[EnvironmentPool]:
+    with EnvironmentPool(EnvironmentSpec("adding_machine"), 1, 64, 30.0, "custom_envs.sums") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[EnvironmentPool]:
+    folder = str(Path(__file__).parents[1] / "environments")
+    sys.path.insert(0, folder)
+    with EnvironmentPool(EnvironmentSpec("played_environments.Echo"), 1, 8, 30.0, "custom_envs.echo") as pool:
+        yield pool
+    sys.path.remove(folder)
+
+
+def row(text: str) -> dict[str, object]:
+    return {"id": text, "text": text, "messages": [{"role": "user", "content": text}]}
+
+
+def play(
+    model: ScriptedModel, pool: EnvironmentPool, texts: Sequence[str], limits: EpisodeLimits = LIMITS
+) -> dict[int, FinishedEpisode]:
+    client = EpisodeClient(LocalStream(model).open(), {"env": pool}, TOKENIZER, TEMPLATES["native"], SAMPLING, limits)
+    client.submit([EpisodeRequest(i, "env", row(text), 7, seed=100 + i) for i, text in enumerate(texts)])
+    finished: dict[int, FinishedEpisode] = {}
+    while client.outstanding:
+        finished |= {episode.key: episode for episode in client.poll(30.0)}
+    return finished
+
+
+def adding(prompt: str) -> str:
+    """Return the right next answer of the adding machine."""
+    turns = prompt.replace(END, "").split("<|user|>")[1:]
+    a, b = (int(number) for number in turns[0].removesuffix("<|assistant|>").split("<|assistant|>")[0].split("+"))
+    answers = [m["content"] for m in typed_columns(a, b, random.Random(0)) if m["role"] == "assistant"]
+    return answers[len(turns) - 1]
+
+
+@pytest.mark.parametrize(("text", "result"), [("347+86", "=433"), ("5+9=", "=14"), ("100+23", "=123")])
+def test_right_answers_are_rewarded(machine: EnvironmentPool, text: str, result: str):
+    episode = play(ScriptedModel(adding), machine, [text])[0]
+    assert episode.turns[-1].answer == result
+    assert (episode.reward, episode.reason, episode.rewritten) == (1.0, "done", 0)
+
+
+def test_tokens_are_those_that_were_sampled_and_given(machine: EnvironmentPool):
+    model = ScriptedModel(adding)
+    record = play(model, machine, ["12+3"])[0].record
+    text = "<|user|>12+3<|assistant|>2+3<|end|><|user|>5<|assistant|>1+0<|end|><|user|>1<|assistant|>=15<|end|>"
+    assert TOKENIZER.decode([*record.prompt_ids, *record.token_ids]) == text
+    sampled = [token for token, is_sampled in zip(record.token_ids, record.mask, strict=True) if is_sampled]
+    assert TOKENIZER.decode(sampled) == "2+3<|end|>1+0<|end|>=15<|end|>"
+    assert [value for value in record.log_probs if value] == [-1.0, -2.0, -3.0, -4.0] * 3
+    # each turn's prompt extends the one before by exactly the recorded tokens
+    prompts = [request.prompt for request in model.requests]
+    assert all(later[: len(prompt)] == prompt for prompt, later in itertools.pairwise(prompts))
+    assert prompts[-1] == record.next_prompt[: len(prompts[-1])]
+    assert [request.seed for request in model.requests] == [100, turn_seed(100, 1), turn_seed(100, 2)]
+
+
+def test_many_episodes_do_not_mix(machine: EnvironmentPool):
+    texts = [f"{a}+{b}" for a in range(10, 26) for b in (3, 47)]
+    episodes = play(ScriptedModel(adding), machine, texts)
+    for number, text in enumerate(texts):
+        a, b = text.split("+")
+        assert episodes[number].turns[-1].answer == f"={int(a) + int(b)}"
+        assert episodes[number].reward == 1.0
+
+
+def test_unreadable_answers_end_the_episode_without_reward(machine: EnvironmentPool):
+    episode = play(ScriptedModel(lambda _: "hm"), machine, ["1+2"])[0]
+    assert (episode.reward, episode.reason, len(episode.turns)) == (0.0, "done", 3)
+    assert all(turn.reply is not None and turn.reply.invalid for turn in episode.turns)
+
+
+def test_limits_end_episodes(echo: EnvironmentPool):
+    answer = ScriptedModel(lambda _: "ab")
+    turns = play(answer, echo, ["x"], EpisodeLimits(3, 200, 60.0))[0]
+    assert (turns.reason, len(turns.turns), turns.reward) == ("max_turns", 3, 1.0 + 2.0 + 3.0)
+    # "ab<|end|>" and "<|user|>ab<|assistant|>" are 7 tokens per turn
+    tokens = play(answer, echo, ["x"], EpisodeLimits(9, 16, 60.0))[0]
+    assert (tokens.reason, len(tokens.record.token_ids)) == ("max_tokens", 16)
+    cut = play(answer, echo, ["x"], EpisodeLimits(9, 15, 60.0))[0]
+    assert (cut.reason, len(cut.record.token_ids), cut.turns[-1].answer) == ("max_tokens", 15, "a")
+
+
+def test_failed_environment_is_no_reward(echo: EnvironmentPool):
+    finished = play(ScriptedModel(lambda prompt: "raise" if "bad" in prompt else "ok"), echo, ["bad", "good"])
+    assert finished[0].reason == "failed"
+    assert finished[0].failure is not None
+    assert finished[0].failure.reason == "RuntimeError: broken"
+    assert finished[1].failure is None
+    assert finished[1].reason == "max_turns"
+
+
+def test_late_episode_ends_and_closes(echo: EnvironmentPool):
+    episode = play(ScriptedModel(lambda _: "sleep 20"), echo, ["x"], EpisodeLimits(3, 200, 1.0))[0]
+    assert (episode.reason, len(episode.turns)) == ("timeout", 1)
+    assert episode.turns[0].reply is None
