@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roll_gspo.episode import Episode
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -43,6 +45,8 @@ class Completion:
             except the last, from which nothing was predicted. None if routing was not recorded.
         version_runs: the weights that sampled the tokens, as (version, number of tokens) in the order of the tokens.
             Empty if the engine does not record them.
+        episode: the turns of a response that is an episode; its given tokens have log-prob 0 and belong to the run of
+            the answer before them. None for a response of one turn.
     """
 
     token_ids: tuple[int, ...]
@@ -50,6 +54,7 @@ class Completion:
     finish_reason: str
     routed_experts: Tensor | None = None
     version_runs: tuple[tuple[int, int], ...] = ()
+    episode: Episode | None = None
 
     def runs(self, version: int) -> tuple[tuple[int, int], ...]:
         """Return `version_runs`, or one run of `version` if the engine does not record them."""
@@ -193,7 +198,8 @@ class Rollouts:
         flat = [c for group in completions for c in group]
         owners = [p for p, group in zip(prompts, completions, strict=True) for _ in group]
         group_ids = [g for g, group in enumerate(completions) for _ in group]
-        sequences = Sequences.collate([p.token_ids for p in owners], [c.token_ids for c in flat], pad)
+        masks = [() if c.episode is None else c.episode.mask for c in flat]
+        sequences = Sequences.collate([p.token_ids for p in owners], [c.token_ids for c in flat], pad, masks)
         log_probs = torch.zeros(sequences.response_mask.shape)
         for row, completion in enumerate(flat):
             log_probs[row, : len(completion.log_probs)] = torch.tensor(completion.log_probs)
@@ -283,11 +289,11 @@ class TrainBatch:
             "sequences": self.sequences.rows(index),
             "sample_ids": self.sample_ids[index],
         }
-        for field in fields(self):
-            tensor = self.__dict__[field.name]
-            if field.name not in changes and tensor is not None:
-                kept = widths.get(field.name, width)
-                changes[field.name] = tensor[index] if kept is None else tensor[index, :kept]
+        for each in fields(self):
+            tensor = self.__dict__[each.name]
+            if each.name not in changes and tensor is not None:
+                kept = widths.get(each.name, width)
+                changes[each.name] = tensor[index] if kept is None else tensor[index, :kept]
         return replace(self, **changes)
 
     def split(self, size: int) -> list[TrainBatch]:
@@ -297,7 +303,7 @@ class TrainBatch:
     def to(self, device: torch.device | str) -> TrainBatch:
         """Copy the batch to `device`."""
         s = self.sequences
-        given = {field.name: self.__dict__[field.name] for field in fields(self) if field.name != "sequences"}
+        given = {each.name: self.__dict__[each.name] for each in fields(self) if each.name != "sequences"}
         names = [name for name, tensor in given.items() if tensor is not None]
         own = (s.input_ids, s.prompt_lengths, s.response_mask)
         copies = moved([*own, *(given[name] for name in names)], device)

@@ -15,9 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "roll_gspo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(
-        ("errors", "printable", "registry", "declarations", "metrics", "batch", "rollout_files", "rendezvous"), 0
-    ),
+    **dict.fromkeys(("errors", "printable", "registry", "declarations", "metrics", "episode"), 0),
+    **dict.fromkeys(("batch", "rollout_files", "rendezvous"), 0),
     **dict.fromkeys(("config", "algorithms", "sandbox", "scheduling", "workers"), 1),
     **dict.fromkeys(("execution", "data", "rewards", "environments", "models", "tracking", "report", "checkpoint"), 2),
     **dict.fromkeys(("strategies", "compare"), 3),
@@ -29,7 +28,10 @@ LAYERS = {
 }
 COMMANDS = {"roll_gspo/rewards/__main__.py": "export"}  # reads data too, and nothing imports it
 # Each may import later ones.
-BOTTOM = ("rendezvous", "rollout_files", "metrics", "batch", "declarations", "registry", "printable", "errors")
+BOTTOM = (
+    *("rendezvous", "rollout_files", "metrics", "batch", "episode"),
+    *("declarations", "registry", "printable", "errors"),
+)
 ALLOWED = {  # stricter than their layer
     "config": ("declarations", "registry", "printable", "errors"),
     "algorithms": ("batch", "declarations", "metrics", "errors"),

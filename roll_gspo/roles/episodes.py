@@ -16,12 +16,13 @@ from roll_gspo.data.templates import ChatTemplate
 from roll_gspo.data.turns import TokenRecord, TurnRenderer
 from roll_gspo.environments.base import Reply, Start
 from roll_gspo.environments.pool import EnvironmentPool, Failure, Played
+from roll_gspo.episode import Episode, EpisodeTurn
 from roll_gspo.errors import DataError
 from roll_gspo.roles.request_stream import StreamClient
-from roll_gspo.strategies.base import GenerationRequest, Sampling
+from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
 
 _SLICE_S = 0.05
-TURN_LIMIT, TOKEN_LIMIT, TIME_LIMIT, DONE = "max_turns", "max_tokens", "timeout", "done"
+DONE, TURN_LIMIT, TOKEN_LIMIT, TIME_LIMIT, FAILED = "done", "max_turns", "max_tokens", "timeout", "failed"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class EpisodeRequest:
 
     Attributes:
         key: number of the episode, unique among the outstanding ones of a client.
+        prompt: tokens of the row. The environment's first prompt replaces them, unless it fails to begin.
         environment: name of the environment's block.
         row: columns of the data row.
         row_seed: seed of the environment, the same for all episodes of a group.
@@ -52,49 +54,11 @@ class EpisodeRequest:
     """
 
     key: int
+    prompt: tuple[int, ...]
     environment: str
     row: Mapping[str, Any]
     row_seed: int
     seed: int
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One answer of the model and what the environment made of it.
-
-    Attributes:
-        answer: the sampled text, without the token that ends the turn.
-        reply: what the environment returned; None if the episode failed or was cut off before.
-    """
-
-    answer: str
-    reply: Reply | None = None
-
-
-@dataclass(frozen=True)
-class FinishedEpisode:
-    """An episode that has ended.
-
-    Attributes:
-        key: key of the request.
-        record: every token.
-        turns: the conversation.
-        reason: why it ended: `done`, `max_turns`, `max_tokens`, `timeout` or `failed`.
-        failure: why the environment failed, or None. A failed episode has no reward.
-        rewritten: number of turns before which the chat template would have changed the recorded history.
-    """
-
-    key: int
-    record: TokenRecord
-    turns: tuple[Turn, ...]
-    reason: str
-    failure: Failure | None = None
-    rewritten: int = 0
-
-    @property
-    def reward(self) -> float:
-        """Sum of the rewards of all turns."""
-        return sum(turn.reply.reward for turn in self.turns if turn.reply is not None)
 
 
 @dataclass
@@ -104,7 +68,7 @@ class _Episode:
     messages: list[Message] = field(default_factory=list)
     tools: Tools = ()
     record: TokenRecord | None = None
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[EpisodeTurn] = field(default_factory=list)
     rewritten: int = 0
     samples: bool = False  # the engines sample an answer
 
@@ -142,7 +106,7 @@ class EpisodeClient:
         self._limits = limits
         self._clock = clock
         self._episodes: dict[int, _Episode] = {}
-        self._finished: list[FinishedEpisode] = []
+        self._finished: list[FinishedRequest] = []
 
     @property
     def outstanding(self) -> int:
@@ -157,8 +121,8 @@ class EpisodeClient:
             self._episodes[request.key] = _Episode(request, self._clock() + self._limits.timeout_s)
             self._pool(request.key).start(request.key, request.row, request.row_seed)
 
-    def poll(self, timeout_s: float) -> list[FinishedEpisode]:
-        """Play for about `timeout_s`, or until an episode ends; return all that ended.
+    def poll(self, timeout_s: float) -> list[FinishedRequest]:
+        """Play for about `timeout_s`, or until an episode ends; return all that ended, as responses with `episode`.
 
         Raises:
             RollGspoError: the engines failed, a template rejects a conversation, or no environment can be started.
@@ -211,11 +175,13 @@ class EpisodeClient:
             return
         result = played.result
         if isinstance(result, Failure):
-            self._end(played.episode, "failed", result)
+            self._end(played.episode, FAILED, result)
         elif isinstance(result, Start):
             self._begin(played.episode, episode, result)
         else:
-            episode.turns[-1] = replace(episode.turns[-1], reply=result)
+            episode.turns[-1] = EpisodeTurn(
+                episode.turns[-1].answer, result.messages, result.reward, result.invalid, result.metrics
+            )
             self._continue(played.episode, episode, result)
 
     def _begin(self, key: int, episode: _Episode, start: Start) -> None:
@@ -240,7 +206,7 @@ class EpisodeClient:
         episode.record.add_answer(completion.token_ids, completion.log_probs, completion.version_runs)
         text = self._text_of(completion)
         episode.messages.append({"role": "assistant", "content": text})
-        episode.turns.append(Turn(text))
+        episode.turns.append(EpisodeTurn(text))
         self._pool(key).step(key, len(episode.turns), text)
 
     def _text_of(self, completion: Completion) -> str:
@@ -273,10 +239,28 @@ class EpisodeClient:
 
     def _end(self, key: int, reason: str, failure: Failure | None = None) -> None:
         episode = self._drop(key)
-        if episode.record is None and failure is None:
-            failure = Failure(f"the environment did not start within {self._limits.timeout_s:g} s")
-        record = episode.record or TokenRecord(())
-        self._finished.append(FinishedEpisode(key, record, tuple(episode.turns), reason, failure, episode.rewritten))
+        record = episode.record
+        if record is None:
+            failure = failure or Failure(f"the environment did not begin within {self._limits.timeout_s:g} s")
+            record = TokenRecord(episode.request.prompt)
+        summary = Episode(
+            prompt_ids=record.prompt_ids,
+            mask=tuple(record.mask),
+            turn_ends=tuple(record.turn_ends),
+            turns=tuple(episode.turns),
+            end=reason if failure is None else FAILED,
+            failed=None if failure is None else failure.reason,
+            traceback="" if failure is None else failure.traceback,
+            num_rewritten=episode.rewritten,
+        )
+        completion = Completion(
+            tuple(record.token_ids),
+            tuple(record.log_probs),
+            "stop" if reason == DONE else "length",
+            version_runs=tuple(record.version_runs),
+            episode=summary,
+        )
+        self._finished.append(FinishedRequest(key, completion))
 
 
 def turn_seed(seed: int, turn: int) -> int:

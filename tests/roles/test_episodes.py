@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from roll_gspo.batch import Completion
+from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.data.templates import TEMPLATES
 from roll_gspo.environments.adding_machine import typed_columns
 from roll_gspo.environments.pool import EnvironmentPool
 from roll_gspo.environments.spec import EnvironmentSpec
+from roll_gspo.episode import Episode
 from roll_gspo.models.tiny import END, byte_tokenizer
-from roll_gspo.roles.episodes import EpisodeClient, EpisodeLimits, EpisodeRequest, FinishedEpisode, turn_seed
+from roll_gspo.roles.episodes import EpisodeClient, EpisodeLimits, EpisodeRequest, turn_seed
 from roll_gspo.roles.local_stream import LocalStream
 from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
 
@@ -79,12 +80,12 @@ def row(text: str) -> dict[str, object]:
 
 def play(
     model: ScriptedModel, pool: EnvironmentPool, texts: Sequence[str], limits: EpisodeLimits = LIMITS
-) -> dict[int, FinishedEpisode]:
+) -> dict[int, Completion]:
     client = EpisodeClient(LocalStream(model).open(), {"env": pool}, TOKENIZER, TEMPLATES["native"], SAMPLING, limits)
-    client.submit([EpisodeRequest(i, "env", row(text), 7, seed=100 + i) for i, text in enumerate(texts)])
-    finished: dict[int, FinishedEpisode] = {}
+    client.submit([EpisodeRequest(i, (1, 2), "env", row(text), 7, seed=100 + i) for i, text in enumerate(texts)])
+    finished: dict[int, Completion] = {}
     while client.outstanding:
-        finished |= {episode.key: episode for episode in client.poll(30.0)}
+        finished |= dict(client.poll(30.0))
     return finished
 
 
@@ -96,64 +97,98 @@ def adding(prompt: str) -> str:
     return answers[len(turns) - 1]
 
 
+def episode_of(completion: Completion) -> Episode:
+    assert completion.episode is not None
+    return completion.episode
+
+
 @pytest.mark.parametrize(("text", "result"), [("347+86", "=433"), ("5+9=", "=14"), ("100+23", "=123")])
 def test_right_answers_are_rewarded(machine: EnvironmentPool, text: str, result: str):
-    episode = play(ScriptedModel(adding), machine, [text])[0]
+    episode = episode_of(play(ScriptedModel(adding), machine, [text])[0])
     assert episode.turns[-1].answer == result
-    assert (episode.reward, episode.reason, episode.rewritten) == (1.0, "done", 0)
+    assert (episode.reward, episode.end, episode.num_rewritten) == (1.0, "done", 0)
 
 
 def test_tokens_are_those_that_were_sampled_and_given(machine: EnvironmentPool):
     model = ScriptedModel(adding)
-    record = play(model, machine, ["12+3"])[0].record
+    completion = play(model, machine, ["12+3"])[0]
+    episode, tokens = episode_of(completion), completion.token_ids
     text = "<|user|>12+3<|assistant|>2+3<|end|><|user|>5<|assistant|>1+0<|end|><|user|>1<|assistant|>=15<|end|>"
-    assert TOKENIZER.decode([*record.prompt_ids, *record.token_ids]) == text
-    sampled = [token for token, is_sampled in zip(record.token_ids, record.mask, strict=True) if is_sampled]
+    assert TOKENIZER.decode([*episode.prompt_ids, *tokens]) == text
+    sampled = [token for token, is_sampled in zip(tokens, episode.mask, strict=True) if is_sampled]
     assert TOKENIZER.decode(sampled) == "2+3<|end|>1+0<|end|>=15<|end|>"
-    assert [value for value in record.log_probs if value] == [-1.0, -2.0, -3.0, -4.0] * 3
+    assert [value for value in completion.log_probs if value] == [-1.0, -2.0, -3.0, -4.0] * 3
+    assert completion.version_runs == ((0, len(tokens)),)
     # each turn's prompt extends the one before by exactly the recorded tokens
     prompts = [request.prompt for request in model.requests]
     assert all(later[: len(prompt)] == prompt for prompt, later in itertools.pairwise(prompts))
-    assert prompts[-1] == record.next_prompt[: len(prompts[-1])]
+    whole = (*episode.prompt_ids, *tokens)
+    starts = [len(episode.prompt_ids), *(len(episode.prompt_ids) + end for end in episode.turn_ends[:-1])]
+    assert [whole[: len(prompt)] for prompt in prompts] == prompts
+    assert all(len(prompt) >= start for prompt, start in zip(prompts, starts, strict=True))
     assert [request.seed for request in model.requests] == [100, turn_seed(100, 1), turn_seed(100, 2)]
+
+
+def test_batch_trains_on_sampled_tokens_only(machine: EnvironmentPool):
+    texts = ["12+3", "347+86"]
+    played = play(ScriptedModel(adding), machine, texts)
+    prompts = [Prompt(episode_of(played[i]).prompt_ids, text, row(text)) for i, text in enumerate(texts)]
+    rollouts = Rollouts.collate(prompts, [[played[0]], [played[1]]], pad=0, weights_version=0)
+    mask, sequences = rollouts.sequences.response_mask, rollouts.sequences
+    for i, expected in enumerate(("2+3<|end|>1+0<|end|>=15<|end|>", "7+6<|end|>4+8+1<|end|>3+1<|end|>=433<|end|>")):
+        assert TOKENIZER.decode(sequences.response_ids[i][mask[i]].tolist()) == expected
+    assert (rollouts.rollout_log_probs[mask] < 0).all()
+    assert (rollouts.rollout_log_probs[~mask] == 0).all()
 
 
 def test_many_episodes_do_not_mix(machine: EnvironmentPool):
     texts = [f"{a}+{b}" for a in range(10, 26) for b in (3, 47)]
-    episodes = play(ScriptedModel(adding), machine, texts)
+    played = play(ScriptedModel(adding), machine, texts)
     for number, text in enumerate(texts):
         a, b = text.split("+")
-        assert episodes[number].turns[-1].answer == f"={int(a) + int(b)}"
-        assert episodes[number].reward == 1.0
+        episode = episode_of(played[number])
+        assert episode.turns[-1].answer == f"={int(a) + int(b)}"
+        assert episode.reward == 1.0
 
 
 def test_unreadable_answers_end_the_episode_without_reward(machine: EnvironmentPool):
-    episode = play(ScriptedModel(lambda _: "hm"), machine, ["1+2"])[0]
-    assert (episode.reward, episode.reason, len(episode.turns)) == (0.0, "done", 3)
-    assert all(turn.reply is not None and turn.reply.invalid for turn in episode.turns)
+    episode = episode_of(play(ScriptedModel(lambda _: "hm"), machine, ["1+2"])[0])
+    assert (episode.reward, episode.end, len(episode.turns)) == (0.0, "done", 3)
+    assert all(turn.invalid for turn in episode.turns)
 
 
 def test_limits_end_episodes(echo: EnvironmentPool):
-    answer = ScriptedModel(lambda _: "ab")
-    turns = play(answer, echo, ["x"], EpisodeLimits(3, 200, 60.0))[0]
-    assert (turns.reason, len(turns.turns), turns.reward) == ("max_turns", 3, 1.0 + 2.0 + 3.0)
+    model = ScriptedModel(lambda _: "ab")
+    turns = episode_of(play(model, echo, ["x"], EpisodeLimits(3, 200, 60.0))[0])
+    assert (turns.end, len(turns.turns), turns.reward) == ("max_turns", 3, 1.0 + 2.0 + 3.0)
     # "ab<|end|>" and "<|user|>ab<|assistant|>" are 7 tokens per turn
-    tokens = play(answer, echo, ["x"], EpisodeLimits(9, 16, 60.0))[0]
-    assert (tokens.reason, len(tokens.record.token_ids)) == ("max_tokens", 16)
-    cut = play(answer, echo, ["x"], EpisodeLimits(9, 15, 60.0))[0]
-    assert (cut.reason, len(cut.record.token_ids), cut.turns[-1].answer) == ("max_tokens", 15, "a")
+    tokens = play(model, echo, ["x"], EpisodeLimits(9, 16, 60.0))[0]
+    assert (episode_of(tokens).end, len(tokens.token_ids)) == ("max_tokens", 16)
+    cut = play(model, echo, ["x"], EpisodeLimits(9, 9, 60.0))[0]
+    assert (episode_of(cut).end, len(cut.token_ids), episode_of(cut).turns[-1].answer) == ("max_tokens", 9, "ab")
 
 
 def test_failed_environment_is_no_reward(echo: EnvironmentPool):
-    finished = play(ScriptedModel(lambda prompt: "raise" if "bad" in prompt else "ok"), echo, ["bad", "good"])
-    assert finished[0].reason == "failed"
-    assert finished[0].failure is not None
-    assert finished[0].failure.reason == "RuntimeError: broken"
-    assert finished[1].failure is None
-    assert finished[1].reason == "max_turns"
+    played = play(ScriptedModel(lambda prompt: "raise" if "bad" in prompt else "ok"), echo, ["bad", "good"])
+    bad, good = episode_of(played[0]), episode_of(played[1])
+    assert (bad.end, bad.failed, good.end, good.failed) == ("failed", "RuntimeError: broken", "max_turns", None)
+    assert "played_environments.py" in bad.traceback
+
+
+def test_environment_that_does_not_begin_keeps_the_prompt_of_the_row(echo: EnvironmentPool):
+    client = EpisodeClient(
+        LocalStream(ScriptedModel(str)).open(), {"env": echo}, TOKENIZER, TEMPLATES["native"], SAMPLING, LIMITS
+    )
+    client.submit([EpisodeRequest(0, (1, 2), "env", {"fails": True}, 7, seed=1)])
+    (finished,) = client.poll(30.0)
+    episode = episode_of(finished.completion)
+    assert (episode.failed, episode.prompt_ids, finished.completion.token_ids) == (
+        "ValueError: no such level",
+        (1, 2),
+        (),
+    )
 
 
 def test_late_episode_ends_and_closes(echo: EnvironmentPool):
-    episode = play(ScriptedModel(lambda _: "sleep 20"), echo, ["x"], EpisodeLimits(3, 200, 1.0))[0]
-    assert (episode.reason, len(episode.turns)) == ("timeout", 1)
-    assert episode.turns[0].reply is None
+    episode = episode_of(play(ScriptedModel(lambda _: "sleep 20"), echo, ["x"], EpisodeLimits(3, 200, 1.0))[0])
+    assert (episode.end, len(episode.turns), episode.turns[0].messages) == ("timeout", 1, ())
