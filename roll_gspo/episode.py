@@ -28,7 +28,7 @@ class EpisodeTurn:
 
 @dataclass(frozen=True)
 class Episode:
-    """How a response of several turns came about.
+    """The turns of a response, and why it ended.
 
     Attributes:
         prompt_ids: the first prompt, which the environment made.
