@@ -11,7 +11,14 @@ from roll_gspo.environments.base import Environment
 from roll_gspo.errors import ConfigError
 from roll_gspo.registry import Registry, import_target
 
-ENVIRONMENTS = Registry("env_type", {"adding_machine": "roll_gspo.environments.adding_machine:AddingMachine"})
+ENVIRONMENTS = Registry(
+    "env_type",
+    {
+        "adding_machine": "roll_gspo.environments.adding_machine:AddingMachine",
+        "frozen_lake": "roll_gspo.environments.frozen_lake:FrozenLake",
+        "sokoban": "roll_gspo.environments.sokoban:Sokoban",
+    },
+)
 
 
 @dataclass(frozen=True)
