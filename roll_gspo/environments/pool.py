@@ -100,6 +100,7 @@ class EnvironmentPool:
             title=f"environment {spec.name}",
             start_timeout_s=start_timeout_s,
             error=PlayError,
+            python=spec.python,
         )
         self._mark = uuid.uuid4().hex
         self._output = WorkerOutput(key)

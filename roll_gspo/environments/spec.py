@@ -15,6 +15,7 @@ ENVIRONMENTS = Registry(
     "env_type",
     {
         "adding_machine": "roll_gspo.environments.adding_machine:AddingMachine",
+        "gymnasium": "roll_gspo.environments.gymnasium_games:GymnasiumEnvironment",
         "frozen_lake": "roll_gspo.environments.frozen_lake:FrozenLake",
         "sokoban": "roll_gspo.environments.sokoban:Sokoban",
     },
@@ -28,10 +29,12 @@ class EnvironmentSpec:
     Attributes:
         name: name in the configuration: a shipped environment, or the dotted path of a class.
         arguments: arguments of the class.
+        python: interpreter of the worker processes; None: the one of this process.
     """
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    python: str | None = None
 
 
 def environment_factory(spec: EnvironmentSpec) -> Callable[[], Environment]:

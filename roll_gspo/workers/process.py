@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from roll_gspo.workers.output import WorkerOutput
 # A separate program instead of multiprocessing's spawn, which would import the user's main module again (that may load
 # torch or lack a __main__ guard). The worker inherits no threads, CUDA context or engine state of the parent.
 _LAUNCH_CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
+    "import json, sys; own, paths = json.loads(sys.argv[3]); sys.path[:] = paths if own else [*paths, *sys.path]; "
     "from {module} import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _IO_TIMEOUT_S = 30.0
+_PACKAGE = Path(__file__).parents[1]
 MARK = "ROLL_GSPO_WORKER_POOL"
 _EXIT_TIMEOUT_S = 10.0
 _KNOWN_ERRORS = {c.__name__: c for c in (ConfigError, MissingDependencyError)}
@@ -49,6 +51,8 @@ class WorkerProgram:
         title: what the process holds, for error messages, e.g. `reward math_rule`.
         start_timeout_s: seconds until the process must be ready.
         error: class of the error if the process cannot start.
+        python: interpreter of the process; None: the one of this process. Another one imports its packages from its
+            installation, and the modules of the working directory and of this package from here.
     """
 
     module: str
@@ -57,6 +61,7 @@ class WorkerProgram:
     title: str
     start_timeout_s: float
     error: type[RollGspoError]
+    python: str | None = None
 
     def failed_start(self, reason: str) -> RollGspoError:
         """Return the error of a process that did not start."""
@@ -75,6 +80,10 @@ class ChildProcess:
         output: forwards the output of the process.
         mark: value of the environment variable `MARK`, by which processes of the pool are found.
 
+    Raises:
+        WorkerStartError: the process died at once.
+        RollGspoError: the interpreter cannot be executed; of the program's class.
+
     Attributes:
         ready: True if the process has sent its first message.
         deadline: time at which the worker counts as hung, in seconds of `time.monotonic()`.
@@ -90,30 +99,41 @@ class ChildProcess:
         self._messages = pipe.MessageReader(self._connection)
         reader, writer = os.pipe()
         self._reader: int | None = reader
-        with child_end:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _LAUNCH_CODE.format(module=program.module),
-                    str(child_end.fileno()),
-                    str(os.getpid()),
-                    json.dumps(_sys_path()),
-                ],
-                pass_fds=(child_end.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=writer,
-                stderr=writer,
-                start_new_session=True,  # a process group that can be killed as a whole and does not receive Ctrl-C
-                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
-            )
-        os.close(writer)
+        try:
+            with child_end:
+                self._process = self._started(child_end.fileno(), writer, mark)
+        except OSError as error:
+            self._connection.close()
+            os.close(reader)
+            reason = f"{program.python or sys.executable} cannot be executed: {error.strerror}"
+            raise program.failed_start(reason) from None
+        finally:
+            os.close(writer)
         output.add(reader, self.pid)
         try:
             self.send(program.setup)
         except OSError:
             self.kill()
             raise WorkerStartError(program.failure_text("it died at once")) from None
+
+    def _started(self, connection: int, output: int, mark: str) -> subprocess.Popen[bytes]:
+        program = self._program
+        return subprocess.Popen(
+            [
+                program.python or sys.executable,
+                "-c",
+                _LAUNCH_CODE.format(module=program.module),
+                str(connection),
+                str(os.getpid()),
+                json.dumps(_sys_path(program.python)),
+            ],
+            pass_fds=(connection,),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # a process group that can be killed as a whole and does not receive Ctrl-C
+            env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
+        )
 
     def fileno(self) -> int:
         """Return the file descriptor that a selector polls for messages."""
@@ -212,6 +232,20 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
             process.kill()
 
 
-def _sys_path() -> list[str]:
-    """Return the parent's `sys.path` with the working directory first, as `python -m` has it."""
-    return [os.getcwd(), *(path for path in sys.path if path and path != os.getcwd())]
+def _sys_path(python: str | None) -> tuple[bool, list[str]]:
+    """Return whether the process has the parent's `sys.path` only, and these paths.
+
+    The working directory comes first, as `python -m` has it. Another interpreter keeps its paths, so it gets none of
+    the installation of this one.
+    """
+    paths = [os.getcwd(), *(path for path in sys.path if path and path != os.getcwd())]
+    if python is None:
+        return True, paths
+    standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    paths.append(str(_PACKAGE.parent))
+    return False, [
+        path
+        for path in dict.fromkeys(paths)
+        if not {"site-packages", "dist-packages"} & set(Path(path).parts)
+        and not any(Path(path).is_relative_to(folder) for folder in standard)
+    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +43,17 @@ class Echo(Environment):
 
     def _exit(self) -> None:
         raise SystemExit(1)
+
+
+class Installation(Environment):
+    """Tells which Python runs it, and whether a package of it can be imported."""
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> Start:
+        found = importlib.util.find_spec(row["package"])
+        return Start(({"role": "user", "content": f"{sys.prefix} {found is not None}"},))
+
+    def step(self, answer: str) -> Reply:
+        return Reply(done=True)
 
 
 class Unfinished(Environment):

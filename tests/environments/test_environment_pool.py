@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import venv
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,7 +16,7 @@ import pytest
 from roll_gspo.environments import Reply, Start
 from roll_gspo.environments.pool import EnvironmentPool, Failure, Played
 from roll_gspo.environments.spec import EnvironmentSpec
-from roll_gspo.errors import ConfigError
+from roll_gspo.errors import ConfigError, PlayError
 
 ECHO = EnvironmentSpec("played_environments.Echo")
 WAIT_S = 60.0
@@ -147,6 +151,24 @@ def test_wrong_environment_is_refused(name: str, arguments: dict[str, Any], mess
     with EnvironmentPool(EnvironmentSpec(name, arguments), 1, 1, 5.0, "custom_envs.mine") as pool:
         pool.start(1, {}, 0)
         with pytest.raises(ConfigError, match=f"custom_envs.mine: .*{message}"):
+            pool.take(WAIT_S)
+
+
+def test_another_interpreter_has_its_packages_and_the_modules_of_the_user(tmp_path: Path):
+    venv.create(tmp_path / "other", symlinks=True)
+    python = str(tmp_path / "other/bin/python")
+    for interpreter, prefix, has_numpy in ((python, tmp_path / "other", False), (None, Path(sys.prefix), True)):
+        spec = EnvironmentSpec("played_environments.Installation", python=interpreter)
+        with EnvironmentPool(spec, 1, 1, 30.0, "custom_envs.mine") as pool:
+            assert begun(pool, 1, package="numpy")[1].result == Start(
+                ({"role": "user", "content": f"{prefix} {has_numpy}"},)
+            )
+
+
+def test_missing_interpreter_is_an_error():
+    with EnvironmentPool(replace(ECHO, python="/nowhere/python"), 1, 1, 30.0, "custom_envs.mine") as pool:
+        pool.start(1, {}, 0)
+        with pytest.raises(PlayError, match="custom_envs.mine: .*/nowhere/python cannot be executed: No such file"):
             pool.take(WAIT_S)
 
 
