@@ -123,7 +123,7 @@ def _reply_message(reply: object) -> dict[str, Any]:
 
 
 def _messages(messages: object) -> list[dict[str, Any]]:
-    found = list(messages) if isinstance(messages, tuple | list) else [messages]
+    found: list[Any] = list(messages) if isinstance(messages, tuple | list) else [messages]
     for message in found:
         if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
             raise InvalidReplyError(f"messages contain {message!r}; write {{role, content}}")
