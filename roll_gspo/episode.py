@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, cycle, groupby, repeat
 from typing import Any
 
 
@@ -54,3 +56,36 @@ class Episode:
     def reward(self) -> float:
         """Sum of the rewards of all turns."""
         return sum(turn.reward for turn in self.turns)
+
+    def to_json(self) -> str:
+        """Return the episode as JSON. The mask is written as the lengths of its runs, which begin with sampled ones."""
+        turns = [vars(t) | {"messages": [dict(m) for m in t.messages], "metrics": dict(t.metrics)} for t in self.turns]
+        return json.dumps(vars(self) | {"mask": _runs_of(self.mask), "turns": turns})
+
+    @staticmethod
+    def from_json(text: str) -> Episode:
+        """Return the episode that `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError: the text is no episode.
+        """
+        state = json.loads(text)
+        turns = (EpisodeTurn(**turn | {"messages": tuple(turn["messages"])}) for turn in state["turns"])
+        return Episode(
+            **state
+            | {
+                "prompt_ids": tuple(state["prompt_ids"]),
+                "mask": _mask_of(state["mask"]),
+                "turn_ends": tuple(state["turn_ends"]),
+                "turns": tuple(turns),
+            }
+        )
+
+
+def _runs_of(mask: Sequence[bool]) -> list[int]:
+    runs = [(value, sum(1 for _ in run)) for value, run in groupby(mask)]
+    return [*([0] if runs and not runs[0][0] else []), *(length for _, length in runs)]
+
+
+def _mask_of(runs: Sequence[int]) -> tuple[bool, ...]:
+    return tuple(chain.from_iterable(repeat(value, length) for value, length in zip(cycle((True, False)), runs)))

@@ -101,7 +101,8 @@ def new_sampler(interleaved: bool = False) -> Sampler[Prompt]:
 def completion_state(completion: Completion) -> tuple[Any, ...]:
     experts = completion.routed_experts
     routed = None if experts is None else (experts.dtype, experts.tolist())
-    return *(completion.token_ids, completion.log_probs, completion.finish_reason, completion.version_runs), routed
+    plain = (completion.token_ids, completion.log_probs, completion.finish_reason, completion.version_runs)
+    return *plain, routed, completion.episode
 
 
 def group_state(group: Group) -> tuple[Any, ...]:

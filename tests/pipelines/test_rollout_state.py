@@ -7,9 +7,11 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rollout_cases import (
@@ -25,6 +27,8 @@ from rollout_cases import (
 )
 
 from roll_gspo.algorithms.query_filter import QueryFilterSettings
+from roll_gspo.batch import Completion
+from roll_gspo.episode import Episode, EpisodeTurn
 from roll_gspo.errors import CheckpointError
 from roll_gspo.pipelines.rlvr.collect import Collector
 from roll_gspo.pipelines.rlvr.rollout_state import SAMPLES, STREAM
@@ -202,6 +206,66 @@ def test_damaged_files_are_named(saved: Path, damage: Callable[[Path], object]) 
     with pytest.raises(CheckpointError, match=rf"{STREAM}: cannot be read .*choose another checkpoint"):
         run.load(saved)
     assert not run.stream.groups and run.stream.scheduler.version == 0
+
+
+def episode_of(completion: Completion) -> Episode:
+    """Return the turns of a response whose even tokens were given."""
+    length = len(completion.token_ids)
+    turns = (EpisodeTurn("7+6", ({"role": "user", "content": "13"},), 0.25, metrics={"a": 1 / 3}), EpisodeTurn("=13"))
+    mask = tuple(position % 2 == 1 for position in range(length))
+    failed = "ValueError: no\ud800 mood" if completion.token_ids[0] % 2 else None
+    return Episode(
+        prompt_ids=(5, 6),
+        mask=mask,
+        turn_ends=(1, length),
+        turns=turns,
+        end="failed" if failed else "done",
+        failed=failed,
+        traceback="line 1",
+        num_rewritten=2,
+    )
+
+
+@pytest.fixture
+def saved_episodes(tmp_path: Path) -> tuple[Path, Run]:
+    """Save a stream in which every second finished response is an episode."""
+    run = Run(stream_settings(1, 4))
+    run.train()
+    run.wait(run.stream.can_change_weights)
+    for group in run.stream.groups.values():
+        group.completions |= {
+            i: replace(one, episode=episode_of(one)) for i, one in group.completions.items() if i % 2 == 0
+        }
+    run.save(tmp_path / "saved")
+    return tmp_path / "saved", run
+
+
+def test_episodes_are_restored(saved_episodes: tuple[Path, Run]) -> None:
+    folder, run = saved_episodes
+    resumed = Run(stream_settings(1, 4))
+    resumed.load(folder)
+    assert contents(resumed) == contents(run)
+    episodes = [one.episode for group in resumed.stream.groups.values() for one in group.completions.values()]
+    assert None in episodes and {episode.end for episode in episodes if episode} == {"done", "failed"}
+
+
+@pytest.mark.parametrize("text", ["{", "{}", episode_of(Completion((2,), (0.0,), "stop")).to_json()])
+def test_damaged_episodes_are_named(saved_episodes: tuple[Path, Run], text: str) -> None:
+    folder, _ = saved_episodes
+    table = pq.read_table(folder / SAMPLES)
+    texts = [text if one else None for one in table.column("episode").to_pylist()]
+    column = table.schema.get_field_index("episode")
+    pq.write_table(table.set_column(column, "episode", pa.array(texts, pa.string())), folder / SAMPLES)
+    run = Run(stream_settings(1, 4))
+    with pytest.raises(CheckpointError, match=rf"{STREAM}: cannot be read .*choose another checkpoint"):
+        run.load(folder)
+
+
+def test_files_of_earlier_versions_have_no_episodes(saved: Path) -> None:
+    pq.write_table(pq.read_table(saved / SAMPLES).drop_columns(["episode"]), saved / SAMPLES)
+    run = Run(stream_settings(1, 4))
+    run.load(saved)
+    assert run.stream.groups
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from roll_gspo.batch import Completion, Prompt
+from roll_gspo.episode import Episode
 from roll_gspo.errors import CheckpointError
 from roll_gspo.pipelines.rlvr.groups import Group
 from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         "routed_experts": pa.binary(),
         "routed_shape": pa.list_(pa.int32()),
         "result": pa.string(),
+        "episode": pa.string(),
     }
 )
 
@@ -172,6 +174,7 @@ def _row(number: int, group: Group, sample: int, completion: Completion) -> dict
         "routed_experts": None if experts is None else experts.numpy().tobytes(),
         "routed_shape": None if experts is None else list(experts.shape),
         "result": None if result is None else json.dumps(vars(result) | {"components": dict(result.components)}),
+        "episode": None if completion.episode is None else completion.episode.to_json(),
     }
 
 
@@ -205,6 +208,7 @@ def _add(group: Group, row: dict[str, Any]) -> None:
         row["finish_reason"],
         experts,
         tuple(zip(runs[::2], runs[1::2], strict=True)),
+        _episode_of(row),
     )
     if completion.finish_reason == "partial":
         group.partials[row["sample"]] = completion
@@ -212,3 +216,13 @@ def _add(group: Group, row: dict[str, Any]) -> None:
     group.completions[row["sample"]] = completion
     if row["result"] is not None:
         group.results[row["sample"]] = RewardResult(**json.loads(row["result"]))
+
+
+def _episode_of(row: dict[str, Any]) -> Episode | None:
+    text = row.get("episode")  # files of earlier versions lack the column
+    if text is None:
+        return None
+    episode = Episode.from_json(text)
+    if len(episode.mask) != len(row["token_ids"]):
+        raise ValueError(f"an episode has {len(episode.mask)} tokens, its response {len(row['token_ids'])}")
+    return episode
