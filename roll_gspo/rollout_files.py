@@ -17,9 +17,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 Sample = dict[str, Any]
-"""A row by column name. `components` is a dictionary; `updated_log_probs` is added to traced samples.
+"""A row by column name. `components` and the `metrics` of `turns` are dictionaries; `updated_log_probs` is added to
+traced samples.
 
-Files of earlier versions lack `version_runs` and `staleness`.
+Files of earlier versions lack `version_runs` and `staleness`. Only files with episodes have `EPISODE_FIELDS`.
 """
 
 SCHEMA = pa.schema(
@@ -51,6 +52,29 @@ SCHEMA = pa.schema(
         "staleness": pa.int32(),
     }
 )
+_METRICS = pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()}))
+_MESSAGE = pa.struct({"role": pa.string(), "content": pa.string(), "fields": pa.string()})
+_TURN = {
+    "answer": pa.string(),
+    "messages": pa.list_(_MESSAGE),
+    "reward": pa.float64(),
+    "invalid": pa.bool_(),
+    "metrics": _METRICS,
+    "given_tokens": pa.int32(),
+    "tokens": pa.int32(),
+}
+EPISODE_FIELDS = {
+    "end": pa.string(),
+    "traceback": pa.string(),
+    "num_turns": pa.int32(),
+    "given_length": pa.int32(),
+    "num_rewritten": pa.int32(),
+    "response_mask": pa.list_(pa.bool_()),
+    "turns": pa.list_(pa.struct(_TURN)),
+}
+EPISODE_SCHEMA = pa.schema([*SCHEMA, *(pa.field(name, kind) for name, kind in EPISODE_FIELDS.items())])
+"""Schema of files with episodes. The added columns are null for responses of one turn."""
+
 UPDATED_SCHEMA = pa.schema({"sample": pa.int32(), "log_probs": pa.list_(pa.float32())})
 UPDATED_FOLDER = "updated_log_probs"
 
@@ -115,7 +139,9 @@ def read_samples(path: Path, max_bytes: int | None = None, with_text_only: bool 
     updated = _updated_log_probs(path)
     for sample in samples:
         if sample.get("components") is not None:
-            sample["components"] = {entry["name"]: entry["value"] for entry in sample["components"]}
+            sample["components"] = _by_name(sample["components"])
+        for turn in sample.get("turns") or ():
+            turn["metrics"] = _by_name(turn["metrics"])
         if sample["sample"] in updated:
             sample["updated_log_probs"] = updated[sample["sample"]]
     if with_text_only:
@@ -137,6 +163,10 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
         return {name: columns.get(name, [None] * file.metadata.num_rows) for name in names}
 
 
+def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {entry["name"]: entry["value"] for entry in entries}
+
+
 def _has_text(group: Any) -> bool:
     columns = (group.column(index) for index in range(group.num_columns))
     statistics = next(column.statistics for column in columns if column.path_in_schema == "response")
@@ -156,10 +186,11 @@ class StepFile:
 
     Args:
         path: the file.
-        schema: `SCHEMA` or `UPDATED_SCHEMA`.
+        schema: `SCHEMA`, `EPISODE_SCHEMA` or `UPDATED_SCHEMA`.
     """
 
     def __init__(self, path: Path, schema: pa.Schema = SCHEMA) -> None:
+        self.schema = schema
         self._path = path
         self._aside = path.with_name(path.name + ".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from roll_gspo.rollout_files import SCHEMA, UPDATED_FOLDER, UPDATED_SCHEMA, Sample, StepFile, step_path
+from roll_gspo.rollout_files import (
+    EPISODE_SCHEMA,
+    SCHEMA,
+    UPDATED_FOLDER,
+    UPDATED_SCHEMA,
+    Sample,
+    StepFile,
+    step_path,
+)
 
 
 def record(tokens: Sequence[str] = ("4", "2", "<|end|>"), **changes: object) -> Sample:
@@ -41,15 +49,64 @@ def record(tokens: Sequence[str] = ("4", "2", "<|end|>"), **changes: object) -> 
     return plain | changes
 
 
+def message(role: str, content: str, fields: str | None = None) -> dict[str, str | None]:
+    """A message of an environment."""
+    return {"role": role, "content": content, "fields": fields}
+
+
+def turn(
+    answer: Sequence[str], *messages: dict[str, str | None], given: Sequence[str] = (), **changes: object
+) -> Sample:
+    """A turn with the tokens that it was given, the tokens of its answer, and what the environment returned."""
+    plain: Sample = {
+        "answer": "".join(answer),
+        "messages": list(messages),
+        "reward": 0.0,
+        "invalid": False,
+        "metrics": {},
+        "given_tokens": len(given),
+        "tokens": len(answer),
+        "texts": [*given, *answer],
+    }
+    return plain | changes
+
+
+def episode(turns: Sequence[Sample], end: str = "done", **changes: object) -> Sample:
+    """A sample that is an episode. Sampled token i has log-prob -(i + 1) / 4."""
+    tokens = [text for one in turns for text in one["texts"]]
+    mask = [sampled for one in turns for sampled in [False] * one["given_tokens"] + [True] * one["tokens"]]
+    values = record(tokens[: sum(mask)])
+    columns: Sample = {
+        "turns": [{name: value for name, value in one.items() if name != "texts"} for one in turns],
+        "num_turns": len(turns),
+        "end": end,
+        "given_length": len(mask) - sum(mask),
+        "num_rewritten": 0,
+        "response_mask": mask,
+        "response_length": sum(mask),
+        **{name: values[name] for name in ("rollout_log_probs", "old_log_probs", "advantages")},
+    }
+    return record(tokens) | {"components": {}, "answer": None} | columns | changes
+
+
 def write_samples(path: Path, records: Sequence[Sample]) -> None:
     """Write a file of samples in this order."""
     rows = [
-        {"sample": i, **row, "components": [{"name": n, "value": v} for n, v in (row.get("components") or {}).items()]}
+        {"sample": i, **row, "components": _entries(row.get("components")), "turns": _turns(row.get("turns"))}
         for i, row in enumerate(records)
     ]
-    file = StepFile(path)
-    file.add(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+    schema = EPISODE_SCHEMA if any(row["turns"] is not None for row in rows) else SCHEMA
+    file = StepFile(path, schema)
+    file.add(pa.RecordBatch.from_pylist(rows, schema=schema))
     file.complete()
+
+
+def _entries(values: dict[str, float] | None) -> list[Sample]:
+    return [{"name": name, "value": value} for name, value in (values or {}).items()]
+
+
+def _turns(turns: list[Sample] | None) -> list[Sample] | None:
+    return None if turns is None else [one | {"metrics": _entries(one["metrics"])} for one in turns]
 
 
 def write_step(folder: Path, step: int, records: Sequence[Sample], traced: Sequence[int] = ()) -> None:

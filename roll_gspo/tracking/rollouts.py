@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from roll_gspo.episode import Episode
 from roll_gspo.errors import TrainingError
 from roll_gspo.rollout_files import (
+    EPISODE_SCHEMA,
     SCHEMA,
     UPDATED_FOLDER,
     UPDATED_SCHEMA,
@@ -24,6 +26,7 @@ from roll_gspo.rollout_files import (
     step_path,
     valid_texts,
 )
+from roll_gspo.tracking.episode_columns import episode_columns, turns_column
 from roll_gspo.tracking.token_texts import TokenTexts
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class SampleBatch:
         token_lists: token ids and values per token by the names of `SCHEMA`; missing ones are null in the file.
         with_text: rows of the samples whose texts are written, in this order.
         texts: converts token ids to text, special tokens included.
+        episodes: the episode of each sample, None for responses of one turn; empty if no sample is an episode.
     """
 
     columns: Mapping[str, Sequence[Any]]
@@ -67,35 +71,44 @@ class SampleBatch:
     token_lists: Mapping[str, TokenLists]
     with_text: Sequence[int]
     texts: TokenTexts
+    episodes: Sequence[Episode | None] = ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of a file that can hold the samples."""
+        return EPISODE_SCHEMA if self.episodes else SCHEMA
 
     def write(self, file: StepFile) -> None:
         """Append the samples to a file: those with texts first."""
-        rows = self._without_text()
+        rows = self._without_text(file.schema)
         chosen = np.zeros(rows.num_rows, bool)
         chosen[list(self.with_text)] = True
         first = rows.take(pa.array(self.with_text, pa.int64()))
         for name, values in self._texts().items():
-            first = first.set_column(SCHEMA.names.index(name), SCHEMA.field(name), values)
+            first = first.set_column(file.schema.names.index(name), file.schema.field(name), values)
         for part, tokens in ((first, _TOKENS_WITH_TEXT), (rows.filter(pa.array(~chosen)), _TOKENS_WITHOUT_TEXT)):
             num_tokens = len(part.column("response_token_ids").flatten())
             file.add(part, max(1, part.num_rows * tokens // max(num_tokens, 1)))
 
-    def _without_text(self) -> pa.RecordBatch:
+    def _without_text(self, schema: pa.Schema) -> pa.RecordBatch:
         count = len(self.prompts)
+        columns = {**self.columns, **episode_columns(self.episodes)} if self.episodes else self.columns
         arrays = []
-        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True):
+        for name, kind in zip(schema.names, schema.types, strict=True):
             if name in self.token_lists:
                 arrays.append(self.token_lists[name].array())
-            elif name in self.columns:
-                values = self.columns[name]
+            elif name in columns:
+                values = columns[name]
                 arrays.append(pa.array(valid_texts(values) if kind == pa.string() else values, kind, size=count))
             else:
                 arrays.append(pa.nulls(count, kind))
-        return pa.record_batch(arrays, schema=SCHEMA)
+        return pa.record_batch(arrays, schema=schema)
 
     def _texts(self) -> dict[str, pa.Array]:
         ids = [self.token_lists["response_token_ids"].of(row) for row in self.with_text]
+        texts = {"turns": turns_column([self.episodes[row] for row in self.with_text])} if self.episodes else {}
         return {
+            **texts,
             "prompt": _text_array([self.prompts[row] for row in self.with_text]),
             "ground_truth": _text_array([self.ground_truths[row] for row in self.with_text]),
             "response": _text_array([self.texts.decode(tokens) for tokens in ids]),
@@ -125,17 +138,25 @@ class RolloutWriter:
         self._error: BaseException | None = None
 
     def write(self, step: int, batches: Iterable[SampleBatch]) -> None:
-        """Write the samples of a step, batch by batch. Waits while earlier batches fill the queue."""
+        """Write the samples of a step, batch by batch. Waits while earlier batches fill the queue.
+
+        The file has the columns of episodes if the first batch has episodes.
+        """
         steps: list[StepFile] = []
         path = step_path(self._folder, step)
-        self._submit(lambda: steps.append(StepFile(path)), path)
+
+        def file_of(schema: pa.Schema) -> StepFile:
+            if not steps:
+                steps.append(StepFile(path, schema))
+            return steps[0]
+
         try:
             for batch in batches:
-                self._submit(lambda batch=batch: batch.write(steps[0]), path)
+                self._submit(lambda batch=batch: batch.write(file_of(batch.schema)), path)
         except BaseException:
             self._submit(lambda: [file.discard() for file in steps], path)
             raise
-        self._submit(lambda: steps[0].complete(), path)
+        self._submit(lambda: file_of(SCHEMA).complete(), path)
 
     def write_updated(self, step: int, samples: Sequence[int], log_probs: TokenLists) -> None:
         """Write log-probs of some samples of the step after its update."""

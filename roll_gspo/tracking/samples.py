@@ -18,8 +18,8 @@ class Sample:
     Attributes:
         score: of the reward workers, before any normalization.
         advantage: mean over the tokens of the response.
-        num_tokens: length of the response.
-        finish_reason: `stop` or `length`.
+        num_tokens: number of sampled tokens.
+        finish_reason: `stop` or `length`, or why an episode ended, e.g. `done`.
         domain: the reward domain.
         ground_truth: what the reward compared with, if anything.
         answer: the final answer as the reward read it, or None.

@@ -48,6 +48,11 @@ def sample_batch(
         "response_token_ids": token_lists_of(sequences.input_ids, is_response),
         "rollout_log_probs": token_lists_of(rollouts.rollout_log_probs, mask),
     }
+    episodes = [completion.episode for completion in rollouts.completions]
+    has_episodes = any(episode is not None for episode in episodes)
+    if has_episodes:
+        in_response = torch.arange(mask.shape[1]) < sequences.response_lengths[:, None]
+        token_lists["response_mask"] = token_lists_of(mask, in_response)
     columns = {"response_length": mask.sum(-1).tolist()} | _columns(rollouts, domains, results, first, first_group)
     columns |= version_columns(rollouts, version)
     if trained is not None:
@@ -61,6 +66,7 @@ def sample_batch(
         token_lists,
         with_text,
         texts,
+        episodes if has_episodes else (),
     )
 
 
@@ -99,11 +105,12 @@ def _entries(components: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def token_lists_of(values: Tensor, mask: Tensor) -> TokenLists:
-    """Return the values [B, W] where `mask` [B, W] is true, as one list per sample."""
+    """Return the values [B, W] at the true positions of `mask` [B, W], as one list per sample."""
     offsets = torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0))
     chosen = values[mask]
-    kind = torch.float32 if chosen.is_floating_point() else torch.int32
-    return TokenLists(chosen.to(kind).numpy(), offsets.numpy())
+    if chosen.dtype != torch.bool:
+        chosen = chosen.to(torch.float32 if chosen.is_floating_point() else torch.int32)
+    return TokenLists(chosen.numpy(), offsets.numpy())
 
 
 def rows_with_text(
@@ -131,13 +138,14 @@ def tracked_samples(
     chosen = []
     for row in spread({row: result.score for row, result in enumerate(results) if result.failed is None}):
         prompt, completion, result = rollouts.prompts[row], rollouts.completions[row], results[row]
-        num_tokens = len(completion.token_ids)
+        episode = completion.episode
+        num_tokens = len(completion.token_ids) if episode is None else sum(episode.mask)
         chosen.append(
             Sample(
                 score=result.score,
                 advantage=float(advantages[row].sum()) / max(num_tokens, 1),
                 num_tokens=num_tokens,
-                finish_reason=completion.finish_reason,
+                finish_reason=completion.finish_reason if episode is None else episode.end,
                 domain=domains[row],
                 ground_truth=prompt.row.get("ground_truth"),
                 answer=result.answer,
