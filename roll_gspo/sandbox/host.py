@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -129,6 +130,7 @@ class _ForkServer:
         if isolated and not (sys.platform == "linux" and seccomp.is_supported()):
             raise SandboxError("sandbox: needs Linux on x86_64 or aarch64")
         self.isolated = isolated
+        self._requesting = threading.Lock()
         self._control, child_end = socket.socketpair()
         interpreter = os.path.realpath(sys.executable)  # of no virtual environment, whose path programs could read
         paths = [str(Path(__file__).parents[2]), *_library_folders()]
@@ -159,10 +161,11 @@ class _ForkServer:
             raise SandboxError(f"sandbox: this host cannot isolate programs ({answer['problem']}); {_REMEDY}")
 
     def request(self, command: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
-        """Send a command and return the answer."""
+        """Send a command and return the answer. Threads take turns."""
         try:
-            messages.send(self._control, command, descriptors=descriptors)
-            answer = messages.receive(self._control)[0]
+            with self._requesting:
+                messages.send(self._control, command, descriptors=descriptors)
+                answer = messages.receive(self._control)[0]
         except (EOFError, OSError):  # a late answer must not be read as the answer to the next command
             self.close()
             raise
