@@ -48,25 +48,42 @@ class TurnRenderer:
         """Return whether the template renders the history as it was recorded.
 
         Some templates drop the thinking of earlier answers or cut old messages. The recorded tokens then differ from
-        the prompt that the template would make.
+        the prompt that the template would make. A template that rejects the history makes none.
 
         Args:
             history: the conversation up to and including the model's answer, with the text that it sampled.
             new: the messages that follow it.
             recorded: text of the recorded tokens, special tokens included, without the end of the last turn.
         """
-        return self._render([*history, *new]).startswith(recorded)
+        try:
+            return self._render([*history, *new]).startswith(recorded)
+        except DataError:
+            return True
 
     def _after_answer(self, history: Sequence[Message], new: Sequence[Message]) -> str:
         """Return the rendered text after the content of the last answer."""
         probe = {**history[-1], "content": PROBE}
-        _, found, text = self._render([*history[:-1], probe, *new]).rpartition(PROBE)
+        _, found, text = self._rendered_end(history[:-1], [probe, *new]).rpartition(PROBE)
         if not found:
             raise DataError(
                 f"{self._place}: the chat template renders no content of an assistant message before "
                 f"{', '.join(message['role'] for message in new)}; use a template that renders all turns"
             )
         return text
+
+    def _rendered_end(self, history: Sequence[Message], end: Sequence[Message]) -> str:
+        """Return a rendered conversation that ends with the messages of `end`.
+
+        Templates that check the order of roles reject a result after a call that is part of a text, e.g. Mistral's. The
+        turns between the last message of the user and `end` are then left out: they do not change the text after them.
+        """
+        try:
+            return self._render([*history, *end])
+        except DataError:
+            users = [number for number, message in enumerate(history, start=1) if message["role"] == "user"]
+            if not users or users[-1] == len(history):
+                raise
+            return self._render([*history[: users[-1]], *end])
 
     def _render(self, messages: Sequence[Message]) -> str:
         options = {"tokenize": False, "add_generation_prompt": not self._template.as_text}

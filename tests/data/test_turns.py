@@ -35,6 +35,18 @@ BRACKETS = ChatTemplate(
     ("[INST]", "[/INST]", "</s>"),
     "</s>",
 )
+# Rejects a result after a call that is part of a text, as Mistral does.
+ORDERED = ChatTemplate(
+    "ordered",
+    "{% set ns = namespace(i=0) %}{% for m in messages if m['role'] != 'tool' %}"
+    "{% if (m['role'] == 'user') != (ns.i % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set ns.i = ns.i + 1 %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'tool' %}{{ '[TOOL_RESULTS]' + m['content'] + '[/TOOL_RESULTS]' }}"
+    "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}",
+    ("[INST]", "[/INST]", "</s>"),
+    "</s>",
+)
 KEEPING = [*(TEMPLATES[name] for name in ("chatml", "qwen2_5", "llama3")), BRACKETS]
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<|[]"), min_size=1, max_size=12)
 WORDS = TEXTS.map(str.strip).filter(bool)  # Llama 3 trims the text of a message
@@ -111,6 +123,16 @@ def test_recorded_thinking_stays_although_the_template_drops_it():
     assert not renderer.keeps(history[:2], history[2:], before + thought)
     assert renderer.keeps(history[:2], [{"role": "tool", "content": "z"}], before + thought)
     assert renderer.keeps([user("q"), assistant("y")], history[2:], before + "y")
+
+
+def test_results_of_calls_follow_texts_although_the_template_rejects_their_order():
+    tokenizer = tokenizer_with(ORDERED)
+    renderer = TurnRenderer(tokenizer, ORDERED)
+    end = tokenizer.convert_tokens_to_ids("</s>")
+    result = {"role": "tool", "content": "7"}
+    history = [user("q"), assistant("call"), result, assistant("call again")]
+    assert tokenizer.decode(renderer.following(history, [result], end)) == "[TOOL_RESULTS]7[/TOOL_RESULTS]"
+    assert renderer.keeps(history, [result], "")
 
 
 def test_template_without_answers_raises():
