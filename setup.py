@@ -10,9 +10,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "roll_gspo" / "__init__.py"
 
 # Ranges end where the last tested version does: engines change their inner interfaces between releases.
 CORE = [
+    "docstring-parser>=0.16,<0.19",
     "httpx2>=2.0,<3",
     "hydra-core>=1.3.2,<1.4",
     "jinja2>=3.1,<4",
+    "jsonschema>=4.20,<5",
     "math-verify>=0.8,<0.10",
     "matplotlib>=3.10,<3.12",
     "numpy>=2.0,<3",
