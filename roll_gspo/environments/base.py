@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,15 @@ class Environment(ABC):
 
     An exception marks the episode as failed. It is logged and excluded from training, and never counts as reward 0.
     """
+
+    @classmethod
+    def factory(cls, **arguments: Any) -> Callable[[], Environment]:
+        """Return a function that builds the environment of one episode.
+
+        It is called once per worker process, when the process starts. Override it to build what all episodes of a
+        process share, e.g. an index. The arguments of the block are then those of your method.
+        """
+        return functools.partial(cls, **arguments)
 
     @abstractmethod
     def reset(self, row: Mapping[str, Any], seed: int) -> Start:

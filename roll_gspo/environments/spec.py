@@ -18,6 +18,7 @@ ENVIRONMENTS = Registry(
         "gymnasium": "roll_gspo.environments.gymnasium_games:GymnasiumEnvironment",
         "frozen_lake": "roll_gspo.environments.frozen_lake:FrozenLake",
         "sokoban": "roll_gspo.environments.sokoban:Sokoban",
+        "tool_use": "roll_gspo.environments.tool_use:ToolUse",
     },
 )
 
@@ -50,9 +51,10 @@ def environment_factory(spec: EnvironmentSpec) -> Callable[[], Environment]:
     if inspect.isabstract(target):
         missing = ", ".join(sorted(target.__abstractmethods__))
         raise ConfigError(f"environment {spec.name}: the class lacks {missing}; define these methods")
-    signature = inspect.signature(target)
+    has_own_factory = target.factory.__func__ is not Environment.factory.__func__
+    signature = inspect.signature(target.factory if has_own_factory else target)
     try:
         signature.bind(**spec.arguments)
     except TypeError as error:
         raise ConfigError(f"environment {spec.name}: {error}; its signature is {signature}") from error
-    return lambda: target(**spec.arguments)
+    return target.factory(**spec.arguments)
