@@ -40,9 +40,12 @@ TRACKERS = {
     "trackio": ["trackio>=0.43,<0.44"],
     "wandb": ["wandb>=0.30,<0.32"],
 }
-# Packages with environments.
+# Packages with environments. openenv and verifiers cannot be installed beside vLLM, because they need other versions of
+# mcp and openai. Their worker processes run in the virtual environment that `python` of a `custom_envs` block names.
 ENVIRONMENTS = {
     "gymnasium": ["gymnasium>=1.0,<1.5"],
+    "openenv": ["openenv>=0.10,<0.11"],
+    "verifiers": ["verifiers>=0.4,<0.5"],
 }
 EXTRAS = {
     # 0.16.1 is the last for Python 3.11.

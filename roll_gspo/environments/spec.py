@@ -16,6 +16,7 @@ ENVIRONMENTS = Registry(
     {
         "adding_machine": "roll_gspo.environments.adding_machine:AddingMachine",
         "gymnasium": "roll_gspo.environments.gymnasium_games:GymnasiumEnvironment",
+        "openenv": "roll_gspo.environments.openenv_server:OpenEnv",
         "frozen_lake": "roll_gspo.environments.frozen_lake:FrozenLake",
         "sokoban": "roll_gspo.environments.sokoban:Sokoban",
         "tool_use": "roll_gspo.environments.tool_use:ToolUse",
