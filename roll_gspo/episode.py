@@ -29,6 +29,29 @@ class EpisodeTurn:
 
 
 @dataclass(frozen=True)
+class EpisodeBranch:
+    """Another conversation of an episode, which shares its reward.
+
+    An agent begins one if it cuts or rewrites the history, or asks the model about something else.
+
+    Attributes:
+        prompt_ids: the first prompt. If the branch leaves another one after an answer, it contains the tokens so far.
+        token_ids: the response.
+        log_probs: log-prob of each token of the response under the sampling distribution; 0 for given tokens.
+        mask, turn_ends, turns: as in `Episode`. The turns have no rewards.
+        version_runs: as in `Completion`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    mask: tuple[bool, ...]
+    turn_ends: tuple[int, ...]
+    turns: tuple[EpisodeTurn, ...]
+    version_runs: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Episode:
     """The turns of a response, and why it ended.
 
@@ -41,6 +64,7 @@ class Episode:
         failed: why the environment failed, or None. A failed episode has no reward.
         traceback: the frames of the environment in which it raised; empty if it did not raise.
         num_rewritten: number of turns before which the chat template would have changed the recorded history.
+        branches: other conversations of the episode, in the order in which they began. They are not trained.
     """
 
     prompt_ids: tuple[int, ...]
@@ -51,6 +75,12 @@ class Episode:
     failed: str | None = None
     traceback: str = ""
     num_rewritten: int = 0
+    branches: tuple[EpisodeBranch, ...] = ()
+
+    @property
+    def num_branches(self) -> int:
+        """Number of conversations of the episode."""
+        return 1 + len(self.branches)
 
     @property
     def reward(self) -> float:

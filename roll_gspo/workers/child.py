@@ -29,8 +29,8 @@ def serve(descriptor: int, parent_pid: int, answer: Callable[[socket.socket], No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
-    _adopt_orphans()
-    threading.Thread(target=_exit_with_parent, args=(parent_pid,), daemon=True).start()
+    adopt_orphans()
+    exit_with_parent(parent_pid)
     try:
         answer(connection)
     except (EOFError, ConnectionError):
@@ -57,13 +57,18 @@ def message_of(error: BaseException) -> str:
         return "(no message: str() of the exception failed)"
 
 
-def _adopt_orphans() -> None:
+def adopt_orphans() -> None:
     """Become the parent of processes whose parent ends, so that daemons of the code are found and killed."""
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _exit_with_parent(parent_pid: int) -> None:
+def exit_with_parent(parent_pid: int) -> None:
+    """Watch the parent in a thread. When it ends, kill this process, its group and what it started."""
+    threading.Thread(target=_wait_for_end_of, args=(parent_pid,), daemon=True).start()
+
+
+def _wait_for_end_of(parent_pid: int) -> None:
     # Poll the kernel instead of the connection, whose other end may be held open by a fork of the parent. Linux's
     # PR_SET_PDEATHSIG fires when the parent *thread* ends, which may be short-lived.
     while os.getppid() == parent_pid:
@@ -71,12 +76,17 @@ def _exit_with_parent(parent_pid: int) -> None:
     _kill_own_group()
 
 
-def _kill_own_group() -> None:
-    """Kill what the code started, and the process group, which the pool created for this process."""
+def kill_descendants() -> None:
+    """Kill what this process started."""
     with contextlib.suppress(Exception):
         import psutil
 
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 process.kill()
+
+
+def _kill_own_group() -> None:
+    """Kill what the code started, and the process group, which the pool created for this process."""
+    kill_descendants()
     os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -192,22 +192,31 @@ class ChildProcess:
     def kill(self) -> str:
         """Kill the process group, and return how the process ended, e.g. `died (exit code 1)`."""
         self._connection.close()
-        code = self._process.returncode
-        if code is None:  # otherwise the group id may have been reused
-            descendants = _descendants(self.pid)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-            _kill(descendants)
-            try:
-                code = self._process.wait(timeout=_EXIT_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                return f"did not end within {_EXIT_TIMEOUT_S:g} s after SIGKILL (pid {self.pid})"
+        code = kill_group(self._process)
+        if code is None:
+            return f"did not end within {_EXIT_TIMEOUT_S:g} s after SIGKILL (pid {self.pid})"
         if self._reader is not None:
             self._output.remove(self._reader)
             self._reader = None
         if code == -signal.SIGKILL:
             return "died (signal 9: killed from outside, e.g. by the kernel when memory ran out)"
         return f"died (signal {-code})" if code < 0 else f"died (exit code {code})"
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> int | None:
+    """Kill the leader of a process group, the group and all descendants.
+
+    Returns:
+        The exit code of the leader, or None if it does not end.
+    """
+    if process.returncode is None:  # otherwise the group id may have been reused
+        descendants = _descendants(process.pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        _kill(descendants)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_EXIT_TIMEOUT_S)
+    return process.returncode
 
 
 def kill_marked(mark: str) -> None:
@@ -238,7 +247,7 @@ def _sys_path(python: str | None) -> tuple[bool, list[str]]:
     The working directory comes first, as `python -m` has it. Another interpreter keeps its paths, so it gets none of
     the installation of this one.
     """
-    paths = [os.getcwd(), *(path for path in sys.path if path and path != os.getcwd())]
+    paths = import_path()
     if python is None:
         return True, paths
     standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
@@ -249,3 +258,8 @@ def _sys_path(python: str | None) -> tuple[bool, list[str]]:
         if not {"site-packages", "dist-packages"} & set(Path(path).parts)
         and not any(Path(path).is_relative_to(folder) for folder in standard)
     ]
+
+
+def import_path() -> list[str]:
+    """Return the `sys.path` of this process with the working directory first, as `python -m` has it."""
+    return [os.getcwd(), *(path for path in sys.path if path and path != os.getcwd())]
