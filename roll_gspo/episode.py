@@ -89,8 +89,7 @@ class Episode:
 
     def to_json(self) -> str:
         """Return the episode as JSON. The mask is written as the lengths of its runs, which begin with sampled ones."""
-        turns = [vars(t) | {"messages": [dict(m) for m in t.messages], "metrics": dict(t.metrics)} for t in self.turns]
-        return json.dumps(vars(self) | {"mask": _runs_of(self.mask), "turns": turns})
+        return json.dumps(_state_of(self) | {"branches": [_state_of(branch) for branch in self.branches]})
 
     @staticmethod
     def from_json(text: str) -> Episode:
@@ -100,16 +99,24 @@ class Episode:
             ValueError, TypeError, KeyError: the text is no episode.
         """
         state = json.loads(text)
-        turns = (EpisodeTurn(**turn | {"messages": tuple(turn["messages"])}) for turn in state["turns"])
-        return Episode(
-            **state
-            | {
-                "prompt_ids": tuple(state["prompt_ids"]),
-                "mask": _mask_of(state["mask"]),
-                "turn_ends": tuple(state["turn_ends"]),
-                "turns": tuple(turns),
-            }
-        )
+        branches = (EpisodeBranch(**_fields_of(branch)) for branch in state.pop("branches", ()))
+        return Episode(**_fields_of(state), branches=tuple(branches))
+
+
+def _state_of(conversation: Episode | EpisodeBranch) -> dict[str, Any]:
+    turns = conversation.turns
+    written = [vars(t) | {"messages": [dict(m) for m in t.messages], "metrics": dict(t.metrics)} for t in turns]
+    return vars(conversation) | {"mask": _runs_of(conversation.mask), "turns": written}
+
+
+def _fields_of(state: dict[str, Any]) -> dict[str, Any]:
+    turns = (EpisodeTurn(**turn | {"messages": tuple(turn["messages"])}) for turn in state["turns"])
+    found = state | {"mask": _mask_of(state["mask"]), "turns": tuple(turns)}
+    found |= {name: tuple(found[name]) for name in ("prompt_ids", "turn_ends")}
+    if "token_ids" in found:
+        found |= {name: tuple(found[name]) for name in ("token_ids", "log_probs")}
+        found["version_runs"] = tuple((version, count) for version, count in found["version_runs"])
+    return found
 
 
 def _runs_of(mask: Sequence[bool]) -> list[int]:

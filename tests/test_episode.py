@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roll_gspo.episode import Episode, EpisodeTurn
+from roll_gspo.episode import Episode, EpisodeBranch, EpisodeTurn
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(), max_size=5)  # with lone surrogates, which models may write
@@ -25,17 +25,25 @@ def tuples(values: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]
     return st.lists(values, max_size=6).map(tuple)
 
 
+IDS, MASKS, ENDS = tuples(st.integers(0, 2**31)), tuples(st.booleans()), tuples(st.integers(0, 99))
+BRANCHES = st.builds(
+    *(EpisodeBranch, IDS, IDS, tuples(FINITE), MASKS, ENDS, tuples(TURNS)),
+    version_runs=tuples(st.tuples(st.integers(0, 9), st.integers(1, 9))),
+)
+
+
 @given(
     st.builds(
         Episode,
-        prompt_ids=tuples(st.integers(0, 2**31)),
-        mask=tuples(st.booleans()),
-        turn_ends=tuples(st.integers(0, 99)),
+        prompt_ids=IDS,
+        mask=MASKS,
+        turn_ends=ENDS,
         turns=tuples(TURNS),
         end=TEXTS,
         failed=st.none() | TEXTS,
         traceback=TEXTS,
         num_rewritten=st.integers(0, 9),
+        branches=tuples(BRANCHES),
     )
 )
 def test_episode_is_read_as_it_was_written(episode: Episode) -> None:
