@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -33,6 +34,9 @@ class AgentConfig(Schema):
     max_memory_mb: PositiveInt | None = None
     """Memory limit of each process of the program in MiB; null: no limit. If the machine runs out of memory, the kernel
     kills a program before the training process."""
+    tool_call_parser: Literal["hermes", "llama3", "mistral"] | None = "hermes"
+    """Format in which the model writes calls of the `tools` of a request: `hermes` (Qwen), `llama3` or `mistral`. null:
+    calls remain in the text."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the program. It receives no others but those of `forward_env` and what every program
     needs, such as `PATH`, `HOME` and `PYTHONPATH`."""

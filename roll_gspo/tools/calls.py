@@ -59,10 +59,17 @@ class CallFormat:
     Attributes:
         parse: function that returns the calls of a text in order; empty if it has none.
         example: a call, for error messages to the model.
+        marks: texts with which the calls of an answer may begin.
     """
 
     parse: Callable[[str], tuple[Call | MalformedCall, ...]]
     example: str
+    marks: tuple[str, ...]
+
+    def text_before_calls(self, text: str) -> str:
+        """Return the part of a text before its calls."""
+        starts = [start for mark in self.marks if (start := text.find(mark)) >= 0]
+        return text[: min(starts, default=len(text))]
 
 
 def parse_hermes(text: str) -> tuple[Call | MalformedCall, ...]:
@@ -188,7 +195,7 @@ def _shortened(value: Any) -> str:
 
 
 FORMATS: Mapping[str, CallFormat] = {
-    "hermes": CallFormat(parse_hermes, '<tool_call>{"name": "...", "arguments": {...}}</tool_call>'),
-    "llama3": CallFormat(parse_llama3, '{"name": "...", "parameters": {...}}'),
-    "mistral": CallFormat(parse_mistral, '[TOOL_CALLS][{"name": "...", "arguments": {...}}]'),
+    "hermes": CallFormat(parse_hermes, '<tool_call>{"name": "...", "arguments": {...}}</tool_call>', (_HERMES_START,)),
+    "llama3": CallFormat(parse_llama3, '{"name": "...", "parameters": {...}}', (_LLAMA_TAG, "{")),
+    "mistral": CallFormat(parse_mistral, '[TOOL_CALLS][{"name": "...", "arguments": {...}}]', (_MISTRAL_START,)),
 }

@@ -20,6 +20,7 @@ from roll_gspo.models import tiny
 from roll_gspo.roles.agents.client import AgentClient, AgentLimits
 from roll_gspo.roles.agents.program import AgentCommand
 from roll_gspo.roles.agents.protocol import RefusedError, parse_chat
+from roll_gspo.roles.agents.sampled_text import read_answer
 from roll_gspo.roles.agents.server import AgentServer
 from roll_gspo.roles.episodes import EpisodeRequest
 from roll_gspo.roles.local_stream import LocalStream
@@ -27,6 +28,7 @@ from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.train import HfTrain
+from roll_gspo.tools.calls import FORMATS
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 
@@ -337,3 +339,25 @@ def test_abort_ends_the_program(engine: HfInfer, server: AgentServer):
     assert sorted(key for key, _ in aborted) == [0, 1]
     assert {completion.finish_reason for _, completion in aborted} == {"partial"}
     assert (client.outstanding, client.poll(0.0), Path(f"/proc/{pid}").exists()) == (0, [], False)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ('Hm. <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', "Hm.", [("add", '{"a": 1}')]),
+        ("<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
+        (
+            '<think><tool_call></think>x<tool_call>{"name": "f", "arguments": {}}',
+            "<think><tool_call></think>x",
+            [("f", "{}")],
+        ),
+        ("no call", "no call", []),
+    ],
+)
+def test_calls_of_tools_are_separated_from_the_text(text: str, content: str, calls: list[tuple[str, str]]):
+    answer = read_answer(text, FORMATS["hermes"], 12)
+    assert answer.content == content
+    assert [(call["function"]["name"], call["function"]["arguments"]) for call in answer.tool_calls] == calls
+    assert answer.invalid == ("broken" in text)
+    assert all(call["id"] == "000012000" for call in answer.tool_calls)
+    assert read_answer(text, None, 12).content == text

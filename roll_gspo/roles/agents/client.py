@@ -22,10 +22,12 @@ from roll_gspo.roles.agents.outcome import Credit, Ending, episode_completion, p
 from roll_gspo.roles.agents.program import AgentCommand, AgentProgram
 from roll_gspo.roles.agents.protocol import RefusedError, RewardPost
 from roll_gspo.roles.agents.responses import Answer
+from roll_gspo.roles.agents.sampled_text import read_answer
 from roll_gspo.roles.agents.server import AgentServer, ChatCall, Inbox, RewardCall
 from roll_gspo.roles.episodes import DONE, TOKEN_LIMIT, TURN_LIMIT, EpisodeRequest
 from roll_gspo.roles.request_stream import StreamClient
 from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
+from roll_gspo.tools.calls import CallFormat
 
 logger = logging.getLogger(__name__)
 _SLICE_S = 0.05
@@ -88,6 +90,7 @@ class AgentClient:
         template: chat template.
         sampling: sampling of one answer; `num_samples` and `max_new_tokens` are ignored.
         limits: limits of an episode.
+        call_format: format of the calls of tools; None leaves them in the text.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class AgentClient:
         template: ChatTemplate,
         sampling: Sampling,
         limits: AgentLimits,
+        call_format: CallFormat | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
@@ -108,6 +112,7 @@ class AgentClient:
         self._template = template
         self._sampling = sampling
         self._limits = limits
+        self._call_format = call_format
         self._clock = clock
         self._inbox: Inbox = SimpleQueue()
         self._waiting: deque[EpisodeRequest] = deque()
@@ -333,18 +338,20 @@ class AgentClient:
         if sampled is None:
             return  # dropped when it had just ended
         key, call, extension = sampled
-        ends = {*self._sampling.stop_token_ids, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}
-        text = self._tokenizer.decode([token for token in completion.token_ids if token not in ends])
-        num_prompt_tokens = len(extension.prompt)
-        self._episodes[key].conversations.add(extension, completion, text, {"role": "assistant", "content": text})
-        texts = [self._tokenizer.decode([token]) for token in completion.token_ids] if call.request.logprobs else []
+        tokenizer, token_ids = self._tokenizer, completion.token_ids
+        ends = {*self._sampling.stop_token_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        text = tokenizer.decode([token for token in token_ids if token not in ends])
+        read = read_answer(text, self._call_format if call.request.tools else None, number)
+        prompt_tokens = len(extension.prompt)
+        self._episodes[key].conversations.add(extension, completion, read)
+        texts = [tokenizer.decode([token]) for token in token_ids] if call.request.logprobs else []
         answer = Answer(
             completion_id=f"chatcmpl-{key}-{number}",
-            content=text,
-            tool_calls=(),
-            finish_reason="stop" if completion.finish_reason == "stop" else "length",
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=len(completion.token_ids),
+            content=read.content,
+            tool_calls=read.tool_calls,
+            finish_reason="length" if completion.finish_reason == "length" else read.finish_reason,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(token_ids),
             tokens=tuple(zip(texts, completion.log_probs, strict=False)),
             version=completion.version_runs[-1][0] if completion.version_runs else None,
         )

@@ -14,6 +14,7 @@ from roll_gspo.data.prompts import encode_chat
 from roll_gspo.data.rendering import Tools
 from roll_gspo.data.templates import ChatTemplate
 from roll_gspo.data.turns import TokenRecord, TurnRenderer
+from roll_gspo.roles.agents.sampled_text import SampledText
 
 _PLACE = "request of the agent"
 
@@ -26,12 +27,14 @@ class AgentTurn:
         number: number of the answer among those of the episode, from 0.
         answer: the sampled text, without the token that ends the turn.
         num_messages: number of messages of the branch, up to and including the answer.
+        invalid: the answer has a call of a tool that cannot be read.
         following: the messages that the agent sent after it.
     """
 
     number: int
     answer: str
     num_messages: int
+    invalid: bool = False
     following: tuple[Message, ...] = ()
 
 
@@ -137,14 +140,13 @@ class Conversations:
             branch, new, tuple(compared[first:]), given, rewrites=not renderer.keeps(history, new, recorded)
         )
 
-    def add(self, extension: Extension, completion: Completion, text: str, seen: Message) -> None:
+    def add(self, extension: Extension, completion: Completion, answer: SampledText) -> None:
         """Record an answer.
 
         Args:
             extension: the request.
-            completion: the answer.
-            text: text that was sampled, without the token that ends the turn.
-            seen: the message as the agent receives it.
+            completion: the answer's tokens.
+            answer: the answer's text.
         """
         branch = extension.branch
         if branch.turns:
@@ -152,9 +154,9 @@ class Conversations:
             branch.turns[-1].following = extension.messages
             branch.num_rewritten += extension.rewrites
         branch.record.add_answer(completion.token_ids, completion.log_probs, completion.version_runs)
-        branch.messages += [*extension.messages, {"role": "assistant", "content": text}]
-        branch.compared += [*extension.compared, comparable(seen)]
-        branch.turns.append(AgentTurn(self._num_answers, text, len(branch.messages)))
+        branch.messages += [*extension.messages, {"role": "assistant", "content": answer.text}]
+        branch.compared += [*extension.compared, comparable(answer.message)]
+        branch.turns.append(AgentTurn(self._num_answers, answer.text, len(branch.messages), answer.invalid))
         branch.is_busy = False
         self._num_answers += 1
 

@@ -102,7 +102,7 @@ def _rewarded(turns: Sequence[AgentTurn], credits: Sequence[Credit]) -> tuple[Ep
         if found:
             found[before[-1] if before else 0].add(credit.post)
     return tuple(
-        EpisodeTurn(turn.answer, turn.following, rewarded.reward, metrics=rewarded.metrics)
+        EpisodeTurn(turn.answer, turn.following, rewarded.reward, turn.invalid, rewarded.metrics)
         for turn, rewarded in zip(turns, found, strict=True)
     )
 
