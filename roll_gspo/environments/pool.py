@@ -12,6 +12,7 @@ import uuid
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -39,12 +40,33 @@ class Failure(NamedTuple):
     traceback: str = ""
 
 
-class Played(NamedTuple):
-    """Result of a command: the episode, its turn (0 for the start), and what the environment returned."""
+class EnvironmentTime(NamedTuple):
+    """Seconds that environments took for their turns, summed over episodes.
+
+    Attributes:
+        total_s: all of them.
+        hidden_s: those in which the engines sampled answers of other episodes.
+    """
+
+    total_s: float
+    hidden_s: float
+
+
+@dataclass(frozen=True)
+class Played:
+    """Result of a command.
+
+    Attributes:
+        episode: number of the episode.
+        turn: its turn; 0 for the start.
+        result: what the environment returned.
+        seconds: time that the environment took.
+    """
 
     episode: int
     turn: int
     result: Start | Reply | Failure
+    seconds: float = field(default=0.0, compare=False)
 
 
 class _Player(ChildProcess):
@@ -293,12 +315,12 @@ class EnvironmentPool:
         player.episodes[episode] = None
         if isinstance(result, Failure):
             self._assign(player, Command(episode, -1))
-        self._publish(Played(episode, turn, result), spent)
+        self._publish(Played(episode, turn, result, spent))
 
-    def _publish(self, played: Played, spent_s: float = 0.0) -> None:
+    def _publish(self, played: Played) -> None:
         with self._changed:
             self._played.append(played)
-            self._busy_s += spent_s
+            self._busy_s += played.seconds
             self._changed.notify_all()
 
     def _fail_late(self) -> None:
@@ -310,7 +332,8 @@ class EnvironmentPool:
             for episode, turn in late:
                 player.is_retired = True  # one of its threads hangs
                 del player.episodes[episode], self._player_of[episode]
-                self._publish(Played(episode, turn, Failure(f"timeout after {self._timeout_s:g} s")), self._timeout_s)
+                failure = Failure(f"timeout after {self._timeout_s:g} s")
+                self._publish(Played(episode, turn, failure, self._timeout_s))
             if late:
                 self._replace_if_unused(player)
 

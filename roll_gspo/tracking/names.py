@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from roll_gspo.tracking.episode_names import EPISODE_METRICS, EPISODE_PATTERNS
 from roll_gspo.tracking.memory_names import MEMORY_METRICS
 from roll_gspo.tracking.mismatch_names import MISMATCH_METRICS, NOISE_METRICS
 from roll_gspo.tracking.staleness_names import STALENESS_METRICS, STALENESS_PATTERNS
@@ -250,6 +251,7 @@ METRICS: dict[str, MetricInfo] = {
             _SUM,
         ),
         "sampling/tokens_dropped": ("Response tokens of groups that nothing was trained on.", "tokens", _SUM),
+        **EPISODE_METRICS,
         "data/epoch": ("Passes over the training data so far.", "epochs", _STEP),
         "data/prompts_dropped": (
             "Prompts left out, e.g. because they are longer than `prompt_length`.",
@@ -328,6 +330,7 @@ METRIC_PATTERNS: dict[str, MetricInfo] = {
         "validation/<group>/avg@<n>_high": ("Upper end of its 95 % confidence interval.", "score", _PROMPTS),
         "validation/<group>/pass@<k>": ("Chance that one of k samples is correct.", "fraction", _PROMPTS),
         "validation/<group>/maj@<k>": ("Score of the answer that most of k samples give.", "score", _PROMPTS),
+        **EPISODE_PATTERNS,
         **STALENESS_PATTERNS,
     }.items()
 }
