@@ -28,9 +28,11 @@ const ORDERS = {
   long: (a, b) => lengthOf(b) - lengthOf(a), short: (a, b) => lengthOf(a) - lengthOf(b),
   stale: (a, b) => (b.staleness ?? 0) - (a.staleness ?? 0),
   mismatch: (a, b) => mismatchOf(b) - mismatchOf(a),
+  turns: (a, b) => (b.num_turns ?? 1) - (a.num_turns ?? 1),
 };
+const isTruncated = s => s.end === undefined ? s.finish === 'length' : s.end === 'max_tokens';
 const KINDS = {
-  all: () => true, failed: s => s.failure !== undefined, truncated: s => s.finish === 'length', traced: s => s.ratio !== undefined,
+  all: () => true, failed: s => s.failure !== undefined, truncated: isTruncated, traced: s => s.ratio !== undefined,
 };
 
 const sameGroup = (a, b) => a.set === b.set && a.step === b.step && a.group === b.group && a.group !== undefined;
@@ -39,10 +41,11 @@ const samePrompt = (a, b) => a.set === b.set && (a.id === undefined ? a.prompt =
 function filter(event) {
   const field = name => browser.querySelector(`[name=${name}]`).value;
   const limit = (name, otherwise) => field(name).trim() === '' ? otherwise : Number(field(name));
-  const [set, step, domain, kind, words] = [field('set'), field('step'), field('domain'), KINDS[field('kind')], field('words').toLowerCase()];
+  const [set, step, domain, end] = ['set', 'step', 'domain', 'end'].map(field), [kind, words] = [KINDS[field('kind')], field('words').toLowerCase()];
   const [low, high] = [limit('low', -Infinity), limit('high', Infinity)];
   const bounded = low !== -Infinity || high !== Infinity;
-  shown = all.filter(s => (set === '' || s.set === set) && (step === '' || s.step === Number(step)) && (domain === '' || s.domain === domain) && kind(s)
+  shown = all.filter(s => (set === '' || s.set === set) && (step === '' || s.step === Number(step)) && (domain === '' || s.domain === domain)
+    && (end === '' || s.end === end) && kind(s)
     && (!bounded || (s.score !== undefined && s.score >= low && s.score <= high)) && (!words || searchText(s).includes(words)));
   shown.sort((a, b) => ORDERS[field('order')](a, b) || ORDERS.new(a, b));
   page = 0;
@@ -61,8 +64,9 @@ function showList() {
   byId('rows').replaceChildren(...shown.slice(first, first + PAGE).map((s, i) => {
     const facts = make('p', {className: 'facts'}, scoreBadge(s), `${s.set === 'validation' ? 'validation, ' : ''}step ${s.step}`);
     if (s.domain !== undefined) facts.append(make('span', {textContent: visible(s.domain)}));
-    facts.append(make('span', {textContent: s.length === undefined ? '' : `${s.length.toLocaleString('en')} tokens`}));
-    const row = make('li', {id: 'row' + i}, facts, make('div', {className: 'excerpt', textContent: visible(responseOf(s).slice(0, 120)) || '(empty)'}));
+    facts.append(make('span', {textContent: [s.turns && counted(s.num_turns, 'turn'), s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens`].filter(Boolean).join(', ')}));
+    const excerpt = (s.turns ? answersOf(s) : responseOf(s)).slice(0, 120);
+    const row = make('li', {id: 'row' + i}, facts, make('div', {className: 'excerpt', textContent: visible(excerpt) || '(empty)'}));
     row.setAttribute('role', 'option');
     row.addEventListener('click', () => choose(s));
     return row;
@@ -125,8 +129,10 @@ function sampleView(s) {
   const facts = make('p', {className: 'facts'}, scoreBadge(s));
   const details = [s.failure === undefined ? null : 'not trained on',
     s.advantage === undefined ? null : `advantage ${signed(s.advantage)}`,
-    s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens`,
-    s.finish === 'length' ? 'truncated at the length limit' : null,
+    s.turns === undefined ? null : counted(s.num_turns, 'turn'), endText(s),
+    s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens${s.given ? `, ${s.given.toLocaleString('en')} of them given` : ''}`,
+    s.rewritten === undefined ? null : `the template would have rewritten the history before ${s.rewritten} of the turns`,
+    isTruncated(s) ? 'truncated at the length limit' : null,
     s.version === undefined ? null : `sampled by weights ${s.version}${s.newest === undefined ? '' : ` to ${s.newest}`}`,
     s.staleness === undefined ? null : `staleness ${s.staleness}`,
     s.sample === undefined ? null : `sample ${s.sample} of ${s.set === 'validation' ? 'validation' : 'rollouts'}/step_${String(s.step).padStart(6, '0')}.parquet`];
@@ -134,7 +140,7 @@ function sampleView(s) {
   const origin = [['row', s.id], ['source', s.source]].filter(pair => pair[1] !== undefined).map(pair => `${pair[0]} ${visible(pair[1])}`);
   const heading = [s.set === 'validation' ? `Validation at step ${s.step}` : `Step ${s.step}`, s.group === undefined ? null : `group ${s.group}`, s.domain].filter(v => v !== null && v !== undefined);
   const parts = [make('h3', {textContent: visible(heading.join(' \u00b7 '))}), facts, ...(origin.length ? [make('p', {className: 'facts origin', textContent: origin.join(' \u00b7 ')})] : [])];
-  if (s.failure !== undefined) parts.push(make('p', {className: 'failure', textContent: 'Reward failed: ' + visible(s.failure)}));
+  if (s.failure !== undefined) parts.push(make('p', {className: 'failure', textContent: `${s.end === undefined ? 'Reward' : 'Environment'} failed: ${visible(s.failure)}`}), ...traceback(s));
   parts.push(...groupButtons(s), ...stepButtons(s), ...text('Prompt', s.prompt));
   const answers = make('div', {className: 'answers'});
   for (const [name, value] of [['Ground truth', s.truth], ['Answer that the reward extracted', s.answer]]) {
@@ -209,23 +215,29 @@ function components(s) {
 
 function response(s) {
   const known = Object.keys(METRICS).filter(name => s[name]);
-  const head = make('div', {className: 'shading'}, make('h4', {textContent: 'Response'}));
-  const pre = make('pre', {id: 'tokens', tabIndex: 0, dir: 'auto'});
-  pre.setAttribute('aria-label', 'Response; use the arrow keys to select a token');
-  if (s.tokens) s.tokens.forEach((t, i) => pre.append(tokenSpan(t, i)));
-  else pre.textContent = visible(s.response) || '(empty)';
+  const head = make('div', {className: 'shading'}, make('h4', {textContent: s.turns ? 'Conversation' : 'Response'}));
+  const pre = s.turns ? conversation(s) : plainResponse(s);
   if (known.length) {
     const select = make('select', {id: 'metric'}, ...known.map(name => make('option', {value: name, textContent: METRICS[name].label})));
     select.value = known.includes(shownMetric) ? shownMetric : known[0];
     select.addEventListener('change', () => { shownMetric = select.value; colorTokens(); });
     head.append(make('label', {}, 'tokens colored by ', select), make('span', {className: 'scale', id: 'scale'}));
   }
+  if (s.turns) head.append(...foldButtons(s));
   const hidden = s.tokens ? lengthOf(s) - s.tokens.length : s.characters - s.response.length;
   const rest = hidden > 0 ? [make('p', {className: 'rest', textContent: `\u2026 ${hidden.toLocaleString('en')} more ${s.tokens ? 'tokens' : 'characters'} in the file.`})] : [];
   pre.addEventListener('pointermove', event => showTokenTip(event));
   pre.addEventListener('pointerleave', () => { tip.hidden = true; });
   pre.addEventListener('keydown', moveToken);
   return [head, pre, ...rest, make('p', {id: 'token', ariaLive: 'polite'})];
+}
+
+function plainResponse(s) {
+  const pre = make('pre', {id: 'tokens', tabIndex: 0, dir: 'auto'});
+  pre.setAttribute('aria-label', 'Response; use the arrow keys to select a token');
+  if (s.tokens) s.tokens.forEach((t, i) => pre.append(tokenSpan(t, i)));
+  else pre.textContent = visible(s.response) || '(empty)';
+  return pre;
 }
 
 function tokenSpan(t, i) {
@@ -246,8 +258,8 @@ function colorTokens() {
   const sizes = values.filter(v => v !== null).map(Math.abs).sort((a, b) => a - b);
   // The scale ends at the 95th percentile, so that a few large values do not make all others pale.
   const limit = metric.low ? 5 : sizes[Math.ceil(sizes.length * .95) - 1] || sizes.at(-1) || 0;
-  byId('tokens').querySelectorAll('span').forEach((span, i) => {
-    const v = values[i], part = v === null || v === undefined || !limit ? 0 : Math.min(1, Math.abs(v) / limit);
+  byId('tokens').querySelectorAll('[data-i]').forEach(span => {
+    const v = values[span.dataset.i], part = v === null || v === undefined || !limit ? 0 : Math.min(1, Math.abs(v) / limit);
     span.style.backgroundColor = part ? `rgb(var(--${v < 0 ? 'hot' : 'cold'}) / ${(.75 * part).toFixed(3)})` : '';
   });
   const unscale = metric.unscale || (v => v), bar = make('i');
@@ -259,6 +271,7 @@ function colorTokens() {
 
 function tokenValues(i) {
   const s = selected, rows = [];
+  if (wasGiven(s, i)) return [['given by the environment', 'outside the loss']];
   if (s.logp) rows.push(['log-prob, trainer', number(s.logp[i])], ['probability', s.logp[i] === null ? 'not finite' : number(Math.exp(s.logp[i]) * 100) + ' %']);
   if (s.diff) rows.push(['log-prob, engine', number(s.diff[i] === null || s.logp[i] === null ? null : s.logp[i] + s.diff[i])],
     ['engine \u2212 trainer', number(s.diff[i])]);
@@ -278,14 +291,16 @@ function showTokenTip(event) {
 }
 
 function moveToken(event) {
-  const spans = byId('tokens').querySelectorAll('span'), last = spans.length - 1;
-  const to = {ArrowRight: Math.min(token + 1, last), ArrowLeft: Math.max(token - 1, 0), Home: 0, End: last}[event.key];
+  if (event.target !== event.currentTarget) return; // the head of a turn has the focus
+  const spans = [...byId('tokens').querySelectorAll('[data-i]')].filter(span => !span.closest('details:not([open])')), last = spans.length - 1;
+  const at = spans.findIndex(span => Number(span.dataset.i) === token);
+  const to = {ArrowRight: Math.min(at + 1, last), ArrowLeft: Math.max(at - 1, 0), Home: 0, End: last}[event.key];
   if (to === undefined || last < 0) return;
   event.preventDefault();
-  spans[token]?.classList.remove('on');
-  token = to;
-  spans[token].classList.add('on');
-  spans[token].scrollIntoView({block: 'nearest'});
+  byId('tokens').querySelector('.on')?.classList.remove('on');
+  token = Number(spans[to].dataset.i);
+  spans[to].classList.add('on');
+  spans[to].scrollIntoView({block: 'nearest'});
   byId('token').textContent = [tokenName(token), ...tokenValues(token).map(r => r.join(' '))].join(' \u00b7 ');
 }
 
@@ -306,6 +321,10 @@ function fillFilters() {
   fill('step', [...new Set(all.map(s => s.step))].sort((a, b) => a - b));
   const domains = [...new Set(all.map(s => s.domain))].filter(d => d !== undefined).sort();
   fill('domain', domains);
+  const ends = [...new Set(all.map(s => s.end))].filter(end => end !== undefined).sort();
+  fill('end', ends);
+  browser.querySelector('[name=end]').closest('label').hidden = !ends.length;
+  browser.querySelector('[name=order] [value=turns]').hidden = !ends.length;
   browser.querySelector('[name=domain]').closest('label').hidden = domains.length < 2;
   browser.querySelector('[name=set]').closest('label').hidden = new Set(all.map(s => s.set)).size < 2;
 }

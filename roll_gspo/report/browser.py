@@ -14,13 +14,14 @@ _CONTROLS = """
 <label>Domain <select name="domain"><option value="">all</option></select></label>
 <label>Score <span class="range"><input name="low" type="number" step="any" placeholder="from" aria-label="Score from">
 <input name="high" type="number" step="any" placeholder="to" aria-label="Score to"></span></label>
+<label>End <select name="end"><option value="">all</option></select></label>
 <label>Show <select name="kind"><option value="all">all</option><option value="failed">reward failed</option>
 <option value="truncated">truncated at the length limit</option><option value="traced">with ratio</option>
 </select></label>
 <label>Order <select name="order"><option value="new">newest step</option><option value="old">oldest step</option>
 <option value="best">highest score</option><option value="worst">lowest score</option>
 <option value="long">longest</option><option value="short">shortest</option>
-<option value="stale">highest staleness</option>
+<option value="stale">highest staleness</option><option value="turns">most turns</option>
 <option value="mismatch">largest engine − trainer difference</option></select></label>
 <button type="reset">Reset</button></form>
 <div class="panes"><div class="list"><p id="count" role="status"></p>

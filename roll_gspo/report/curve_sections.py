@@ -85,6 +85,33 @@ CHARTS: tuple[tuple[str, str, str, tuple[_Row, ...], bool, bool], ...] = (
         False,
         False,
     ),
+    (
+        "Turns per episode",
+        "Answers of the model, over the episodes that did not fail.",
+        "turns",
+        (("mean", "episode/turns_mean", 0, _LINE), ("max", "episode/turns_max", 1, _FAINT)),
+        False,
+        False,
+    ),
+    (
+        "Given tokens and invalid turns",
+        "Share of the tokens that environments gave, and of the answers that they could not understand.",
+        "fraction",
+        (
+            ("given tokens", "episode/given_tokens_fraction", 0, _LINE),
+            ("invalid turns", "episode/invalid_turns", 1, _LINE),
+        ),
+        False,
+        False,
+    ),
+    (
+        "Environment time hidden behind generation",
+        "Share of the seconds of environments in which the engines sampled other answers.",
+        "fraction",
+        (("hidden", "environment/hidden_share", 0, _LINE),),
+        False,
+        False,
+    ),
     ("Gradient norm", "Before clipping.", "global L2 norm", (("norm", "actor/grad_norm", 0, _LINE),), False, False),
     (
         "Learning rate",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from roll_gspo.report.episodes import episode_entry, is_episode, response_mask, spread_values
 from roll_gspo.report.run_folder import Rollout, read_rollout
 from roll_gspo.rollout_files import RolloutFile, Sample, read_columns
 
@@ -204,6 +205,8 @@ def _sample_entry(sample: Sample) -> dict[str, Any]:
         entry["tokens"] = tokens[:num_shown]
         metrics = _token_metrics(sample, len(tokens), num_shown)
         entry |= {name: _collapse_constant(values) for name, values in metrics.items()}
+        if is_episode(sample):
+            entry |= episode_entry(sample)
     else:
         entry["response"] = response[:MAX_CHARACTERS]
     return {k: v for k, v in entry.items() if v is not None}
@@ -218,7 +221,8 @@ def _newest_version(sample: Sample) -> int | None:
 def _token_metrics(sample: Sample, length: int, num_shown: int) -> dict[str, list[float | None]]:
     """Return the per-token metrics that the sample has, rounded, for the first `num_shown` tokens."""
     keys = ("old_log_probs", "rollout_log_probs", "advantages", "updated_log_probs")
-    old, engine, advantages, updated = (_token_values(sample.get(key), length, num_shown) for key in keys)
+    mask = response_mask(sample, length)
+    old, engine, advantages, updated = (_token_values(sample.get(key), mask, length, num_shown) for key in keys)
     found: dict[str, list[float | None]] = {}
     if old:
         found["logp"] = [None if v is None else round(v, 4) for v in old]
@@ -233,9 +237,11 @@ def _token_metrics(sample: Sample, length: int, num_shown: int) -> dict[str, lis
     return found
 
 
-def _token_values(values: Any, length: int, num_shown: int) -> list[float | None] | None:
-    if not isinstance(values, list) or len(values) != length:
+def _token_values(values: Any, mask: Sequence[bool] | None, length: int, num_shown: int) -> list[float | None] | None:
+    if not isinstance(values, list) or len(values) != (length if mask is None else sum(mask)):
         return None
+    if mask is not None:
+        values = spread_values(values, mask)
     return [v if isinstance(v, int | float) and math.isfinite(v) else None for v in values[:num_shown]]
 
 

@@ -78,6 +78,12 @@ FAMILIES = (
         r"domain/(?P<line>.+)/failed",
         needs_two=True,
     ),
+    MetricFamily(
+        "Ends of episodes",
+        "Share of the episodes that the environment ended, that reached a limit, or whose environment failed.",
+        "fraction of episodes",
+        r"episode/end_(?P<line>\w+)",
+    ),
     MetricFamily("Tokens by lag", "Share of the response tokens.", "fraction", r"staleness/share_(?P<line>\d+)"),
     MetricFamily("KL by lag", "From engine to old policy.", "nats per token", r"staleness/kl_lag_(?P<line>\w+)"),
     MetricFamily(

@@ -17,6 +17,7 @@ from roll_gspo.report.run_folder import SCORE, VALIDATION, Points, RunFolder, re
 from roll_gspo.report.samples import samples_section
 from roll_gspo.report.warnings import run_warnings
 
+_SCRIPTS = ("conversation.js", "browser.js")
 _FIRST_AND_LAST = 5
 _SHOWN_LAUNCH = ("host", "started", "commit")
 
@@ -58,7 +59,7 @@ def render(run: RunFolder, version: str | None = None) -> str:
             ("", drawn.data()),
         ),
         style=asset("charts.css") + asset("browser.css"),
-        script=chart_script() + asset("browser.js") + ("" if version is None else asset("live.js")),
+        script="".join((chart_script(), *map(asset, _SCRIPTS), "" if version is None else asset("live.js"))),
         version=version,
     )
 

@@ -59,10 +59,12 @@ def _response(sample: Sample) -> str:
         facts.append(f"advantage {advantage:+.3f}")
     if isinstance(sample.get("response_token_ids"), list):
         facts.append(f"{len(sample['response_token_ids'])} tokens")
-    if sample.get("finish_reason") == "length":
+    if end := sample.get("end"):
+        facts.append(f"{len(sample.get('turns') or ())} turns, end {escape(str(end))}")
+    elif sample.get("finish_reason") == "length":
         facts.append("truncated at the length limit")
     if sample.get("failed"):
-        facts.append('<span class="score bad">reward failed</span>')
+        facts.append(f'<span class="score bad">{"environment" if end else "reward"} failed</span>')
     return f'<div class="response"><p class="facts">{" · ".join(facts)}</p>{_text(sample.get("response"))}</div>'
 
 
