@@ -54,10 +54,10 @@ def _texts(turn: EpisodeTurn) -> dict[str, Any]:
 
 def _message(message: Mapping[str, Any]) -> dict[str, str | None]:
     """Return role and content; `fields` are the other keys as JSON. A content that is no text is JSON, too."""
-    content = message["content"]
+    content = message.get("content") or ""
     others = {name: value for name, value in message.items() if name not in ("role", "content")}
     return {
-        "role": _valid(str(message["role"])),
+        "role": _valid(str(message.get("role"))),
         "content": _valid(content) if isinstance(content, str) else _json(content),
         "fields": _json(others) if others else None,
     }
