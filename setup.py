@@ -44,6 +44,7 @@ TRACKERS = {
 # mcp and openai. Their worker processes run in the virtual environment that `python` of a `custom_envs` block names.
 ENVIRONMENTS = {
     "gymnasium": ["gymnasium>=1.0,<1.5"],
+    "mcp": ["mcp>=2.0,<2.4"],
     "openenv": ["openenv>=0.10,<0.11"],
     "verifiers": ["verifiers>=0.4,<0.5"],
 }
@@ -78,7 +79,7 @@ EXTRAS = {
         # Interprets and compiles the GPU kernels without a GPU; vllm installs it, too.
         "triton>=3.6; platform_system == 'Linux'",
         "uv>=0.9,<1",
-        *ENVIRONMENTS["gymnasium"],
+        *(ENVIRONMENTS["gymnasium"] + ENVIRONMENTS["mcp"]),
         *(package for packages in TRACKERS.values() for package in packages),
     ],
     "dev": ["pre-commit>=4"],

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, JsonValue, PositiveFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -24,6 +24,7 @@ TOOLS = Registry(
         "search": "roll_gspo.tools.search:Search",
     },
 )
+Entry = TypeVar("Entry")
 _CAPITAL = re.compile(r"(?<!^)(?=[A-Z])")
 
 
@@ -46,33 +47,69 @@ class ToolEntry:
     timeout_s: PositiveFloat = 20.0
 
 
-_ENTRIES = TypeAdapter(ToolEntry)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class McpEntry:
+    """An entry of `tools` for the tools of an MCP server, to which each process has one connection.
+
+    Attributes:
+        mcp: keyword arguments of `McpServer`: `command` or `url`, and `env`, `cwd`, `start_timeout_s`.
+        names: tools to offer to the model; None for all.
+        timeout_s: seconds per call.
+    """
+
+    mcp: dict[str, JsonValue]
+    names: list[str] | None = None
+    timeout_s: PositiveFloat = 20.0
+
+
+_ENTRIES, _MCP_ENTRIES = TypeAdapter(ToolEntry), TypeAdapter(McpEntry)
 
 
 def build_tools(entries: Sequence[Any]) -> dict[str, Tool]:
     """Import and build tools, and return them by name.
 
     Args:
-        entries: names of tools, or the fields of a `ToolEntry`.
+        entries: names of tools, or the fields of a `ToolEntry` or `McpEntry`.
 
     Raises:
         ConfigError: an entry is wrong, a tool cannot be built, or two have the same name.
         MissingDependencyError: a package that a tool imports is not installed.
+        PlayError: an MCP server cannot be reached.
     """
     if isinstance(entries, str) or not entries:
         raise ConfigError(f"tools is {entries!r}; write a list, e.g. [calculator]")
     tools: dict[str, Tool] = {}
     for number, entry in enumerate(entries):
-        tool = _build(_entry(entry, f"tools[{number}]"))
-        if tool.name in tools:
-            raise ConfigError(f"tools[{number}]: there are two tools '{tool.name}'; give one another name")
-        tools[tool.name] = tool
+        for tool in _tools_of(entry, f"tools[{number}]"):
+            if tool.name in tools:
+                raise ConfigError(f"tools[{number}]: there are two tools '{tool.name}'; give one another name")
+            tools[tool.name] = tool
     return tools
 
 
-def _entry(value: Any, key: str) -> ToolEntry:
+def _tools_of(entry: Any, key: str) -> list[Tool]:
+    if isinstance(entry, Mapping) and "mcp" in entry:
+        return _mcp_tools(_validated(_MCP_ENTRIES, entry, key), key)
+    return [_build(_validated(_ENTRIES, {"type": entry} if isinstance(entry, str) else entry, key))]
+
+
+def _mcp_tools(entry: McpEntry, key: str) -> list[Tool]:
+    kind = import_target("roll_gspo.tools.mcp_server:McpServer", f"{key}.mcp")
+    server = _built(kind, entry.mcp, f"{key}.mcp")
+    schemas = {schema["function"]["name"]: schema for schema in server.schemas}
+    for name in entry.names or ():
+        if name not in schemas:
+            raise ConfigError(f"{key}.names: the server has no tool '{name}' ({', '.join(schemas)}); correct the name")
+
+    def called(name: str) -> Callable[..., str]:
+        return lambda **arguments: server.call(name, arguments, entry.timeout_s)
+
+    return [tool_from_schema(called(name), schemas[name], entry.timeout_s) for name in entry.names or schemas]
+
+
+def _validated(adapter: TypeAdapter[Entry], value: Any, key: str) -> Entry:
     try:
-        return _ENTRIES.validate_python({"type": value} if isinstance(value, str) else value)
+        return adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join([key, *map(str, first["loc"])])
@@ -91,14 +128,18 @@ def _build(entry: ToolEntry) -> Tool:
     return tool_from_schema(function, {**inner, "name": entry.name or inner.get("name", name)}, entry.timeout_s)
 
 
+def _built(kind: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
+    signature = inspect.signature(kind)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {error}; its signature is {signature}") from error
+    return kind(**arguments)
+
+
 def _function(target: Any, arguments: Mapping[str, Any], what: str) -> Callable[..., Any]:
     if inspect.isclass(target):
-        signature = inspect.signature(target)
-        try:
-            signature.bind(**arguments)
-        except TypeError as error:
-            raise ConfigError(f"{what}: {error}; its signature is {signature}") from error
-        target = target(**arguments)
+        target = _built(target, arguments, what)
     elif arguments:
         raise ConfigError(f"{what}: is a function, and arguments are for a class; write a class, or remove them")
     if not callable(target):
