@@ -17,6 +17,7 @@ ENVIRONMENTS = Registry(
         "adding_machine": "roll_gspo.environments.adding_machine:AddingMachine",
         "gymnasium": "roll_gspo.environments.gymnasium_games:GymnasiumEnvironment",
         "openenv": "roll_gspo.environments.openenv_server:OpenEnv",
+        "verifiers": "roll_gspo.environments.verifiers_tasks:Verifiers",
         "frozen_lake": "roll_gspo.environments.frozen_lake:FrozenLake",
         "sokoban": "roll_gspo.environments.sokoban:Sokoban",
         "tool_use": "roll_gspo.environments.tool_use:ToolUse",
