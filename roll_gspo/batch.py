@@ -56,6 +56,11 @@ class Completion:
     version_runs: tuple[tuple[int, int], ...] = ()
     episode: Episode | None = None
 
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens that the model sampled; the others of an episode were given."""
+        return len(self.token_ids) if self.episode is None else sum(self.episode.mask)
+
     def runs(self, version: int) -> tuple[tuple[int, int], ...]:
         """Return `version_runs`, or one run of `version` if the engine does not record them."""
         return self.version_runs or ((version, len(self.token_ids)),)

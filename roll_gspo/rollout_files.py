@@ -69,6 +69,7 @@ EPISODE_FIELDS = {
     "num_turns": pa.int32(),
     "given_length": pa.int32(),
     "num_rewritten": pa.int32(),
+    "num_branches": pa.int32(),
     "response_mask": pa.list_(pa.bool_()),
     "turns": pa.list_(pa.struct(_TURN)),
 }

@@ -82,6 +82,7 @@ def episode(turns: Sequence[Sample], end: str = "done", **changes: object) -> Sa
         "end": end,
         "given_length": len(mask) - sum(mask),
         "num_rewritten": 0,
+        "num_branches": 1,
         "response_mask": mask,
         "response_length": sum(mask),
         **{name: values[name] for name in ("rollout_log_probs", "old_log_probs", "advantages")},

@@ -1,7 +1,7 @@
 // An episode as a conversation: what the model sampled, and what its environment gave it.
 const OPEN_FIRST = 3, OPEN_LAST = 3, EXCERPT = 100;
 // Calls of tools in the formats of Hermes and Qwen, Mistral, and Llama 3. A match ends with the call.
-const CALLS = [/<tool_call>([^]*?)(?:<\/tool_call>|$)/g, /\[TOOL_CALLS\]([^]*)$/g, /<\|python_tag\|>([^]*)$/g,
+const CALLS = [/<tool_call>([^]*?)(?:<\/tool_call>|$)/g, /\[TOOL_CALLS\]([^]*?)(?=\[TOOL_CALLS\]|$)/g, /<\|python_tag\|>([^]*)$/g,
   /^(\s*\{\s*"(?:type|name)"[^]*"(?:parameters|arguments)"[^]*\})\s*(?:<\|[^]*)?$/g];
 
 // The calls in a text as {start, end, text}; `text` is name and arguments.
@@ -13,7 +13,7 @@ function callsIn(text) {
   return [];
 }
 function callText(body) {
-  const named = /^\s*([\w.-]+)\s*(?:\[ARGS\])?\s*(\{[^]*)$/.exec(body);
+  const named = /^\s*([^\s[{]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(\{[^]*)$/.exec(body);
   const text = named ? named[2] : body, end = Math.max(text.lastIndexOf('}'), text.lastIndexOf(']')) + 1;
   try {
     const calls = [JSON.parse(text.slice(0, end))].flat();

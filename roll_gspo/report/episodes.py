@@ -43,6 +43,7 @@ def episode_entry(sample: Sample) -> dict[str, Any]:
         "end": sample.get("end"),
         "given": sample.get("given_length"),
         "rewritten": sample.get("num_rewritten") or None,
+        "branches": sample.get("num_branches"),
         "traceback": sample.get("traceback") or None,
     }
 

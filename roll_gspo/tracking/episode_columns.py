@@ -20,6 +20,7 @@ def episode_columns(episodes: Sequence[Episode | None]) -> dict[str, list[Any]]:
         "num_turns": [None if one is None else len(one.turns) for one in episodes],
         "given_length": [None if one is None else len(one.mask) - sum(one.mask) for one in episodes],
         "num_rewritten": [None if one is None else one.num_rewritten for one in episodes],
+        "num_branches": [None if one is None else one.num_branches for one in episodes],
         "turns": [None if one is None else list(_turns(one)) for one in episodes],
     }
 

@@ -15,6 +15,11 @@ EPISODE_METRICS: dict[str, tuple[str, str, str]] = {
         "mean over tokens after the first prompt",
     ),
     "episode/invalid_turns": ("Answers that the environment could not understand.", "fraction", _TURNS),
+    "episode/branches_mean": (
+        "Conversations per episode. An agent that rewrites its history begins another one; only one is trained.",
+        "conversations",
+        _EPISODES,
+    ),
     "episode/rewritten": (
         "Turns before which the chat template would have changed the recorded history.",
         "turns",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from roll_gspo.batch import Completion
 from roll_gspo.environments.pool import EnvironmentTime
-from roll_gspo.episode import Episode, EpisodeTurn
+from roll_gspo.episode import Episode, EpisodeBranch, EpisodeTurn
 from roll_gspo.pipelines.rlvr.episode_metrics import environment_time_metrics, episode_metrics
 from roll_gspo.tracking.names import metric_info
 
 
-def played(end: str, mask: str, *turns: EpisodeTurn, failed: str | None = None, rewritten: int = 0) -> Completion:
+def played(end: str, mask: str, *turns: EpisodeTurn, failed: str | None = None, **changes: Any) -> Completion:
     """Return an episode; `mask` has `s` for each sampled token and `g` for each given one."""
     episode = Episode(
         prompt_ids=(1,),
@@ -20,15 +22,16 @@ def played(end: str, mask: str, *turns: EpisodeTurn, failed: str | None = None, 
         turns=turns,
         end=end,
         failed=failed,
-        num_rewritten=rewritten,
+        **changes,
     )
     return Completion((0,) * len(mask), (0.0,) * len(mask), "stop", episode=episode)
 
 
+BRANCH = EpisodeBranch((1,), (2, 3), (-1.0, -1.0), (True, True), (2,), (EpisodeTurn("a"),))
 COMPLETIONS = [
     played("done", "ssggs", EpisodeTurn("a", metrics={"calls": 2.0}), EpisodeTurn("b", metrics={"calls": 0.0})),
-    played("max_turns", "sgsgs", EpisodeTurn("a"), EpisodeTurn("b", invalid=True), EpisodeTurn("c"), rewritten=2),
-    played("done", "ss", EpisodeTurn("a", metrics={"calls": 4.0, "depth": 1.0})),
+    played("max_turns", "sgsgs", EpisodeTurn("a"), EpisodeTurn("b", invalid=True), EpisodeTurn("c"), num_rewritten=2),
+    played("done", "ss", EpisodeTurn("a", metrics={"calls": 4.0, "depth": 1.0}), branches=(BRANCH,)),
     played("failed", "sss", EpisodeTurn("a", invalid=True, metrics={"calls": 9.0}), failed="ValueError: no"),
 ]
 
@@ -48,6 +51,7 @@ def test_metrics_of_episodes() -> None:
             "episode/given_tokens_fraction": 4 / 12,
             "episode/invalid_turns": 1 / 6,
             "episode/rewritten": 2.0,
+            "episode/branches_mean": 4 / 3,
             "env/shop/calls": 1.0,
             "env/maze/calls": 4.0,
             "env/maze/depth": 1.0,

@@ -24,6 +24,7 @@ PLAYED = episode(
     prompt="<|user|>7+6?",
     version_runs=[{"version": 3, "tokens": 6}, {"version": 4, "tokens": 3}],
     num_rewritten=1,
+    num_branches=2,
 )
 FAILED = episode(
     [turn(["7"])], "failed", score=None, failed=True, failure=f"ValueError: {EVIL}", traceback='File "shop.py", line 7'
@@ -85,7 +86,13 @@ def test_episode_is_shown_turn_by_turn(page: playwright.Page) -> None:
     assert bubbles.nth(1).locator("pre").text_content() == f"13 {EVIL}"
     assert bubbles.nth(4).locator("pre").text_content() == "The sum is 13."
     facts = page.inner_text("#sample")
-    for text in ("3 turns", "ended by the environment", "9 tokens, 3 of them given", "history before 1 of the turns"):
+    for text in (
+        "3 turns",
+        "ended by the environment",
+        "9 tokens, 3 of them given",
+        "one of 2 conversations",
+        "history before 1 of the turns",
+    ):
         assert text in facts
 
 
@@ -100,7 +107,7 @@ def test_calls_are_marked_within_the_answer(page: playwright.Page) -> None:
     [
         ('<tool_call>{"name": "a", "arguments": {}}</tool_call> <tool_call>{"name": "b"}', ["a({})", "b({})"]),
         ('[TOOL_CALLS][{"name": "a", "arguments": {"x": 1}}, {"name": "b"}]</s>', ['a({"x":1}), b({})']),
-        ('[TOOL_CALLS]search[ARGS]{"q": "x"}</s>', ['search({"q":"x"})']),
+        ('[TOOL_CALLS]a[ARGS]{"q": "x"}[TOOL_CALLS]b[CALL_ID]7[ARGS]{}</s>', ['a({"q":"x"})', "b({})"]),
         ('{"name": "a", "parameters": {"x": 1}}<|eot_id|>', ['a({"x":1})']),
         ('<|python_tag|>{"name": "a", "parameters": {}}<|eom_id|>', ["a({})"]),
         ("<tool_call>[1]</tool_call>", ["malformed: [1]"]),

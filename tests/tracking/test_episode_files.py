@@ -59,7 +59,7 @@ def test_episode_has_its_turns_tokens_and_end(tmp_path: Path) -> None:
     played, failed, plain = write(tmp_path, [PLAYED, FAILED, None], [0, 1, 2])
     assert parquet.read_schema(tmp_path / "rollouts/step_000001.parquet").equals(EPISODE_SCHEMA)
     assert (played["end"], played["num_turns"], played["given_length"], played["num_rewritten"]) == ("timeout", 2, 4, 1)
-    assert played["response_length"] == 3 and played["traceback"] is None
+    assert (played["response_length"], played["traceback"], played["num_branches"]) == (3, None, 1)
     first, second = played["turns"]
     assert first == {
         "answer": "ab\\ud83d",

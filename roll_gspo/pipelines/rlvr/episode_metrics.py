@@ -51,6 +51,7 @@ def _turn_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "episode/tokens_per_turn": num_sampled / len(turns),
         "episode/given_tokens_fraction": 1 - num_sampled / max(num_tokens, 1),
         "episode/invalid_turns": sum(turn.invalid for turn in turns) / len(turns),
+        "episode/branches_mean": sum(episode.num_branches for episode in episodes) / len(episodes),
         "episode/rewritten": float(sum(episode.num_rewritten for episode in episodes)),
     }
 

@@ -46,8 +46,8 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all responses."""
-        return sum(len(completion.token_ids) for completion in self.completions.values())
+        """Number of sampled tokens of all responses."""
+        return sum(completion.num_sampled for completion in self.completions.values())
 
     @property
     def ordered_completions(self) -> tuple[Completion, ...]:
