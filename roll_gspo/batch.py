@@ -173,7 +173,7 @@ class Rollouts:
         sequences: tokens and masks.
         rollout_log_probs: [B, T] float32 as the engine reported them, 0 where masked.
         group_ids: [B] int64; samples of one prompt share a group.
-        prompts: the prompt of each sample; length B, the samples of a group share one object.
+        prompts: the prompt of each sample; length B. Episodes have the first prompt of their environment.
         completions: the completion of each sample; length B.
         versions: [B, T] int32, the version of the weights that sampled each token; anything where masked.
         weights_version: the newest of these versions.
@@ -201,7 +201,7 @@ class Rollouts:
         `weights_version` sampled the completions whose engine does not record versions.
         """
         flat = [c for group in completions for c in group]
-        owners = [p for p, group in zip(prompts, completions, strict=True) for _ in group]
+        owners = [_owner(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
         group_ids = [g for g, group in enumerate(completions) for _ in group]
         masks = [() if c.episode is None else c.episode.mask for c in flat]
         sequences = Sequences.collate([p.token_ids for p in owners], [c.token_ids for c in flat], pad, masks)
@@ -218,6 +218,12 @@ class Rollouts:
         return Rollouts(
             *(sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), versions, newest), experts
         )
+
+
+def _owner(prompt: Prompt, completion: Completion) -> Prompt:
+    """Return the prompt of a response; an environment makes that of an episode."""
+    episode = completion.episode
+    return prompt if episode is None else replace(prompt, token_ids=episode.prompt_ids, text=episode.prompt_text)
 
 
 def _versions(completions: Sequence[Completion], default: int, shape: torch.Size) -> tuple[Tensor, int]:

@@ -56,7 +56,7 @@ class Episode:
     """The turns of a response, and why it ended.
 
     Attributes:
-        prompt_ids: the first prompt, which the environment made.
+        prompt_ids, prompt_text: the first prompt, which the environment made.
         mask: for each token of the response, True if the model sampled it and False if it was given.
         turn_ends: number of response tokens at the end of each answer.
         turns: the conversation after the first prompt.
@@ -68,6 +68,7 @@ class Episode:
     """
 
     prompt_ids: tuple[int, ...]
+    prompt_text: str
     mask: tuple[bool, ...]
     turn_ends: tuple[int, ...]
     turns: tuple[EpisodeTurn, ...]

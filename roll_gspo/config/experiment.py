@@ -9,9 +9,11 @@ from pydantic import Field
 
 from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.asynchronous import AsyncConfig
-from roll_gspo.config.base import Problem
+from roll_gspo.config.base import Names, Problem
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.data import DataArgs
+from roll_gspo.config.environments import EpisodeConfig
+from roll_gspo.config.episode_rules import broken_episode_rules
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.config.roles import (
@@ -32,7 +34,7 @@ from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 CRITIC_RATE, BUILTIN_CRITIC_RATE = 1e-5, 1e-3
 
 
-class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
+class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, AlgorithmConfig):
     """All keys of `pipeline: rlvr`."""
 
     actor_train: ActorTrainConfig
@@ -44,8 +46,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
     critic: CriticConfig | None = None
     """The value model; needed by `adv_estimator: gae`. If omitted, its learning rate is 1e-5, or 1e-3 for a `builtin:`
     model, whose value head has few steps to learn."""
-    rewards: dict[str, RewardConfig] = Field(min_length=1)
-    """Reward domains by name."""
+    rewards: dict[str, RewardConfig] = Field(default_factory=dict)
+    """Reward domains by name. Empty if environments give the rewards."""
     validation: ValidationConfig | None = None
     """Held-out prompts."""
 
@@ -80,11 +82,22 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
         return self.actor_infer.generating_args.temperature
 
     @property
+    def domain_tags(self) -> dict[str, Names]:
+        """Tags of the rows of each domain: of each block of `rewards`, or of the environments that are played."""
+        if self.plays_episodes:
+            return {name: block.tag_included for name, block in self.played_environments.items()}
+        return {domain: block.tag_included for domain, block in self.rewards.items()}
+
+    @property
+    def domain_shares(self) -> dict[str, float] | None:
+        """Share of each domain in a batch of training prompts, or None to shuffle all rows together."""
+        return self.environment_shares or self.actor_train.data_args.domain_interleave_probs
+
+    @property
     def query_filters(self) -> dict[str, QueryFilterConfig]:
-        """Filters of dynamic sampling by reward domain, without domains that drop nothing."""
-        found = {
-            domain: block.query_filter_config or self.query_filter_config for domain, block in self.rewards.items()
-        }
+        """Filters of dynamic sampling by domain, without domains that drop nothing."""
+        own = {domain: block.query_filter_config for domain, block in self.rewards.items()}
+        found = {domain: own.get(domain) or self.query_filter_config for domain in self.domain_tags}
         return {domain: block for domain, block in found.items() if block is not None and block.type != "no_filter"}
 
     @property
@@ -154,6 +167,7 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
         yield from self._broken_model_rules()
         yield from self._broken_replay_rules()
         yield from self._broken_async_rules()
+        yield from broken_episode_rules(self)
         yield from self._broken_data_rules("actor_train", self.actor_train.data_args)
         if self.validation is not None:
             yield from self._broken_data_rules("validation", self.validation.data_args)
@@ -172,7 +186,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
             yield Problem(key, f"{value} needs the reference block; add it", ("reference",))
 
     def _broken_data_rules(self, role: str, args: DataArgs) -> Iterator[Problem]:
-        """Yield domains of the data that are not blocks of `rewards`."""
+        """Yield domains of the data that are not blocks of `rewards` or `custom_envs`."""
+        blocks = "custom_envs" if self.plays_episodes else "rewards"
         named = {
             "domain_interleave_probs": args.domain_interleave_probs or (),
             "domain_system_prompts": args.domain_system_prompts,
@@ -180,12 +195,12 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, AlgorithmConfig):
             "domain": [args.domain] if args.domain is not None else [],
         }
         for key, domains in named.items():
-            if strange := sorted({d for d in domains if d not in self.rewards}):
+            if strange := sorted({d for d in domains if d not in self.domain_tags}):
                 yield Problem(
                     f"{role}.data_args.{key}",
-                    f"{', '.join(strange)} is no block of rewards ({', '.join(self.rewards)}); write it as there, or "
-                    "add the block",
-                    ("rewards",),
+                    f"{', '.join(strange)} is no block of {blocks} ({', '.join(self.domain_tags)}); write it as there, "
+                    "or add the block",
+                    (blocks,),
                 )
 
     def _broken_validation_rules(self) -> Iterator[Problem]:

@@ -284,8 +284,9 @@ class WarmStart(Schema):
     """Demonstrations per step."""
     learning_rate: PositiveFloat = 2e-3
     """Peak learning rate of AdamW with cosine decay."""
-    demonstrations: BuiltinTask = "builtin:column_addition"
-    """Task of the demonstrations. If omitted: `actor_train.data_args.file_name`, if it is one of these tasks."""
+    demonstrations: BuiltinTask | Literal["adding_machine"] = "builtin:column_addition"
+    """Task or environment of the demonstrations. If omitted: `actor_train.data_args.file_name`, if it is one of these
+    tasks."""
     slip_probability: UnitInterval = 0.25
     """Probability of an error in a demonstration: a wrong column, or the response to another prompt. Errors leave room
     for reinforcement learning to improve the model."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from roll_gspo.environments.base import Environment, Reply, Start
 from roll_gspo.errors import DataError
 
+_HELD_OUT = 16  # one of this many pairs belongs to odd seeds, which the validation has
 _SUM = re.compile(r"\d(\+\d)+")
 _RESULT = re.compile(r"=\d+")
 _QUESTION = re.compile(r"\s*(\d+)\s*\+\s*(\d+)\s*=?\s*")
@@ -36,8 +38,8 @@ class AddingMachine(Environment):
         self._sum = 0
 
     def reset(self, row: Mapping[str, Any], seed: int) -> Start:
-        """Show the sum of a row: its last message is `a+b` or `a+b=`."""
-        text = row["messages"][-1]["content"]
+        """Show the sum of a row: its last message is `a+b` or `a+b=`. Without messages, the seed selects it."""
+        text = row["messages"][-1]["content"] if "messages" in row else "+".join(map(str, sum_of_seed(seed)))
         numbers = _QUESTION.fullmatch(text)
         if numbers is None:
             raise DataError(f"row {row.get('id', '?')}: {text!r} is no sum of two numbers; write a+b")
@@ -54,6 +56,30 @@ class AddingMachine(Environment):
         self._num_invalid += 1
         done = self._num_invalid > self._max_invalid
         return Reply(() if done else ({"role": "user", "content": "?"},), done=done, invalid=True)
+
+
+def sum_of_seed(seed: int) -> tuple[int, int]:
+    """Return two numbers of two or three digits. No pair belongs both to an even and to an odd seed."""
+    rng = random.Random(seed)
+    while True:
+        a, b = _pair(rng)
+        if _is_held_out(a, b) == (seed % 2 == 1):
+            return a, b
+
+
+def demonstrations(num: int, seed: int, slip_probability: float) -> list[list[dict[str, str]]]:
+    """Return the messages of `num` episodes with sums of even seeds; see `typed_columns`."""
+    rng = random.Random(seed)
+    return [typed_columns(*sum_of_seed(2 * rng.randrange(2**40)), rng, slip_probability) for _ in range(num)]
+
+
+def _pair(rng: random.Random) -> tuple[int, int]:
+    a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for digits in rng.choices((2, 3), k=2))
+    return a, b
+
+
+def _is_held_out(a: int, b: int) -> bool:
+    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % _HELD_OUT == 0
 
 
 def typed_columns(a: int, b: int, rng: random.Random, slip_probability: float = 0.0) -> list[dict[str, str]]:

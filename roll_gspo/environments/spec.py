@@ -7,22 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from roll_gspo.config.environment_table import ENVIRONMENTS
 from roll_gspo.environments.base import Environment
 from roll_gspo.errors import ConfigError
-from roll_gspo.registry import Registry, import_target
-
-ENVIRONMENTS = Registry(
-    "env_type",
-    {
-        "adding_machine": "roll_gspo.environments.adding_machine:AddingMachine",
-        "gymnasium": "roll_gspo.environments.gymnasium_games:GymnasiumEnvironment",
-        "openenv": "roll_gspo.environments.openenv_server:OpenEnv",
-        "verifiers": "roll_gspo.environments.verifiers_tasks:Verifiers",
-        "frozen_lake": "roll_gspo.environments.frozen_lake:FrozenLake",
-        "sokoban": "roll_gspo.environments.sokoban:Sokoban",
-        "tool_use": "roll_gspo.environments.tool_use:ToolUse",
-    },
-)
+from roll_gspo.registry import import_target
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,17 @@ WARM_UP_STEPS = 20
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A templated prompt and the answer to imitate, including the end-of-sequence token."""
+    """A templated prompt and the answers to imitate, including the end-of-sequence tokens.
+
+    Attributes:
+        prompt_ids: tokens of the prompt.
+        answer_ids: tokens after the prompt.
+        mask: for each of `answer_ids`, True if it is imitated; empty if all are.
+    """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    mask: tuple[bool, ...] = ()
 
 
 def train(
@@ -73,4 +80,6 @@ def _pad(batch: Sequence[Demonstration], pad: int) -> tuple[Tensor, Tensor]:
         start, end = len(d.prompt_ids), len(d.prompt_ids) + len(d.answer_ids)
         input_ids[row, :start] = torch.tensor(d.prompt_ids)
         input_ids[row, start:end] = labels[row, start:end] = torch.tensor(d.answer_ids)
+        if d.mask:
+            labels[row, start:end][~torch.tensor(d.mask)] = IGNORED_LABEL
     return input_ids, labels

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from roll_gspo.config.data import DataArgs, SourceArgs
+from roll_gspo.config.environment_table import SEEDS
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.data import column_addition, multi_domain
@@ -14,8 +15,8 @@ from roll_gspo.data.templates import NATIVE, ChatFormat
 from roll_gspo.errors import DataError
 
 BUILTIN = "builtin:"
-TASKS = (column_addition.FILE_NAME, multi_domain.FILE_NAME)
-NUM_GENERATED_ROWS = {"train": 4096, "validation": 256}  # of builtin:column_addition without num_rows
+TASKS = (column_addition.FILE_NAME, multi_domain.FILE_NAME, SEEDS)
+NUM_GENERATED_ROWS = {"train": 4096, "validation": 256}  # of generated tasks without num_rows
 DATA_SEED = 0  # generated rows are the same for every seed of a comparison
 
 
@@ -30,7 +31,7 @@ def builtin_task(args: SourceArgs, where: str) -> str | None:
     name, *others = args.file_name
     if others or name not in TASKS:
         raise DataError(
-            f"{where}: {', '.join(args.file_name)}: the shipped tasks are {' and '.join(TASKS)}, and no file can be "
+            f"{where}: {', '.join(args.file_name)}: the shipped tasks are {', '.join(TASKS)}, and no file can be "
             "named beside one; name one of them, or files"
         )
     return name

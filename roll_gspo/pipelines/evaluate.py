@@ -20,14 +20,16 @@ from roll_gspo.pipelines.components import check_token_ids, load_tokenizer, resp
 from roll_gspo.pipelines.evaluated import REPORT, Evaluated
 from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
-from roll_gspo.pipelines.rlvr.build import new_validation
-from roll_gspo.pipelines.rlvr.datasets import read_validation, tokenize
+from roll_gspo.pipelines.rlvr.build import new_validation, validation_generator
+from roll_gspo.pipelines.rlvr.datasets import columns_of, read_validation, tokenize
+from roll_gspo.pipelines.rlvr.environments import environment_manager
 from roll_gspo.pipelines.rlvr.sample_files import validation_samples
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, Summary, answers_of, summaries
 from roll_gspo.pipelines.run_folder import config_yaml, make_folder
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.rewards.routing import Router
 from roll_gspo.roles.reward_manager import RewardManager
+from roll_gspo.roles.scorer import Scorer
 from roll_gspo.tracking.console import Console
 from roll_gspo.tracking.rollouts import RolloutWriter
 from roll_gspo.tracking.token_texts import TokenTexts
@@ -51,13 +53,13 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
     with Console("evaluation", 1, evaluated.out) as console:
         assert config.validation is not None  # the plan rejects a missing block
         with console.stage("read data"):
-            rows = read_validation(config.validation)
+            rows = read_validation(config)
         with console.stage("start rewards"):
-            reward_manager = _reward_manager(config, rows)
+            scorer = _scorer(config, rows)
         try:
-            answers, failures = _sample(config, evaluated, rows, reward_manager, console)
+            answers, failures = _sample(config, evaluated, rows, scorer, console)
         finally:
-            reward_manager.close()
+            scorer.close()
         figures = summaries(answers, config.validation)
         document = _document(config, evaluated, figures, time.perf_counter() - started)
         _write(evaluated.out / REPORT, json.dumps(_finite(document), indent=1, ensure_ascii=False) + "\n")
@@ -69,23 +71,26 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
     return figures
 
 
-def _reward_manager(config: ExperimentConfig, rows: Sequence[DataRow]) -> RewardManager:
-    """Build the reward manager with only the reward blocks that these rows need."""
-    columns = [row.columns for row in rows]
-    router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
-    router.check(columns)
-    used = {router.domain_of(row) for row in columns}
-    reward_manager = RewardManager({domain: block for domain, block in config.rewards.items() if domain in used})
+def _scorer(config: ExperimentConfig, rows: Sequence[DataRow]) -> Scorer:
+    """Build what gives the rewards, with only the reward blocks that these rows need."""
+    columns = [columns_of(config, row) for row in rows]
+    if config.plays_episodes:
+        scorer: Scorer = environment_manager(config)
+    else:
+        router = Router(config.domain_tags)
+        router.check(columns)
+        used = {router.domain_of(row) for row in columns}
+        scorer = RewardManager({domain: block for domain, block in config.rewards.items() if domain in used})
     try:
-        reward_manager.check(columns)
+        scorer.check(columns)
     except BaseException:
-        reward_manager.close()
+        scorer.close()
         raise
-    return reward_manager
+    return scorer
 
 
 def _sample(
-    config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], reward_manager: RewardManager, console: Console
+    config: ExperimentConfig, evaluated: Evaluated, rows: list[DataRow], scorer: Scorer, console: Console
 ) -> tuple[list[Answers], list[str]]:
     """Return the samples of every prompt, and the reasons of failed rewards."""
     assert config.validation is not None
@@ -96,7 +101,7 @@ def _sample(
         prompts = tokenize(config, block, rows, tokenizer, config.validation_prompt_length)
         check_token_ids((prompt.token_ids for prompt in prompts), tokenizer, checkpoint)
     stops = stop_ids(config, [block], tokenizer, checkpoint)
-    validation = new_validation(config, prompts, stops, reward_manager)
+    validation = new_validation(config, prompts, stops, scorer)
     with console.stage("start actor_infer"):
         generator = make_evaluated(config, checkpoint, tokenizer.pad_token_id)
         generator.weights_version = evaluated.step
@@ -104,13 +109,12 @@ def _sample(
     failures: list[str] = []
 
     def score(rollouts: Rollouts) -> list[RewardResult]:
-        return reward_manager.score(
-            rollouts, [response_text(tokenizer, c.token_ids, stops) for c in rollouts.completions]
-        )
+        return scorer.score(rollouts, [response_text(tokenizer, c.token_ids, stops) for c in rollouts.completions])
 
     def batches() -> Iterator[ScoredBatch]:
         with console.stage("evaluate") as progress:
-            for batch in validation.scored(generator, score, progress):
+            sampled = validation_generator(config, generator, scorer, tokenizer, stops)
+            for batch in validation.scored(sampled, score, progress):
                 answers.extend(answers_of(batch, validation.config.group_by))
                 failures.extend(result.failed for result in batch.results if result.failed is not None)
                 yield batch

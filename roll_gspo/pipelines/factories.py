@@ -106,7 +106,8 @@ def make_evaluated(config: ExperimentConfig, checkpoint: Path, pad_token_id: int
     setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
     length = config.validation_prompt_length + config.validation_response_length
     engine = role.strategy_args.build_generator(setup, GenerationSetup(length, loads_checkpoint=True))
-    return Generator(engine, pad_token_id, config.seed)
+    stream = LocalStream(streaming(engine)) if config.plays_episodes else None
+    return Generator(engine, pad_token_id, config.seed, stream)
 
 
 def make_replica(config: ExperimentConfig, checkpoint: Path, shares_devices: bool = False) -> Replica:

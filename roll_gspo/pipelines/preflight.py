@@ -28,6 +28,7 @@ from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.disk import check_disk
 from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.pretrain import check_model_name
+from roll_gspo.pipelines.rlvr.environments import environment_manager
 from roll_gspo.pipelines.run_folder import RunFolder, check_writable, find_run_folder
 from roll_gspo.rewards.from_config import spec_from_config
 from roll_gspo.rewards.pool import RewardPool
@@ -75,7 +76,7 @@ def check_folders(config: AnyConfig) -> RunFolder:
 
 
 def check_rewards(config: AnyConfig) -> None:
-    """Check that rewards can be imported and built, each in a worker process. Models are not loaded.
+    """Check that rewards and environments can be imported and built, each in a worker process. No model is loaded.
 
     A run builds them itself, after it has read the data. This is for a dry run.
 
@@ -84,6 +85,9 @@ def check_rewards(config: AnyConfig) -> None:
     """
     if not isinstance(config, ExperimentConfig):
         return
+    if config.plays_episodes:
+        with closing(environment_manager(config)) as environments:
+            environments.check_processes()
     for domain, block in config.rewards.items():
         if not any(LOADS_A_MODEL & {shipped_name(worker)} for worker in block.workers.values()):
             key = f"rewards.{domain}"

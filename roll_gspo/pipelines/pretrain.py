@@ -118,17 +118,17 @@ def _builtin(config: RunConfig, name: str, console: Console) -> Path:
 
 def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) -> float:
     from roll_gspo.data import column_addition, multi_domain
-    from roll_gspo.data.prompts import encode_chat
-    from roll_gspo.models.warm_start import Demonstration, train
+    from roll_gspo.environments import adding_machine
+    from roll_gspo.models.warm_start import train
 
-    tasks = {task.FILE_NAME: task.demonstrations for task in (column_addition, multi_domain)}
+    tasks = {
+        column_addition.FILE_NAME: column_addition.demonstrations,
+        multi_domain.FILE_NAME: multi_domain.demonstrations,
+        "adding_machine": adding_machine.demonstrations,
+    }
     num = settings.steps * settings.batch_size
-    pairs = tasks[settings.demonstrations](num, settings.seed, settings.slip_probability)
-    encoded = []
-    for question, answer in pairs:
-        prompt_ids = encode_chat(tokenizer, [{"role": "user", "content": question}])
-        answer_ids = tokenizer.encode(answer, add_special_tokens=False)
-        encoded.append(Demonstration(tuple(prompt_ids), (*answer_ids, tokenizer.eos_token_id)))
+    made = tasks[settings.demonstrations](num, settings.seed, settings.slip_probability)
+    encoded = [_demonstration(tokenizer, conversation) for conversation in made]
     return train(
         model,
         encoded,
@@ -139,3 +139,24 @@ def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) 
         pad=tokenizer.pad_token_id,
         progress=progress,
     )
+
+
+def _demonstration(tokenizer: Any, conversation: tuple[str, str] | list[dict[str, str]]) -> Any:
+    """Encode a question with its answer, or the messages of an episode, as an episode is recorded."""
+    from roll_gspo.data.prompts import encode_chat
+    from roll_gspo.data.templates import NATIVE, TEMPLATES
+    from roll_gspo.data.turns import TokenRecord, TurnRenderer
+    from roll_gspo.models.warm_start import Demonstration
+
+    if isinstance(conversation, tuple):
+        question, answer = conversation
+        conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    first = next(i for i, message in enumerate(conversation) if message["role"] == "assistant")
+    record = TokenRecord(tuple(encode_chat(tokenizer, conversation[:first])))
+    renderer = TurnRenderer(tokenizer, TEMPLATES[NATIVE])
+    for i in range(first, len(conversation), 2):
+        answer_ids = tokenizer.encode(conversation[i]["content"], add_special_tokens=False)
+        record.add_answer([*answer_ids, tokenizer.eos_token_id], [0.0] * (len(answer_ids) + 1), ())
+        if new := conversation[i + 1 : i + 2]:
+            record.add_given(renderer.following(conversation[: i + 1], new, tokenizer.eos_token_id))
+    return Demonstration(record.prompt_ids, tuple(record.token_ids), tuple(record.mask))

@@ -15,14 +15,16 @@ class Router:
 
     Args:
         tags: `tag_included` by domain, for each block of `rewards`.
+        key: key of the blocks, for error messages.
 
     Raises:
         ConfigError: no domain is configured, or two domains include the same tag.
     """
 
-    def __init__(self, tags: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, tags: Mapping[str, Sequence[str]], key: str = "rewards") -> None:
         if not tags:
-            raise ConfigError("rewards: no domain is configured; add at least one with its worker_cls")
+            raise ConfigError(f"{key}: no domain is configured; add at least one")
+        self._key = key
         self._domains = tuple(tags)
         self._domain_of_tag: dict[str, str] = {}
         for domain, included in tags.items():
@@ -30,7 +32,7 @@ class Router:
                 owner = self._domain_of_tag.setdefault(tag, domain)
                 if owner != domain:
                     raise ConfigError(
-                        f"rewards.{domain}.tag_included: '{tag}' is also in rewards.{owner}.tag_included; "
+                        f"{key}.{domain}.tag_included: '{tag}' is also in {key}.{owner}.tag_included; "
                         "remove it from one of them"
                     )
 
@@ -42,7 +44,7 @@ class Router:
         """
         domain = self._find(row)
         if domain is None:
-            raise DataError(f"rewards: row '{row.get('id', '?')}': {self._unmatched(*_labels(row))}")
+            raise DataError(f"{self._key}: row '{row.get('id', '?')}': {self._unmatched(*_labels(row))}")
         return domain
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -57,7 +59,7 @@ class Router:
                 unmatched.setdefault(_labels(row), []).append(str(row.get("id", "?")))
         if unmatched:
             lines = (
-                f"rewards: {len(ids)} rows (first: '{ids[0]}'): {self._unmatched(*labels)}"
+                f"{self._key}: {len(ids)} rows (first: '{ids[0]}'): {self._unmatched(*labels)}"
                 for labels, ids in unmatched.items()
             )
             raise DataError("\n".join(lines))
@@ -73,8 +75,8 @@ class Router:
     def _unmatched(self, domain: str, tag: str) -> str:
         tags = ", ".join(sorted(self._domain_of_tag)) or "none"
         return (
-            f"domain '{domain}' and tag '{tag}' match no reward (known domains: {', '.join(self._domains)}; "
-            f"known tags: {tags}); add rewards.{domain or '<domain>'}, or add the tag to a tag_included"
+            f"domain '{domain}' and tag '{tag}' match no block (known domains: {', '.join(self._domains)}; "
+            f"known tags: {tags}); add {self._key}.{domain or '<domain>'}, or add the tag to a tag_included"
         )
 
 

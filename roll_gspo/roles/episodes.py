@@ -12,12 +12,11 @@ from roll_gspo.batch import Completion
 from roll_gspo.data.messages import Message
 from roll_gspo.data.prompts import encode_chat
 from roll_gspo.data.rendering import Tools
-from roll_gspo.data.templates import ChatTemplate
+from roll_gspo.data.templates import ChatFormat
 from roll_gspo.data.turns import TokenRecord, TurnRenderer
 from roll_gspo.environments.base import Reply, Start
 from roll_gspo.environments.pool import EnvironmentPool, Failure, Played
 from roll_gspo.episode import Episode, EpisodeTurn
-from roll_gspo.errors import DataError
 from roll_gspo.roles.request_stream import StreamClient
 from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
 
@@ -31,12 +30,16 @@ class EpisodeLimits:
 
     Attributes:
         max_turns: number of answers of the model.
+        max_prompt_tokens: tokens of the first prompt. An episode with a longer one has failed.
         max_tokens: tokens after the first prompt, sampled and given.
+        max_turn_tokens: tokens per answer.
         timeout_s: seconds from the start of the environment.
     """
 
     max_turns: int
+    max_prompt_tokens: int
     max_tokens: int
+    max_turn_tokens: int
     timeout_s: float
 
 
@@ -64,6 +67,7 @@ class EpisodeRequest:
 @dataclass
 class _Episode:
     request: EpisodeRequest
+    limits: EpisodeLimits
     deadline: float
     messages: list[Message] = field(default_factory=list)
     tools: Tools = ()
@@ -82,26 +86,27 @@ class EpisodeClient:
     Args:
         client: the engines.
         environments: pool of each block.
+        limits: limits of the episodes of each block.
         tokenizer: tokenizer of the model.
-        template: chat template.
-        sampling: sampling of one turn; `num_samples` is ignored.
-        limits: limits of an episode.
+        chat: chat template, and system prompts for conversations that begin without one.
+        sampling: sampling of one turn; `num_samples` and `max_new_tokens` are ignored.
     """
 
     def __init__(
         self,
         client: StreamClient,
         environments: Mapping[str, EnvironmentPool],
+        limits: Mapping[str, EpisodeLimits],
         tokenizer: Any,
-        template: ChatTemplate,
+        chat: ChatFormat,
         sampling: Sampling,
-        limits: EpisodeLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._environments = environments
         self._tokenizer = tokenizer
-        self._template = template
+        self._chat = chat
+        self._template = chat.templates()[chat.template]
         self._sampling = sampling
         self._limits = limits
         self._clock = clock
@@ -118,7 +123,8 @@ class EpisodeClient:
         for request in requests:
             if request.key in self._episodes:
                 raise ValueError(f"episode {request.key} is outstanding already; give every episode another key")
-            self._episodes[request.key] = _Episode(request, self._clock() + self._limits.timeout_s)
+            limits = self._limits[request.environment]
+            self._episodes[request.key] = _Episode(request, limits, self._clock() + limits.timeout_s)
             self._pool(request.key).start(request.key, request.row, request.row_seed)
 
     def poll(self, timeout_s: float) -> list[FinishedRequest]:
@@ -149,12 +155,14 @@ class EpisodeClient:
         for key in list(self._episodes):
             self._drop(key)
 
-    def abort(self, keys: Sequence[int]) -> list[int]:
-        """Drop episodes and return the keys of those that were outstanding."""
+    def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
+        """Drop episodes; return the tokens of those that were outstanding. An episode that ended is ignored."""
         known = [key for key in keys if key in self._episodes]
-        for key in known:
-            self._drop(key)
-        return known
+        return [FinishedRequest(key, _completion(self._drop(key), "partial")) for key in known]
+
+    def partials(self) -> list[FinishedRequest]:
+        """Return no episode: an environment cannot be saved, so that an unfinished episode begins again."""
+        return []
 
     def _pool(self, key: int) -> EnvironmentPool:
         return self._environments[self._episodes[key].request.environment]
@@ -185,15 +193,19 @@ class EpisodeClient:
             self._continue(played.episode, episode, result)
 
     def _begin(self, key: int, episode: _Episode, start: Start) -> None:
-        episode.messages, episode.tools = list(start.messages), start.tools
-        place = f"environment {episode.request.environment}"
-        prompt = encode_chat(self._tokenizer, episode.messages, self._template, episode.tools, place)
+        name, longest = episode.request.environment, episode.limits.max_prompt_tokens
+        episode.messages, episode.tools = list(self._chat.with_system(start.messages, name)), start.tools
+        prompt = encode_chat(self._tokenizer, episode.messages, self._template, episode.tools, f"environment {name}")
         episode.record = TokenRecord(tuple(prompt))
+        if len(prompt) > longest:
+            reason = f"the first prompt has {len(prompt)} tokens, more than prompt_length {longest}; raise it"
+            self._end(key, FAILED, Failure(reason))
+            return
         self._request(key, episode, episode.record)
 
     def _request(self, key: int, episode: _Episode, record: TokenRecord) -> None:
-        left = self._limits.max_tokens - len(record.token_ids)
-        sampling = replace(self._sampling, max_new_tokens=min(self._sampling.max_new_tokens, left))
+        left = episode.limits.max_tokens - len(record.token_ids)
+        sampling = replace(self._sampling, max_new_tokens=min(episode.limits.max_turn_tokens, left))
         seed = turn_seed(episode.request.seed, len(episode.turns))
         self._client.submit([GenerationRequest(key, record.next_prompt, sampling, seed)])
         episode.samples = True
@@ -216,14 +228,14 @@ class EpisodeClient:
     def _continue(self, key: int, episode: _Episode, reply: Reply) -> None:
         record = episode.record
         assert record is not None
-        if reply.done or len(episode.turns) >= self._limits.max_turns:
+        if reply.done or len(episode.turns) >= episode.limits.max_turns:
             self._end(key, DONE if reply.done else TURN_LIMIT)
             return
         renderer = TurnRenderer(
             self._tokenizer, self._template, episode.tools, f"environment {episode.request.environment}"
         )
         given = renderer.following(episode.messages, reply.messages, record.token_ids[-1])
-        if len(record.token_ids) + len(given) >= self._limits.max_tokens:
+        if len(record.token_ids) + len(given) >= episode.limits.max_tokens:
             self._end(key, TOKEN_LIMIT)
             return
         recorded = self._tokenizer.decode([*record.prompt_ids, *record.token_ids[:-1]])
@@ -241,10 +253,11 @@ class EpisodeClient:
         episode = self._drop(key)
         record = episode.record
         if record is None:
-            failure = failure or Failure(f"the environment did not begin within {self._limits.timeout_s:g} s")
-            record = TokenRecord(episode.request.prompt)
+            failure = failure or Failure(f"the environment did not begin within {episode.limits.timeout_s:g} s")
+            record = episode.record = TokenRecord(episode.request.prompt)
         summary = Episode(
             prompt_ids=record.prompt_ids,
+            prompt_text=self._tokenizer.decode(record.prompt_ids),
             mask=tuple(record.mask),
             turn_ends=tuple(record.turn_ends),
             turns=tuple(episode.turns),
@@ -253,13 +266,8 @@ class EpisodeClient:
             traceback="" if failure is None else failure.traceback,
             num_rewritten=episode.rewritten,
         )
-        completion = Completion(
-            tuple(record.token_ids),
-            tuple(record.log_probs),
-            "stop" if reason == DONE else "length",
-            version_runs=tuple(record.version_runs),
-            episode=summary,
-        )
+        finish_reason = "stop" if reason == DONE else "length"
+        completion = replace(_completion(episode, finish_reason), episode=summary)
         self._finished.append(FinishedRequest(key, completion))
 
 
@@ -270,14 +278,8 @@ def turn_seed(seed: int, turn: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:6], "big")
 
 
-def check_same_start(starts: Sequence[tuple[int, ...]], environment: str) -> None:
-    """Check that all episodes of a group began with the same prompt.
-
-    Raises:
-        DataError: `reset` is not determined by row and seed.
-    """
-    if len(set(starts)) > 1:
-        raise DataError(
-            f"environment {environment}: episodes of one row began with different prompts; let reset depend on row and "
-            "seed only"
-        )
+def _completion(episode: _Episode, finish_reason: str) -> Completion:
+    record = episode.record or TokenRecord(episode.request.prompt)
+    return Completion(
+        tuple(record.token_ids), tuple(record.log_probs), finish_reason, version_runs=tuple(record.version_runs)
+    )

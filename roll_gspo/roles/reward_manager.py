@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from roll_gspo.batch import Prompt, Rollouts
+from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.config.reward_table import SHIPPED_REWARDS, resolve_reward
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.errors import ConfigError
@@ -14,7 +14,7 @@ from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.from_config import spec_from_config
 from roll_gspo.rewards.llm_judge.server import JudgeServers
 from roll_gspo.rewards.pool import RewardPool
-from roll_gspo.rewards.routing import Router
+from roll_gspo.roles.scorer import Scorer
 from roll_gspo.roles.scoring import Scoring
 
 logger = logging.getLogger(__name__)
@@ -23,15 +23,15 @@ _NEVER_WORK = ("ConfigError", "NameError", "ImportError", "ModuleNotFoundError",
 COLUMNS_OF_REQUEST = ("ground_truth",)
 
 
-class RewardManager:
-    """The role `rewards`: owns the reward workers of every domain.
+class RewardManager(Scorer):
+    """Owns the reward workers of every domain.
 
     Args:
         config: reward blocks by domain.
     """
 
     def __init__(self, config: Mapping[str, RewardConfig]) -> None:
-        self._router = Router({domain: block.tag_included for domain, block in config.items()})
+        super().__init__({domain: block.tag_included for domain, block in config.items()})
         self._probed = {domain for domain, block in config.items() if _has_own_code(block)}
         self._servers = JudgeServers()
         self._pools = {
@@ -68,15 +68,6 @@ class RewardManager:
             if domain in self._probed:
                 _probe(self._pools[domain], f"rewards.{domain}", row)
 
-    @property
-    def domain_names(self) -> list[str]:
-        """Names of all reward blocks."""
-        return list(self._pools)
-
-    def domains(self, prompts: Iterable[Prompt]) -> list[str]:
-        """Return the reward block of each prompt."""
-        return [self._router.domain_of(prompt.row) for prompt in prompts]
-
     def open(self) -> Scoring:
         """Return a context that scores samples as soon as they are generated.
 
@@ -89,6 +80,10 @@ class RewardManager:
         """Return the domain of a sample and the request for its reward. `response` comes from `response_text`."""
         row = {name: value for name, value in prompt.row.items() if name not in COLUMNS_OF_REQUEST}
         return self._router.domain_of(prompt.row), RewardRequest(prompt.text, response, prompt.row["ground_truth"], row)
+
+    def result(self, completion: Completion) -> RewardResult | None:
+        """Return None: a worker scores the response."""
+        return None
 
     def score(
         self, rollouts: Rollouts, responses: Sequence[str], progress: Callable[[int, int], None] | None = None

@@ -6,12 +6,13 @@ import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
-from roll_gspo.data.templates import TEMPLATES
+from roll_gspo.data.templates import ChatFormat
 from roll_gspo.environments.adding_machine import typed_columns
 from roll_gspo.environments.pool import EnvironmentPool
 from roll_gspo.environments.spec import EnvironmentSpec
@@ -24,7 +25,11 @@ from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampli
 TOKENIZER = byte_tokenizer()
 END_ID = TOKENIZER.convert_tokens_to_ids(END)
 SAMPLING = Sampling(1, max_new_tokens=16, stop_token_ids=(END_ID,))
-LIMITS = EpisodeLimits(max_turns=8, max_tokens=200, timeout_s=60.0)
+LIMITS = EpisodeLimits(max_turns=8, max_prompt_tokens=99, max_tokens=200, max_turn_tokens=16, timeout_s=60.0)
+
+
+def limits(max_turns: int, max_tokens: int, timeout_s: float) -> EpisodeLimits:
+    return replace(LIMITS, max_turns=max_turns, max_tokens=max_tokens, timeout_s=timeout_s)
 
 
 class ScriptedModel:
@@ -79,9 +84,9 @@ def row(text: str) -> dict[str, object]:
 
 
 def play(
-    model: ScriptedModel, pool: EnvironmentPool, texts: Sequence[str], limits: EpisodeLimits = LIMITS
+    model: ScriptedModel, pool: EnvironmentPool, texts: Sequence[str], bounds: EpisodeLimits = LIMITS
 ) -> dict[int, Completion]:
-    client = EpisodeClient(LocalStream(model).open(), {"env": pool}, TOKENIZER, TEMPLATES["native"], SAMPLING, limits)
+    client = EpisodeClient(LocalStream(model).open(), {"env": pool}, {"env": bounds}, TOKENIZER, ChatFormat(), SAMPLING)
     client.submit([EpisodeRequest(i, (1, 2), "env", row(text), 7, seed=100 + i) for i, text in enumerate(texts)])
     finished: dict[int, Completion] = {}
     while client.outstanding:
@@ -159,12 +164,12 @@ def test_unreadable_answers_end_the_episode_without_reward(machine: EnvironmentP
 
 def test_limits_end_episodes(echo: EnvironmentPool):
     model = ScriptedModel(lambda _: "ab")
-    turns = episode_of(play(model, echo, ["x"], EpisodeLimits(3, 200, 60.0))[0])
+    turns = episode_of(play(model, echo, ["x"], limits(3, 200, 60.0))[0])
     assert (turns.end, len(turns.turns), turns.reward) == ("max_turns", 3, 1.0 + 2.0 + 3.0)
     # "ab<|end|>" and "<|user|>ab<|assistant|>" are 7 tokens per turn
-    tokens = play(model, echo, ["x"], EpisodeLimits(9, 16, 60.0))[0]
+    tokens = play(model, echo, ["x"], limits(9, 16, 60.0))[0]
     assert (episode_of(tokens).end, len(tokens.token_ids)) == ("max_tokens", 16)
-    cut = play(model, echo, ["x"], EpisodeLimits(9, 9, 60.0))[0]
+    cut = play(model, echo, ["x"], limits(9, 9, 60.0))[0]
     assert (episode_of(cut).end, len(cut.token_ids), episode_of(cut).turns[-1].answer) == ("max_tokens", 9, "ab")
 
 
@@ -177,7 +182,7 @@ def test_failed_environment_is_no_reward(echo: EnvironmentPool):
 
 def test_environment_that_does_not_begin_keeps_the_prompt_of_the_row(echo: EnvironmentPool):
     client = EpisodeClient(
-        LocalStream(ScriptedModel(str)).open(), {"env": echo}, TOKENIZER, TEMPLATES["native"], SAMPLING, LIMITS
+        LocalStream(ScriptedModel(str)).open(), {"env": echo}, {"env": LIMITS}, TOKENIZER, ChatFormat(), SAMPLING
     )
     client.submit([EpisodeRequest(0, (1, 2), "env", {"fails": True}, 7, seed=1)])
     (finished,) = client.poll(30.0)
@@ -190,5 +195,5 @@ def test_environment_that_does_not_begin_keeps_the_prompt_of_the_row(echo: Envir
 
 
 def test_late_episode_ends_and_closes(echo: EnvironmentPool):
-    episode = episode_of(play(ScriptedModel(lambda _: "sleep 20"), echo, ["x"], EpisodeLimits(3, 200, 1.0))[0])
+    episode = episode_of(play(ScriptedModel(lambda _: "sleep 20"), echo, ["x"], limits(3, 200, 1.0))[0])
     assert (episode.end, len(episode.turns), episode.turns[0].messages) == ("timeout", 1, ())

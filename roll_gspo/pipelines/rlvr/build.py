@@ -22,19 +22,22 @@ from roll_gspo.pipelines.components import (
     start_executor,
     stop_ids,
 )
+from roll_gspo.pipelines.data_sources import chat_format
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.rlvr.collect import Collector
-from roll_gspo.pipelines.rlvr.datasets import Datasets, make_sampler, read_datasets, tokenize
+from roll_gspo.pipelines.rlvr.datasets import Datasets, columns_of, make_sampler, read_datasets, tokenize
+from roll_gspo.pipelines.rlvr.environments import environment_manager
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.pipelines.rlvr.models import Models, start_models, trained_roles_of
+from roll_gspo.pipelines.rlvr.request_sources import Episodes
 from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream
 from roll_gspo.pipelines.rlvr.rollout_thread import RolloutThread
 from roll_gspo.pipelines.rlvr.sample_files import SampleFiles
 from roll_gspo.pipelines.rlvr.staleness_gate import StalenessGate
 from roll_gspo.pipelines.rlvr.state import RlvrState
 from roll_gspo.pipelines.rlvr.stream_settings import StreamSettings
-from roll_gspo.pipelines.rlvr.validation import Validation, check_keep_best
+from roll_gspo.pipelines.rlvr.validation import SampleGenerator, Validation, check_keep_best
 from roll_gspo.pipelines.run_folder import RunFolder
 from roll_gspo.pipelines.settings import (
     experience_settings,
@@ -45,9 +48,11 @@ from roll_gspo.pipelines.settings import (
 from roll_gspo.pipelines.step_profiler import StepProfiler
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
+from roll_gspo.roles.environment_manager import EnvironmentManager, EpisodePlayer
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.reward_manager import RewardManager
+from roll_gspo.roles.scorer import Scorer
 from roll_gspo.roles.shared_devices import Phase, SharedDevices
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.roles.weight_sync import WeightSync
@@ -70,6 +75,7 @@ class RlvrComponents(RunComponents):
         experience: settings of the advantages.
         sampling: sampling settings of the training responses.
         validation: the held-out prompts, if there are any.
+        validation_generator: samples the responses to them.
         num_prompts_dropped: training prompts longer than `prompt_length`.
     """
 
@@ -80,12 +86,13 @@ class RlvrComponents(RunComponents):
     devices: SharedDevices
     reference: Reference | None
     critic: Critic | None
-    rewards: RewardManager
+    rewards: Scorer
     collector: Collector
     samples: SampleFiles
     experience: ExperienceSettings
     sampling: Sampling
     validation: Validation | None
+    validation_generator: SampleGenerator
     num_prompts_dropped: int
 
     @property
@@ -107,8 +114,8 @@ def build_components(config: ExperimentConfig, folder: RunFolder, console: Conso
     try:
         # Loading the model may take minutes. Rewards start first, so that a wrong reward fails at once.
         with console.stage("start rewards"):
-            rewards = executor.start("rewards", lambda: RewardManager(config.rewards))
-            rewards.check(row.columns for row in datasets.train + datasets.validation)
+            rewards = executor.start("rewards", partial(new_scorer, config))
+            rewards.check(columns_of(config, row) for row in datasets.train + datasets.validation)
         checkpoint = prepare_checkpoint(config, model_of(config, config.actor_train), console)
         return _start_roles(config, folder, console, datasets, checkpoint, executor, rewards)
     except BaseException:
@@ -123,7 +130,7 @@ def _start_roles(
     datasets: Datasets,
     checkpoint: Path,
     executor: Executor,
-    rewards: RewardManager,
+    rewards: Scorer,
 ) -> RlvrComponents:
     data = _tokenized(config, datasets, checkpoint, console)
     sampler = make_sampler(config, data.train)
@@ -167,6 +174,7 @@ def _start_roles(
         profiler=StepProfiler(config, folder.path, models.profiled),
         sampling=training,
         validation=new_validation(config, data.validation, data.stop_ids, rewards) if config.validation else None,
+        validation_generator=validation_generator(config, models.actor_infer, rewards, data.tokenizer, data.stop_ids),
         num_steps=config.max_steps,
         num_prompts_dropped=len(datasets.train) - len(data.train),
     )
@@ -196,7 +204,7 @@ def _tokenized(config: ExperimentConfig, datasets: Datasets, checkpoint: Path, c
 
 
 def new_validation(
-    config: ExperimentConfig, prompts: tuple[Prompt, ...], stop_ids: tuple[int, ...], rewards: RewardManager
+    config: ExperimentConfig, prompts: tuple[Prompt, ...], stop_ids: tuple[int, ...], rewards: Scorer
 ) -> Validation:
     """Build the validation of the block `validation`, which must exist."""
     block = config.validation
@@ -207,12 +215,30 @@ def new_validation(
     )
 
 
+def new_scorer(config: ExperimentConfig) -> Scorer:
+    """Build what gives the rewards: the environments, or the reward workers."""
+    return environment_manager(config) if config.plays_episodes else RewardManager(config.rewards)
+
+
+def validation_generator(
+    config: ExperimentConfig, generator: Generator, scorer: Scorer, tokenizer: Any, stop_ids: tuple[int, ...]
+) -> SampleGenerator:
+    """Return what samples the validation responses: the engines, or episodes that are played with them."""
+    block = config.validation
+    if block is None or not isinstance(scorer, EnvironmentManager):
+        return generator
+    turns = sampling(block.generating_args, block.num_samples, config.validation_response_length, stop_ids)
+    chat = chat_format(config, block.data_args)
+    open_client = partial(scorer.play, generator, tokenizer, chat, turns, validation=True)
+    return EpisodePlayer(generator, open_client, scorer)
+
+
 def _make_collector(
     config: ExperimentConfig,
     data: _Tokenized,
     sampler: Sampler[Prompt],
     models: Models,
-    rewards: RewardManager,
+    rewards: Scorer,
     training: Sampling,
 ) -> Collector:
     """Build the collector of a run. `training` are the sampling settings of its responses."""
@@ -230,7 +256,12 @@ def _make_collector(
         query_filters=query_filter_settings(config),
         max_rounds=config.max_sampling_rounds,
     )
-    stream = RolloutStream(sampler, models.actor_infer, rewards, text_of, settings)
+    source = None
+    if isinstance(rewards, EnvironmentManager):
+        chat = chat_format(config, config.actor_train.data_args)
+        play = partial(rewards.play, models.actor_infer, data.tokenizer, chat, training, validation=False)
+        source = Episodes(rewards, play)
+    stream = RolloutStream(sampler, models.actor_infer, rewards, text_of, settings, source)
     overlaps = config.is_async and config.execution != "local"
     thread = RolloutThread(stream, config.worker_timeout_s) if overlaps else None
     return Collector(

@@ -34,7 +34,7 @@ from roll_gspo.pipelines.rlvr.rollout_thread import RolloutThread
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.rewards.job import RewardTime
 from roll_gspo.roles.generator import Generator
-from roll_gspo.roles.reward_manager import RewardManager
+from roll_gspo.roles.scorer import Scorer
 from roll_gspo.roles.weight_sync import WeightSync
 from roll_gspo.tracking.console import Progress
 
@@ -75,7 +75,7 @@ class Collector:
 
     Args:
         stream: the groups in flight.
-        generator, rewards: the generation engine and the reward manager.
+        generator, rewards: the generation engine, and what gives the rewards.
         text_of: returns the response text that rewards score.
         weights: sends the weights to the engines; restarts lost ones while a step waits for samples.
         thread: pumps the stream while the trainer trains; None pumps it while a step waits for samples.
@@ -86,7 +86,7 @@ class Collector:
         self,
         stream: RolloutStream,
         generator: Generator,
-        rewards: RewardManager,
+        rewards: Scorer,
         text_of: Callable[[Completion], str],
         weights: WeightSync,
         thread: RolloutThread | None = None,

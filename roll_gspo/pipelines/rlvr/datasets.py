@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 
 from roll_gspo.batch import Prompt
 from roll_gspo.config.data import DataArgs
+from roll_gspo.config.environment_table import SEEDS
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition, multi_domain
 from roll_gspo.data.messages import Columns
 from roll_gspo.data.prompts import make_prompts
@@ -46,12 +47,13 @@ def read_datasets(config: ExperimentConfig) -> Datasets:
     Raises:
         DataError: names the YAML key, the file and the line.
     """
-    train = _rows(config.actor_train.data_args, "actor_train.data_args.file_name", "train")
-    validation = [] if config.validation is None else read_validation(config.validation)
+    args, where = config.actor_train.data_args, "actor_train.data_args.file_name"
+    train = seed_rows(config, "train") if args.file_name == (SEEDS,) else _rows(args, where, "train")
+    validation = [] if config.validation is None else read_validation(config)
     if config.difficulty_loss_weight:
         _check_difficulty(train)
     check_tags(config, {row.tag for row in (*train, *validation)})
-    shares = config.actor_train.data_args.domain_interleave_probs
+    shares = config.domain_shares
     if shares is not None:
         check_shares(shares, domains_of(config, [_labels(row) for row in train]), "the data")
     return Datasets(train, validation)
@@ -62,15 +64,15 @@ def _labels(row: DataRow) -> dict[str, str]:
 
 
 def domains_of(config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the reward block that scores each row.
+    """Return the domain of each row: the block of `rewards` or `custom_envs`.
 
     Args:
         rows: rows with `id`, `domain` and `tag`.
 
     Raises:
-        DataError: a row has no reward block.
+        DataError: a row has none.
     """
-    router = Router({domain: block.tag_included for domain, block in config.rewards.items()})
+    router = Router(config.domain_tags, "custom_envs" if config.plays_episodes else "rewards")
     router.check(rows)
     return [router.domain_of(row) for row in rows]
 
@@ -106,8 +108,9 @@ def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler
     Raises:
         DataError: all prompts of a domain with a share were too long.
     """
-    mark = fingerprint(prompt.token_ids for prompt in prompts)
-    shares = config.actor_train.data_args.domain_interleave_probs
+    marks = (list(json.dumps(p.row, default=str).encode()) if config.plays_episodes else p.token_ids for p in prompts)
+    mark = fingerprint(marks)
+    shares = config.domain_shares
     if shares is None:
         return PromptSampler(prompts, config.seed, mark)
     domains = domains_of(config, [prompt.row for prompt in prompts])
@@ -118,13 +121,17 @@ def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler
     return InterleavedSampler(by_domain, shares, config.seed, mark)
 
 
-def read_validation(block: ValidationConfig) -> list[DataRow]:
-    """Read the validation rows; only those of `sources` if the block sets it.
+def read_validation(config: ExperimentConfig) -> list[DataRow]:
+    """Read the rows of the block `validation`, which must exist; only those of `sources` if the block sets it.
 
     Raises:
         DataError: names the YAML key, the file and the line; or a source that no row has.
     """
+    block = config.validation
+    assert block is not None
     args, where = block.data_args, "validation.data_args.file_name"
+    if args.file_name == (SEEDS,):
+        return seed_rows(config, "validation")
     if not block.sources:
         return _rows(args, where, "validation")
     rows = _rows(args.model_copy(update={"num_rows": None}), where, "validation")  # `num_rows` applies after filtering
@@ -165,9 +172,42 @@ def tokenize(
     Raises:
         DataError: the chat template cannot be used, or no prompt fits.
     """
+    if config.plays_episodes:
+        # Environments write the prompts. A sample keeps the placeholder if its environment fails, and is masked.
+        return tuple(Prompt((tokenizer.eos_token_id,), "", columns_of(config, row)) for row in rows)
     domains = domains_of(config, [_labels(row) for row in rows])
     where, chat = ", ".join(args.file_name), chat_format(config, args)
     return make_prompts(rows, tokenizer, prompt_length, where, chat, domains)
+
+
+def columns_of(config: ExperimentConfig, row: DataRow) -> dict[str, Any]:
+    """Return the columns that rewards or environments receive. Environments also read messages and tools."""
+    if not config.plays_episodes:
+        return row.columns
+    given: dict[str, Any] = {"messages": list(row.messages)} if row.messages else {}
+    given |= {"tools": list(row.tools)} if row.tools else {}
+    return row.columns | given
+
+
+def seed_rows(config: ExperimentConfig, split: str) -> list[DataRow]:
+    """Return rows of `builtin:seeds`. Even seeds are for training, odd ones for validation.
+
+    Raises:
+        DataError: the run has no environment that reads them.
+    """
+    is_training = split == "train"
+    manager = config.train_env_manager if is_training else config.val_env_manager or config.train_env_manager
+    if manager is None:
+        raise DataError(f"{SEEDS}: only environments read seeds; add custom_envs and train_env_manager, or name files")
+    block = config.actor_train if is_training else config.validation
+    assert block is not None
+    tags = manager.tags or tuple(config.custom_envs)
+    number = block.data_args.num_rows or NUM_GENERATED_ROWS[split]
+    counts = [len(range(i, number, len(tags))) for i in range(len(tags))]
+    if not is_training and manager is config.val_env_manager and manager.num_groups_partition is not None:
+        counts = list(manager.num_groups_partition)
+    seeds = ((tag, 2 * i + (not is_training)) for tag, count in zip(tags, counts, strict=True) for i in range(count))
+    return [DataRow(f"{tag}/{seed}", (), "", tag, extra={"seed": seed, "source": tag}) for tag, seed in seeds]
 
 
 def _rows(args: DataArgs, where: str, split: str) -> list[DataRow]:

@@ -85,7 +85,7 @@ def _selected_text(config: ExperimentConfig, key: str) -> str:
 def _sample_texts(config: ExperimentConfig) -> Iterator[str]:
     """Yield the enabled filters, penalties, masks and weights of samples."""
     filters = {domain: _filter_text(block) for domain, block in config.query_filters.items()}
-    one = len(set(filters.values())) == 1 and len(filters) == len(config.rewards)
+    one = len(set(filters.values())) == 1 and len(filters) == len(config.domain_tags)
     for domain, kept in [("", next(iter(filters.values())))] if one else filters.items():
         whose = f"{domain}: groups" if domain else "groups"
         limit = f"at most {config.max_sampling_rounds} × rollout_batch_size prompts per step"
@@ -137,6 +137,14 @@ def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _rewards_text(config: ExperimentConfig) -> str:
+    manager = config.train_env_manager
+    if manager is not None:
+        at_once = manager.num_workers * manager.episodes_per_worker
+        return "; ".join(
+            f"{name}: episodes of {e.env_type}, at most {e.max_steps} answers, {at_once} at once in "
+            f"{manager.num_workers} processes, {e.timeout_s:g} s per answer"
+            for name, e in config.played_environments.items()
+        )
     return "; ".join(
         f"{name}: {r.title} × {r.num_workers}, {r.timeout_s:g} s per sample" for name, r in config.rewards.items()
     )

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 from roll_gspo.batch import Completion, Prompt
 from roll_gspo.data.sampler import Sampler
 from roll_gspo.pipelines.rlvr.groups import Group
+from roll_gspo.pipelines.rlvr.request_sources import RequestSource, Responses, SampleClient
 from roll_gspo.pipelines.rlvr.stream_settings import StreamSettings
 from roll_gspo.rewards.base import RewardResult
 from roll_gspo.roles.generator import Generator
-from roll_gspo.roles.request_stream import StreamClient
-from roll_gspo.roles.reward_manager import RewardManager
+from roll_gspo.roles.scorer import Scorer
 from roll_gspo.roles.scoring import Scoring
 from roll_gspo.scheduling.staleness import StalenessScheduler
-from roll_gspo.strategies.base import GenerationRequest
 
 CONTINUED, RESTARTED, DROPPED = "rollout/continued", "rollout/restarted", "rollout/dropped"
 
@@ -44,19 +43,22 @@ class RolloutStream:
         rewards: scores the responses.
         text_of: returns the response text that rewards score.
         settings: settings of the stream.
+        source: makes the requests; None for responses of one turn.
     """
 
     def __init__(
         self,
         sampler: Sampler[Prompt],
         generator: Generator,
-        rewards: RewardManager,
+        rewards: Scorer,
         text_of: Callable[[Completion], str],
         settings: StreamSettings,
+        source: RequestSource | None = None,
     ) -> None:
         self.settings = settings
         self.sampler = sampler
         self._generator = generator
+        self._source = source or Responses(generator, settings.sampling)
         self._rewards = rewards
         self._text_of = text_of
         self.in_order = not settings.in_flight
@@ -72,7 +74,7 @@ class RolloutStream:
         self._keys = itertools.count()
         self._requested: dict[int, tuple[Group, int]] = {}
         self._scored: dict[int, tuple[Group, int]] = {}
-        self._client: StreamClient | None = None
+        self._client: SampleClient | None = None
         self._scoring: Scoring | None = None
         self._busy_s = self.hidden_s = 0.0
         self.num_taken = 0  # responses and scores that arrived
@@ -216,9 +218,9 @@ class RolloutStream:
 
     # starting groups
 
-    def _opened(self) -> tuple[StreamClient, Scoring]:
+    def _opened(self) -> tuple[SampleClient, Scoring]:
         if self._client is None or self._scoring is None:
-            self._client, self._scoring = self._generator.open_stream(), self._rewards.open()
+            self._client, self._scoring = self._source.open(), self._rewards.open()
             self._scoring.__enter__()
             with self.lock:
                 waiting = [group for _, group in sorted(self.groups.items()) if not group.is_scored]
@@ -241,7 +243,7 @@ class RolloutStream:
         # Earlier batches are complete, since the newest one was started after them.
         return self.settings.groups_per_step * len(self.draws) - len(self.groups) if self.in_order else 0
 
-    def _new_requests(self) -> list[GenerationRequest]:
+    def _new_requests(self) -> list[Any]:
         replaced = self.num_missing
         if self.in_order and not replaced:
             self.before_batch = self.sampler.state_dict()
@@ -249,7 +251,7 @@ class RolloutStream:
             prompts = [prompt for _ in range(replaced) for prompt in self.sampler.next_batch(1)]
         else:
             prompts = self.sampler.next_batch(self._num_startable())
-        requests: list[GenerationRequest] = []
+        requests: list[Any] = []
         for prompt, domain in zip(prompts, self._rewards.domains(prompts), strict=True):
             slot = self.scheduler.start()
             batch = self.batch_of(slot)
@@ -268,10 +270,10 @@ class RolloutStream:
         """Return the number of the batch whose draws a group counts for; 0 for all if weights change in flight."""
         return slot // self.settings.groups_per_step if self.in_order else 0
 
-    def _request(self, group: Group, sample: int) -> GenerationRequest:
+    def _request(self, group: Group, sample: int) -> Any:
         key = next(self._keys)
         self._requested[key] = group, sample
-        return group.request(sample, key, self.settings.sampling)
+        return self._source.request(group, sample, key)
 
     def refresh(self) -> None:
         """Discard all responses and sample every group again with the current weights, which change in flight."""
@@ -333,6 +335,10 @@ class RolloutStream:
         return self.groups.get(group.slot) is group
 
     def _score(self, scoring: Scoring, group: Group, sample: int) -> None:
+        result = self._rewards.result(group.completions[sample])
+        if result is not None:
+            self._add_result(group, sample, result)
+            return
         index = next(self._keys)
         self._scored[index] = group, sample
         scoring.submit(index, *self._rewards.request(group.prompt, self._text_of(group.completions[sample])))
@@ -341,6 +347,9 @@ class RolloutStream:
         group, sample = self._scored.pop(index, (None, 0))
         if group is None or not self._is_live(group):
             return  # refreshed or dropped meanwhile
+        self._add_result(group, sample, result)
+
+    def _add_result(self, group: Group, sample: int, result: RewardResult) -> None:
         group.results[sample] = result
         self.num_scored += 1
         if group.is_scored:

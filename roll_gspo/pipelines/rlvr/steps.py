@@ -250,7 +250,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
             return batch
 
         with self.console.stage("validate") as progress:
-            batches = validation.scored(components.actor_infer, components.collector.score, progress)
+            batches = validation.scored(components.validation_generator, components.collector.score, progress)
             self.components.samples.write_validation(step, (seen(batch) for batch in batches))
         return validation_metrics(summaries(answers, validation.config))
 

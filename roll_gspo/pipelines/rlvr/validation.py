@@ -18,7 +18,6 @@ from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.errors import ConfigError
 from roll_gspo.pipelines.rlvr.datasets import group_of
 from roll_gspo.rewards.base import RewardResult
-from roll_gspo.roles.generator import Generator
 from roll_gspo.strategies.base import Sampling
 from roll_gspo.tracking.console import Progress
 
@@ -28,6 +27,22 @@ TOTALS = tuple(
     for name in ("score_mean", "num_samples", "failed", "response_length_mean", "truncated_fraction")
 )
 PURPOSE = "validation"  # Purpose of the seeds: every validation of a run draws the same samples.
+
+
+class SampleGenerator(Protocol):
+    """The generation engines, or episodes that are played with them."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        purpose: str,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        first: int = 0,
+    ) -> Rollouts:
+        """Sample `sampling.num_samples` responses per prompt; see `Generator.generate`."""
+        ...
 
 
 class SampleScorer(Protocol):
@@ -54,7 +69,7 @@ class Validation:
     sampling: Sampling
     domains: Callable[[Iterable[Prompt]], list[str]]
 
-    def scored(self, generator: Generator, score: SampleScorer, progress: Progress) -> Iterator[ScoredBatch]:
+    def scored(self, generator: SampleGenerator, score: SampleScorer, progress: Progress) -> Iterator[ScoredBatch]:
         """Generate and score `batch_size` prompts at a time. The batch size does not change the samples."""
         size = self.config.batch_size or len(self.prompts)
         total = len(self.prompts) * self.sampling.num_samples

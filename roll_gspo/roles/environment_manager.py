@@ -1,0 +1,244 @@
+"""The environments of a run: their processes, the episodes that are played in them, and their rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from roll_gspo.batch import Completion, Prompt, Rollouts
+from roll_gspo.data.templates import ChatFormat
+from roll_gspo.environments.base import Reply, Start
+from roll_gspo.environments.pool import EnvironmentPool, Failure
+from roll_gspo.environments.spec import EnvironmentSpec
+from roll_gspo.errors import ConfigError
+from roll_gspo.rewards.base import RewardRequest, RewardResult
+from roll_gspo.roles.episodes import EpisodeClient, EpisodeLimits, EpisodeRequest
+from roll_gspo.roles.generator import Generator
+from roll_gspo.roles.scorer import Scorer
+from roll_gspo.roles.scoring import Scoring
+from roll_gspo.strategies.base import Sampling
+
+_SLICE_S = 0.25
+_PROBE = -1  # key of the episode that `check` begins
+
+
+@dataclass(frozen=True)
+class EnvironmentSettings:
+    """Settings of one environment.
+
+    Attributes:
+        spec: its class and arguments.
+        tags: tags of the rows that it plays.
+        limits: limits of an episode in training.
+        validation_limits: limits of an episode in validation.
+        num_workers, validation_workers: number of processes.
+        episodes_per_worker, validation_episodes_per_worker: episodes that a process plays at the same time.
+        timeout_s: seconds per turn of the environment.
+        start_timeout_s: seconds to start a process.
+        max_memory_mb: memory limit of a process in MiB, or None.
+    """
+
+    spec: EnvironmentSpec
+    tags: tuple[str, ...]
+    limits: EpisodeLimits
+    validation_limits: EpisodeLimits
+    num_workers: int
+    validation_workers: int
+    episodes_per_worker: int
+    validation_episodes_per_worker: int
+    timeout_s: float = 60.0
+    start_timeout_s: float = 120.0
+    max_memory_mb: int | None = None
+
+
+class EnvironmentManager(Scorer):
+    """Owns the processes of every environment. A response that is an episode has the reward of its environment.
+
+    Training and validation have processes of their own, which start with the first episodes.
+
+    Args:
+        environments: settings by block of `custom_envs`.
+        format_penalty: added to the reward of every answer that the environment could not understand.
+        validation_format_penalty: the same in validation.
+    """
+
+    def __init__(
+        self,
+        environments: Mapping[str, EnvironmentSettings],
+        format_penalty: float = 0.0,
+        validation_format_penalty: float = 0.0,
+    ) -> None:
+        super().__init__({name: settings.tags for name, settings in environments.items()}, "custom_envs")
+        self._settings = environments
+        self._penalty = format_penalty
+        self._validation_penalty = validation_format_penalty
+        self._pools = {name: _pool(name, s, validation=False) for name, s in environments.items()}
+        self._validation_pools = {name: _pool(name, s, validation=True) for name, s in environments.items()}
+
+    def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Check that every row has an environment, and that each environment begins an episode of its first row.
+
+        Raises:
+            DataError: a row matches no block.
+            ConfigError, MissingDependencyError, PlayError: an environment cannot be built, or does not begin.
+        """
+        columns = list(rows)
+        self._router.check(columns)
+        first = {self._router.domain_of(row): row for row in reversed(columns)}
+        for name, row in first.items():
+            _begin(name, self._pools[name], row, self._settings[name])
+
+    def check_processes(self) -> None:
+        """Check that each environment can be built, without an episode.
+
+        Raises:
+            ConfigError, MissingDependencyError, PlayError: an environment cannot be built.
+        """
+        for name, pool in self._pools.items():
+            # The process answers a start even if `reset` rejects a row without columns.
+            _first_answer(name, pool, {}, self._settings[name])
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that the environments of training have taken, summed over episodes."""
+        return sum(pool.busy_seconds for pool in self._pools.values())
+
+    def play(
+        self, generator: Generator, tokenizer: Any, chat: ChatFormat, sampling: Sampling, *, validation: bool
+    ) -> EpisodeClient:
+        """Return a client that plays episodes with the engines of `generator`.
+
+        Args:
+            generator: the engines.
+            tokenizer: tokenizer of the model.
+            chat: chat template and system prompts.
+            sampling: sampling of an answer.
+            validation: the episodes are of the validation, whose requests go first.
+        """
+        pools = self._validation_pools if validation else self._pools
+        limits = {n: s.validation_limits if validation else s.limits for n, s in self._settings.items()}
+        return EpisodeClient(generator.open_stream(validation), pools, limits, tokenizer, chat, sampling)
+
+    def episode(self, key: int, prompt: Prompt, seed: int, row_seed: int) -> EpisodeRequest:
+        """Return the request for an episode of a row.
+
+        Args:
+            key: number of the episode.
+            prompt: the row.
+            seed: seed of the sampling.
+            row_seed: seed of the environment, unless the row has a column `seed`.
+        """
+        row = prompt.row
+        environment_seed = int(row["seed"]) if isinstance(row.get("seed"), int) else row_seed
+        return EpisodeRequest(key, prompt.token_ids, self._router.domain_of(row), row, environment_seed, seed)
+
+    def open(self) -> Scoring:
+        """Return a context without reward workers."""
+        return Scoring({})
+
+    def request(self, prompt: Prompt, response: str) -> tuple[str, RewardRequest]:
+        """Raise `RuntimeError`: no worker scores an episode."""
+        raise RuntimeError("custom_envs: an episode has its reward from its environment")
+
+    def result(self, completion: Completion) -> RewardResult:
+        """Return the reward of a training episode."""
+        return episode_result(completion, self._penalty)
+
+    def score(
+        self, rollouts: Rollouts, responses: Sequence[str], progress: Callable[[int, int], None] | None = None
+    ) -> list[RewardResult]:
+        """Return the rewards of validation episodes."""
+        return [episode_result(completion, self._validation_penalty) for completion in rollouts.completions]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pool in (*self._pools.values(), *self._validation_pools.values()):
+            pool.close()
+
+
+def episode_result(completion: Completion, format_penalty: float = 0.0) -> RewardResult:
+    """Return the reward of an episode: the sum over its turns, plus the penalty of each invalid turn."""
+    episode = completion.episode
+    assert episode is not None
+    if episode.failed is not None:
+        return RewardResult(0.0, failed=episode.failed, traceback=episode.traceback)
+    return RewardResult(episode.reward + format_penalty * sum(turn.invalid for turn in episode.turns))
+
+
+class EpisodePlayer:
+    """Plays one episode for each sample of a batch of prompts, in the place of a generation engine.
+
+    Args:
+        generator: the engines.
+        open_client: returns a client that plays episodes.
+        manager: the environments.
+    """
+
+    def __init__(
+        self, generator: Generator, open_client: Callable[[], EpisodeClient], manager: EnvironmentManager
+    ) -> None:
+        self._generator = generator
+        self._open_client = open_client
+        self._manager = manager
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        purpose: str,
+        progress: Callable[[int, int], None] | None = None,
+        first: int = 0,
+    ) -> Rollouts:
+        """Play `sampling.num_samples` episodes per prompt; see `Generator.generate`."""
+        size = sampling.num_samples
+        requests = []
+        for number, prompt in enumerate(prompts):
+            seeds = self._generator.seeds(purpose, first + number, size)
+            requests += [
+                self._manager.episode(number * size + i, prompt, seed, seeds[0]) for i, seed in enumerate(seeds)
+            ]
+        client, finished = self._open_client(), dict[int, Completion]()
+        try:
+            client.submit(requests)
+            while len(finished) < len(requests):
+                finished |= dict(client.poll(_SLICE_S))
+                if progress is not None:
+                    progress(len(finished), len(requests))
+        finally:
+            client.close()
+        groups = [[finished[number * size + i] for i in range(size)] for number in range(len(prompts))]
+        return self._generator.collate(prompts, groups)
+
+
+def _pool(name: str, settings: EnvironmentSettings, *, validation: bool) -> EnvironmentPool:
+    workers = settings.validation_workers if validation else settings.num_workers
+    episodes = settings.validation_episodes_per_worker if validation else settings.episodes_per_worker
+    return EnvironmentPool(
+        *(settings.spec, workers, episodes, settings.timeout_s, f"custom_envs.{name}"),
+        start_timeout_s=settings.start_timeout_s,
+        max_memory_mb=settings.max_memory_mb,
+    )
+
+
+def _begin(name: str, pool: EnvironmentPool, row: Mapping[str, Any], settings: EnvironmentSettings) -> None:
+    """Begin and end an episode, so that an environment that can never work fails before the model is loaded."""
+    result = _first_answer(name, pool, row, settings)
+    if isinstance(result, Failure):
+        place = f"custom_envs.{name}: reset failed on row {row.get('id', '?')}"
+        raise ConfigError(f"{place}: {result.reason}\n{result.traceback}".rstrip())
+
+
+def _first_answer(
+    name: str, pool: EnvironmentPool, row: Mapping[str, Any], settings: EnvironmentSettings
+) -> Start | Reply | Failure:
+    """Begin an episode, end it, and return how it began."""
+    limit_s = settings.start_timeout_s + settings.timeout_s
+    deadline = time.monotonic() + limit_s
+    pool.start(_PROBE, row, 0)
+    while time.monotonic() < deadline:
+        for played in pool.take(_SLICE_S):
+            pool.end(_PROBE)
+            return played.result
+    raise ConfigError(f"custom_envs.{name}: reset did not end within {limit_s:g} s; raise start_timeout_s")
