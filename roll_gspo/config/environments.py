@@ -75,6 +75,11 @@ class EnvManagerConfig(Schema):
         """Number of worker processes per environment: `world_size`, or its default on this machine."""
         return self.world_size or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
+    @property
+    def episodes_per_worker(self) -> int:
+        """Episodes that a worker process plays at the same time."""
+        return self.max_env_num_per_worker or MAX_EPISODES_PER_WORKER
+
 
 class EpisodeConfig(Schema):
     """Keys of responses of several turns."""
