@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from roll_gspo.config.base import Names, Problem
 from roll_gspo.config.environment_table import SEEDS
-from roll_gspo.config.environments import EnvManagerConfig
+from roll_gspo.config.data import DataArgs
+from roll_gspo.config.environments import EnvManagerConfig, EpisodeConfig
+from roll_gspo.config.validation import ValidationConfig
 
-if TYPE_CHECKING:
-    from roll_gspo.config.experiment import ExperimentConfig
+
+class OtherBlocks(NamedTuple):
+    """Keys outside the blocks of episodes.
+
+    Attributes:
+        rewards: names of the blocks of `rewards`.
+        num_groups, group_size: `rollout_batch_size` and `num_return_sequences_in_group`.
+        data: `actor_train.data_args`.
+        validation: the block `validation`.
+        replays_rollout: True if the trainer replays the experts of the engine.
+        has_tag_templates: True if rows have templates by tag.
+    """
+
+    rewards: tuple[str, ...]
+    num_groups: int
+    group_size: int
+    data: DataArgs
+    validation: ValidationConfig | None
+    replays_rollout: bool
+    has_tag_templates: bool
 
 
-def broken_episode_rules(config: ExperimentConfig) -> Iterator[Problem]:
+def broken_episode_rules(config: EpisodeConfig, others: OtherBlocks) -> Iterator[Problem]:
     """Yield missing blocks of rewards or environments, and keys that episodes cannot have."""
-    manager, validation = config.train_env_manager, config.val_env_manager
+    manager = config.train_env_manager
     if manager is None:
-        if not config.rewards:
+        if not others.rewards:
             yield Problem("rewards", "no domain is configured; add at least one with its worker_cls")
         for key in ("custom_envs", "val_env_manager"):
             if config.__dict__[key]:
@@ -25,46 +45,44 @@ def broken_episode_rules(config: ExperimentConfig) -> Iterator[Problem]:
         return
     if not config.custom_envs:
         yield Problem("train_env_manager", "there is no environment; add custom_envs", ("custom_envs",))
-    if config.rewards:
-        names = ", ".join(config.rewards)
+    if others.rewards:
+        names = ", ".join(others.rewards)
         message = f"{names} score responses of one turn, and environments give the rewards here; remove one block"
         yield Problem("rewards", message, ("train_env_manager",))
-    if config.actor_train.router_replay.reads_rollout:
+    if others.replays_rollout:
         message = "replays experts that were recorded in one turn, and an episode has several; set router_replay=none"
         yield Problem("actor_train.router_replay.mode", message, ("train_env_manager",))
-    if config.tag_to_template:
+    if others.has_tag_templates:
         yield Problem("tag_to_template", "episodes have one template; set template", ("train_env_manager",))
-    groups = ("rollout_batch_size", config.rollout_batch_size)
-    size = ("num_return_sequences_in_group", config.num_return_sequences_in_group)
+    groups = ("rollout_batch_size", others.num_groups)
+    size = ("num_return_sequences_in_group", others.group_size)
     same: dict[str, tuple[str, int | None]] = {"num_env_groups": groups, "group_size": size}
-    known = tuple(config.custom_envs)
-    yield from _broken_manager_rules("train_env_manager", manager, known, same)
-    if validation is not None and config.validation is None:
-        yield Problem("val_env_manager", "needs the validation block; remove one of them", ("validation",))
-    elif validation is not None and config.validation is not None:
-        same = {
-            "num_env_groups": ("validation.data_args.num_rows", config.validation.data_args.num_rows),
-            "group_size": (
-                "validation.generating_args.num_return_sequences",
-                config.validation.generating_args.num_return_sequences,
-            ),
-        }
-        yield from _broken_manager_rules("val_env_manager", validation, known, same)
-    yield from _broken_seed_rules(config)
+    yield from _broken_manager_rules("train_env_manager", manager, tuple(config.custom_envs), same)
+    yield from _broken_seed_rules("train_env_manager", manager, "actor_train", others.data)
+    yield from _broken_validation_rules(config, others.validation)
 
 
-def _broken_seed_rules(config: ExperimentConfig) -> Iterator[Problem]:
+def _broken_validation_rules(config: EpisodeConfig, validation: ValidationConfig | None) -> Iterator[Problem]:
+    manager, name = config.val_env_manager, "val_env_manager"
+    if manager is None:
+        return
+    if validation is None:
+        yield Problem(name, "needs the validation block; remove one of them", ("validation",))
+        return
+    sampling, data = validation.generating_args, validation.data_args
+    same = {
+        "num_env_groups": ("validation.data_args.num_rows", data.num_rows),
+        "group_size": ("validation.generating_args.num_return_sequences", sampling.num_return_sequences),
+    }
+    yield from _broken_manager_rules(name, manager, tuple(config.custom_envs), same)
+    yield from _broken_seed_rules(name, manager, "validation", data)
+
+
+def _broken_seed_rules(name: str, manager: EnvManagerConfig, block: str, data: DataArgs) -> Iterator[Problem]:
     """Yield a partition of rows that are not seeds."""
-    managers = {"train_env_manager": config.train_env_manager, "val_env_manager": config.val_env_manager}
-    for name, manager in managers.items():
-        data = config.validation.data_args if config.validation and name[0] == "v" else config.actor_train.data_args
-        if manager is not None and manager.num_groups_partition is not None and data.file_name != (SEEDS,):
-            block = "validation" if name[0] == "v" else "actor_train"
-            yield Problem(
-                f"{name}.num_groups_partition",
-                f"divides seeds, and {block}.data_args.file_name names data; remove one of them",
-                (f"{block}.data_args.file_name",),
-            )
+    if manager.num_groups_partition is not None and data.file_name != (SEEDS,):
+        message = f"divides seeds, and {block}.data_args.file_name names data; remove one of them"
+        yield Problem(f"{name}.num_groups_partition", message, (f"{block}.data_args.file_name",))
 
 
 def _broken_manager_rules(

@@ -13,7 +13,7 @@ from roll_gspo.config.base import Names, Problem
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.environments import EpisodeConfig
-from roll_gspo.config.episode_rules import broken_episode_rules
+from roll_gspo.config.episode_rules import OtherBlocks, broken_episode_rules
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.config.roles import (
@@ -167,7 +167,16 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
         yield from self._broken_model_rules()
         yield from self._broken_replay_rules()
         yield from self._broken_async_rules()
-        yield from broken_episode_rules(self)
+        others = OtherBlocks(
+            rewards=tuple(self.rewards),
+            num_groups=self.rollout_batch_size,
+            group_size=self.num_return_sequences_in_group,
+            data=self.actor_train.data_args,
+            validation=self.validation,
+            replays_rollout=self.actor_train.router_replay.reads_rollout,
+            has_tag_templates=bool(self.tag_to_template),
+        )
+        yield from broken_episode_rules(self, others)
         yield from self._broken_data_rules("actor_train", self.actor_train.data_args)
         if self.validation is not None:
             yield from self._broken_data_rules("validation", self.validation.data_args)

@@ -28,6 +28,7 @@ from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.asynchronous import AsyncConfig
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.blocks import models_in
+from roll_gspo.config.environments import EpisodeConfig
 from roll_gspo.config.legacy import IGNORED, IGNORED_WITHOUT, LATER_VALUES, NOT_SUPPORTED_YET, reader_text
 from roll_gspo.config.pipelines import shipped_config_classes
 from roll_gspo.config.run import RunConfig
@@ -40,9 +41,10 @@ FLAT: dict[str, type[BaseModel]] = {
     "run": RunConfig,
     "batch": BatchConfig,
     "async": AsyncConfig,
+    "episodes": EpisodeConfig,
     "algorithm": AlgorithmConfig,
 }
-NAMED_BY_USER = {"rewards": ".DOMAIN", "parts": ".NAME"}
+NAMED_BY_USER = {"rewards": ".DOMAIN", "parts": ".NAME", "custom_envs": ".NAME"}
 READ_FROM_TEXT = {  # keys whose validator accepts more than their type
     "device_mapping": "devices or null",
     "overlong_buffer_length": "integer > 0, number < 1 or null",

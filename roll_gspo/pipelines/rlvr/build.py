@@ -264,6 +264,9 @@ def _make_collector(
     stream = RolloutStream(sampler, models.actor_infer, rewards, text_of, settings, source)
     overlaps = config.is_async and config.execution != "local"
     thread = RolloutThread(stream, config.worker_timeout_s) if overlaps else None
+    manager = config.train_env_manager
     return Collector(
-        stream, models.actor_infer, rewards, text_of, models.weights, thread, config.max_failed_reward_steps
+        *(stream, models.actor_infer, rewards, text_of, models.weights, thread),
+        max_failed_steps=config.max_failed_reward_steps,
+        max_failed_fraction=None if manager is None else manager.max_failed_fraction,
     )

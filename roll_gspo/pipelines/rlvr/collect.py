@@ -14,7 +14,7 @@ from torch import Tensor
 
 from roll_gspo.batch import Completion, Rollouts
 from roll_gspo.pipelines.rlvr.groups import Group
-from roll_gspo.pipelines.rlvr.reward_alarm import FailedSteps, FirstSample, RewardAlarm
+from roll_gspo.pipelines.rlvr.reward_alarm import FailedEpisodes, FailedSteps, FirstSample, RewardAlarm
 from roll_gspo.pipelines.rlvr.reward_metrics import (
     component_metrics,
     count_by_domain,
@@ -80,6 +80,7 @@ class Collector:
         weights: sends the weights to the engines; restarts lost ones while a step waits for samples.
         thread: pumps the stream while the trainer trains; None pumps it while a step waits for samples.
         max_failed_steps: stop after this many consecutive steps in which every reward failed; None never stops.
+        max_failed_fraction: stop if a larger fraction of a step's episodes failed; None never stops.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Collector:
         weights: WeightSync,
         thread: RolloutThread | None = None,
         max_failed_steps: int | None = None,
+        max_failed_fraction: float | None = None,
     ) -> None:
         self._stream = stream
         self._generator = generator
@@ -100,6 +102,7 @@ class Collector:
         self._thread = thread
         self._alarm = RewardAlarm()
         self._failed_steps = FailedSteps(max_failed_steps)
+        self._failed_episodes = FailedEpisodes(max_failed_fraction)
         self._unreleased: list[Group] = []
         self._is_collecting = False
         self._time = RewardTime(0.0, 0.0)
@@ -253,6 +256,7 @@ class Collector:
         results = [result for group in groups for result in group.ordered_results]
         domains = [group.domain for group in groups for _ in group.results]
         lengths = [len(completion.token_ids) for group in groups for completion in group.ordered_completions]
+        self._failed_episodes.check(step, domains, results)
         self._alarm.check(step, domains, results)
         head = groups[0]
         self._failed_steps.check(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from roll_gspo.batch import Prompt
-from roll_gspo.errors import RewardError
+from roll_gspo.errors import PlayError, RewardError
 from roll_gspo.pipelines.repeats import is_due
 from roll_gspo.rewards.base import RewardResult
 
@@ -111,6 +111,33 @@ class FailedSteps:
             f"prompt: {_short(prompt.text)}\nresponse: {_short(response)}"
         )
         raise RewardError(text)
+
+
+class FailedEpisodes:
+    """Stop the run if many episodes of a step failed: their environment is broken, and the others are few.
+
+    Args:
+        limit: largest fraction of failed episodes; None never stops.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+
+    def check(self, step: int, domains: Sequence[str], results: Sequence[RewardResult]) -> None:
+        """Check all results of a step; `domains` and `results` have one entry per sample.
+
+        Raises:
+            PlayError: more episodes failed than the limit allows; the message has the most frequent cause.
+        """
+        failed = [(d, r) for d, r in zip(domains, results, strict=True) if r.failed is not None]
+        if self._limit is None or len(failed) <= self._limit * len(results):
+            return
+        (domain, reason), count = Counter((d, r.failed) for d, r in failed).most_common(1)[0]
+        traceback = next(r.traceback for d, r in failed if (d, r.failed) == (domain, reason))
+        raise PlayError(
+            f"step {step}: {len(failed)} of {len(results)} episodes failed (train_env_manager.max_failed_fraction "
+            f"{self._limit:g}), most often ({count} times) those of custom_envs.{domain}: {reason}\n{traceback}".rstrip()
+        )
 
 
 def _short(value: object) -> str:
