@@ -84,6 +84,9 @@ class RandomRewards:
     def domains(self, prompts: Iterable[Prompt]) -> list[str]:
         return [prompt.row["domain"] for prompt in prompts]
 
+    def result(self, completion: Completion) -> None:
+        return None
+
     def request(self, prompt: Prompt, response: str) -> tuple[str, RewardRequest]:
         return prompt.row["domain"], RewardRequest(prompt.text, response, "", {})
 

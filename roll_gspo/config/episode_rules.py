@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from roll_gspo.config.base import Names, Problem
-from roll_gspo.config.environment_table import SEEDS
 from roll_gspo.config.data import DataArgs
+from roll_gspo.config.environment_table import SEEDS
 from roll_gspo.config.environments import EnvManagerConfig, EpisodeConfig
 from roll_gspo.config.validation import ValidationConfig
 

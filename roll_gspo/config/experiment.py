@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field
-
 from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.asynchronous import AsyncConfig
 from roll_gspo.config.base import Names, Problem
@@ -46,8 +44,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
     critic: CriticConfig | None = None
     """The value model; needed by `adv_estimator: gae`. If omitted, its learning rate is 1e-5, or 1e-3 for a `builtin:`
     model, whose value head has few steps to learn."""
-    rewards: dict[str, RewardConfig] = Field(default_factory=dict)
-    """Reward domains by name. Empty if environments give the rewards."""
+    rewards: dict[str, RewardConfig]
+    """Reward domains by name; none if environments give the rewards."""
     validation: ValidationConfig | None = None
     """Held-out prompts."""
 

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 from roll_gspo.environments.base import Reply, Start
 from roll_gspo.environments.spec import EnvironmentSpec
 from roll_gspo.environments.worker import Command, Setup
-from roll_gspo.errors import PlayError
+from roll_gspo.errors import ConfigError, PlayError
 from roll_gspo.workers.output import WorkerOutput
 from roll_gspo.workers.process import ChildProcess, WorkerProgram, WorkerStartError, kill_marked
 
 logger = logging.getLogger(__name__)
 _MAX_WAIT_S = 60.0
+_PROBE, _PROBE_SLICE_S = -1, 0.25  # key of the episode that `check` begins
 _MAX_CONSECUTIVE_FAILED_STARTS = 3
 
 
@@ -160,6 +161,29 @@ class EnvironmentPool:
     def pids(self) -> list[int]:
         """Process ids of the current workers."""
         return [player.pid for player in list(self._players)]
+
+    def check(self, row: Mapping[str, Any] | None, limit_s: float) -> None:
+        """Check that an episode can begin, before heavy work. The episode is ended at once.
+
+        Args:
+            row: columns of the row; None only checks that the environment can be built.
+            limit_s: seconds to wait.
+
+        Raises:
+            ConfigError, MissingDependencyError, PlayError: the environment cannot be built, or does not begin.
+        """
+        self.start(_PROBE, row or {}, 0)
+        deadline = time.monotonic() + limit_s
+        results: list[Played] = []
+        while not results and time.monotonic() < deadline:
+            results = self.take(_PROBE_SLICE_S)
+        self.end(_PROBE)
+        if not results:
+            raise ConfigError(f"{self._key}: reset did not end within {limit_s:g} s; raise start_timeout_s")
+        result = results[0].result
+        if row is not None and isinstance(result, Failure):
+            place = f"{self._key}: reset failed on row {row.get('id', '?')}"
+            raise ConfigError(f"{place}: {result.reason}\n{result.traceback}".rstrip())
 
     def start(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
         """Begin an episode; its result is a `Start` or a `Failure` with turn 0."""

@@ -14,6 +14,8 @@ from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import StrategyArgs
 from roll_gspo.data.hf_datasets import parse_dataset_name
 from roll_gspo.data.templates import template_problem
+from roll_gspo.environments.pool import EnvironmentPool
+from roll_gspo.environments.spec import EnvironmentSpec
 from roll_gspo.errors import ConfigError, DataError, MissingDependencyError, RewardError
 from roll_gspo.models.folder_check import (
     NO_END,
@@ -28,7 +30,6 @@ from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.disk import check_disk
 from roll_gspo.pipelines.plan import Plan
 from roll_gspo.pipelines.pretrain import check_model_name
-from roll_gspo.pipelines.rlvr.environments import environment_manager
 from roll_gspo.pipelines.run_folder import RunFolder, check_writable, find_run_folder
 from roll_gspo.rewards.from_config import spec_from_config
 from roll_gspo.rewards.pool import RewardPool
@@ -85,9 +86,11 @@ def check_rewards(config: AnyConfig) -> None:
     """
     if not isinstance(config, ExperimentConfig):
         return
-    if config.plays_episodes:
-        with closing(environment_manager(config)) as environments:
-            environments.check_processes()
+    for name, block in config.played_environments.items():
+        spec, key = EnvironmentSpec(block.env_type, block.env_config), f"custom_envs.{name}"
+        limits = block.timeout_s, key, block.start_timeout_s
+        with closing(EnvironmentPool(spec, 1, 1, *limits)) as pool:
+            pool.check(None, block.timeout_s + block.start_timeout_s)
     for domain, block in config.rewards.items():
         if not any(LOADS_A_MODEL & {shipped_name(worker)} for worker in block.workers.values()):
             key = f"rewards.{domain}"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.data.templates import ChatFormat
-from roll_gspo.environments.base import Reply, Start
-from roll_gspo.environments.pool import EnvironmentPool, Failure
+from roll_gspo.environments.pool import EnvironmentPool
 from roll_gspo.environments.spec import EnvironmentSpec
-from roll_gspo.errors import ConfigError
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.roles.episodes import EpisodeClient, EpisodeLimits, EpisodeRequest
 from roll_gspo.roles.generator import Generator
@@ -21,7 +18,6 @@ from roll_gspo.roles.scoring import Scoring
 from roll_gspo.strategies.base import Sampling
 
 _SLICE_S = 0.25
-_PROBE = -1  # key of the episode that `check` begins
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class EnvironmentSettings:
 class EnvironmentManager(Scorer):
     """Owns the processes of every environment. A response that is an episode has the reward of its environment.
 
-    Training and validation have processes of their own, which start with the first episodes.
+    Training and validation have different processes, which start with their first episodes.
 
     Args:
         environments: settings by block of `custom_envs`.
@@ -88,17 +84,8 @@ class EnvironmentManager(Scorer):
         self._router.check(columns)
         first = {self._router.domain_of(row): row for row in reversed(columns)}
         for name, row in first.items():
-            _begin(name, self._pools[name], row, self._settings[name])
-
-    def check_processes(self) -> None:
-        """Check that each environment can be built, without an episode.
-
-        Raises:
-            ConfigError, MissingDependencyError, PlayError: an environment cannot be built.
-        """
-        for name, pool in self._pools.items():
-            # The process answers a start even if `reset` rejects a row without columns.
-            _first_answer(name, pool, {}, self._settings[name])
+            settings = self._settings[name]
+            self._pools[name].check(row, settings.start_timeout_s + settings.timeout_s)
 
     @property
     def busy_seconds(self) -> float:
@@ -220,25 +207,3 @@ def _pool(name: str, settings: EnvironmentSettings, *, validation: bool) -> Envi
         start_timeout_s=settings.start_timeout_s,
         max_memory_mb=settings.max_memory_mb,
     )
-
-
-def _begin(name: str, pool: EnvironmentPool, row: Mapping[str, Any], settings: EnvironmentSettings) -> None:
-    """Begin and end an episode, so that an environment that can never work fails before the model is loaded."""
-    result = _first_answer(name, pool, row, settings)
-    if isinstance(result, Failure):
-        place = f"custom_envs.{name}: reset failed on row {row.get('id', '?')}"
-        raise ConfigError(f"{place}: {result.reason}\n{result.traceback}".rstrip())
-
-
-def _first_answer(
-    name: str, pool: EnvironmentPool, row: Mapping[str, Any], settings: EnvironmentSettings
-) -> Start | Reply | Failure:
-    """Begin an episode, end it, and return how it began."""
-    limit_s = settings.start_timeout_s + settings.timeout_s
-    deadline = time.monotonic() + limit_s
-    pool.start(_PROBE, row, 0)
-    while time.monotonic() < deadline:
-        for played in pool.take(_SLICE_S):
-            pool.end(_PROBE)
-            return played.result
-    raise ConfigError(f"custom_envs.{name}: reset did not end within {limit_s:g} s; raise start_timeout_s")

@@ -1,4 +1,4 @@
-"""What the stream of groups asks for: responses of one turn, or episodes."""
+"""Requests of the stream of groups: responses of one turn, or episodes."""
 
 from __future__ import annotations
 

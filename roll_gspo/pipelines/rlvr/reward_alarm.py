@@ -134,10 +134,11 @@ class FailedEpisodes:
             return
         (domain, reason), count = Counter((d, r.failed) for d, r in failed).most_common(1)[0]
         traceback = next(r.traceback for d, r in failed if (d, r.failed) == (domain, reason))
-        raise PlayError(
-            f"step {step}: {len(failed)} of {len(results)} episodes failed (train_env_manager.max_failed_fraction "
-            f"{self._limit:g}), most often ({count} times) those of custom_envs.{domain}: {reason}\n{traceback}".rstrip()
+        share = (
+            f"{len(failed)} of {len(results)} episodes failed (train_env_manager.max_failed_fraction {self._limit:g})"
         )
+        cause = f"custom_envs.{domain}, {count} times: {reason}\n{traceback}".rstrip()
+        raise PlayError(f"step {step}: {share}, most often in {cause}")
 
 
 def _short(value: object) -> str:
