@@ -21,7 +21,7 @@ from roll_gspo.pipelines.evaluated import REPORT, Evaluated
 from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.rlvr.build import new_validation, validation_generator
-from roll_gspo.pipelines.rlvr.datasets import columns_of, read_validation, tokenize
+from roll_gspo.pipelines.rlvr.datasets import columns_of, tokenize, validation_rows
 from roll_gspo.pipelines.rlvr.environments import environment_manager
 from roll_gspo.pipelines.rlvr.sample_files import validation_samples
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, Summary, answers_of, summaries
@@ -53,7 +53,7 @@ def evaluate(config: ExperimentConfig, evaluated: Evaluated) -> list[Summary]:
     with Console("evaluation", 1, evaluated.out) as console:
         assert config.validation is not None  # the plan rejects a missing block
         with console.stage("read data"):
-            rows = read_validation(config)
+            rows = validation_rows(config)
         with console.stage("start rewards"):
             scorer = _scorer(config, rows)
         try:

@@ -13,6 +13,7 @@ from roll_gspo.batch import Prompt
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.environment_table import SEEDS
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.validation import ValidationConfig
 from roll_gspo.data import column_addition, multi_domain
 from roll_gspo.data.messages import Columns
 from roll_gspo.data.prompts import make_prompts
@@ -49,7 +50,7 @@ def read_datasets(config: ExperimentConfig) -> Datasets:
     """
     args, where = config.actor_train.data_args, "actor_train.data_args.file_name"
     train = seed_rows(config, "train") if args.file_name == (SEEDS,) else _rows(args, where, "train")
-    validation = [] if config.validation is None else read_validation(config)
+    validation = [] if config.validation is None else validation_rows(config)
     if config.difficulty_loss_weight:
         _check_difficulty(train)
     check_tags(config, {row.tag for row in (*train, *validation)})
@@ -121,17 +122,24 @@ def make_sampler(config: ExperimentConfig, prompts: Sequence[Prompt]) -> Sampler
     return InterleavedSampler(by_domain, shares, config.seed, mark)
 
 
-def read_validation(config: ExperimentConfig) -> list[DataRow]:
-    """Read the rows of the block `validation`, which must exist; only those of `sources` if the block sets it.
+def validation_rows(config: ExperimentConfig) -> list[DataRow]:
+    """Return the rows of the block `validation`, which must exist: those of its data, or seeds.
+
+    Raises:
+        DataError: see `read_validation` and `seed_rows`.
+    """
+    block = config.validation
+    assert block is not None
+    return seed_rows(config, "validation") if block.data_args.file_name == (SEEDS,) else read_validation(block)
+
+
+def read_validation(block: ValidationConfig) -> list[DataRow]:
+    """Read the validation rows; only those of `sources` if the block sets it.
 
     Raises:
         DataError: names the YAML key, the file and the line; or a source that no row has.
     """
-    block = config.validation
-    assert block is not None
     args, where = block.data_args, "validation.data_args.file_name"
-    if args.file_name == (SEEDS,):
-        return seed_rows(config, "validation")
     if not block.sources:
         return _rows(args, where, "validation")
     rows = _rows(args.model_copy(update={"num_rows": None}), where, "validation")  # `num_rows` applies after filtering
