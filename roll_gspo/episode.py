@@ -56,7 +56,7 @@ class Episode:
     """The turns of a response, and why it ended.
 
     Attributes:
-        prompt_ids, prompt_text: the first prompt, which the environment made.
+        prompt_ids: the first prompt, which the environment made.
         mask: for each token of the response, True if the model sampled it and False if it was given.
         turn_ends: number of response tokens at the end of each answer.
         turns: the conversation after the first prompt.
@@ -64,11 +64,11 @@ class Episode:
         failed: why the environment failed, or None. A failed episode has no reward.
         traceback: the frames of the environment in which it raised; empty if it did not raise.
         num_rewritten: number of turns before which the chat template would have changed the recorded history.
+        prompt_text: text of the first prompt.
         branches: other conversations of the episode, in the order in which they began. They are not trained.
     """
 
     prompt_ids: tuple[int, ...]
-    prompt_text: str
     mask: tuple[bool, ...]
     turn_ends: tuple[int, ...]
     turns: tuple[EpisodeTurn, ...]
@@ -76,6 +76,7 @@ class Episode:
     failed: str | None = None
     traceback: str = ""
     num_rewritten: int = 0
+    prompt_text: str = ""
     branches: tuple[EpisodeBranch, ...] = ()
 
     @property

@@ -12,6 +12,7 @@ ENVIRONMENTS = Registry(
         "openenv": "roll_gspo.environments.openenv_server:OpenEnv",
         "frozen_lake": "roll_gspo.environments.frozen_lake:FrozenLake",
         "sokoban": "roll_gspo.environments.sokoban:Sokoban",
+        "verifiers": "roll_gspo.environments.verifiers_tasks:Verifiers",
         "tool_use": "roll_gspo.environments.tool_use:ToolUse",
     },
 )

@@ -46,6 +46,9 @@ class EnvironmentConfig(Schema):
     """Time limit in seconds for the start of a worker process."""
     max_memory_mb: PositiveInt | None = None
     """Memory limit of a worker process in MiB; null: no limit."""
+    python: str | None = None
+    """Interpreter of the worker processes, for an environment whose packages conflict with those of the trainer; null:
+    the interpreter of the run."""
 
 
 class EnvManagerConfig(Schema):

@@ -87,7 +87,7 @@ def check_rewards(config: AnyConfig) -> None:
     if not isinstance(config, ExperimentConfig):
         return
     for name, block in config.played_environments.items():
-        spec, key = EnvironmentSpec(block.env_type, block.env_config), f"custom_envs.{name}"
+        spec, key = EnvironmentSpec(block.env_type, block.env_config, block.python), f"custom_envs.{name}"
         limits = block.timeout_s, key, block.start_timeout_s
         with closing(EnvironmentPool(spec, 1, 1, *limits)) as pool:
             pool.check(None, block.timeout_s + block.start_timeout_s)

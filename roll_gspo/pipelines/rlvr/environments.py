@@ -23,7 +23,7 @@ def environment_manager(config: ExperimentConfig) -> EnvironmentManager:
     return EnvironmentManager(
         {
             name: EnvironmentSettings(
-                spec=EnvironmentSpec(block.env_type, block.env_config),
+                spec=EnvironmentSpec(block.env_type, block.env_config, block.python),
                 tags=block.tag_included,
                 limits=limits(block, config.prompt_length, config.max_response_length),
                 validation_limits=limits(block, prompt, response),
