@@ -63,6 +63,7 @@ class PolicyLoss(Declaration):
         needs_reference: reads `terms.ref_log_probs`; the reference model is built.
         own_ratio: how the loss computes the ratio of a whole response from the token ratios, or empty if it uses
             `terms.ratio`. Such a loss needs `importance_sampling: token`.
+        averages_advantages: see `ImportanceRatio`; None if this depends on the ratio.
     """
 
     inputs: ClassVar[str] = "terms, settings"
@@ -71,6 +72,7 @@ class PolicyLoss(Declaration):
     allows_dual_clip: bool = False
     needs_reference: bool = False
     own_ratio: str = ""
+    averages_advantages: bool | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -90,11 +92,14 @@ class ImportanceRatio(Declaration):
         scale: how far the ratio moves per update: `token` by tenths, `sequence` (a mean over tokens) by thousandths,
             empty if unknown. The plan warns of clip ranges that do not fit.
         clip_range: default (low, high) of the clip range, or None if it has no default.
+        averages_advantages: the gradient of each token's ratio reaches all tokens of the sample. Every token is then
+            trained by the mean of the sample's advantages, so that they must not differ by turn.
     """
 
     inputs: ClassVar[str] = "log_ratio, response_mask"
     scale: str = ""
     clip_range: tuple[float, float] | None = None
+    averages_advantages: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,8 @@ class AdvantageEstimator(Declaration):
             the result.
         normalises_scores: defines how scores are normalised, so that `reward_norm` must be null.
         whitens: advantages are whitened by definition, whether or not `whiten_advantages` is set.
+        whole_samples: why a turn of an episode cannot have its own advantage, or empty if it can. The estimator then
+            gets every turn as a sample. One that needs a critic gets whole samples, with a reward per turn.
     """
 
     inputs: ClassVar[str] = "shaped, settings"
@@ -114,6 +121,7 @@ class AdvantageEstimator(Declaration):
     compares_group: bool = False
     normalises_scores: bool = False
     whitens: bool = False
+    whole_samples: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:

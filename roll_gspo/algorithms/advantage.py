@@ -22,6 +22,7 @@ from roll_gspo.algorithms.reward_norm import (
     groups_without_spread,
     normalise_rewards,
 )
+from roll_gspo.algorithms.turns import Turns, TurnTokens
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 
 WHITENING_EPSILON = 1e-8
@@ -122,6 +123,7 @@ def advantages(
     values: Tensor | None = None,
     loss_mask: Tensor | None = None,
     parts: RewardParts | None = None,
+    turns: Turns | None = None,
 ) -> Estimated:
     """Return the advantages of a whole rollout, with returns and statistics.
 
@@ -137,36 +139,130 @@ def advantages(
         loss_mask: [B, T] bool, the valid tokens of samples in the loss; None for `response_mask`. Other samples count
             in the moments of the rewards, but not in whitening and the statistics of the advantages.
         parts: of the scores, for estimators that normalise each part; None if the score is the only part.
+        turns: of the samples, if `settings.needs_turns`; None if every sample has one turn.
 
     Returns:
         Advantages (0 outside `loss_mask`; float32, or float64 for float64 scores). Returns if the estimator needs a
         critic: advantages before whitening, plus values. Statistics: `reward/score_{mean,std,min,max}` (of `scores`),
         `reward/mean` (as the estimator gets them), `reward/clip_fraction`, `reward/groups_without_spread`,
         `advantage/{mean,std,min,max}` (before the clip), `advantage/clip_fraction` and, with `add_token_level_kl`,
-        `reward/kl` (per valid token).
+        `reward/kl` (per valid token), with `credit: turn` those of `_turn_statistics`.
 
     Raises:
         ValueError: log-probs, values or moments that the settings need are missing.
     """
     declared = ADVANTAGE_ESTIMATORS.declaration(settings.adv_estimator)
-    rewards, clip_fraction = _normalised(scores, group_ids, settings, running, clips=not declared.compares_group)
-    statistics = _reward_statistics(scores, group_ids, rewards)
     kl = _token_level_kl(log_probs, ref_log_probs, response_mask, settings)
+    rows = _Rows(group_ids, response_mask, None if kl is None else kl_coef * kl, values, parts)
+    found, of_turns = _found(scores, rows, turns, settings, running)
+    statistics = _reward_statistics(scores, group_ids, found.rewards) | of_turns
     if kl is not None:
         statistics["reward/kl"] = float(kl.sum(-1).sum(dtype=torch.float64)) / max(int(response_mask.sum()), 1)
-    penalties = None if kl is None else kl_coef * kl
-    shaped = ShapedRewards(rewards, penalties, group_ids, response_mask, values, parts)
-    estimator = ADVANTAGE_ESTIMATORS.load(settings.adv_estimator)
-    estimated = estimator(shaped, settings, **settings.adv_estimator_args).expand(response_mask.shape)
-    if declared.compares_group:
-        estimated, clip_fraction = _clip_estimated(estimated, response_mask, settings.reward_clip)
-    statistics["reward/clip_fraction"] = clip_fraction
+    statistics["reward/clip_fraction"] = found.clip_fraction
     returns = None
     if declared.needs_critic and values is not None:
-        returns = zero_masked(estimated + values, response_mask)
+        returns = zero_masked(found.advantages + values, response_mask)
     seen = response_mask if loss_mask is None else response_mask & loss_mask
-    final, of_advantages = _finished(estimated, seen, settings)
+    final, of_advantages = _finished(found.advantages, seen, settings)
     return Estimated(final, returns, statistics | of_advantages)
+
+
+class _Rows(NamedTuple):
+    """Inputs of an estimator beside the scores; see `ShapedRewards`."""
+
+    group_ids: Tensor
+    response_mask: Tensor
+    penalties: Tensor | None = None
+    values: Tensor | None = None
+    parts: RewardParts | None = None
+
+
+class _Found(NamedTuple):
+    """Result of an estimator: advantages [B, T], the rewards that it got, and the fraction beyond `reward_clip`."""
+
+    advantages: Tensor
+    rewards: Tensor
+    clip_fraction: float
+
+
+def _found(
+    scores: Tensor, rows: _Rows, turns: Turns | None, settings: AdvantageSettings, running: RunningMoments | None
+) -> tuple[_Found, dict[str, float]]:
+    """Estimate by episode or by turn, as `credit` says; the second also returns the statistics of turns."""
+    if turns is None or settings.credit == "episode":
+        earned = scores if turns is None else turns.discounted_sums(settings.step_reward_gamma)
+        return _estimate(earned, rows, settings, running), {}
+    tokens = turns.tokens(rows.response_mask)
+    found = _estimate_turns(scores, rows, turns, tokens, settings, running)
+    return found, _turn_statistics(turns, tokens, rows.group_ids, settings, found.advantages)
+
+
+def _estimate(scores: Tensor, rows: _Rows, settings: AdvantageSettings, running: RunningMoments | None) -> _Found:
+    """Normalise, clip and estimate; `scores` has one of each row."""
+    compares = ADVANTAGE_ESTIMATORS.declaration(settings.adv_estimator).compares_group
+    rewards, clip_fraction = _normalised(scores, rows.group_ids, settings, running, clips=not compares)
+    shaped = ShapedRewards(rewards, rows.penalties, *rows[:2], rows.values, rows.parts)
+    estimator = ADVANTAGE_ESTIMATORS.load(settings.adv_estimator)
+    estimated = estimator(shaped, settings, **settings.adv_estimator_args).expand(rows.response_mask.shape)
+    if compares:
+        estimated, clip_fraction = _clip_estimated(estimated, rows.response_mask, settings.reward_clip)
+    return _Found(estimated, rewards, clip_fraction)
+
+
+def _estimate_turns(
+    scores: Tensor,
+    rows: _Rows,
+    turns: Turns,
+    tokens: TurnTokens,
+    settings: AdvantageSettings,
+    running: RunningMoments | None,
+) -> _Found:
+    """Estimate an advantage per turn: `w_e` times that of the episode plus `w_s` times that of the turn's return.
+
+    An estimator that needs a critic gets the samples, with the reward of each turn at its last token.
+    """
+    shape = rows.response_mask.shape
+    groups = turns.groups(rows.group_ids, settings.turn_baseline)
+    if ADVANTAGE_ESTIMATORS.declaration(settings.adv_estimator).needs_critic:
+        rewards, clip_fraction = _normalised(turns.rewards, groups, settings, running, clips=True)
+        placed = tokens.at_ends(rewards, shape)
+        shaped = ShapedRewards(placed.sum(-1), rows.penalties, *rows[:2], rows.values, turn_rewards=placed)
+        estimator = ADVANTAGE_ESTIMATORS.load(settings.adv_estimator)
+        return _Found(estimator(shaped, settings, **settings.adv_estimator_args), rewards, clip_fraction)
+    if rows.penalties is not None:
+        raise ValueError("add_token_level_kl: the return of a turn has no KL; with credit: turn, use the KL loss")
+    of_step = _estimate(turns.returns(settings.step_reward_gamma), _Rows(groups, tokens.mask), settings, running)
+    spread = tokens.spread(of_step.advantages, shape)
+    if settings.step_reward_weight != 1.0:
+        spread = settings.step_reward_weight * spread
+    if settings.episode_reward_weight:
+        of_episode = _estimate(scores, rows._replace(parts=None), settings, running)
+        spread = spread + settings.episode_reward_weight * of_episode.advantages
+    return of_step._replace(advantages=spread)
+
+
+def _turn_statistics(
+    turns: Turns, tokens: TurnTokens, group_ids: Tensor, settings: AdvantageSettings, estimated: Tensor
+) -> dict[str, float]:
+    """Return statistics of turns; 0 if there are none.
+
+    * `reward/turn_mean`: mean of the rewards.
+    * `reward/turn_groups_without_spread`: fraction of the sets of compared turns whose returns are all equal.
+    * `advantage/turn_std`: root mean square, over turns, of the distance of a turn's mean advantage from the mean of
+      its episode's turns.
+    """
+    if not len(turns.rewards):
+        return dict.fromkeys(("reward/turn_mean", "reward/turn_groups_without_spread", "advantage/turn_std"), 0.0)
+    groups = turns.groups(group_ids, settings.turn_baseline)
+    zeros = torch.zeros(len(turns.rewards), dtype=torch.float64)
+    means = zeros.index_add(0, tokens.owners, estimated[tokens.places].double()) / tokens.counts.clamp(min=1)
+    episodes = torch.zeros(len(turns.of_tokens), dtype=torch.float64).index_add(0, turns.samples, means)
+    distances = means - (episodes / torch.bincount(turns.samples, minlength=len(episodes)))[turns.samples]
+    return {
+        "reward/turn_mean": float(turns.rewards.double().mean()),
+        "reward/turn_groups_without_spread": groups_without_spread(turns.returns(settings.step_reward_gamma), groups),
+        "advantage/turn_std": float(distances.square().mean().sqrt()),
+    }
 
 
 def _normalised(

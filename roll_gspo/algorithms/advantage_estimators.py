@@ -36,6 +36,10 @@ class AdvantageSettings:
         advantage_clip: bound of the advantage, or None.
         lambd: lambda of GAE: 1 is reward-to-go minus value, 0 the one-step residual.
         adv_estimator_args: keyword arguments of a user's function.
+        credit: `episode` gives all turns of an episode one advantage, `turn` gives each its own.
+        step_reward_gamma: discount per turn of an episode.
+        episode_reward_weight, step_reward_weight: weights of the advantages of episode and turn, for `credit: turn`.
+        turn_baseline: the turns that a turn is compared with, see `Turns.groups`.
     """
 
     adv_estimator: str = "grpo"
@@ -50,6 +54,16 @@ class AdvantageSettings:
     advantage_clip: float | None = None
     lambd: float = 0.95
     adv_estimator_args: Mapping[str, Any] = field(default_factory=dict)
+    credit: str = "episode"
+    step_reward_gamma: float = 1.0
+    episode_reward_weight: float = 0.0
+    step_reward_weight: float = 1.0
+    turn_baseline: str = "turn"
+
+    @property
+    def needs_turns(self) -> bool:
+        """Return whether the turns of an episode count, and not only its score."""
+        return self.credit == "turn" or self.step_reward_gamma != 1.0
 
     @property
     def whitens(self) -> bool:
@@ -85,6 +99,8 @@ class ShapedRewards:
         response_mask: [B, T] bool.
         values: [B, T] of the critic, anything where masked; None without one.
         parts: of the scores, or None if the score is the only part.
+        turn_rewards: [B, T] reward of each turn at its last token, 0 elsewhere, instead of `rewards` at the last token
+            of the sample; None without it.
     """
 
     rewards: Tensor
@@ -93,6 +109,7 @@ class ShapedRewards:
     response_mask: Tensor
     values: Tensor | None = None
     parts: RewardParts | None = None
+    turn_rewards: Tensor | None = None
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -101,7 +118,9 @@ class ShapedRewards:
 
     @property
     def token_rewards(self) -> Tensor:
-        """[B, T] reward of each token, by the function `token_rewards`."""
+        """[B, T] reward of each token: `turn_rewards` minus the penalties, or by the function `token_rewards`."""
+        if self.turn_rewards is not None:
+            return self.turn_rewards if self.penalties is None else self.turn_rewards - self.penalties
         return token_rewards(self.rewards, self.response_mask, self.penalties)
 
     @property
@@ -193,7 +212,7 @@ def reinforce_plus_plus_baseline(shaped: ShapedRewards, settings: AdvantageSetti
     return dr_grpo(shaped, settings)
 
 
-@AdvantageEstimator(compares_group=True)
+@AdvantageEstimator(compares_group=True, whole_samples="trains the best samples of a prompt")
 def raft_plus_plus(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
     """1 on the tokens of a prompt's best samples, 0 on all others (RAFT++, arXiv 2504.11343, eq. 6).
 
@@ -228,7 +247,9 @@ def opo(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
     return (distances - baselines[index])[:, None]
 
 
-@AdvantageEstimator(compares_group=True, normalises_scores=True)
+@AdvantageEstimator(
+    compares_group=True, normalises_scores=True, whole_samples="divides by the share of samples that succeed"
+)
 def maxrl(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
     """`(R_i - mean) / mean` of its group, on every token (MaxRL, arXiv 2602.02710, algorithm 1).
 
@@ -241,7 +262,9 @@ def maxrl(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
     return relative.to(shaped.totals.dtype)[:, None]
 
 
-@AdvantageEstimator(compares_group=True, normalises_scores=True)
+@AdvantageEstimator(
+    compares_group=True, normalises_scores=True, whole_samples="normalises the parts of the score of a sample"
+)
 def gdpo(shaped: ShapedRewards, settings: AdvantageSettings) -> Tensor:
     """The weighted sum of the normalised parts of the reward, normalised over the rollout (GDPO, arXiv 2601.05242).
 

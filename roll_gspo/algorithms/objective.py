@@ -144,7 +144,7 @@ def dual_clip(loss: Tensor, advantages: Tensor, dual_clip_ratio: float) -> tuple
     return torch.where(bounded, bound, loss), bounded
 
 
-@PolicyLoss(needs_clip_range=True, clip_range=(1.0, 4.0))
+@PolicyLoss(needs_clip_range=True, clip_range=(1.0, 4.0), averages_advantages=False)
 def cispo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-sg[clip(ratio)] A log_prob` (MiniMax-M1, arXiv 2506.13585 eqs. 4 and 5): every token keeps a gradient.
 
@@ -161,6 +161,7 @@ def cispo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     needs_clip_range=True,
     clip_range=(0.3297, 0.4918),  # 1 - e^-0.4 and e^0.4 - 1
     own_ratio="the geometric mean of its clipped token ratios",
+    averages_advantages=True,
 )
 def gmpo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-A exp(sum_t c_it / n_i)`: minus the geometric mean of the clipped token ratios (arXiv 2507.20673 eq. 4).
@@ -208,7 +209,12 @@ def topr(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     return weighted * terms.log_probs, negative & (whole > 0)
 
 
-@PolicyLoss(needs_clip_range=True, clip_range=(0.03, 0.03), own_ratio="the product of its token ratios")
+@PolicyLoss(
+    needs_clip_range=True,
+    clip_range=(0.03, 0.03),
+    own_ratio="the product of its token ratios",
+    averages_advantages=True,
+)
 def fspo(terms: Terms, settings: PolicyLossSettings) -> tuple[Tensor, Tensor]:
     """`-min(w A, exp(clip(S_i)) A)` with `S_i = sum_t d_it` and `w = exp(S_i)` (FSPO, arXiv 2509.09177 eqs. 3 to 5).
 

@@ -32,7 +32,7 @@ def token_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     return log_ratio.exp()
 
 
-@ImportanceRatio(name="seq", scale="sequence", clip_range=(3e-4, 4e-4))
+@ImportanceRatio(name="seq", scale="sequence", clip_range=(3e-4, 4e-4), averages_advantages=True)
 def sequence_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """`s_i = exp(sum_t m_it d_it / n_i)` (GSPO, eq. 7), repeated on every valid token of sample i."""
     lengths = count_true(response_mask).clamp(min=1)

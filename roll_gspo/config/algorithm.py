@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_gspo.config.base import Problem, Schema, used_only_with
+from roll_gspo.config.base import Problem, used_only_with
 from roll_gspo.config.clip_range import ClipHigh, ClipLow, ClipRange, default_clip_range
+from roll_gspo.config.credit import CreditConfig, broken_credit_rules
 from roll_gspo.config.functions import Selects
 from roll_gspo.config.selection import (
     MismatchGateConfig,
@@ -39,7 +40,7 @@ def _alternatives(names: list[str]) -> str:
 AUTO = "auto"  # value of a switch that follows the policy loss
 
 
-class AlgorithmConfig(Schema):
+class AlgorithmConfig(CreditConfig):
     """Settings of the objective. `docs/algorithms.md` has the formulas."""
 
     adv_estimator: Annotated[str, Selects(ADVANTAGE_ESTIMATORS)] = "reinforce"
@@ -265,6 +266,8 @@ class AlgorithmConfig(Schema):
         yield from self._broken_reward_rules()
         yield from self._broken_kl_rules()
         yield from self._broken_correction_rules()
+        keys = ("adv_estimator", "importance_sampling", "policy_loss", "reward_norm", "add_token_level_kl")
+        yield from broken_credit_rules(self, **{key: self.__dict__[key] for key in keys})
         yield from self._keys_without_effect()
 
     def _broken_function_rules(self) -> Iterator[Problem]:
@@ -296,7 +299,7 @@ class AlgorithmConfig(Schema):
         read = {key for declared in declarations for key in declared.keys}
         for selector, functions in EXTENSIBLE.items():
             for key in functions.keys_read:
-                if key not in read and self._is_set(key):
+                if key not in read and not self.is_default(key):
                     readers = _alternatives(functions.readers(key))
                     message = f"is used only with {selector}: {readers}, not with {self.__dict__[selector]}"
                     yield Problem(key, f"{message}; change that, or remove this key", (selector,))
@@ -311,12 +314,8 @@ class AlgorithmConfig(Schema):
             ("kl_penalty", "add_token_level_kl", "true", self.add_token_level_kl),
             ("kl_horizon", "target_kl", "", self.target_kl is not None),
         ):
-            if not is_read and self._is_set(key):
+            if not is_read and not self.is_default(key):
                 yield used_only_with(key, reader, values)
-
-    def _is_set(self, key: str) -> bool:
-        """Return whether a key differs from its default."""
-        return self.__dict__[key] != type(self).model_fields[key].default
 
     def _broken_clip_rules(self) -> Iterator[Problem]:
         bounds = {"pg_clip_low": self.pg_clip_low, "pg_clip_high": self.pg_clip_high}

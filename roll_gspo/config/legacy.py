@@ -256,6 +256,7 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     ),
     "*.strategy_args.strategy_config.moe_aux_loss_coeff": Later("auxiliary losses of routers", (None, 0)),
     "*.strategy_args.strategy_config.pipeline_parallel_size": Later("pipeline stages in vLLM", (None, 1)),
+    "reward_normalization": Later("means and deviations over these samples (reward_norm: group, batch or running)"),
     "lora_target": Later("LoRA", (None,)),
     "reward_model": Later("a judge in a cluster of the run (judge_model_type: inference starts a server)", (None,)),
     "*.apply_loss_scale": Later("other loss scales", (None, True)),
@@ -278,7 +279,7 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {
-    "adv_estimator": dict.fromkeys(("gigpo", "step_reinforce", "agentic_reinforce"), "this estimator"),
+    "adv_estimator": dict.fromkeys(("gigpo", "step_reinforce", "agentic_reinforce"), "this estimator (see credit)"),
     "pipeline": {
         "evaluate": "this name (write python -m roll_gspo.evaluate)",
         "agentic": "multi-turn rollouts",

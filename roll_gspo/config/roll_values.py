@@ -7,6 +7,7 @@ from typing import Any
 
 from roll_gspo.config.base import parse_device_mapping
 from roll_gspo.config.reward_table import shipped_name
+from roll_gspo.config.roll_credit import with_credit
 from roll_gspo.config.strategy import ROLL_ENGINE_KEYS, ROLL_ENGINES
 
 Report = Callable[[str, str], None]
@@ -30,6 +31,7 @@ def convert(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str
         if values.get("adv_estimator") == "gae" and values.get("critic") is None:
             values["adv_estimator"] = "reinforce"
             report("adv_estimator", "gae needs a critic, and there is none; reinforce is used")
+    values = with_credit(values, report)
     for role in ROLES:
         if isinstance(values.get(role), dict):
             values[role] = _with_engine(values[role], role, report)

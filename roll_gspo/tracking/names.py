@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from roll_gspo.tracking.credit_names import CREDIT_METRICS
 from roll_gspo.tracking.episode_names import EPISODE_METRICS, EPISODE_PATTERNS
 from roll_gspo.tracking.memory_names import MEMORY_METRICS
 from roll_gspo.tracking.mismatch_names import MISMATCH_METRICS, NOISE_METRICS
@@ -149,6 +150,7 @@ METRICS: dict[str, MetricInfo] = {
             "tokens/s",
             _STEP,
         ),
+        **CREDIT_METRICS,
         **MISMATCH_METRICS,
         **STALENESS_METRICS,
         "routing/rollout_mismatch": (

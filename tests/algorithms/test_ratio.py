@@ -92,6 +92,41 @@ def test_ratio_segment_runs_end_with_the_row():
     torch.testing.assert_close(ratio, torch.tensor([[1.0, math.exp(0.4)], [math.exp(0.8), 1.0]]))
 
 
+# Two turns of an episode, of 2 and 3 tokens, around a given token: d = (0.2, -0.4) and (0.3, 0.1, -0.1).
+TWO_TURNS = torch.tensor([[True, True, False, True, True, True]])
+OF_TWO_TURNS = torch.tensor([[0.2, -0.4, 9.0, 0.3, 0.1, -0.1]], dtype=torch.float64)
+EPISODE, FIRST, SECOND = math.exp(0.1 / 5), math.exp(-0.2 / 2), math.exp(0.3 / 3)
+
+
+@pytest.mark.parametrize(
+    ("level", "ratio", "shares"),
+    [
+        ("token", [math.exp(x) for x in (0.2, -0.4, 0.0, 0.3, 0.1, -0.1)], None),
+        ("seq", [EPISODE, EPISODE, 1.0, *[EPISODE] * 3], [EPISODE / 5] * 5),
+        ("segment", [FIRST, FIRST, 1.0, *[SECOND] * 3], [FIRST / 2] * 2 + [SECOND / 3] * 3),
+        ("seq_token", [EPISODE, EPISODE, 1.0, *[EPISODE] * 3], None),
+    ],
+)
+def test_ratio_of_an_episode_of_two_turns_hand_computed(level, ratio, shares):
+    d = OF_TWO_TURNS.clone().requires_grad_()
+    found = ratio_of(d, torch.zeros_like(d), TWO_TURNS, level)
+    torch.testing.assert_close(found, torch.tensor([ratio], dtype=torch.float64))
+    # Weights 1, 2, 4, 8, 16 on the tokens: a token of `token` and `seq_token` gets its own weight, of `segment` the sum
+    # over its turn, and of `seq` the sum over the episode.
+    weights = torch.tensor([1.0, 2.0, 0.0, 4.0, 8.0, 16.0], dtype=torch.float64)
+    gradient = torch.autograd.grad((found[0] * weights).sum(), d)[0][0]
+    if shares is None:
+        expected = [w * r for w, r in zip(weights.tolist(), ratio, strict=True)]
+    else:
+        sums = {"seq": [31.0] * 5, "segment": [3.0, 3.0, 28.0, 28.0, 28.0]}[level]
+        of_tokens = [a * b for a, b in zip(sums, shares, strict=True)]
+        expected = [*of_tokens[:2], 0.0, *of_tokens[2:]]
+    torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
+    single = OF_TWO_TURNS.float().requires_grad_()
+    weighted = ratio_of(single, torch.zeros_like(single), TWO_TURNS, level)[0] * weights.float()
+    torch.testing.assert_close(torch.autograd.grad(weighted.sum(), single)[0][0].double(), gradient, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_ratio_of_an_empty_sample_is_one_without_gradient(level):
     log_probs = torch.full((2, 3), math.nan, requires_grad=True)

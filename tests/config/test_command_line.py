@@ -120,7 +120,7 @@ def test_several_devices_are_planned_but_refused_to_run(command: Command) -> Non
     [
         (("--config-name", "example_gsp"), "no configuration 'example_gsp'; did you mean 'example_gspo'?"),
         (("--config-name", "example_gspo", "adv_estimator=grp"), "no option 'grp'; did you mean 'grpo'? (known: "),
-        (("--config-name", "example_gspo", "adv_estimator=gigpo"), "not supported yet: this estimator ('gigpo')"),
+        (("--config-name", "example_gspo", "adv_estimator=gigpo"), "not supported yet: this estimator (see credit)"),
         (("--config-name", "example_gspo", "max_steps"), "'max_steps': expected key=value"),
         (("max_steps=3",), "--config-name: missing"),
     ],

@@ -255,7 +255,7 @@ class Collector:
         """Return metrics over all generated samples. Warn if rewards look broken."""
         results = [result for group in groups for result in group.ordered_results]
         domains = [group.domain for group in groups for _ in group.results]
-        lengths = [len(completion.token_ids) for group in groups for completion in group.ordered_completions]
+        lengths = [completion.num_sampled for group in groups for completion in group.ordered_completions]
         self._failed_episodes.check(step, domains, results)
         self._alarm.check(step, domains, results)
         head = groups[0]

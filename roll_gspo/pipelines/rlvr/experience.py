@@ -32,6 +32,7 @@ from roll_gspo.algorithms.value_loss import explained_variance
 from roll_gspo.batch import Prompt, Rollouts, TrainBatch
 from roll_gspo.metrics import mean_of, to_floats
 from roll_gspo.pipelines.rlvr.collect import Collected
+from roll_gspo.pipelines.rlvr.credit import turns_of
 from roll_gspo.pipelines.rlvr.state import RlvrState
 
 
@@ -155,7 +156,12 @@ def _estimated(
     parts: RewardParts | None,
 ) -> Estimated:
     """Estimate advantages and returns [B, T] from the samples that have a score; both are 0 for the others."""
-    valid = collected.valid
+    valid, rollouts = collected.valid, collected.rollouts
+    mask = rollouts.sequences.response_mask
+    turns = None
+    if settings.needs_turns:
+        scored = [c for c, is_valid in zip(rollouts.completions, valid.tolist(), strict=True) if is_valid]
+        turns = turns_of(scored, scores[valid], mask.shape[1])
 
     def present(values: Tensor | None) -> Tensor | None:
         return values if values is None else values[valid]
@@ -167,8 +173,8 @@ def _estimated(
 
     estimated = advantages(
         scores[valid],
-        collected.rollouts.group_ids[valid],
-        collected.rollouts.sequences.response_mask[valid],
+        rollouts.group_ids[valid],
+        mask[valid],
         settings,
         log_probs=present(scoring.old_log_probs),
         ref_log_probs=present(scoring.ref_log_probs),
@@ -177,6 +183,7 @@ def _estimated(
         values=present(scoring.values),
         loss_mask=loss_mask[valid],
         parts=None if parts is None else parts._replace(scores=parts.scores[valid]),
+        turns=turns,
     )
     returns = None if estimated.returns is None else restored(estimated.returns)
     return Estimated(restored(estimated.advantages), returns, estimated.statistics)
@@ -188,7 +195,7 @@ def _shaped_scores(collected: Collected, settings: ExperienceSettings) -> tuple[
     if settings.overlong_buffer_length is None:
         return scores, {}
     penalty = overlong_penalty(
-        collected.rollouts.sequences.response_mask.sum(-1),
+        collected.rollouts.sequences.response_lengths,  # the limit counts given tokens, too
         settings.response_length,
         settings.overlong_buffer_length,
         settings.overlong_penalty_factor,

@@ -134,7 +134,7 @@ def answers_of(batch: ScoredBatch, group_by: str) -> list[Answers]:
                 scores=tuple(result.score for result in scored),
                 answers=tuple(result.answer for result in scored),
                 num_failed=len(samples) - len(scored),
-                lengths=tuple(len(completion.token_ids) for completion in completions),
+                lengths=tuple(completion.num_sampled for completion in completions),
                 num_truncated=sum(completion.finish_reason == "length" for completion in completions),
             )
         )
