@@ -84,6 +84,8 @@ class RandomRewards:
     def domains(self, prompts: Iterable[Prompt]) -> list[str]:
         return [prompt.row["domain"] for prompt in prompts]
 
+    environment_time = None
+
     def result(self, completion: Completion) -> None:
         return None
 

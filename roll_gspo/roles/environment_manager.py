@@ -8,7 +8,7 @@ from typing import Any
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
 from roll_gspo.data.templates import ChatFormat
-from roll_gspo.environments.pool import EnvironmentPool
+from roll_gspo.environments.pool import EnvironmentPool, EnvironmentTime
 from roll_gspo.environments.spec import EnvironmentSpec
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.roles.episodes import EpisodeClient, EpisodeLimits, EpisodeRequest
@@ -68,6 +68,7 @@ class EnvironmentManager(Scorer):
     ) -> None:
         super().__init__({name: settings.tags for name, settings in environments.items()}, "custom_envs")
         self._settings = environments
+        self._client: EpisodeClient | None = None
         self._penalty = format_penalty
         self._validation_penalty = validation_format_penalty
         self._pools = {name: _pool(name, s, validation=False) for name, s in environments.items()}
@@ -88,9 +89,9 @@ class EnvironmentManager(Scorer):
             self._pools[name].check(row, settings.start_timeout_s + settings.timeout_s)
 
     @property
-    def busy_seconds(self) -> float:
-        """Seconds that the environments of training have taken, summed over episodes."""
-        return sum(pool.busy_seconds for pool in self._pools.values())
+    def environment_time(self) -> EnvironmentTime:
+        """Time that environments took for training episodes."""
+        return EnvironmentTime(0.0, 0.0) if self._client is None else self._client.time
 
     def play(
         self, generator: Generator, tokenizer: Any, chat: ChatFormat, sampling: Sampling, *, validation: bool
@@ -106,7 +107,10 @@ class EnvironmentManager(Scorer):
         """
         pools = self._validation_pools if validation else self._pools
         limits = {n: s.validation_limits if validation else s.limits for n, s in self._settings.items()}
-        return EpisodeClient(generator.open_stream(validation), pools, limits, tokenizer, chat, sampling)
+        client = EpisodeClient(generator.open_stream(validation), pools, limits, tokenizer, chat, sampling)
+        if not validation:
+            self._client = client
+        return client
 
     def episode(self, key: int, prompt: Prompt, seed: int, row_seed: int) -> EpisodeRequest:
         """Return the request for an episode of a row.

@@ -15,7 +15,7 @@ from roll_gspo.data.rendering import Tools
 from roll_gspo.data.templates import ChatFormat
 from roll_gspo.data.turns import TokenRecord, TurnRenderer
 from roll_gspo.environments.base import Reply, Start
-from roll_gspo.environments.pool import EnvironmentPool, Failure, Played
+from roll_gspo.environments.pool import EnvironmentPool, EnvironmentTime, Failure, Played
 from roll_gspo.episode import Episode, EpisodeTurn
 from roll_gspo.roles.request_stream import StreamClient
 from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
@@ -112,11 +112,17 @@ class EpisodeClient:
         self._clock = clock
         self._episodes: dict[int, _Episode] = {}
         self._finished: list[FinishedRequest] = []
+        self._spent_s = self._hidden_s = 0.0
 
     @property
     def outstanding(self) -> int:
         """Number of episodes that `poll` has not returned."""
         return len(self._episodes) + len(self._finished)
+
+    @property
+    def time(self) -> EnvironmentTime:
+        """Time of the environments so far. That of a turn is hidden if the engines sample when it ends."""
+        return EnvironmentTime(self._spent_s, self._hidden_s)
 
     def submit(self, requests: Sequence[EpisodeRequest]) -> None:
         """Begin episodes. Their keys must differ from those of the outstanding ones."""
@@ -140,6 +146,8 @@ class EpisodeClient:
             pools = [pool for name, pool in self._environments.items() if self._plays(name)]
             for pool in pools:
                 for played in pool.take(0.0 if sampling else left / len(pools)):
+                    self._spent_s += played.seconds
+                    self._hidden_s += played.seconds if sampling else 0.0
                     self._take_played(played)
             if sampling:
                 for key, completion in self._client.poll(left):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
+from roll_gspo.environments.pool import EnvironmentTime
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.routing import Router
 from roll_gspo.roles.scoring import Scoring
@@ -43,6 +44,11 @@ class Scorer(ABC):
     @abstractmethod
     def result(self, completion: Completion) -> RewardResult | None:
         """Return the reward that a response already has, or None if `open` scores it."""
+
+    @property
+    def environment_time(self) -> EnvironmentTime | None:
+        """Time that environments took for training episodes, or None without environments."""
+        return None
 
     @abstractmethod
     def score(

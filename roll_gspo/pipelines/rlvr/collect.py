@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from roll_gspo.batch import Completion, Rollouts
+from roll_gspo.environments.pool import EnvironmentTime
+from roll_gspo.pipelines.rlvr.episode_metrics import environment_time_metrics, episode_metrics
 from roll_gspo.pipelines.rlvr.groups import Group
 from roll_gspo.pipelines.rlvr.reward_alarm import FailedEpisodes, FailedSteps, FirstSample, RewardAlarm
 from roll_gspo.pipelines.rlvr.reward_metrics import (
@@ -106,6 +108,7 @@ class Collector:
         self._unreleased: list[Group] = []
         self._is_collecting = False
         self._time = RewardTime(0.0, 0.0)
+        self._environment_time = EnvironmentTime(0.0, 0.0)
 
     def collect(self, step: int, stage: Stage) -> Collected:
         """Wait for the batch of `step` and return it. The batch of the previous call counts as trained."""
@@ -255,7 +258,8 @@ class Collector:
         """Return metrics over all generated samples. Warn if rewards look broken."""
         results = [result for group in groups for result in group.ordered_results]
         domains = [group.domain for group in groups for _ in group.results]
-        lengths = [completion.num_sampled for group in groups for completion in group.ordered_completions]
+        completions = [completion for group in groups for completion in group.ordered_completions]
+        lengths = [completion.num_sampled for completion in completions]
         self._failed_episodes.check(step, domains, results)
         self._alarm.check(step, domains, results)
         head = groups[0]
@@ -270,8 +274,18 @@ class Collector:
             "reward/seconds": time.total_s,
             "reward/hidden_share": time.hidden_s / time.total_s if time.total_s else 1.0,
             **component_metrics(results),
+            **episode_metrics(completions, domains),
+            **self._environment_metrics(),
             **domain_metrics(self._rewards.domain_names, domains, results, lengths),
         }
+
+    def _environment_metrics(self) -> dict[str, float]:
+        """Return the metrics of the time of environments since the last call."""
+        now = self._rewards.environment_time
+        if now is None:
+            return {}
+        before, self._environment_time = self._environment_time, now
+        return environment_time_metrics(now, before)
 
     def _reward_time(self) -> RewardTime:
         """Return the busy seconds of the reward processes since the last call."""
