@@ -35,6 +35,13 @@ class CreditConfig(Schema):
         return self.__dict__[key] == type(self).model_fields[key].default
 
 
+def unused_credit(config: CreditConfig) -> Iterator[Problem]:
+    """Yield the keys of turns that are set although every response is one turn."""
+    for key in ("credit", "step_reward_gamma"):
+        if not config.is_default(key):
+            yield used_only_with(key, "train_env_manager")
+
+
 def broken_credit_rules(
     config: CreditConfig,
     *,

@@ -9,6 +9,7 @@ from roll_gspo.config.algorithm import AlgorithmConfig
 from roll_gspo.config.asynchronous import AsyncConfig
 from roll_gspo.config.base import Names, Problem
 from roll_gspo.config.batch import BatchConfig
+from roll_gspo.config.credit import unused_credit
 from roll_gspo.config.data import DataArgs
 from roll_gspo.config.environments import EpisodeConfig
 from roll_gspo.config.episode_rules import OtherBlocks, broken_episode_rules
@@ -165,6 +166,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
         yield from self._broken_model_rules()
         yield from self._broken_replay_rules()
         yield from self._broken_async_rules()
+        if not self.plays_episodes:
+            yield from unused_credit(self)
         others = OtherBlocks(
             rewards=tuple(self.rewards),
             num_groups=self.rollout_batch_size,

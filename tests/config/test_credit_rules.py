@@ -35,7 +35,7 @@ TURN = (*PAPER, "importance_sampling=seq_token", "credit=turn")
 def test_turns_without_an_advantage_are_refused(
     overrides: tuple[str, ...], key: str, values: tuple[object, ...]
 ) -> None:
-    problem = problem_of(*overrides)
+    problem = problem_of(*overrides, name="example_agentic_gspo")
     assert problem.key == key
     for value in values:
         assert str(value) in problem.message
@@ -54,4 +54,12 @@ def test_turns_without_an_advantage_are_refused(
     ],
 )
 def test_combinations_that_train_turns_are_accepted(overrides: tuple[str, ...]) -> None:
-    load_config("example_gspo", *overrides)
+    load_config("example_agentic_gspo", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"), [(TURN, "credit"), ((*PAPER, "step_reward_gamma=0.5"), "step_reward_gamma")]
+)
+def test_responses_of_one_turn_have_no_credit(overrides: tuple[str, ...], key: str) -> None:
+    problem = problem_of(*overrides)
+    assert problem.key == key and problem.names("train_env_manager")

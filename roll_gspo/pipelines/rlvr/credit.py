@@ -14,7 +14,7 @@ from roll_gspo.batch import Completion
 from roll_gspo.episode import Episode
 
 
-def turns_of(completions: Sequence[Completion], scores: Tensor, width: int) -> Turns:
+def turns_of(completions: Sequence[Completion], scores: Tensor, width: int, format_penalty: float = 0.0) -> Turns:
     """Return the turns of responses.
 
     A response that is no episode has one turn. What the score of an episode has beyond the rewards of its turns, e.g. a
@@ -24,6 +24,7 @@ def turns_of(completions: Sequence[Completion], scores: Tensor, width: int) -> T
         completions: the responses.
         scores: [B] of the responses.
         width: T, the number of response positions.
+        format_penalty: added to the reward of every invalid turn.
     """
     rewards, samples, numbers, states, of_tokens = [], [], [], [], []
     known: dict[str, int] = {}
@@ -31,7 +32,7 @@ def turns_of(completions: Sequence[Completion], scores: Tensor, width: int) -> T
     for sample, (completion, score) in enumerate(zip(completions, scores.tolist(), strict=True)):
         episode = completion.episode
         ends = (len(completion.token_ids),) if episode is None or not episode.turns else episode.turn_ends
-        own = _rewards(episode, len(ends), score)
+        own = _rewards(episode, len(ends), score, format_penalty)
         of_tokens.append(len(rewards) + torch.bucketize(positions, torch.tensor(ends[:-1]), right=True))
         rewards += own
         samples += [sample] * len(own)
@@ -46,9 +47,10 @@ def turns_of(completions: Sequence[Completion], scores: Tensor, width: int) -> T
     )
 
 
-def _rewards(episode: Episode | None, count: int, score: float) -> list[float]:
+def _rewards(episode: Episode | None, count: int, score: float, format_penalty: float) -> list[float]:
     """Return the reward of each of `count` turns; they add up to the score."""
-    earlier = [] if episode is None else [turn.reward for turn in episode.turns[: count - 1]]
+    turns = () if episode is None else episode.turns[: count - 1]
+    earlier = [turn.reward + format_penalty * turn.invalid for turn in turns]
     return [*earlier, score - sum(earlier)]
 
 

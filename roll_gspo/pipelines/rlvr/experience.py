@@ -48,6 +48,7 @@ class ExperienceSettings:
         overlong_buffer_length: number of tokens before `response_length` in which the score falls; None disables it.
         overlong_penalty_factor: largest reduction of the score.
         top_entropy_quantile: fraction of the tokens that the policy loss sees, those with the highest entropy.
+        format_penalty: what the score of an episode contains for each invalid turn.
         part_weights: weight of each part of a weighted sum, by domain; empty unless the estimator normalises parts.
     """
 
@@ -59,6 +60,7 @@ class ExperienceSettings:
     overlong_buffer_length: int | None = None
     overlong_penalty_factor: float = 1.0
     top_entropy_quantile: float = 1.0
+    format_penalty: float = 0.0
     part_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -103,7 +105,7 @@ def train_batch(
     loss_mask = rollouts.sequences.response_mask & kept[:, None]
     controller = state.kl_controller
     kl_coef = controller.kl_coef if controller else 0.0
-    estimated = _estimated(collected, scores, scoring, loss_mask, settings.advantages, kl_coef, state, parts)
+    estimated = _estimated(collected, scores, scoring, loss_mask, settings, kl_coef, state, parts)
     metrics |= estimated.statistics
     if controller is not None:
         metrics["kl/coef"] = kl_coef
@@ -150,7 +152,7 @@ def _estimated(
     scores: Tensor,
     scoring: TokenScoring,
     loss_mask: Tensor,
-    settings: AdvantageSettings,
+    settings: ExperienceSettings,
     kl_coef: float,
     state: RlvrState,
     parts: RewardParts | None,
@@ -159,9 +161,9 @@ def _estimated(
     valid, rollouts = collected.valid, collected.rollouts
     mask = rollouts.sequences.response_mask
     turns = None
-    if settings.needs_turns:
+    if settings.advantages.needs_turns:
         scored = [c for c, is_valid in zip(rollouts.completions, valid.tolist(), strict=True) if is_valid]
-        turns = turns_of(scored, scores[valid], mask.shape[1])
+        turns = turns_of(scored, scores[valid], mask.shape[1], settings.format_penalty)
 
     def present(values: Tensor | None) -> Tensor | None:
         return values if values is None else values[valid]
@@ -175,7 +177,7 @@ def _estimated(
         scores[valid],
         rollouts.group_ids[valid],
         mask[valid],
-        settings,
+        settings.advantages,
         log_probs=present(scoring.old_log_probs),
         ref_log_probs=present(scoring.ref_log_probs),
         kl_coef=kl_coef,
