@@ -1,7 +1,8 @@
 """Data passed between the stages of a training step, as frozen dataclasses of named tensors.
 
-Legend: B samples, S positions of prompt + response (right-padded), T response positions. For a mixture of experts, L
-is the number of layers with a router and K the number of experts per token.
+Legend: B samples, R rows of tokens, S positions of prompt + response (right-padded), T response positions. A sample has
+one row, unless it is an episode of several conversations. For a mixture of experts, L is the number of layers with a
+router and K the number of experts per token.
 Response tensors are aligned to the response: column t belongs to the t-th generated token.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roll_gspo.episode import Episode
+from roll_gspo.episode import Episode, EpisodeBranch
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Completion:
     def num_sampled(self) -> int:
         """Number of tokens that the model sampled; the others of an episode were given."""
         return len(self.token_ids) if self.episode is None else sum(self.episode.mask)
+        """Number of tokens that the model sampled; an episode has given tokens, too."""
+        if self.episode is None:
+            return len(self.token_ids)
+        return sum(sum(one.mask) for one in (self.episode, *self.episode.branches))
 
     def runs(self, version: int) -> tuple[tuple[int, int], ...]:
         """Return `version_runs`, or one run of `version` if the engine does not record them."""
@@ -169,18 +174,22 @@ class Sequences:
 class Rollouts:
     """A whole rollout: every sample that the generation engine returned for one step.
 
+    Row b has the tokens of sample b. The rows of further conversations (`Episode.branches`) follow the last sample.
+
     Attributes:
-        sequences: tokens and masks.
-        rollout_log_probs: [B, T] float32 as the engine reported them, 0 where masked.
+        sequences: tokens and masks of the R rows.
+        samples: [R] int64, the sample of each row.
+        rollout_log_probs: [R, T] float32 as the engine reported them, 0 where masked.
         group_ids: [B] int64; samples of one prompt share a group.
         prompts: the prompt of each sample; length B. Episodes have the first prompt of their environment.
         completions: the completion of each sample; length B.
-        versions: [B, T] int32, the version of the weights that sampled each token; anything where masked.
+        versions: [R, T] int32, the version of the weights that sampled each token; anything where masked.
         weights_version: the newest of these versions.
-        routed_experts: [B, S, L, K] int16 of the generation engine, -1 where nothing was recorded; or None.
+        routed_experts: [R, S, L, K] int16 of the generation engine, -1 where nothing was recorded; or None.
     """
 
     sequences: Sequences
+    samples: Tensor
     rollout_log_probs: Tensor
     group_ids: Tensor
     prompts: tuple[Prompt, ...]
@@ -190,7 +199,14 @@ class Rollouts:
     routed_experts: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        """Return the number of samples."""
+        return len(self.completions)
+
+    @property
+    def own(self) -> Sequences:
+        """The rows of the samples' own conversations, as wide as `sequences`."""
+        rows, count = self.sequences, len(self)
+        return Sequences(rows.input_ids[:count], rows.prompt_lengths[:count], rows.response_mask[:count])
 
     @staticmethod
     def collate(
@@ -203,21 +219,25 @@ class Rollouts:
         flat = [c for group in completions for c in group]
         owners = [_owner(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
         group_ids = [g for g, group in enumerate(completions) for _ in group]
-        masks = [() if c.episode is None else c.episode.mask for c in flat]
-        sequences = Sequences.collate([p.token_ids for p in owners], [c.token_ids for c in flat], pad, masks)
+        branches = [(b, branch) for b, c in enumerate(flat) if c.episode is not None for branch in c.episode.branches]
+        rows: list[Completion | EpisodeBranch] = [*flat, *(branch for _, branch in branches)]
+        starts = [*(p.token_ids for p in owners), *(branch.prompt_ids for _, branch in branches)]
+        masks = [() if c.episode is None else c.episode.mask for c in flat] + [branch.mask for _, branch in branches]
+        sequences = Sequences.collate(starts, [row.token_ids for row in rows], pad, masks)
+        samples = torch.tensor([*range(len(flat)), *(b for b, _ in branches)], dtype=torch.int64)
         log_probs = torch.zeros(sequences.response_mask.shape)
-        for row, completion in enumerate(flat):
-            log_probs[row, : len(completion.log_probs)] = torch.tensor(completion.log_probs)
+        for number, row in enumerate(rows):
+            log_probs[number, : len(row.log_probs)] = torch.tensor(row.log_probs)
         routes = [c.routed_experts for c in flat if c.routed_experts is not None]
         experts = None
-        if len(routes) == len(flat):
+        if len(routes) == len(rows):
             experts = torch.full((*sequences.input_ids.shape, *routes[0].shape[1:]), -1, dtype=torch.int16)
             for row, route in enumerate(routes):
                 experts[row, : len(route)] = route
-        versions, newest = _versions(flat, weights_version, log_probs.shape)
-        return Rollouts(
-            *(sequences, log_probs, torch.tensor(group_ids), tuple(owners), tuple(flat), versions, newest), experts
-        )
+        runs = [row.version_runs or ((weights_version, len(row.token_ids)),) for row in rows]
+        versions, newest = _versions(runs, weights_version, log_probs.shape)
+        groups = torch.tensor(group_ids)
+        return Rollouts(*(sequences, samples, log_probs, groups, tuple(owners), tuple(flat), versions, newest), experts)
 
 
 def _owner(prompt: Prompt, completion: Completion) -> Prompt:
@@ -226,9 +246,8 @@ def _owner(prompt: Prompt, completion: Completion) -> Prompt:
     return prompt if episode is None else replace(prompt, token_ids=episode.prompt_ids, text=episode.prompt_text)
 
 
-def _versions(completions: Sequence[Completion], default: int, shape: torch.Size) -> tuple[Tensor, int]:
-    """Return the version [B, T] int32 of every token, and the newest one. Completions without runs have `default`."""
-    runs = [completion.runs(default) for completion in completions]
+def _versions(runs: Sequence[Sequence[tuple[int, int]]], default: int, shape: torch.Size) -> tuple[Tensor, int]:
+    """Return the version [R, T] int32 of every token, and the newest one, from the runs of each row."""
     found = {version for of_sample in runs for version, _ in of_sample}
     if len(found) == 1:
         (version,) = found
@@ -248,7 +267,8 @@ class TrainBatch:
 
     Attributes:
         sequences: tokens and masks; `sequences.response_mask` is the loss mask, all false for a masked sample.
-        sample_ids: [B] int64, the row of each sample in the rollout; logged if an update is skipped.
+        sample_ids: [B] int64, the sample of each row in the rollout; logged if an update is skipped. Rows of one sample
+            are in the same mini-batch.
         advantages: [B, T] float32.
         old_log_probs: [B, T] float32 of the old policy, the denominator of the ratio.
         rollout_log_probs: [B, T] float32 of the generation engine.

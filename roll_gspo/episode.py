@@ -65,7 +65,8 @@ class Episode:
         traceback: the frames of the environment in which it raised; empty if it did not raise.
         num_rewritten: number of turns before which the chat template would have changed the recorded history.
         prompt_text: text of the first prompt.
-        branches: other conversations of the episode, in the order in which they began. They are not trained.
+        branches: other conversations of the episode, in the order in which they began. Each is another row of tokens
+            with the advantage of the episode.
     """
 
     prompt_ids: tuple[int, ...]

@@ -22,7 +22,7 @@ from roll_gspo.algorithms.reward_norm import (
     groups_without_spread,
     normalise_rewards,
 )
-from roll_gspo.algorithms.turns import Turns, TurnTokens
+from roll_gspo.algorithms.turns import TokenTable, Turns
 from roll_gspo.declarations import ADVANTAGE_ESTIMATORS
 
 WHITENING_EPSILON = 1e-8
@@ -213,7 +213,7 @@ def _estimate_turns(
     scores: Tensor,
     rows: _Rows,
     turns: Turns,
-    tokens: TurnTokens,
+    tokens: TokenTable,
     settings: AdvantageSettings,
     running: RunningMoments | None,
 ) -> _Found:
@@ -242,7 +242,7 @@ def _estimate_turns(
 
 
 def _turn_statistics(
-    turns: Turns, tokens: TurnTokens, group_ids: Tensor, settings: AdvantageSettings, estimated: Tensor
+    turns: Turns, tokens: TokenTable, group_ids: Tensor, settings: AdvantageSettings, estimated: Tensor
 ) -> dict[str, float]:
     """Return statistics of turns; 0 if there are none.
 

@@ -1,7 +1,7 @@
 """Turns of episodes: their rewards and returns, the turns that each is compared with, and their tokens.
 
-Legend: B samples of the rollout, T response positions, N turns of all samples, W tokens of the longest turn. r_it is
-the reward of turn t of sample i. A response that is no episode has one turn.
+Legend: B samples of the rollout in R rows, T response positions, N turns of all samples, W tokens of the longest turn.
+r_it is the reward of turn t of sample i. A response that is no episode has one turn.
 """
 
 from __future__ import annotations
@@ -59,45 +59,68 @@ class Turns:
         second = self.numbers if baseline == "turn" else self.states
         return torch.stack([groups, second]).unique(dim=1, return_inverse=True)[1]
 
-    def tokens(self, response_mask: Tensor) -> TurnTokens:
-        """Return the valid tokens of every turn; `response_mask` is [B, T] bool."""
-        places = response_mask.nonzero(as_tuple=True)
-        owners = self.of_tokens[places]
-        counts = torch.bincount(owners, minlength=len(self.rewards))
-        slots = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
-        return TurnTokens(places, owners, slots, counts)
+    def tokens(self, response_mask: Tensor) -> TokenTable:
+        """Return the valid tokens of every turn, as rows of a table; `response_mask` is [B, T] bool."""
+        rows, columns = response_mask.nonzero(as_tuple=True)
+        return TokenTable.of((rows, columns), self.of_tokens[rows, columns], len(self.rewards))
 
 
 @dataclass(frozen=True)
-class TurnTokens:
-    """The valid tokens of every turn, one row per turn: turn n is row n of [N, W].
+class TokenTable:
+    """A table [N, W] of the valid tokens of [R, T]: row n has those of owner n, a turn or a sample, without gaps.
 
     Attributes:
-        places: (sample, response position) of each valid token.
-        owners: the turn of each of these tokens, ascending.
-        slots: the number of each token within its turn.
-        counts: [N] int64 valid tokens per turn.
+        places: (row, column) of each valid token in [R, T].
+        owners: the owner of each of these tokens, ascending.
+        slots: the number of each token among those of its owner.
+        counts: [N] int64 tokens per owner.
     """
 
-    places: tuple[Tensor, ...]
+    places: tuple[Tensor, Tensor]
     owners: Tensor
     slots: Tensor
     counts: Tensor
 
+    @staticmethod
+    def of(places: tuple[Tensor, Tensor], owners: Tensor, count: int) -> TokenTable:
+        """Return the table of `count` owners; `owners` are ascending."""
+        counts = torch.bincount(owners, minlength=count)
+        slots = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
+        return TokenTable(places, owners, slots, counts)
+
     @cached_property
     def mask(self) -> Tensor:
-        """[N, W] bool, true on the tokens of each turn."""
+        """[N, W] bool, true on the tokens of each owner."""
         return torch.arange(int(self.counts.max()) if len(self.counts) else 0) < self.counts[:, None]
 
-    def spread(self, of_turns: Tensor, shape: torch.Size) -> Tensor:
-        """Return [B, T] of `shape`: the values [N, W] of the turns at the places of their tokens, 0 elsewhere."""
-        result = of_turns.new_zeros(shape)
-        result[self.places] = of_turns.expand(self.mask.shape)[self.owners, self.slots]
+    def gather(self, values: Tensor) -> Tensor:
+        """Return [N, W]: the values [R, T] of the tokens of each owner, 0 elsewhere."""
+        result = values.new_zeros(self.mask.shape)
+        result[self.owners, self.slots] = values[self.places]
         return result
 
-    def at_ends(self, of_turns: Tensor, shape: torch.Size) -> Tensor:
-        """Return [B, T] of `shape`: the value [N] of each turn at its last valid token, 0 elsewhere."""
-        result = of_turns.new_zeros(shape)
-        ends = (self.counts.cumsum(0) - 1)[self.counts > 0]
-        result[self.places[0][ends], self.places[1][ends]] = of_turns[self.counts > 0]
+    def spread(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Return [R, T] of `shape`: the values [N, W] at the places of the tokens, 0 elsewhere."""
+        result = values.new_zeros(shape)
+        result[self.places] = values.expand(self.mask.shape)[self.owners, self.slots]
         return result
+
+    def at_ends(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Return [R, T] of `shape`: the value [N] of each owner at its last token, 0 elsewhere."""
+        result = values.new_zeros(shape)
+        ends = (self.counts.cumsum(0) - 1)[self.counts > 0]
+        result[self.places[0][ends], self.places[1][ends]] = values[self.counts > 0]
+        return result
+
+
+def joined_rows(response_mask: Tensor, samples: Tensor, order: Tensor) -> TokenTable:
+    """Return the valid tokens of every sample, as rows of a table.
+
+    Args:
+        response_mask: [R, T] bool.
+        samples: [R] int64, the sample of each row; every sample from 0 has a row.
+        order: [R] int64, the rows by sample, and those of a sample by time.
+    """
+    rows, columns = response_mask[order].nonzero(as_tuple=True)
+    rows = order[rows]
+    return TokenTable.of((rows, columns), samples[rows], int(samples.max()) + 1 if len(samples) else 0)

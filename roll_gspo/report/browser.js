@@ -131,7 +131,7 @@ function sampleView(s) {
     s.advantage === undefined ? null : `advantage ${signed(s.advantage)}`,
     s.turns === undefined ? null : counted(s.num_turns, 'turn'), endText(s),
     s.length === undefined ? null : `${s.length.toLocaleString('en')} tokens${s.given ? `, ${s.given.toLocaleString('en')} of them given` : ''}`,
-    s.branches > 1 ? `one of ${s.branches} conversations, and the only one that is trained on` : null,
+    s.branches > 1 ? `one of ${s.branches} conversations; the others are trained on with the same reward` : null,
     s.rewritten === undefined ? null : `the template would have rewritten the history before ${s.rewritten} of the turns`,
     isTruncated(s) ? 'truncated at the length limit' : null,
     s.version === undefined ? null : `sampled by weights ${s.version}${s.newest === undefined ? '' : ` to ${s.newest}`}`,

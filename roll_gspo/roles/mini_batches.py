@@ -75,12 +75,17 @@ class MiniBatches:
         return results
 
     def indices(self, batch: TrainBatch, step: int) -> Iterator[Tensor]:
-        """Yield the sample indices of each mini-batch of each epoch."""
+        """Yield the rows of each mini-batch of each epoch: those of `mini_batch_size` samples."""
         lengths = batch.sequences.lengths
+        of_sample: dict[int, list[int]] = {}
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            of_sample.setdefault(sample, []).append(row)
+        rows = list(of_sample.values())
         for epoch in range(self._num_epochs):
             # One generator per (seed, step, epoch): a resumed run draws the same mini-batches.
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1_009 + epoch)
-            for index in torch.randperm(len(batch), generator=generator).split(self._size):
+            for chosen in torch.randperm(len(rows), generator=generator).split(self._size):
+                index = torch.tensor([row for sample in chosen.tolist() for row in rows[sample]])
                 # Samples of an optimizer step are random. Within it, samples of similar length share a micro-batch.
                 yield index[lengths[index].argsort(stable=True)]
 

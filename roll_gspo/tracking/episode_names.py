@@ -16,7 +16,7 @@ EPISODE_METRICS: dict[str, tuple[str, str, str]] = {
     ),
     "episode/invalid_turns": ("Answers that the environment could not understand.", "fraction", _TURNS),
     "episode/branches_mean": (
-        "Conversations per episode. An agent that rewrites its history begins another one; only one is trained.",
+        "Conversations per episode. An agent that rewrites its history begins another one; all are trained.",
         "conversations",
         _EPISODES,
     ),

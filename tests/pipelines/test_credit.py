@@ -10,14 +10,17 @@ import torch
 from roll_gspo.algorithms.advantage_estimators import AdvantageSettings
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
-from roll_gspo.batch import Completion, Prompt, Rollouts
+from roll_gspo.batch import Completion, Prompt, Rollouts, TrainBatch
 from roll_gspo.data.sampler import PromptSampler
-from roll_gspo.episode import Episode, EpisodeTurn
+from roll_gspo.episode import Episode, EpisodeBranch, EpisodeTurn
 from roll_gspo.pipelines.rlvr.collect import Collected
 from roll_gspo.pipelines.rlvr.credit import turns_of
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings, TokenScoring, rollout_metrics, train_batch
+from roll_gspo.pipelines.rlvr.sample_records import sample_batch
 from roll_gspo.pipelines.rlvr.state import RlvrState
 from roll_gspo.rewards.base import RewardResult
+from roll_gspo.roles.mini_batches import MiniBatches
+from roll_gspo.tracking.token_texts import TokenTexts
 
 PROMPT = Prompt((1, 2), "a", {})
 
@@ -60,13 +63,14 @@ def trained(settings: AdvantageSettings, failed: tuple[int, ...] = (), **others:
 
 
 def test_turns_of_episodes_and_single_responses() -> None:
-    turns = turns_of(COMPLETIONS, torch.tensor(SCORES), width=8)
+    turns = turns_of(COMPLETIONS, torch.tensor(SCORES))
     assert turns.rewards.tolist() == [1.0, 2.0, 0.0, 4.0, -2.0, 1.0, 0.5]
     assert turns.samples.tolist() == [0, 0, 1, 1, 1, 2, 3]
     assert turns.numbers.tolist() == [0, 1, 0, 1, 2, 0, 0]
-    assert turns.states.tolist() == [0, 1, 0, 2, 2, 0, 0], "after nothing, 'ok', nothing, 'no', 'no', nothing, nothing"
-    mask = collected().rollouts.sequences.response_mask
-    of_tokens = [row[inside].tolist() for row, inside in zip(turns.of_tokens, mask, strict=True)]
+    assert turns.states.tolist() == [0, 1, 0, 2, 2, 3, 0], "the prompt, 'ok', the prompt, 'no', 'no', none, the prompt"
+    of_tokens = [
+        row[: completion.num_sampled].tolist() for row, completion in zip(turns.of_tokens, COMPLETIONS, strict=True)
+    ]
     assert of_tokens == [[0, 0, 1], [2, 3, 4, 4], [5, 5], [6, 6, 6]]
 
 
@@ -75,12 +79,12 @@ def test_format_penalty_belongs_to_the_invalid_turn() -> None:
     assert completion.episode is not None
     turns = tuple(replace(turn, invalid=number == 1) for number, turn in enumerate(completion.episode.turns))
     invalid = replace(completion, episode=replace(completion.episode, turns=turns))
-    found = turns_of([invalid, invalid], torch.tensor([1.5, 1.0]), width=8, format_penalty=-0.5)
+    found = turns_of([invalid, invalid], torch.tensor([1.5, 1.0]), format_penalty=-0.5)
     assert found.rewards.tolist() == [0.0, 3.5, -2.0, 0.0, 3.5, -2.5]
 
 
 def test_what_a_score_has_beyond_its_turns_belongs_to_the_last_one() -> None:
-    turns = turns_of(COMPLETIONS, torch.tensor([2.5, 2.0, 0.1, 0.7]), width=8)
+    turns = turns_of(COMPLETIONS, torch.tensor([2.5, 2.0, 0.1, 0.7]))
     assert turns.rewards.tolist() == pytest.approx([1.0, 1.5, 0.0, 4.0, -2.0, 0.1, 0.7])
     assert float(turns.rewards[-1]) == float(torch.tensor(0.7)), "one turn has the score itself"
 
@@ -121,3 +125,117 @@ def test_length_limit_counts_given_tokens_and_metrics_do_not() -> None:
     assert penalised[:, 0].tolist() == pytest.approx([3.0, 2.0 - 0.5, 1.0, 0.5])
     assert [completion.num_sampled for completion in COMPLETIONS] == [3, 4, 2, 3]
     assert rollout_metrics(collected().rollouts)["rollout/response_length_mean"] == 3.0
+
+
+def cut(completion: Completion, turn: int) -> Completion:
+    """Return the same episode with its first `turn` turns in another conversation, which the last one continues."""
+    episode = completion.episode
+    assert episode is not None
+    end, start = episode.turn_ends[turn - 1], episode.mask.index(True, episode.turn_ends[turn - 1])
+    first = EpisodeBranch(
+        *(episode.prompt_ids, completion.token_ids[:end], completion.log_probs[:end], episode.mask[:end]),
+        *(episode.turn_ends[:turn], tuple(replace(each, reward=0.0) for each in episode.turns[:turn])),
+    )
+    rest = replace(
+        episode,
+        prompt_ids=(*episode.prompt_ids, *completion.token_ids[:start]),
+        mask=episode.mask[start:],
+        turn_ends=tuple(each - start for each in episode.turn_ends[turn:]),
+        turns=episode.turns[turn:],
+        branches=(first,),
+    )
+    return Completion(
+        completion.token_ids[start:], completion.log_probs[start:], completion.finish_reason, episode=rest
+    )
+
+
+LAST_TURN = [  # rewards of the last turn only, so that a cut loses none
+    episode((0, 2, 0.0), (1, 1, 2.0)),
+    episode((0, 1, 0.0), (2, 1, 0.0), (1, 2, -1.0), text="no"),
+    Completion((5, 6), (-0.5, -0.5), "stop"),
+    episode((0, 3, 0.5)),
+]
+CUT = [LAST_TURN[0], cut(LAST_TURN[1], 1), *LAST_TURN[2:]]
+
+
+def batch_of(completions: list[Completion], settings: AdvantageSettings, failed: tuple[int, ...] = ()) -> TrainBatch:
+    rollouts = Rollouts.collate([PROMPT], [completions], pad=0, weights_version=3)
+    scores = [
+        RewardResult(0.0, "lost") if i in failed else RewardResult(s) for i, s in enumerate((2.0, -1.0, 1.0, 0.5))
+    ]
+    state = RlvrState(0, PromptSampler([PROMPT], seed=0), RunningMoments(), None)
+    # values of the tokens in order, which do not depend on the rows
+    values = torch.zeros(rollouts.sequences.response_mask.shape)
+    for sample in range(len(completions)):
+        rows = (rollouts.samples == sample).nonzero().flatten().flip(0)  # the own conversation is the first row
+        count = 0
+        for row in rows.tolist():
+            mask = rollouts.sequences.response_mask[row]
+            values[row, mask] = 0.25 * torch.arange(count, count + int(mask.sum()))
+            count += int(mask.sum())
+    scoring = TokenScoring(rollouts.rollout_log_probs, values=values)
+    experience = ExperienceSettings(settings, SampleMaskSettings(), response_length=10)
+    return train_batch(Collected(rollouts, tuple(scores), {}), scoring, experience, state)[0]
+
+
+def test_conversations_of_an_episode_are_rows_of_one_sample() -> None:
+    rollouts = Rollouts.collate([PROMPT], [CUT], pad=0, weights_version=3)
+    assert len(rollouts) == 4 and rollouts.samples.tolist() == [0, 1, 2, 3, 1]
+    assert rollouts.group_ids.tolist() == [0] * 4 and len(rollouts.own) == 4
+    assert rollouts.sequences.response_mask.sum(-1).tolist() == [3, 3, 2, 3, 1]
+    assert rollouts.rollout_log_probs[4].tolist() == [-0.5, 0, 0, 0] and rollouts.versions.unique().tolist() == [3]
+    whole = Rollouts.collate([PROMPT], [LAST_TURN], pad=0, weights_version=3)
+    assert rollout_metrics(rollouts)["rollout/response_length_mean"] == 3.0
+    assert rollout_metrics(whole)["rollout/response_length_mean"] == 3.0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AdvantageSettings("grpo"),
+        AdvantageSettings("reinforce_plus_plus", gamma=0.9),
+        AdvantageSettings("opo", step_reward_gamma=0.5),
+        AdvantageSettings("grpo", credit="turn", step_reward_gamma=0.5, episode_reward_weight=1.0),
+        AdvantageSettings("gae", gamma=0.9, lambd=0.5),
+        AdvantageSettings("gae", gamma=0.9, lambd=0.5, credit="turn"),
+    ],
+    ids=lambda settings: f"{settings.adv_estimator}-{settings.credit}",
+)
+def test_rows_of_an_episode_have_the_advantages_of_one_row(settings: AdvantageSettings) -> None:
+    whole, rows = batch_of(LAST_TURN, settings), batch_of(CUT, settings)
+    for name in ("advantages", "returns"):
+        expected, found = whole.__dict__[name], rows.__dict__[name]
+        assert (expected is None) == (found is None)
+        if expected is not None:
+            for sample in (0, 2, 3):
+                in_whole, in_rows = whole.response_mask[sample], rows.response_mask[sample]
+                torch.testing.assert_close(found[sample][in_rows], expected[sample][in_whole])
+            joined = torch.cat([found[4][rows.response_mask[4]], found[1][rows.response_mask[1]]])
+            torch.testing.assert_close(joined, expected[1][whole.response_mask[1]])
+
+
+def test_a_failed_episode_is_masked_in_all_rows() -> None:
+    batch = batch_of(CUT, AdvantageSettings("grpo"), failed=(1,))
+    assert batch.response_mask.any(-1).tolist() == [True, False, True, True, False]
+    assert not batch.advantages[[1, 4]].any()
+
+
+def test_mini_batches_have_as_many_samples_as_ever_with_all_their_rows() -> None:
+    def samples_of(batch: TrainBatch) -> list[list[int]]:
+        mini_batches = MiniBatches("x", mini_batch_size=2, num_epochs=2, max_consecutive_skipped_steps=1, seed=1)
+        return [batch.sample_ids[index].tolist() for index in mini_batches.indices(batch, step=3)]
+
+    whole, rows = (samples_of(batch_of(completions, AdvantageSettings("grpo"))) for completions in (LAST_TURN, CUT))
+    assert len(whole) == len(rows) == 4, "two optimizer steps per epoch"
+    assert [set(samples) for samples in rows] == [set(samples) for samples in whole]
+    assert all(samples.count(1) == 2 for samples in rows if 1 in samples)
+
+
+def test_files_have_one_line_per_sample() -> None:
+    rollouts = Rollouts.collate([PROMPT], [CUT], pad=0, weights_version=3)
+    batch = batch_of(CUT, AdvantageSettings("grpo"))
+    results = [RewardResult(1.0)] * 4
+    texts = TokenTexts(lambda tokens: " ".join(map(str, tokens)))
+    written = sample_batch(rollouts, ["a"] * 4, results, texts, [0], batch, version=3)
+    assert all(len(column) == 4 for column in written.columns.values())
+    assert written.columns["response_length"] == [3, 3, 2, 3]

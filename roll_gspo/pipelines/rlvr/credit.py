@@ -3,62 +3,77 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from roll_gspo.algorithms.turns import Turns
 from roll_gspo.batch import Completion
-from roll_gspo.episode import Episode
+from roll_gspo.episode import Episode, EpisodeBranch
 
 
-def turns_of(completions: Sequence[Completion], scores: Tensor, width: int, format_penalty: float = 0.0) -> Turns:
-    """Return the turns of responses.
+def turns_of(completions: Sequence[Completion], scores: Tensor, format_penalty: float = 0.0) -> Turns:
+    """Return the turns of responses, of whose tokens only those count that were sampled.
 
-    A response that is no episode has one turn. What the score of an episode has beyond the rewards of its turns, e.g. a
-    penalty of its length, belongs to its last turn.
+    A response that is no episode has one turn. The turns of other conversations of an episode come before those of its
+    own. What the score has beyond the rewards of the turns, e.g. a penalty of the length, belongs to the last turn.
 
     Args:
         completions: the responses.
         scores: [B] of the responses.
-        width: T, the number of response positions.
         format_penalty: added to the reward of every invalid turn.
     """
-    rewards, samples, numbers, states, of_tokens = [], [], [], [], []
+    rewards, samples, numbers, states, lengths = [], [], [], [], []
     known: dict[str, int] = {}
-    positions = torch.arange(width)
     for sample, (completion, score) in enumerate(zip(completions, scores.tolist(), strict=True)):
-        episode = completion.episode
-        ends = (len(completion.token_ids),) if episode is None or not episode.turns else episode.turn_ends
-        own = _rewards(episode, len(ends), score, format_penalty)
-        of_tokens.append(len(rewards) + torch.bucketize(positions, torch.tensor(ends[:-1]), right=True))
-        rewards += own
-        samples += [sample] * len(own)
-        numbers += range(len(own))
-        states += [known.setdefault(state, len(known)) for state in _states(episode, len(own))]
+        turns = [turn for one in _conversations(completion) for turn in _turns(one, format_penalty)]
+        turns = turns or [_Turn(0.0, "", completion.num_sampled)]
+        rewards += [turn.reward for turn in turns[:-1]]
+        rewards.append(score - sum(turn.reward for turn in turns[:-1]))
+        samples += [sample] * len(turns)
+        numbers += range(len(turns))
+        states += [known.setdefault(turn.state, len(known)) for turn in turns]
+        lengths += [turn.num_sampled for turn in turns]
     return Turns(
         torch.tensor(rewards, dtype=scores.dtype),
         torch.tensor(samples, dtype=torch.int64),
         torch.tensor(numbers, dtype=torch.int64),
         torch.tensor(states, dtype=torch.int64),
-        torch.stack(of_tokens) if of_tokens else torch.zeros(0, width, dtype=torch.int64),
+        _of_tokens(len(completions), samples, lengths),
     )
 
 
-def _rewards(episode: Episode | None, count: int, score: float, format_penalty: float) -> list[float]:
-    """Return the reward of each of `count` turns; they add up to the score."""
-    turns = () if episode is None else episode.turns[: count - 1]
-    earlier = [turn.reward + format_penalty * turn.invalid for turn in turns]
-    return [*earlier, score - sum(earlier)]
+class _Turn(NamedTuple):
+    """A turn: its reward, a text that is equal for turns that follow the same messages, and its sampled tokens."""
+
+    reward: float
+    state: str
+    num_sampled: int
 
 
-def _states(episode: Episode | None, count: int) -> list[str]:
-    """Return a text per turn: the messages that came before it, without the conversation before these."""
-    earlier = () if episode is None else episode.turns[: count - 1]
-    return ["", *(_text(turn.messages) for turn in earlier)]
+def _conversations(completion: Completion) -> Sequence[Episode | EpisodeBranch]:
+    episode = completion.episode
+    return () if episode is None else (*episode.branches, episode)
 
 
-def _text(messages: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps([dict(message) for message in messages], sort_keys=True, default=str)
+def _turns(conversation: Episode | EpisodeBranch, format_penalty: float) -> list[_Turn]:
+    starts = (0, *conversation.turn_ends)
+    turns, state = [], str(conversation.prompt_ids)
+    for turn, start, end in zip(conversation.turns, starts, conversation.turn_ends, strict=False):
+        reward = turn.reward + format_penalty * turn.invalid
+        turns.append(_Turn(reward, state, sum(conversation.mask[start:end])))
+        state = json.dumps([dict(message) for message in turn.messages], sort_keys=True, default=str)
+    return turns
+
+
+def _of_tokens(count: int, samples: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return [B, W], the turn of each sampled token of each sample, from the sample and the length of each turn."""
+    turns: list[list[int]] = [[] for _ in range(count)]
+    for number, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        turns[sample] += [number] * length
+    table = torch.zeros(count, max(map(len, turns), default=0), dtype=torch.int64)
+    for row, of_tokens in enumerate(turns):
+        table[row, : len(of_tokens)] = torch.tensor(of_tokens, dtype=torch.int64)
+    return table

@@ -28,6 +28,7 @@ from roll_gspo.algorithms.staleness import (
     lag_buckets,
     lag_metrics,
 )
+from roll_gspo.algorithms.turns import TokenTable, joined_rows
 from roll_gspo.algorithms.value_loss import explained_variance
 from roll_gspo.batch import Prompt, Rollouts, TrainBatch
 from roll_gspo.metrics import mean_of, to_floats
@@ -94,15 +95,15 @@ def train_batch(
 ) -> tuple[TrainBatch, dict[str, float]]:
     """Build the training batch of a rollout and its metrics. Update the running statistics in `state`.
 
-    Samples whose reward failed are masked from the loss and have advantage 0. Every statistic excludes them. `domains`
-    has the domain of each sample; it is needed with `part_weights`.
+    Samples whose reward failed are masked from the loss and have advantage 0. Every statistic excludes them. All rows
+    of a sample have its advantages. `domains` has the domain of each sample; it is needed with `part_weights`.
     """
     rollouts = collected.rollouts
     valid = collected.valid
     scores, metrics = _shaped_scores(collected, settings)
     parts = reward_parts(collected, scores, domains, settings.part_weights) if settings.part_weights else None
     kept = _kept(collected, settings)
-    loss_mask = rollouts.sequences.response_mask & kept[:, None]
+    loss_mask = rollouts.sequences.response_mask & kept[rollouts.samples][:, None]
     controller = state.kl_controller
     kl_coef = controller.kl_coef if controller else 0.0
     estimated = _estimated(collected, scores, scoring, loss_mask, settings, kl_coef, state, parts)
@@ -111,7 +112,7 @@ def train_batch(
         metrics["kl/coef"] = kl_coef
         controller.update(metrics["reward/kl"], int(valid.sum()))
     if scoring.values is not None and estimated.returns is not None:
-        mask = rollouts.sequences.response_mask & valid[:, None]
+        mask = rollouts.sequences.response_mask & valid[rollouts.samples][:, None]
         metrics["critic/explained_variance"] = explained_variance(scoring.values, estimated.returns, mask)
     metrics["actor/masked_fraction"] = 1.0 - float(kept.double().mean())
     policy_mask = None
@@ -122,7 +123,7 @@ def train_batch(
         metrics["actor/sample_weight_max"] = float(weights.max())
     batch = TrainBatch(
         sequences=replace(rollouts.sequences, response_mask=loss_mask),
-        sample_ids=torch.arange(len(rollouts)),
+        sample_ids=rollouts.samples,
         advantages=estimated.advantages,
         old_log_probs=scoring.old_log_probs,
         rollout_log_probs=rollouts.rollout_log_probs,
@@ -157,33 +158,38 @@ def _estimated(
     state: RlvrState,
     parts: RewardParts | None,
 ) -> Estimated:
-    """Estimate advantages and returns [B, T] from the samples that have a score; both are 0 for the others."""
+    """Estimate advantages and returns [R, T] from the samples that have a score; both are 0 for the others."""
     valid, rollouts = collected.valid, collected.rollouts
-    mask = rollouts.sequences.response_mask
+    rows = valid[rollouts.samples]
+    mask = rollouts.sequences.response_mask[rows]
+    needs_turns = settings.advantages.needs_turns
+    table = _joined(rollouts, valid) if needs_turns or len(rows) > len(valid) else None
     turns = None
-    if settings.advantages.needs_turns:
+    if needs_turns:
         scored = [c for c, is_valid in zip(rollouts.completions, valid.tolist(), strict=True) if is_valid]
-        turns = turns_of(scored, scores[valid], mask.shape[1], settings.format_penalty)
+        turns = turns_of(scored, scores[valid], settings.format_penalty)
 
     def present(values: Tensor | None) -> Tensor | None:
-        return values if values is None else values[valid]
+        if values is None or table is None:
+            return values if values is None else values[rows]
+        return table.gather(values[rows])
 
     def restored(values: Tensor) -> Tensor:
-        whole = values.new_zeros(len(valid), *values.shape[1:])
-        whole[valid] = values
+        whole = values.new_zeros(len(rows), mask.shape[1])
+        whole[rows] = values if table is None else table.spread(values, mask.shape)
         return whole
 
     estimated = advantages(
         scores[valid],
         rollouts.group_ids[valid],
-        mask[valid],
+        mask if table is None else table.mask,
         settings.advantages,
         log_probs=present(scoring.old_log_probs),
         ref_log_probs=present(scoring.ref_log_probs),
         kl_coef=kl_coef,
         running=state.running_moments,
         values=present(scoring.values),
-        loss_mask=loss_mask[valid],
+        loss_mask=present(loss_mask),
         parts=None if parts is None else parts._replace(scores=parts.scores[valid]),
         turns=turns,
     )
@@ -191,13 +197,25 @@ def _estimated(
     return Estimated(restored(estimated.advantages), returns, estimated.statistics)
 
 
+def _joined(rollouts: Rollouts, valid: Tensor) -> TokenTable:
+    """Return the sampled tokens of each valid sample in one row, the conversation of the last reward last."""
+    rows = valid[rollouts.samples]
+    samples = (valid.cumsum(0) - 1)[rollouts.samples[rows]]
+    is_own = torch.arange(len(rows))[rows] < len(rollouts)
+    return joined_rows(rollouts.sequences.response_mask[rows], samples, (2 * samples + is_own).argsort(stable=True))
+
+
 def _shaped_scores(collected: Collected, settings: ExperienceSettings) -> tuple[Tensor, dict[str, float]]:
     """Return scores [B], reduced for responses near the length limit, and the metric of the penalty."""
     scores = collected.scores
     if settings.overlong_buffer_length is None:
         return scores, {}
+    rollouts = collected.rollouts
+    # The limit holds for each conversation and counts given tokens, too.
+    lengths = rollouts.sequences.response_lengths
+    longest = lengths.new_zeros(len(rollouts)).scatter_reduce(0, rollouts.samples, lengths, "amax")
     penalty = overlong_penalty(
-        collected.rollouts.sequences.response_lengths,  # the limit counts given tokens, too
+        longest,
         settings.response_length,
         settings.overlong_buffer_length,
         settings.overlong_penalty_factor,
@@ -232,8 +250,8 @@ def _weights(rollouts: Rollouts, kept: Tensor, settings: ExperienceSettings) -> 
         return None
     return sample_weights(
         rollouts.sequences.response_mask.sum(-1),
-        difficulties(rollouts.prompts) if settings.difficulty_loss_weight else None,
-        kept,
+        difficulties(rollouts.prompts)[rollouts.samples] if settings.difficulty_loss_weight else None,
+        kept[rollouts.samples],
         length_loss_weight=settings.length_loss_weight,
         difficulty_loss_weight=settings.difficulty_loss_weight,
     )
@@ -299,13 +317,15 @@ def entropy_metrics(rollouts: Rollouts, entropy: Tensor | None) -> dict[str, flo
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """Return length and truncation metrics of the samples that the step trains on."""
-    lengths = rollouts.sequences.response_mask.sum(-1)
+    counts = rollouts.sequences.response_mask.sum(-1)
+    lengths = counts.new_zeros(len(rollouts)).index_add(0, rollouts.samples, counts)
+    prompt_lengths = rollouts.sequences.prompt_lengths[: len(rollouts)]
     truncated = sum(c.finish_reason == "length" for c in rollouts.completions)
     return {
         "rollout/response_length_mean": float(lengths.double().mean()),
         "rollout/response_length_max": float(lengths.max()),
         "rollout/response_length_min": float(lengths.min()),
-        "rollout/prompt_length_mean": float(rollouts.sequences.prompt_lengths.double().mean()),
+        "rollout/prompt_length_mean": float(prompt_lengths.double().mean()),
         "rollout/truncated_fraction": truncated / len(rollouts),
         "rollout/weights_version": float(rollouts.weights_version),
     }

@@ -29,7 +29,7 @@ def sample_batch(
     first_group: int = 0,
     version: int | None = None,
 ) -> SampleBatch:
-    """Return all samples as columns.
+    """Return all samples as columns, with the tokens of the own conversation of an episode.
 
     Args:
         rollouts, domains, results: the samples, and the reward block and the result of each.
@@ -39,14 +39,15 @@ def sample_batch(
         first, first_group: index of the first sample and the first group, if a file receives several batches.
         version: version of the trainer's weights before the update; None in validation.
     """
-    sequences, mask = rollouts.sequences, rollouts.sequences.response_mask
+    sequences, count = rollouts.own, len(rollouts)
+    mask = sequences.response_mask
     positions = torch.arange(sequences.input_ids.shape[1])
     is_prompt = positions < sequences.prompt_lengths[:, None]
     is_response = sequences.attention_mask & ~is_prompt
     token_lists = {
         "prompt_token_ids": token_lists_of(sequences.input_ids, is_prompt),
         "response_token_ids": token_lists_of(sequences.input_ids, is_response),
-        "rollout_log_probs": token_lists_of(rollouts.rollout_log_probs, mask),
+        "rollout_log_probs": token_lists_of(rollouts.rollout_log_probs[:count], mask),
     }
     episodes = [completion.episode for completion in rollouts.completions]
     has_episodes = any(episode is not None for episode in episodes)
@@ -56,9 +57,9 @@ def sample_batch(
     columns = {"response_length": mask.sum(-1).tolist()} | _columns(rollouts, domains, results, first, first_group)
     columns |= version_columns(rollouts, version)
     if trained is not None:
-        token_lists["old_log_probs"] = token_lists_of(trained.old_log_probs, mask)
-        token_lists["advantages"] = token_lists_of(trained.advantages, mask)
-        columns["advantage"] = (trained.advantages.sum(-1) / mask.sum(-1).clamp(1)).tolist()
+        token_lists["old_log_probs"] = token_lists_of(trained.old_log_probs[:count], mask)
+        token_lists["advantages"] = token_lists_of(trained.advantages[:count], mask)
+        columns["advantage"] = (trained.advantages[:count].sum(-1) / mask.sum(-1).clamp(1)).tolist()
     return SampleBatch(
         columns,
         [prompt.text for prompt in rollouts.prompts],

@@ -1,4 +1,4 @@
-"""The response of an episode that an agent has played: one conversation is trained, with all rewards."""
+"""The response of an episode that an agent has played: the conversation of the last reward, with all rewards."""
 
 from __future__ import annotations
 
