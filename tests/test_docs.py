@@ -129,6 +129,40 @@ def test_documented_functions_train_a_run(folder: Path, pretrained: Path) -> Non
     assert "soft_clip (leak 0.2)" in (run / "plan.txt").read_text(encoding="utf-8")
 
 
+def documented_environment() -> list[str]:
+    """Return the arguments of the run of docs/agents.md with its own environment."""
+    (documented,) = [c for c in commands() if "--config-name guess" in c]
+    return shlex.split(documented)[3:]
+
+
+@pytest.mark.e2e
+def test_documented_environment_is_played(folder: Path, pretrained: Path) -> None:
+    small = (*SIZES, "max_steps=1", f"pretrain={pretrained}", "output_dir=short", "run_name=run")
+    outcome = train(*documented_environment(), *small, folder=folder)
+    assert outcome.code == 0, outcome.err
+    episodes = read_samples(folder / "short/guess/run/rollouts/step_000001.parquet").samples
+    assert len(episodes) == 32 and not any(episode["failed"] for episode in episodes)
+    for episode in episodes:
+        for turn in episode["turns"]:
+            replies = [message["content"] for message in turn["messages"]]
+            assert turn["invalid"] != turn["answer"].isdigit()
+            if turn["reward"]:
+                assert turn["reward"] == 1 and turn is episode["turns"][-1] and episode["end"] == "done"
+            else:
+                assert replies in ([["?"]] if turn["invalid"] else [["<"], [">"]])
+        score = sum(turn["reward"] - 0.15 * turn["invalid"] for turn in episode["turns"])
+        assert episode["score"] == pytest.approx(score)
+
+
+@pytest.mark.e2e
+@pytest.mark.long
+def test_model_learns_in_the_documented_environment(folder: Path) -> None:
+    outcome = train(*documented_environment(), "output_dir=long", "run_name=run", folder=folder, timeout_s=1200)
+    assert outcome.code == 0, outcome.err
+    before, *_, after = metrics_of(folder / "long/guess/run")
+    assert after["validation/score_mean"] - before["validation/score_mean"] >= 0.5
+
+
 @pytest.mark.e2e
 def test_python_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
     page = "docs/python-api.md"

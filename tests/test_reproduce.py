@@ -71,3 +71,10 @@ def test_table_has_the_mean_and_every_seed(reproduce: ModuleType, tmp_path: Path
     assert cells["held out"] == "–"
     assert second.endswith("– |"), "nothing was run"
     assert reproduce.last_step(reproduce.run_folder(settings[0], tmp_path, 0)) == 10
+
+
+def test_collapse_is_measured_after_the_best_steps(reproduce: ModuleType) -> None:
+    success = [0.0, 0.0, 1.0, 1.0, 0.5, 0.25, 0.75]
+    assert reproduce.best(success, window=2) == 1.0
+    assert reproduce.worst_after_best(success, window=2) == 0.375
+    assert reproduce.worst_after_best([0.0, 0.5, 1.0], window=2) == 0.75, "the best is the end"

@@ -1,6 +1,6 @@
 """Test claims of the GSPO paper (arXiv 2507.18071) on the embedded task: run the studies, print the tables.
 
-    python examples/reproduce_gspo/reproduce.py                   # every study, about an hour on two cores
+    python examples/reproduce_gspo/reproduce.py                   # every study, one to two hours on two cores
     python examples/reproduce_gspo/reproduce.py stability         # one of them
     python examples/reproduce_gspo/reproduce.py staleness --jobs 16 strategy=hf     # with further keys, on 16 cores
     python examples/reproduce_gspo/reproduce.py noise --seeds 2 --jobs 1            # fewer seeds, one run at a time
@@ -15,7 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,24 +68,48 @@ class Setting:
         return "".join(c if c.isalnum() else "-" for c in self.name.lower())
 
 
+def best(values: Sequence[float], window: int = 5) -> float:
+    """Return the highest mean of `window` consecutive values."""
+    return max(_window_means(values, window))
+
+
+def worst_after_best(values: Sequence[float], window: int = 5) -> float:
+    """Return the lowest mean of `window` consecutive values, from the highest such mean on."""
+    means = _window_means(values, window)
+    return min(means[means.index(max(means)) :])
+
+
+def _window_means(values: Sequence[float], window: int) -> list[float]:
+    return [mean(values[i : i + window]) for i in range(max(1, len(values) - window + 1))]
+
+
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: the mean of a metric over some of the logged steps of a run."""
+    """One column of a table: a metric over some of the logged steps of a run.
+
+    Attributes:
+        title: head of the column.
+        metric: name of the metric.
+        steps: the steps.
+        digits: format of the number.
+        reduce: gives the number of a run.
+    """
 
     title: str
     metric: str
     steps: slice
     digits: str = ".3f"
+    reduce: Callable[[Sequence[float]], float] = mean
 
     def value(self, rows: Sequence[Row]) -> float | None:
-        """Return the mean, or None if the metric was never logged."""
+        """Return the number of a run, or None if the metric was never logged."""
         values = [row[self.metric] for row in rows if row.get(self.metric) is not None]
-        return mean(values[self.steps]) if values else None
+        return self.reduce(values[self.steps]) if values else None
 
 
 ALL, LAST, END = slice(None), slice(-5, None), slice(-1, None)
 STABILITY = (
-    Column("reward, best 5", "rollout/score_mean", ALL),
+    Column("reward, best 5", "rollout/score_mean", ALL, reduce=best),
     Column("reward, last 5", "rollout/score_mean", LAST),
     Column("held out", "validation/score_mean", END),
     Column("groups without spread, last 5", "reward/groups_without_spread", LAST),
@@ -134,6 +158,26 @@ SINGLE = (
     "actor_train.training_args.per_device_train_batch_size=1",
     "actor_train.training_args.gradient_accumulation_steps=32",
 )
+
+AGENTS = (
+    Column("success, best 5", "rollout/score_mean", ALL, reduce=best),
+    Column("success, worst 5 after the best", "rollout/score_mean", ALL, reduce=worst_after_best),
+    Column("success, last 5", "rollout/score_mean", LAST),
+    Column("held out", "validation/score_mean", END),
+    Column("entropy, last 5", "actor/entropy", LAST),
+    Column("turns that the machine cannot read, last 5", "episode/invalid_turns", LAST),
+    Column("clipped tokens", "actor/clip_fraction", ALL, ".4f"),
+    Column("abs(ratio - 1)", "actor/ratio_deviation", ALL, ".5f"),
+)
+ADDING_MACHINE = ("data=adding_machine", "response_length=64", "strategy=hf", *SMALL)
+LAG_4 = "async_generation_ratio=4"
+EPISODES = {
+    "GSPO": ADDING_MACHINE,
+    "segment": (*ADDING_MACHINE, "importance_sampling=segment"),
+    "GRPO": (*ADDING_MACHINE, LEVELS["GRPO"]),
+    "CISPO": (*ADDING_MACHINE, "algorithm=cispo"),
+    "SAPO": (*ADDING_MACHINE, "algorithm=sapo"),
+}
 
 STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
     "stability": (
@@ -189,6 +233,11 @@ STUDIES: dict[str, tuple[tuple[Setting, ...], tuple[Column, ...]]] = {
             )
         ),
         NOISE,
+    ),
+    "agents": (tuple(Setting(f"{name}, episodes", keys, 60) for name, keys in EPISODES.items()), AGENTS),
+    "agents_stale": (
+        tuple(Setting(f"{name}, episodes, staleness 4", (*keys, LAG_4), 60) for name, keys in EPISODES.items()),
+        AGENTS,
     ),
 }
 
@@ -246,18 +295,11 @@ def table(settings: Iterable[Setting], columns: Sequence[Column], output: Path) 
 
 
 def _cell(column: Column, runs: Sequence[Sequence[Row]]) -> str:
-    values = [best(rows) if column.title == "reward, best 5" else column.value(rows) for rows in runs]
-    known = [value for value in values if value is not None]
+    known = [value for rows in runs if (value := column.value(rows)) is not None]
     if not known:
         return "–"
     each = " ".join(f"{value:{column.digits}}" for value in known)
     return f"**{mean(known):{column.digits}}** ({each})"
-
-
-def best(rows: Sequence[Row], window: int = 5) -> float | None:
-    """Return the highest mean reward of `window` consecutive steps, None if there are too few."""
-    rewards = [row["rollout/score_mean"] for row in rows if "rollout/score_mean" in row]
-    return max((mean(rewards[i : i + window]) for i in range(len(rewards) - window + 1)), default=None)
 
 
 def main() -> None:
