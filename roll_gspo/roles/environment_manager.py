@@ -107,7 +107,8 @@ class EnvironmentManager(Scorer):
         """
         pools = self._validation_pools if validation else self._pools
         limits = {n: s.validation_limits if validation else s.limits for n, s in self._settings.items()}
-        client = EpisodeClient(generator.open_stream(validation), pools, limits, tokenizer, chat, sampling)
+        penalty = self._validation_penalty if validation else self._penalty
+        client = EpisodeClient(generator.open_stream(validation), pools, limits, tokenizer, chat, sampling, penalty)
         if not validation:
             self._client = client
         return client
@@ -135,13 +136,13 @@ class EnvironmentManager(Scorer):
 
     def result(self, completion: Completion) -> RewardResult:
         """Return the reward of a training episode."""
-        return episode_result(completion, self._penalty)
+        return episode_result(completion)
 
     def score(
         self, rollouts: Rollouts, responses: Sequence[str], progress: Callable[[int, int], None] | None = None
     ) -> list[RewardResult]:
         """Return the rewards of validation episodes."""
-        return [episode_result(completion, self._validation_penalty) for completion in rollouts.completions]
+        return [episode_result(completion) for completion in rollouts.completions]
 
     def close(self) -> None:
         """End the processes."""
@@ -149,13 +150,13 @@ class EnvironmentManager(Scorer):
             pool.close()
 
 
-def episode_result(completion: Completion, format_penalty: float = 0.0) -> RewardResult:
-    """Return the reward of an episode: the sum over its turns, plus the penalty of each invalid turn."""
+def episode_result(completion: Completion) -> RewardResult:
+    """Return the reward of an episode: the sum over its turns."""
     episode = completion.episode
     assert episode is not None
     if episode.failed is not None:
         return RewardResult(0.0, failed=episode.failed, traceback=episode.traceback)
-    return RewardResult(episode.reward + format_penalty * sum(turn.invalid for turn in episode.turns))
+    return RewardResult(episode.reward)
 
 
 class EpisodePlayer:

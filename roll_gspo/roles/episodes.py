@@ -90,6 +90,7 @@ class EpisodeClient:
         tokenizer: tokenizer of the model.
         chat: chat template, and system prompts for conversations that begin without one.
         sampling: sampling of one turn; `num_samples` and `max_new_tokens` are ignored.
+        format_penalty: added to the reward of every answer that the environment could not understand.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class EpisodeClient:
         tokenizer: Any,
         chat: ChatFormat,
         sampling: Sampling,
+        format_penalty: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
@@ -109,6 +111,7 @@ class EpisodeClient:
         self._template = chat.templates()[chat.template]
         self._sampling = sampling
         self._limits = limits
+        self._format_penalty = format_penalty
         self._clock = clock
         self._episodes: dict[int, _Episode] = {}
         self._finished: list[FinishedRequest] = []
@@ -195,8 +198,9 @@ class EpisodeClient:
         elif isinstance(result, Start):
             self._begin(played.episode, episode, result)
         else:
+            reward = result.reward + (self._format_penalty if result.invalid else 0.0)
             episode.turns[-1] = EpisodeTurn(
-                episode.turns[-1].answer, result.messages, result.reward, result.invalid, result.metrics
+                episode.turns[-1].answer, result.messages, reward, result.invalid, result.metrics
             )
             self._continue(played.episode, episode, result)
 
