@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt
 
 from roll_gspo.config.base import Names, Schema
 from roll_gspo.config.environment_table import ENVIRONMENTS, SEEDS
 from roll_gspo.errors import ConfigError
 
 MAX_EPISODES_PER_WORKER = 256
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _known(name: str) -> str:
@@ -61,7 +65,7 @@ class EnvManagerConfig(Schema):
     row."""
     tags: Names = ()
     """Blocks of `custom_envs` to play; empty: all."""
-    num_groups_partition: tuple[PositiveInt, ...] | None = None
+    num_groups_partition: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] | None = None
     """Groups of each of `tags`; null: rows are shuffled. Only for rows that are seeds (`builtin:seeds`)."""
     max_env_num_per_worker: PositiveInt | None = None
     """Episodes that a worker process plays at the same time, each in a thread; further ones wait. Null: at most 256."""
@@ -125,7 +129,7 @@ class EpisodeConfig(Schema):
 def _fill_episodes(values: dict[str, Any]) -> dict[str, Any]:
     train, validation = values.get("train_env_manager"), values.get("val_env_manager")
     if not isinstance(train, dict):
-        return values
+        return {"rewards": {}} | values if values.get("custom_envs") else values
     filled = {
         "rollout_batch_size": train.get("num_env_groups"),
         "num_return_sequences_in_group": train.get("group_size"),

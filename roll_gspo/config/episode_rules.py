@@ -37,7 +37,7 @@ def broken_episode_rules(config: EpisodeConfig, others: OtherBlocks) -> Iterator
     """Yield missing blocks of rewards or environments, and keys that episodes cannot have."""
     manager = config.train_env_manager
     if manager is None:
-        if not others.rewards:
+        if not others.rewards and not config.custom_envs:
             yield Problem("rewards", "no domain is configured; add at least one with its worker_cls")
         for key in ("custom_envs", "val_env_manager"):
             if config.__dict__[key]:

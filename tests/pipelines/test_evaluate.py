@@ -79,6 +79,22 @@ def test_checkpoint_has_the_metrics_of_its_run(command: Command, evaluate: Comma
     assert bare.code == 2 and "ckpt: " in bare.err
 
 
+def test_episodes_have_the_metrics_of_their_run(command: Command, evaluate: Command, small: tuple[str, ...]) -> None:
+    sizes = [size for size in small if not size.startswith(("warm_start", "rewards", "response_length"))]
+    name = ("--config-name", "example_agentic_gspo", "strategy=hf", "output_dir=out")
+    trained = command(*name, *sizes, "max_steps=2", "run_name=run")
+    assert trained.code == 0, trained.out + trained.err
+    run = Path("out/example_agentic_gspo/run")
+    outcome = evaluate(
+        *name, "validation.data_args.num_rows=16", f"ckpt={run}", "out=result", "validation.batch_size=5"
+    )
+    assert outcome.code == 0, outcome.out + outcome.err
+    now = read_samples(Path("result/validation/step_000002.parquet")).samples
+    then = read_samples(run / "validation/step_000002.parquet").samples
+    assert [s["response_token_ids"] for s in now] == [s["response_token_ids"] for s in then]
+    assert any(len(s["episode"]["turns"]) > 1 for s in now)
+
+
 def test_benchmarks_with_the_tiny_model(evaluate: Command, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not BENCHMARKS.is_file():
         pytest.skip(f"{BENCHMARKS} is not here")
