@@ -114,7 +114,6 @@ def experience_settings(config: ExperimentConfig) -> ExperienceSettings:
         advantages=settings_from(AdvantageSettings, config),
         masks=settings_from(SampleMaskSettings, config),
         response_length=config.max_response_length,
-        format_penalty=0.0 if config.train_env_manager is None else config.train_env_manager.format_penalty,
         part_weights=_part_weights(config) if config.adv_estimator == "gdpo" else {},
     )
 

@@ -74,15 +74,6 @@ def test_turns_of_episodes_and_single_responses() -> None:
     assert of_tokens == [[0, 0, 1], [2, 3, 4, 4], [5, 5], [6, 6, 6]]
 
 
-def test_format_penalty_belongs_to_the_invalid_turn() -> None:
-    completion = COMPLETIONS[1]
-    assert completion.episode is not None
-    turns = tuple(replace(turn, invalid=number == 1) for number, turn in enumerate(completion.episode.turns))
-    invalid = replace(completion, episode=replace(completion.episode, turns=turns))
-    found = turns_of([invalid, invalid], torch.tensor([1.5, 1.0]), format_penalty=-0.5)
-    assert found.rewards.tolist() == [0.0, 3.5, -2.0, 0.0, 3.5, -2.5]
-
-
 def test_what_a_score_has_beyond_its_turns_belongs_to_the_last_one() -> None:
     turns = turns_of(COMPLETIONS, torch.tensor([2.5, 2.0, 0.1, 0.7]))
     assert turns.rewards.tolist() == pytest.approx([1.0, 1.5, 0.0, 4.0, -2.0, 0.1, 0.7])

@@ -162,6 +162,19 @@ def test_unreadable_answers_end_the_episode_without_reward(machine: EnvironmentP
     assert all(turn.invalid for turn in episode.turns)
 
 
+def test_penalty_belongs_to_the_turn_that_earned_it(machine: EnvironmentPool):
+    client = EpisodeClient(
+        LocalStream(ScriptedModel(lambda prompt: "=3" if "?" in prompt else "hm")).open(),
+        *({"env": machine}, {"env": LIMITS}, TOKENIZER, ChatFormat(), SAMPLING),
+        format_penalty=-0.25,
+    )
+    client.submit([EpisodeRequest(0, (1, 2), "env", row("1+2"), 7, seed=1)])
+    (finished,) = client.poll(30.0)
+    episode = episode_of(finished.completion)
+    assert [turn.reward for turn in episode.turns] == [-0.25, 1.0]
+    assert episode.reward == 0.75
+
+
 def test_limits_end_episodes(echo: EnvironmentPool):
     model = ScriptedModel(lambda _: "ab")
     turns = episode_of(play(model, echo, ["x"], limits(3, 200, 60.0))[0])

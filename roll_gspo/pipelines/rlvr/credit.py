@@ -14,7 +14,7 @@ from roll_gspo.batch import Completion
 from roll_gspo.episode import Episode, EpisodeBranch
 
 
-def turns_of(completions: Sequence[Completion], scores: Tensor, format_penalty: float = 0.0) -> Turns:
+def turns_of(completions: Sequence[Completion], scores: Tensor) -> Turns:
     """Return the turns of responses, of whose tokens only those count that were sampled.
 
     A response that is no episode has one turn. The turns of other conversations of an episode come before those of its
@@ -23,12 +23,11 @@ def turns_of(completions: Sequence[Completion], scores: Tensor, format_penalty: 
     Args:
         completions: the responses.
         scores: [B] of the responses.
-        format_penalty: added to the reward of every invalid turn.
     """
     rewards, samples, numbers, states, lengths = [], [], [], [], []
     known: dict[str, int] = {}
     for sample, (completion, score) in enumerate(zip(completions, scores.tolist(), strict=True)):
-        turns = [turn for one in _conversations(completion) for turn in _turns(one, format_penalty)]
+        turns = [turn for one in _conversations(completion) for turn in _turns(one)]
         turns = turns or [_Turn(0.0, "", completion.num_sampled)]
         rewards += [turn.reward for turn in turns[:-1]]
         rewards.append(score - sum(turn.reward for turn in turns[:-1]))
@@ -58,12 +57,11 @@ def _conversations(completion: Completion) -> Sequence[Episode | EpisodeBranch]:
     return () if episode is None else (*episode.branches, episode)
 
 
-def _turns(conversation: Episode | EpisodeBranch, format_penalty: float) -> list[_Turn]:
+def _turns(conversation: Episode | EpisodeBranch) -> list[_Turn]:
     starts = (0, *conversation.turn_ends)
     turns, state = [], str(conversation.prompt_ids)
     for turn, start, end in zip(conversation.turns, starts, conversation.turn_ends, strict=False):
-        reward = turn.reward + format_penalty * turn.invalid
-        turns.append(_Turn(reward, state, sum(conversation.mask[start:end])))
+        turns.append(_Turn(turn.reward, state, sum(conversation.mask[start:end])))
         state = json.dumps([dict(message) for message in turn.messages], sort_keys=True, default=str)
     return turns
 

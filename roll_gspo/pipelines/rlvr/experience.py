@@ -49,7 +49,6 @@ class ExperienceSettings:
         overlong_buffer_length: number of tokens before `response_length` in which the score falls; None disables it.
         overlong_penalty_factor: largest reduction of the score.
         top_entropy_quantile: fraction of the tokens that the policy loss sees, those with the highest entropy.
-        format_penalty: what the score of an episode contains for each invalid turn.
         part_weights: weight of each part of a weighted sum, by domain; empty unless the estimator normalises parts.
     """
 
@@ -61,7 +60,6 @@ class ExperienceSettings:
     overlong_buffer_length: int | None = None
     overlong_penalty_factor: float = 1.0
     top_entropy_quantile: float = 1.0
-    format_penalty: float = 0.0
     part_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -167,7 +165,7 @@ def _estimated(
     turns = None
     if needs_turns:
         scored = [c for c, is_valid in zip(rollouts.completions, valid.tolist(), strict=True) if is_valid]
-        turns = turns_of(scored, scores[valid], settings.format_penalty)
+        turns = turns_of(scored, scores[valid])
 
     def present(values: Tensor | None) -> Tensor | None:
         if values is None or table is None:
