@@ -156,6 +156,7 @@ def test_documented_environment_is_played(folder: Path, pretrained: Path) -> Non
 
 @pytest.mark.e2e
 @pytest.mark.long
+@pytest.mark.timeout(1300)
 def test_model_learns_in_the_documented_environment(folder: Path) -> None:
     outcome = train(*documented_environment(), "output_dir=long", "run_name=run", folder=folder, timeout_s=1200)
     assert outcome.code == 0, outcome.err

@@ -8,7 +8,7 @@ import pytest
 from commands import metrics_of
 from forked_command import train
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1300)]
 
 
 def test_success_of_the_example_rises(tmp_path: Path) -> None:
