@@ -103,7 +103,8 @@ def _run_own(options: argparse.Namespace, engine: str, checkpoint: Path, out: Pa
         "tracker=none",
         *options.overrides,
     ]
-    memory = _run([sys.executable, "-m", "roll_gspo.run", "--config-name", "example_gspo", *overrides], out, options.threads)
+    command = [sys.executable, "-m", "roll_gspo.run", "--config-name", "example_gspo", *overrides]
+    memory = _run(command, out, options.threads)
     lines = (out / "own" / "run" / "metrics.jsonl").read_text().splitlines()
     return [line["time/step"] for line in map(json.loads, lines) if "time/step" in line], memory
 
