@@ -75,6 +75,7 @@ class _Episode:
     turns: list[EpisodeTurn] = field(default_factory=list)
     rewritten: int = 0
     samples: bool = False  # the engines sample an answer
+    sampled_before_s: float = 0.0  # seconds in which the engines had sampled when the environment began its turn
 
 
 class EpisodeClient:
@@ -115,6 +116,7 @@ class EpisodeClient:
         self._clock = clock
         self._episodes: dict[int, _Episode] = {}
         self._finished: list[FinishedRequest] = []
+        self._sampled_s = 0.0  # seconds in which the engines sampled any answer
         self._spent_s = self._hidden_s = 0.0
 
     @property
@@ -124,7 +126,7 @@ class EpisodeClient:
 
     @property
     def time(self) -> EnvironmentTime:
-        """Time of the environments so far. That of a turn is hidden if the engines sample when it ends."""
+        """Time of the environments so far, and the part of it in which the engines sampled other answers."""
         return EnvironmentTime(self._spent_s, self._hidden_s)
 
     def submit(self, requests: Sequence[EpisodeRequest]) -> None:
@@ -133,7 +135,8 @@ class EpisodeClient:
             if request.key in self._episodes:
                 raise ValueError(f"episode {request.key} is outstanding already; give every episode another key")
             limits = self._limits[request.environment]
-            self._episodes[request.key] = _Episode(request, limits, self._clock() + limits.timeout_s)
+            deadline = self._clock() + limits.timeout_s
+            self._episodes[request.key] = _Episode(request, limits, deadline, sampled_before_s=self._sampled_s)
             self._pool(request.key).start(request.key, request.row, request.row_seed)
 
     def poll(self, timeout_s: float) -> list[FinishedRequest]:
@@ -149,11 +152,12 @@ class EpisodeClient:
             pools = [pool for name, pool in self._environments.items() if self._plays(name)]
             for pool in pools:
                 for played in pool.take(0.0 if sampling else left / len(pools)):
-                    self._spent_s += played.seconds
-                    self._hidden_s += played.seconds if sampling else 0.0
                     self._take_played(played)
             if sampling:
-                for key, completion in self._client.poll(left):
+                began = self._clock()
+                answers = self._client.poll(left)
+                self._sampled_s += self._clock() - began
+                for key, completion in answers:
                     self._take_answer(key, completion)
             self._end_late()
             if self._clock() >= until:
@@ -192,6 +196,8 @@ class EpisodeClient:
         episode = self._episodes.get(played.episode)
         if episode is None:
             return
+        self._spent_s += played.seconds
+        self._hidden_s += min(played.seconds, self._sampled_s - episode.sampled_before_s)
         result = played.result
         if isinstance(result, Failure):
             self._end(played.episode, FAILED, result)
@@ -231,6 +237,7 @@ class EpisodeClient:
         text = self._text_of(completion)
         episode.messages.append({"role": "assistant", "content": text})
         episode.turns.append(EpisodeTurn(text))
+        episode.sampled_before_s = self._sampled_s
         self._pool(key).step(key, len(episode.turns), text)
 
     def _text_of(self, completion: Completion) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -210,3 +211,40 @@ def test_environment_that_does_not_begin_keeps_the_prompt_of_the_row(echo: Envir
 def test_late_episode_ends_and_closes(echo: EnvironmentPool):
     episode = episode_of(play(ScriptedModel(lambda _: "sleep 20"), echo, ["x"], limits(3, 200, 1.0))[0])
     assert (episode.end, len(episode.turns), episode.turns[0].messages) == ("timeout", 1, ())
+
+
+class HoldingModel(ScriptedModel):
+    """A model that answers prompts with `busy` once it is released, and all others at once.
+
+    Every call takes an hour of its own clock, so that no environment takes longer.
+    """
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        super().__init__(answer)
+        self.hours = 0
+        self.is_released = False
+
+    def advance(self, seconds: float) -> list[FinishedRequest]:
+        self.hours += 1
+        time.sleep(0.01)
+        held = {k: r for k, r in self.waiting.items() if not self.is_released and "busy" in TOKENIZER.decode(r.prompt)}
+        ready = {key: request for key, request in self.waiting.items() if key not in held}
+        self.waiting = held
+        return [FinishedRequest(key, self._completion(request)) for key, request in ready.items()]
+
+
+@pytest.mark.parametrize(("texts", "is_hidden"), [(["idle"], False), (["idle", "busy"], True)])
+def test_time_of_environments_is_hidden_while_the_engines_sample(
+    echo: EnvironmentPool, texts: list[str], is_hidden: bool
+):
+    model = HoldingModel(lambda prompt: "sleep 0.2" if "idle" in prompt else "ok")
+    client = EpisodeClient(
+        *(LocalStream(model).open(), {"env": echo}, {"env": limits(1, 200, 1e9)}, TOKENIZER, ChatFormat(), SAMPLING),
+        clock=lambda: 3600.0 * model.hours,
+    )
+    client.submit([EpisodeRequest(i, (1, 2), "env", row(text), 7, seed=i) for i, text in enumerate(texts)])
+    while client.outstanding:
+        model.is_released = bool(client.poll(3600.0 * 1000))
+    total_s, hidden_s = client.time
+    assert total_s > 0.2
+    assert 0.2 < hidden_s < total_s if is_hidden else hidden_s == 0.0
