@@ -145,7 +145,7 @@ function sampleView(s) {
   parts.push(...groupButtons(s), ...stepButtons(s), ...text('Prompt', s.prompt));
   const answers = make('div', {className: 'answers'});
   for (const [name, value] of [['Ground truth', s.truth], ['Answer that the reward extracted', s.answer]]) {
-    if (value !== undefined) answers.append(make('div', {}, ...text(name, value)));
+    if (value !== undefined && value !== '') answers.append(make('div', {}, ...text(name, value)));
   }
   parts.push(answers, ...components(s), ...response(s));
   return parts;
