@@ -59,9 +59,7 @@ class Completion:
 
     @property
     def num_sampled(self) -> int:
-        """Number of tokens that the model sampled; the others of an episode were given."""
-        return len(self.token_ids) if self.episode is None else sum(self.episode.mask)
-        """Number of tokens that the model sampled; an episode has given tokens, too."""
+        """Number of tokens that the model sampled, in all conversations of an episode; the others were given."""
         if self.episode is None:
             return len(self.token_ids)
         return sum(sum(one.mask) for one in (self.episode, *self.episode.branches))

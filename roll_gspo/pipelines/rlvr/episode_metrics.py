@@ -39,12 +39,13 @@ def environment_time_metrics(now: EnvironmentTime, before: EnvironmentTime) -> d
 
 
 def _turn_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    turns = [turn for episode in episodes for turn in episode.turns]
+    played = [(episode, *episode.branches) for episode in episodes]
+    turns = [turn for conversations in played for one in conversations for turn in one.turns]
     if not turns:
         return {}
-    num_turns = [len(episode.turns) for episode in episodes]
-    num_tokens = sum(len(episode.mask) for episode in episodes)
-    num_sampled = sum(sum(episode.mask) for episode in episodes)
+    num_turns = [sum(len(one.turns) for one in conversations) for conversations in played]
+    masks = [one.mask for conversations in played for one in conversations]
+    num_tokens, num_sampled = sum(map(len, masks)), sum(map(sum, masks))
     return {
         "episode/turns_mean": len(turns) / len(episodes),
         "episode/turns_max": float(max(num_turns)),

@@ -139,7 +139,8 @@ def tracked_samples(
     chosen = []
     for row in spread({row: result.score for row, result in enumerate(results) if result.failed is None}):
         prompt, completion, result = rollouts.prompts[row], rollouts.completions[row], results[row]
-        episode, num_tokens = completion.episode, completion.num_sampled
+        episode = completion.episode
+        num_tokens = len(completion.token_ids) if episode is None else sum(episode.mask)
         chosen.append(
             Sample(
                 score=result.score,
