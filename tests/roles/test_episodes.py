@@ -216,7 +216,7 @@ def test_late_episode_ends_and_closes(echo: EnvironmentPool):
 class HoldingModel(ScriptedModel):
     """A model that answers prompts with `busy` once it is released, and all others at once.
 
-    Every call takes an hour of its own clock, so that no environment takes longer.
+    Every call takes an hour of the client's clock, so that no environment takes longer.
     """
 
     def __init__(self, answer: Callable[[str], str]) -> None:
