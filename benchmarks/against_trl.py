@@ -4,7 +4,7 @@
     python benchmarks/against_trl.py --trl-python trl-venv/bin/python [--rounds 3] [--sizes 0.6 5 20]
 
 Both sides run GSPO in float32 with random weights: 32 prompts of 8 responses of at most 48 tokens per step, 4
-mini-batches, a KL loss, no validation. Each run is a process tree of its own, with `--threads` threads; the sides
+mini-batches, a KL loss, no validation. Each run is a separate process tree with `--threads` threads; the sides
 alternate. The first step of a run is not counted. Memory is the peak of the proportional set sizes (PSS) of all
 processes, reward workers included.
 """
