@@ -57,8 +57,13 @@ def demonstrations(num: int, seed: int, slip_probability: float) -> list[tuple[s
         slip_probability: probability of a mistake in each column.
     """
     rng = random.Random(seed)
-    training = ((a, b) for a, b in _pairs(rng) if not _is_held_out(a, b))
+    training = training_sums(rng)
     return [(f"{a}+{b}=", worked_answer(a, b, rng, slip_probability)) for a, b in (next(training) for _ in range(num))]
+
+
+def training_sums(rng: random.Random) -> Iterator[tuple[int, int]]:
+    """Yield pairs of numbers of training sums, which are drawn when they are needed."""
+    return ((a, b) for a, b in _pairs(rng) if not _is_held_out(a, b))
 
 
 def worked_answer(a: int, b: int, rng: random.Random, slip_probability: float = 0.0) -> str:

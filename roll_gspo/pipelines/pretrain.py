@@ -118,13 +118,14 @@ def _builtin(config: RunConfig, name: str, console: Console) -> Path:
 
 def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) -> float:
     from roll_gspo.data import column_addition, multi_domain
-    from roll_gspo.environments import adding_machine
+    from roll_gspo.environments import adding_machine, calculated_sums
     from roll_gspo.models.warm_start import train
 
     tasks = {
         column_addition.FILE_NAME: column_addition.demonstrations,
         multi_domain.FILE_NAME: multi_domain.demonstrations,
         "adding_machine": adding_machine.demonstrations,
+        calculated_sums.NAME: calculated_sums.demonstrations,
     }
     num = settings.steps * settings.batch_size
     made = tasks[settings.demonstrations](num, settings.seed, settings.slip_probability)

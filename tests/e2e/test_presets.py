@@ -15,7 +15,12 @@ from roll_gspo.tracking.names import metric_info
 
 pytestmark = [pytest.mark.e2e, pytest.mark.megatron, pytest.mark.vllm, pytest.mark.slow]
 
-OTHERS = {"example_sft", "example_multi_domain", "example_agentic_gspo"}  # another pipeline, other tasks
+OTHERS = {
+    "example_sft",
+    "example_multi_domain",
+    "example_agentic_gspo",
+    "example_tool_use",
+}  # another pipeline, other tasks
 # Dynamic sampling runs here. The losses, estimators and critic of the other presets run on transformers in
 # tests/pipelines/test_rlvr.py, and here with `long`.
 IN_EVERY_RUN = {"example_dapo"}
