@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _BROKEN = "\ufffd"  # what a decoder says of bytes that are no whole character
-_MAX_HELD = 8  # tokens in a row without a whole character; a character has four bytes at most
+_MAX_HELD = 8  # tokens in a row without a whole character
+_MAX_PART = 3  # of these, the last ones may be a part of a character, which has four bytes at most
 
 
 class TokenTexts:
@@ -40,12 +41,21 @@ class TokenTexts:
             held.append(token)
             decoded = self.decode(held)
             whole = decoded.rstrip(_BROKEN)
-            ends = i + 1 == len(ids) or ids[i + 1] not in self._broken or len(held) == _MAX_HELD
-            if ends or whole == decoded:
+            if i + 1 == len(ids) or ids[i + 1] not in self._broken or whole == decoded:
                 whole, held = decoded, []
             texts.append(whole[len(said) :])
             said = whole if held else ""
+            if len(held) == _MAX_HELD:
+                held = self._part(held, decoded)
+                given_up = decoded[: len(decoded) - len(self.decode(held))] if held else decoded
+                texts[-1] += given_up[len(said) :]
+                said = said[len(given_up) :]
         return texts
+
+    def _part(self, held: Sequence[int], decoded: str) -> list[int]:
+        """Return the last of the held tokens that may still become a character."""
+        parts = (list(held[len(held) - size :]) for size in range(_MAX_PART, 0, -1))
+        return next((part for part in parts if decoded.endswith(self.decode(part))), [])
 
     def _learn(self, token: int) -> None:
         """Find the text of one token within a text: some decoders drop the space before the first one."""

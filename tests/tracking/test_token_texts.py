@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -65,6 +65,7 @@ def test_texts_joined_are_the_response(text: str) -> None:
     assert len(found) == len(ids) and "".join(found) == text
 
 
+@example([94, 94, 94, 94, 94, 94, 259, 94, 94])
 @given(st.lists(st.integers(0, len(BYTE_LEVEL) - 1), max_size=60))
 def test_texts_of_tokens_that_make_no_sense_are_one_each(ids: list[int]) -> None:
     found = texts(BYTE_LEVEL, ids)
