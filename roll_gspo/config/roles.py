@@ -284,7 +284,9 @@ class WarmStart(Schema):
     """Demonstrations per step."""
     learning_rate: PositiveFloat = 2e-3
     """Peak learning rate of AdamW with cosine decay."""
-    demonstrations: BuiltinTask | Literal["adding_machine", "calculated_sums"] = "builtin:column_addition"
+    demonstrations: BuiltinTask | Literal["adding_machine", "calculated_sums", "frozen_lake", "sokoban"] = (
+        "builtin:column_addition"
+    )
     """Task or environment of the demonstrations. If omitted: `actor_train.data_args.file_name`, if it is one of these
     tasks."""
     slip_probability: UnitInterval = 0.25

@@ -53,9 +53,11 @@ class Environment(ABC):
     def factory(cls, **arguments: Any) -> Callable[[], Environment]:
         """Return a function that builds the environment of one episode.
 
-        It is called once per worker process, when the process starts. Override it to build what all episodes of a
-        process share, e.g. an index. The arguments of the block are then those of your method.
+        It is called once per worker process, when the process starts. It builds one environment, so that wrong
+        arguments stop the run before the first episode. Override it to build what all episodes of a process share, e.g.
+        an index. The arguments of the block are then those of your method.
         """
+        cls(**arguments).close()
         return functools.partial(cls, **arguments)
 
     @abstractmethod

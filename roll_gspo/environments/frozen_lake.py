@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from roll_gspo.environments.grid import (
     ANSWER_PATTERN,
+    COMPACT,
     DOWN,
     FULL,
     LEFT,
@@ -28,6 +29,7 @@ from roll_gspo.environments.grid import (
     Move,
     check_render_mode,
     codes,
+    demonstration,
 )
 from roll_gspo.errors import ConfigError
 
@@ -158,3 +160,10 @@ class FrozenLake(GridGame):
 
     def _around(self, cell: Cell) -> Iterator[Cell]:
         return (self._neighbour(cell, action) for action in self.DIRECTIONS)
+
+
+def demonstrations(num: int, seed: int, slip_probability: float) -> list[list[dict[str, str]]]:
+    """Return the messages of `num` episodes with the lakes of even seeds; see `demonstration`."""
+    rng = random.Random(seed)
+    game = FrozenLake(size=3, is_slippery=False, max_steps=6, style=COMPACT)
+    return [demonstration(game, 2 * rng.randrange(2**40), rng, slip_probability) for _ in range(num)]

@@ -12,6 +12,7 @@ and 10 if all boxes are on targets.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from roll_gspo.environments.grid import (
     Move,
     check_render_mode,
     codes,
+    demonstration,
 )
 from roll_gspo.environments.sokoban_rooms import Room, drawn_room, pushed, shortest_solution
 
@@ -128,3 +130,10 @@ class Sokoban(GridGame):
         if cell in room.boxes:
             return 3 if on_target else 4
         return 2 if on_target else 1
+
+
+def demonstrations(num: int, seed: int, slip_probability: float) -> list[list[dict[str, str]]]:
+    """Return the messages of `num` episodes with the rooms of even seeds; see `demonstration`."""
+    rng = random.Random(seed)
+    game = Sokoban(dim_room=(5, 5), num_boxes=1, max_steps=6, style=COMPACT)
+    return [demonstration(game, 2 * rng.randrange(2**40), rng, slip_probability) for _ in range(num)]

@@ -84,7 +84,7 @@ class VerifiersTasks:
 class Verifiers(Environment):
     """An episode of a task of verifiers. The reward of its last turn is the reward of the trace.
 
-    The seed of the row selects the task, or its column `task` does, the number of a selected task.
+    Seeds go through the selected tasks in order. A column `task` of the row names another one by its number.
     """
 
     def __init__(self, tasks: VerifiersTasks) -> None:
@@ -128,7 +128,7 @@ class Verifiers(Environment):
         return lambda: cls(tasks)
 
     def reset(self, row: Mapping[str, Any], seed: int) -> Start:
-        number = row.get("task", seed)
+        number = row.get("task", seed // 2)  # seeds of training are even, and those of validation odd
         if not isinstance(number, int):
             raise DataError(f"row {row.get('id', '?')}: the column task is {number!r}; write the number of a task")
         _, self._conversation, self._run = self._tasks.begin(number)

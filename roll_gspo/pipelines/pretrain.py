@@ -118,7 +118,7 @@ def _builtin(config: RunConfig, name: str, console: Console) -> Path:
 
 def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) -> float:
     from roll_gspo.data import column_addition, multi_domain
-    from roll_gspo.environments import adding_machine, calculated_sums
+    from roll_gspo.environments import adding_machine, calculated_sums, frozen_lake, sokoban
     from roll_gspo.models.warm_start import train
 
     tasks = {
@@ -126,6 +126,8 @@ def _warm_start(model: Any, tokenizer: Any, settings: WarmStart, progress: Any) 
         multi_domain.FILE_NAME: multi_domain.demonstrations,
         "adding_machine": adding_machine.demonstrations,
         calculated_sums.NAME: calculated_sums.demonstrations,
+        "frozen_lake": frozen_lake.demonstrations,
+        "sokoban": sokoban.demonstrations,
     }
     num = settings.steps * settings.batch_size
     made = tasks[settings.demonstrations](num, settings.seed, settings.slip_probability)
