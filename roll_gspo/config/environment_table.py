@@ -18,3 +18,7 @@ ENVIRONMENTS = Registry(
 )
 SEEDS = "builtin:seeds"
 """`file_name` of rows that hold nothing but the seed of an environment."""
+AGENT = "agent"
+"""Domain of all rows that an agent plays."""
+OTHERS = "*"
+"""Tag of rows that match no other domain or tag."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, JsonValue, PositiveFloat, PositiveInt
 
+from roll_gspo.config.agent import AgentConfig
 from roll_gspo.config.base import Names, Schema
 from roll_gspo.config.environment_table import ENVIRONMENTS, SEEDS
 from roll_gspo.errors import ConfigError
@@ -91,6 +92,9 @@ class EnvManagerConfig(Schema):
 class EpisodeConfig(Schema):
     """Keys of responses of several turns."""
 
+    agent: AgentConfig | None = None
+    """A program of yours that plays the episodes, instead of `custom_envs`."""
+
     custom_envs: dict[str, EnvironmentConfig] = Field(default_factory=dict)
     """Environments by a name of your choice, for responses of several turns."""
     train_env_manager: EnvManagerConfig | None = None
@@ -100,7 +104,7 @@ class EpisodeConfig(Schema):
 
     @property
     def plays_episodes(self) -> bool:
-        """True if responses are episodes of `custom_envs`."""
+        """True if responses are episodes of `custom_envs` or `agent`."""
         return self.train_env_manager is not None
 
     @property
@@ -127,6 +131,8 @@ class EpisodeConfig(Schema):
 
 
 def _fill_episodes(values: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(values.get("agent"), dict):
+        values = {"train_env_manager": {}} | values
     train, validation = values.get("train_env_manager"), values.get("val_env_manager")
     if not isinstance(train, dict):
         return {"rewards": {}} | values if values.get("custom_envs") else values

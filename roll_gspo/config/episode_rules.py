@@ -43,12 +43,15 @@ def broken_episode_rules(config: EpisodeConfig, others: OtherBlocks) -> Iterator
             if config.__dict__[key]:
                 yield Problem(key, "is used only with train_env_manager; add that block (it may be {})")
         return
-    if not config.custom_envs:
-        yield Problem("train_env_manager", "there is no environment; add custom_envs", ("custom_envs",))
+    if config.agent is not None:
+        yield from _broken_agent_rules(config, others)
+    elif not config.custom_envs:
+        yield Problem("train_env_manager", "there is no environment; add custom_envs or agent", ("custom_envs",))
     if others.rewards:
         names = ", ".join(others.rewards)
-        message = f"{names} score responses of one turn, and environments give the rewards here; remove one block"
-        yield Problem("rewards", message, ("train_env_manager",))
+        giver, key = ("an environment", "train_env_manager") if config.agent is None else ("the program", "agent")
+        message = f"{names} score responses of one turn, and {giver} gives the rewards here; remove one block"
+        yield Problem("rewards", message, (key,))
     if others.replays_rollout:
         message = "replays experts that were recorded in one turn, and an episode has several; set router_replay=none"
         yield Problem("actor_train.router_replay.mode", message, ("train_env_manager",))
@@ -60,6 +63,20 @@ def broken_episode_rules(config: EpisodeConfig, others: OtherBlocks) -> Iterator
     yield from _broken_manager_rules("train_env_manager", manager, tuple(config.custom_envs), same)
     yield from _broken_seed_rules("train_env_manager", manager, "actor_train", others.data)
     yield from _broken_validation_rules(config, others.validation)
+
+
+def _broken_agent_rules(config: EpisodeConfig, others: OtherBlocks) -> Iterator[Problem]:
+    """Yield blocks that are not used with an agent."""
+    if config.custom_envs:
+        names = ", ".join(config.custom_envs)
+        yield Problem("agent", f"plays the episodes, and so would {names}; remove one block", ("custom_envs",))
+    blocks = {"actor_train": others.data}
+    if others.validation is not None:
+        blocks["validation"] = others.validation.data_args
+    for name, data in blocks.items():
+        if data.system_prompt is not None:
+            message = "is not used, because the program writes the messages; remove it"
+            yield Problem(f"{name}.data_args.system_prompt", message, ("agent",))
 
 
 def _broken_validation_rules(config: EpisodeConfig, validation: ValidationConfig | None) -> Iterator[Problem]:

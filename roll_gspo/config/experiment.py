@@ -11,6 +11,7 @@ from roll_gspo.config.base import Names, Problem
 from roll_gspo.config.batch import BatchConfig
 from roll_gspo.config.credit import unused_credit
 from roll_gspo.config.data import DataArgs
+from roll_gspo.config.environment_table import AGENT, OTHERS
 from roll_gspo.config.environments import EpisodeConfig
 from roll_gspo.config.episode_rules import OtherBlocks, broken_episode_rules
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
@@ -82,7 +83,9 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
 
     @property
     def domain_tags(self) -> dict[str, Names]:
-        """Tags of the rows of each domain: of each block of `rewards`, or of the environments that are played."""
+        """Tags of the rows of each domain: of each block of `rewards`, of the environments, or of the agent."""
+        if self.agent is not None:
+            return {AGENT: (OTHERS,)}
         if self.plays_episodes:
             return {name: block.tag_included for name, block in self.played_environments.items()}
         return {domain: block.tag_included for domain, block in self.rewards.items()}
@@ -197,6 +200,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
 
     def _broken_data_rules(self, role: str, args: DataArgs) -> Iterator[Problem]:
         """Yield domains of the data that are not blocks of `rewards` or `custom_envs`."""
+        if self.agent is not None and not args.domain_interleave_probs:
+            return  # an agent plays rows of any domain
         blocks = "custom_envs" if self.plays_episodes else "rewards"
         named = {
             "domain_interleave_probs": args.domain_interleave_probs or (),

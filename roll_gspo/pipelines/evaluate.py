@@ -22,7 +22,7 @@ from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.rlvr.build import new_validation, validation_generator
 from roll_gspo.pipelines.rlvr.datasets import columns_of, tokenize, validation_rows
-from roll_gspo.pipelines.rlvr.environments import environment_manager
+from roll_gspo.pipelines.rlvr.episode_managers import episode_manager
 from roll_gspo.pipelines.rlvr.sample_files import validation_samples
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, Summary, answers_of, summaries
 from roll_gspo.pipelines.run_folder import config_yaml, make_folder
@@ -75,7 +75,7 @@ def _scorer(config: ExperimentConfig, rows: Sequence[DataRow]) -> Scorer:
     """Build what gives the rewards, with only the reward blocks that these rows need."""
     columns = [columns_of(config, row) for row in rows]
     if config.plays_episodes:
-        scorer: Scorer = environment_manager(config)
+        scorer: Scorer = episode_manager(config)
     else:
         router = Router(config.domain_tags)
         router.check(columns)

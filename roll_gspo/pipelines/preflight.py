@@ -33,6 +33,7 @@ from roll_gspo.pipelines.pretrain import check_model_name
 from roll_gspo.pipelines.run_folder import RunFolder, check_writable, find_run_folder
 from roll_gspo.rewards.from_config import spec_from_config
 from roll_gspo.rewards.pool import RewardPool
+from roll_gspo.roles.agents.program import AgentCommand
 from roll_gspo.tracking.trackers import check_trackers
 
 LOADS_A_MODEL = {"llm_judge", "reward_model"}
@@ -86,6 +87,8 @@ def check_rewards(config: AnyConfig) -> None:
     """
     if not isinstance(config, ExperimentConfig):
         return
+    if config.agent is not None:
+        AgentCommand.of(config.agent).check()
     for name, block in config.played_environments.items():
         spec, key = EnvironmentSpec(block.env_type, block.env_config, block.python), f"custom_envs.{name}"
         limits = block.timeout_s, key, block.start_timeout_s
@@ -104,12 +107,15 @@ def check_rewards(config: AnyConfig) -> None:
 
 
 def check_engines(config: AnyConfig) -> None:
-    """Check that the packages of every configured engine and of the executor are installed.
+    """Check that the packages of every configured engine, of the executor and of the agent are installed.
 
     Raises:
         MissingDependencyError: lists each missing one with its `pip install` line.
     """
     missing = []
+    if isinstance(config, ExperimentConfig) and config.agent is not None:
+        lacking = [name for name in ("starlette", "uvicorn") if not _is_installed(name)]
+        missing += (f"agent: needs the package '{name}': pip install 'roll-gspo[agents]'" for name in lacking)
     if config.execution == "ray" and not _is_installed("ray"):
         missing.append("execution: ray needs the package 'ray': pip install 'roll-gspo[ray]'; or execution=local")
     roles = config.roles().items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from roll_gspo.config.environment_table import OTHERS
 from roll_gspo.errors import ConfigError, DataError
 
 
@@ -70,6 +71,8 @@ class Router:
             return domain
         if tag in self._domain_of_tag:
             return self._domain_of_tag[tag]
+        if OTHERS in self._domain_of_tag:
+            return self._domain_of_tag[OTHERS]
         return self._domains[0] if not domain and not tag and len(self._domains) == 1 else None
 
     def _unmatched(self, domain: str, tag: str) -> str:

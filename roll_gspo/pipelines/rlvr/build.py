@@ -27,7 +27,7 @@ from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.pretrain import prepare_checkpoint
 from roll_gspo.pipelines.rlvr.collect import Collector
 from roll_gspo.pipelines.rlvr.datasets import Datasets, columns_of, make_sampler, read_datasets, tokenize
-from roll_gspo.pipelines.rlvr.environments import environment_manager
+from roll_gspo.pipelines.rlvr.episode_managers import episode_manager
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.pipelines.rlvr.models import Models, start_models, trained_roles_of
 from roll_gspo.pipelines.rlvr.request_sources import Episodes
@@ -48,7 +48,7 @@ from roll_gspo.pipelines.settings import (
 from roll_gspo.pipelines.step_profiler import StepProfiler
 from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
-from roll_gspo.roles.environment_manager import EnvironmentManager, EpisodePlayer
+from roll_gspo.roles.episode_manager import EpisodeManager, EpisodePlayer
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.reference import Reference
 from roll_gspo.roles.reward_manager import RewardManager
@@ -216,8 +216,8 @@ def new_validation(
 
 
 def new_scorer(config: ExperimentConfig) -> Scorer:
-    """Build what gives the rewards: the environments, or the reward workers."""
-    return environment_manager(config) if config.plays_episodes else RewardManager(config.rewards)
+    """Build what gives the rewards: environments, an agent, or the reward workers."""
+    return episode_manager(config) if config.plays_episodes else RewardManager(config.rewards)
 
 
 def validation_generator(
@@ -225,7 +225,7 @@ def validation_generator(
 ) -> SampleGenerator:
     """Return what samples the validation responses: the engines, or episodes that are played with them."""
     block = config.validation
-    if block is None or not isinstance(scorer, EnvironmentManager):
+    if block is None or not isinstance(scorer, EpisodeManager):
         return generator
     turns = sampling(block.generating_args, block.num_samples, config.validation_response_length, stop_ids)
     chat = chat_format(config, block.data_args)
@@ -257,7 +257,7 @@ def _make_collector(
         max_rounds=config.max_sampling_rounds,
     )
     source = None
-    if isinstance(rewards, EnvironmentManager):
+    if isinstance(rewards, EpisodeManager):
         chat = chat_format(config, config.actor_train.data_args)
         play = partial(rewards.play, models.actor_infer, data.tokenizer, chat, training, validation=False)
         source = Episodes(rewards, play)

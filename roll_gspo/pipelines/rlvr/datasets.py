@@ -209,7 +209,7 @@ def seed_rows(config: ExperimentConfig, split: str) -> list[DataRow]:
         raise DataError(f"{SEEDS}: only environments read seeds; add custom_envs and train_env_manager, or name files")
     block = config.actor_train if is_training else config.validation
     assert block is not None
-    tags = manager.tags or tuple(config.custom_envs)
+    tags = manager.tags or tuple(config.custom_envs) or tuple(config.domain_tags)
     number = block.data_args.num_rows or NUM_GENERATED_ROWS[split]
     counts = [len(range(i, number, len(tags))) for i in range(len(tags))]
     if not is_training and manager is config.val_env_manager and manager.num_groups_partition is not None:

@@ -137,7 +137,12 @@ def _correction_texts(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _rewards_text(config: ExperimentConfig) -> str:
-    manager = config.train_env_manager
+    manager, agent = config.train_env_manager, config.agent
+    if agent is not None:
+        return (
+            f"episodes of {agent.command}, at most {agent.max_requests} answers, {agent.max_concurrent} at once, "
+            f"{agent.timeout_s:g} s per episode"
+        )
     if manager is not None:
         at_once = manager.num_workers * manager.episodes_per_worker
         return "; ".join(

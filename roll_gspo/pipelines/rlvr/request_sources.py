@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from roll_gspo.pipelines.rlvr.groups import Group
-from roll_gspo.roles.environment_manager import EnvironmentManager
-from roll_gspo.roles.episodes import EpisodeClient
+from roll_gspo.roles.episode_manager import EpisodeManager, SampleClient
 from roll_gspo.roles.generator import Generator
-from roll_gspo.strategies.base import FinishedRequest, GenerationRequest, Sampling
-
-
-class SampleClient(Protocol):
-    """The outstanding samples of one caller; see `StreamClient`."""
-
-    @property
-    def outstanding(self) -> int:
-        """Number of samples that `poll` has not returned."""
-        ...
-
-    def submit(self, requests: Sequence[Any]) -> None:
-        """Begin samples."""
-        ...
-
-    def poll(self, timeout_s: float) -> list[FinishedRequest]:
-        """Return the samples that ended; wait about `timeout_s` for one."""
-        ...
-
-    def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
-        """Remove samples and return their tokens so far."""
-        ...
-
-    def partials(self) -> list[FinishedRequest]:
-        """Return the tokens so far of samples that a checkpoint can continue."""
-        ...
-
-    def close(self) -> None:
-        """Drop all samples."""
-        ...
+from roll_gspo.strategies.base import GenerationRequest, Sampling
 
 
 class RequestSource(Protocol):
@@ -78,11 +48,11 @@ class Episodes:
     """Episodes of several turns.
 
     Args:
-        manager: the environments.
+        manager: makes the requests.
         open_client: returns a client that plays training episodes.
     """
 
-    def __init__(self, manager: EnvironmentManager, open_client: Callable[[], EpisodeClient]) -> None:
+    def __init__(self, manager: EpisodeManager, open_client: Callable[[], SampleClient]) -> None:
         self._manager = manager
         self._open_client = open_client
 

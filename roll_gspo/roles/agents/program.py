@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from roll_gspo.config.agent import AgentConfig
+from roll_gspo.errors import ConfigError
 from roll_gspo.workers.process import kill_group
 from roll_gspo.workers.supervise import supervised
 
@@ -44,9 +46,22 @@ class AgentCommand:
     forward_env: Sequence[str] = ()
     max_memory_mb: int | None = None
 
-    def find(self) -> str | None:
-        """Return the path of the program, or None if there is none."""
-        return shutil.which(self.arguments[0], path=_search_path())
+    @staticmethod
+    def of(config: AgentConfig) -> AgentCommand:
+        """Return the program of the block `agent`."""
+        return AgentCommand(config.arguments, config.env, config.forward_env, config.max_memory_mb)
+
+    def check(self) -> None:
+        """Check that the program exists.
+
+        Raises:
+            ConfigError: it does not, or cannot be executed.
+        """
+        if shutil.which(self.arguments[0], path=_search_path()) is None:
+            raise ConfigError(
+                f"agent.command: '{self.arguments[0]}' is no program that can be executed; correct the name, or write "
+                "its interpreter first"
+            )
 
     def variables(self) -> dict[str, str]:
         """Return the environment of the program, without that of the episode."""
