@@ -41,3 +41,19 @@ if row["then"] == "die":
 if row["then"] == "hang":
     time.sleep(60)
 """
+
+# The reward is the share of digits in two answers.
+RUN = (
+    ONE_TURN.partition("row =")[0]
+    + """\
+if "FAIL" in os.environ:
+    raise RuntimeError("broken")
+row = json.load(open(os.environ["ROLL_GSPO_ROW"]))
+messages, reward = list(row["messages"]), 0.0
+for _ in range(2):
+    answer = post("/chat/completions", {"messages": messages, "max_tokens": 16})["choices"][0]["message"]
+    reward += sum(c.isdigit() for c in answer["content"]) / (len(answer["content"]) + 1)
+    messages += [answer, {"role": "user", "content": "Again."}]
+post("/reward", {"reward": reward, "metrics": {"answers": 2}})
+"""
+)

@@ -94,7 +94,6 @@ class EpisodeConfig(Schema):
 
     agent: AgentConfig | None = None
     """A program of yours that plays the episodes, instead of `custom_envs`."""
-
     custom_envs: dict[str, EnvironmentConfig] = Field(default_factory=dict)
     """Environments by a name of your choice, for responses of several turns."""
     train_env_manager: EnvManagerConfig | None = None
@@ -133,6 +132,7 @@ class EpisodeConfig(Schema):
 def _fill_episodes(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("agent"), dict):
         values = {"train_env_manager": {}} | values
+        values |= {"rewards": values.get("rewards") or {}}  # `rewards: null` removes the blocks of an option of `data`
     train, validation = values.get("train_env_manager"), values.get("val_env_manager")
     if not isinstance(train, dict):
         return {"rewards": {}} | values if values.get("custom_envs") else values

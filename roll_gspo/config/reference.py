@@ -49,7 +49,9 @@ READ_FROM_TEXT = {  # keys whose validator accepts more than their type
     "device_mapping": "devices or null",
     "overlong_buffer_length": "integer > 0, number < 1 or null",
     **dict.fromkeys(("use_pg_clip_range", "dual_clip_loss"), "boolean or `auto`"),
-    **dict.fromkeys(("file_name", "tag_included", "sources", "track_with", "tags"), "string or list of strings"),
+    **dict.fromkeys(
+        ("file_name", "tag_included", "sources", "track_with", "tags", "forward_env"), "string or list of strings"
+    ),
 }
 TABLE = re.compile(
     r"<!-- table: (?P<name>[\w.]+)(?: \((?P<keys>[^)]*)\))? -->\n(?P<rows>.*?)<!-- end of table -->", re.DOTALL

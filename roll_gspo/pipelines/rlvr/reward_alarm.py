@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from roll_gspo.batch import Prompt
+from roll_gspo.config.environment_table import AGENT
 from roll_gspo.errors import PlayError, RewardError
 from roll_gspo.pipelines.repeats import is_due
 from roll_gspo.rewards.base import RewardResult
@@ -137,7 +138,8 @@ class FailedEpisodes:
         share = (
             f"{len(failed)} of {len(results)} episodes failed (train_env_manager.max_failed_fraction {self._limit:g})"
         )
-        cause = f"custom_envs.{domain}, {count} times: {reason}\n{traceback}".rstrip()
+        place = domain if domain == AGENT else f"custom_envs.{domain}"
+        cause = f"{place}, {count} times: {reason}\n{traceback}".rstrip()
         raise PlayError(f"step {step}: {share}, most often in {cause}")
 
 

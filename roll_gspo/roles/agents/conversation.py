@@ -113,6 +113,10 @@ class Conversations:
         """Number of answers in all branches."""
         return self._num_answers
 
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, special tokens included."""
+        return str(self._tokenizer.decode(list(token_ids)))
+
     def extend(self, messages: Sequence[Message], tools: Tools) -> Extension:
         """Return how a request continues the recorded conversations. `add` or `drop` must follow.
 

@@ -59,6 +59,7 @@ def episode_completion(
     turns = [] if main is None else main.turns
     summary = Episode(
         prompt_ids=record.prompt_ids,
+        prompt_text=conversations.text_of(record.prompt_ids),
         mask=tuple(record.mask),
         turn_ends=tuple(record.turn_ends),
         turns=_rewarded(turns, credits),
