@@ -12,12 +12,12 @@ AGENT_ARGS = ("example_gspo", "agent.command=\"python my_agent.py --level '2 3'\
 
 
 def test_agent_plays_the_episodes_of_all_rows():
-    config = load_config(*AGENT_ARGS, "rewards=null", "train_env_manager.group_size=4").config
+    config = load_config(*AGENT_ARGS, "rewards=null", "train_env_manager.num_env_groups=32").config
     assert config.agent is not None
     assert config.agent.arguments == ("python", "my_agent.py", "--level", "2 3")
     assert config.plays_episodes
     assert list(config.domain_tags) == [AGENT]
-    assert config.num_return_sequences_in_group == 4
+    assert config.rollout_batch_size == 32
 
 
 @pytest.mark.parametrize(
