@@ -13,8 +13,9 @@ from commands import Outcome, metrics_of
 SIZES = (
     *("max_steps=1", "eval_steps=1", "save_steps=1", "rollout_batch_size=4", "num_return_sequences_in_group=4"),
     *("actor_train.training_args.per_device_train_batch_size=8", "warm_start=null", "strategy=hf"),
-    *("actor_train.training_args.gradient_accumulation_steps=1", "response_length=64", "output_dir=out", "run_name=run"),
-    *("rewards=null", "validation.data_args.num_rows=4", "pretrain=builtin:tiny_qwen3"),
+    *("actor_train.training_args.gradient_accumulation_steps=1", "response_length=64"),
+    *("output_dir=out", "run_name=run", "rewards=null", "pretrain=builtin:tiny_qwen3"),
+    "validation.data_args.num_rows=4",
 )
 
 
