@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from roll_gspo.batch import Completion, Prompt, Rollouts
@@ -48,8 +48,7 @@ class SampleClient(Protocol):
 
 
 class EpisodeManager(Scorer):
-    """Owns what the model talks to. A response is an episode, which brings its reward.
-    """
+    """Owns what the model talks to. A response is an episode, which brings its reward."""
 
     @abstractmethod
     def play(
@@ -87,7 +86,7 @@ class EpisodeManager(Scorer):
         raise RuntimeError("an episode has its reward already")
 
     def result(self, completion: Completion) -> RewardResult:
-        """Return the reward of a training episode."""
+        """Return the reward of an episode."""
         return episode_result(completion)
 
     def score(

@@ -91,6 +91,7 @@ class AgentClient:
         sampling: sampling of one answer; `num_samples` and `max_new_tokens` are ignored.
         limits: limits of an episode.
         call_format: format of the calls of tools; None leaves them in the text.
+        format_penalty: added to the reward of every answer with calls that cannot be read.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class AgentClient:
         sampling: Sampling,
         limits: AgentLimits,
         call_format: CallFormat | None = None,
+        format_penalty: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
@@ -113,6 +115,7 @@ class AgentClient:
         self._sampling = sampling
         self._limits = limits
         self._call_format = call_format
+        self._format_penalty = format_penalty
         self._clock = clock
         self._inbox: Inbox = SimpleQueue()
         self._waiting: deque[EpisodeRequest] = deque()
@@ -237,7 +240,8 @@ class AgentClient:
         episode = self._drop(key, kill=not leaves)
         if leaves:
             self._leaving.append((episode.program, self._now() + _EXIT_S))
-        completion = episode_completion(episode.conversations, episode.credits, ending, episode.request.prompt)
+        conversations, row_prompt = episode.conversations, episode.request.prompt
+        completion = episode_completion(conversations, episode.credits, ending, row_prompt, self._format_penalty)
         self._finished.append(FinishedRequest(key, completion))
 
     def _drop(self, key: int, kill: bool = True) -> _Episode:

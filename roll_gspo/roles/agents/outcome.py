@@ -42,7 +42,11 @@ class Ending:
 
 
 def episode_completion(
-    conversations: Conversations, credits: Sequence[Credit], ending: Ending, row_prompt: tuple[int, ...]
+    conversations: Conversations,
+    credits: Sequence[Credit],
+    ending: Ending,
+    row_prompt: tuple[int, ...],
+    format_penalty: float = 0.0,
 ) -> Completion:
     """Return the conversation that the last reward is about, with the others as `Episode.branches`.
 
@@ -53,8 +57,11 @@ def episode_completion(
         credits: the rewards.
         ending: why the episode ended.
         row_prompt: tokens of the row, for an episode in which the model was not asked.
+        format_penalty: reward of every answer with calls that cannot be read.
     """
-    main = _trained(conversations, credits)
+    main = _main(conversations, credits)
+    invalid = [turn.number for branch in conversations.branches for turn in branch.turns if turn.invalid]
+    penalties = [Credit(number + 1, RewardPost(reward=format_penalty)) for number in invalid]
     record = TokenRecord(row_prompt) if main is None else main.record
     turns = [] if main is None else main.turns
     summary = Episode(
@@ -62,7 +69,7 @@ def episode_completion(
         prompt_text=conversations.text_of(record.prompt_ids),
         mask=tuple(record.mask),
         turn_ends=tuple(record.turn_ends),
-        turns=_rewarded(turns, credits),
+        turns=_rewarded(turns, [*credits, *penalties]),
         end=ending.reason,
         failed=ending.failure,
         traceback=ending.errors,
@@ -88,7 +95,7 @@ def partial_completion(conversations: Conversations) -> Completion:
     )
 
 
-def _trained(conversations: Conversations, credits: Sequence[Credit]) -> Branch | None:
+def _main(conversations: Conversations, credits: Sequence[Credit]) -> Branch | None:
     """Return the branch with the last answer before the last reward, or the last answer of all."""
     if not conversations.num_answers:
         return None
