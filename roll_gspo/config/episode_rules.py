@@ -49,9 +49,9 @@ def broken_episode_rules(config: EpisodeConfig, others: OtherBlocks) -> Iterator
         yield Problem("train_env_manager", "there is no environment; add custom_envs or agent", ("custom_envs",))
     if others.rewards:
         names = ", ".join(others.rewards)
-        giver, key = ("an environment", "train_env_manager") if config.agent is None else ("the program", "agent")
-        message = f"{names} score responses of one turn, and {giver} gives the rewards here; remove one block"
-        yield Problem("rewards", message, (key,))
+        givers = "environments give" if config.agent is None else "a program gives"
+        message = f"{names} score responses of one turn, and {givers} the rewards here; remove one block"
+        yield Problem("rewards", message, ("train_env_manager", "agent"))
     if others.replays_rollout:
         message = "replays experts that were recorded in one turn, and an episode has several; set router_replay=none"
         yield Problem("actor_train.router_replay.mode", message, ("train_env_manager",))
