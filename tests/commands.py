@@ -72,7 +72,7 @@ def not_a_number(prompt, response, ground_truth):
     return float("nan") if len(response) % 2 else digits(prompt, response, ground_truth)
 '''
 # Prefixes of metrics that may differ between two runs of one seed.
-MEASURED = ("time/", "memory/", "rollout/tokens_per_s", "reward/hidden_share", "reward/seconds")
+MEASURED = ("time/", "memory/", "rollout/tokens_per_s", "reward/hidden_share", "reward/seconds", "environment/")
 
 
 @dataclass(frozen=True)

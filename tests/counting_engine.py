@@ -18,6 +18,11 @@ def token(prompt: Sequence[int], seed: int, position: int) -> int:
     return 1000 * sum(prompt) + 10 * seed + position
 
 
+def letter(sampled: int) -> int:
+    """Return the token of `models.tiny.byte_tokenizer` for a letter, which depends on a sampled token."""
+    return 40 + sampled % 50
+
+
 @dataclass
 class _Row:
     request: GenerationRequest
@@ -34,8 +39,10 @@ class CountingEngine:
     """A `StreamingStrategy` that samples `per_advance` tokens per request and call of `advance`.
 
     A response ends after `max_new_tokens`. A prompt that contains a negative token is rejected. A seed that gives
-    negative tokens makes `advance` fail.
+    negative tokens makes `advance` fail. With `letters`, tokens are those of the byte tokenizer; see `letter`.
     """
+
+    letters = False
 
     def __init__(self, capacity: int = 16, per_advance: int = 2) -> None:
         self.capacity, self.per_advance, self.version = capacity, per_advance, 0
@@ -67,7 +74,7 @@ class CountingEngine:
         sampled = token(row.request.prompt, row.request.seed, position)
         if sampled < 0:
             raise ValueError(f"negative token {sampled}")
-        row.tokens.append(sampled)
+        row.tokens.append(letter(sampled) if self.letters else sampled)
         row.log_probs.append(-float(self.version))
         if not row.versions or row.versions[-1][0] != self.version:
             row.versions.append([self.version, 0])

@@ -168,6 +168,13 @@ def replica(folder: str, dies_in: tuple[int, ...]) -> Replica:
     return Replica(Sampler(folder, dies_in))
 
 
+def replica_of_letters(folder: str, dies_in: tuple[int, ...]) -> Replica:
+    """Build a worker of `actor_infer` whose tokens are letters of the byte tokenizer."""
+    sampler = Sampler(folder, dies_in)
+    sampler.letters = True
+    return Replica(sampler)
+
+
 def refuse() -> Rank:
     """Fail to build a role."""
     raise ConfigError("strategy_config.max_num_seqs: 0 is not positive; set 1 or more")

@@ -7,6 +7,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,16 @@ from counting_engine import RandomEngine
 from roll_gspo.algorithms.query_filter import QueryFilterSettings
 from roll_gspo.batch import Completion, Prompt
 from roll_gspo.data.sampler import InterleavedSampler, PromptSampler, Sampler
+from roll_gspo.data.templates import ChatFormat
+from roll_gspo.models.tiny import byte_tokenizer
 from roll_gspo.pipelines.rlvr.groups import Group
+from roll_gspo.pipelines.rlvr.request_sources import Episodes
 from roll_gspo.pipelines.rlvr.rollout_state import load_groups, save_groups, snapshot
 from roll_gspo.pipelines.rlvr.rollout_stream import RolloutStream
 from roll_gspo.pipelines.rlvr.stream_settings import StreamSettings
 from roll_gspo.rewards.base import RewardRequest, RewardResult
 from roll_gspo.rewards.job import RewardTime
+from roll_gspo.roles.environment_manager import EnvironmentManager
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.local_stream import LocalStream
 from roll_gspo.strategies.base import GenerationRequest, Sampling
@@ -149,6 +154,7 @@ class Run:
         interleaved: batches have shares of the domains.
         records_experts: completions hold routed experts.
         capacity: number of requests that the engine decodes.
+        environments: plays the samples as episodes, instead of rewards for single responses.
     """
 
     def __init__(
@@ -158,20 +164,27 @@ class Run:
         interleaved: bool = False,
         records_experts: bool = False,
         capacity: int = 16,
+        environments: EnvironmentManager | None = None,
     ) -> None:
         self.random = random.Random(order)
         self.sampler = new_sampler(interleaved)
         self.engine = RandomEngine(order, capacity, records_experts)
         self.generator = Generator(self.engine, 0, 0, LocalStream(self.engine))
-        self.rewards = cast(Any, RandomRewards(order))
-        self.stream = RolloutStream(self.sampler, self.generator, self.rewards, text_of, settings)
+        self.rewards = cast(Any, environments or RandomRewards(order))
+        source = None
+        if environments is not None:
+            self.engine.letters = True
+            arguments = self.generator, byte_tokenizer(), ChatFormat(), settings.sampling
+            source = Episodes(environments, partial(environments.play, *arguments, validation=False))
+        self._pump_s = 0.0 if source is None else 0.002
+        self.stream = RolloutStream(self.sampler, self.generator, self.rewards, text_of, settings, source)
         self.step = 0
         self.at_pump: Callable[[], None] = lambda: None
         self._other = self.generator.open_stream()
         self._other.submit([GenerationRequest(0, (1,), Sampling(1, 10**9), 0)])
 
     def pump(self) -> None:
-        self.stream.pump(0.0)
+        self.stream.pump(self._pump_s)
         self.at_pump()
 
     def wait(self, condition: Callable[[], bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,10 @@ class EpisodeRequest:
     seed: int
 
 
+# Clients of one pool use the same keys. A client ignores results of other numbers than those that it began.
+_NUMBERS = itertools.count()
+
+
 @dataclass
 class _Episode:
     request: EpisodeRequest
@@ -76,6 +81,7 @@ class _Episode:
     rewritten: int = 0
     samples: bool = False  # the engines sample an answer
     sampled_before_s: float = 0.0  # seconds in which the engines had sampled when the environment began its turn
+    number: int = field(default_factory=_NUMBERS.__next__)  # in its pool
 
 
 class EpisodeClient:
@@ -115,6 +121,7 @@ class EpisodeClient:
         self._format_penalty = format_penalty
         self._clock = clock
         self._episodes: dict[int, _Episode] = {}
+        self._keys: dict[int, int] = {}  # by number in the pool
         self._finished: list[FinishedRequest] = []
         self._sampled_s = 0.0  # seconds in which the engines sampled any answer
         self._spent_s = self._hidden_s = 0.0
@@ -136,8 +143,9 @@ class EpisodeClient:
                 raise ValueError(f"episode {request.key} is outstanding already; give every episode another key")
             limits = self._limits[request.environment]
             deadline = self._clock() + limits.timeout_s
-            self._episodes[request.key] = _Episode(request, limits, deadline, sampled_before_s=self._sampled_s)
-            self._pool(request.key).start(request.key, request.row, request.row_seed)
+            episode = _Episode(request, limits, deadline, sampled_before_s=self._sampled_s)
+            self._episodes[request.key], self._keys[episode.number] = episode, request.key
+            self._pool(request.key).start(episode.number, request.row, request.row_seed)
 
     def poll(self, timeout_s: float) -> list[FinishedRequest]:
         """Play for about `timeout_s`, or until an episode ends; return all that ended, as responses with `episode`.
@@ -167,12 +175,18 @@ class EpisodeClient:
 
     def close(self) -> None:
         """Drop all episodes."""
-        for key in list(self._episodes):
-            self._drop(key)
+        self.abort(list(self._episodes))
 
     def abort(self, keys: Sequence[int]) -> list[FinishedRequest]:
         """Drop episodes; return the tokens of those that were outstanding. An episode that ended is ignored."""
-        known = [key for key in keys if key in self._episodes]
+        known = {key: self._episodes[key] for key in keys if key in self._episodes}
+        sampling = [key for key, episode in known.items() if episode.samples]
+        for key, answer in self._client.abort(sampling) if sampling else ():
+            record = known[key].record
+            assert record is not None
+            record.add_answer(answer.token_ids, answer.log_probs, answer.version_runs)
+        for key in sampling:
+            known[key].samples = False
         return [FinishedRequest(key, _completion(self._drop(key), "partial")) for key in known]
 
     def partials(self) -> list[FinishedRequest]:
@@ -186,29 +200,30 @@ class EpisodeClient:
         return any(episode.request.environment == name for episode in self._episodes.values())
 
     def _drop(self, key: int) -> _Episode:
-        self._pool(key).end(key)
-        episode = self._episodes.pop(key)
+        pool, episode = self._pool(key), self._episodes.pop(key)
+        pool.end(episode.number)
+        del self._keys[episode.number]
         if episode.samples:
             self._client.abort([key])
         return episode
 
     def _take_played(self, played: Played) -> None:
-        episode = self._episodes.get(played.episode)
-        if episode is None:
+        key = self._keys.get(played.episode)
+        if key is None:
             return
+        episode, result = self._episodes[key], played.result
         self._spent_s += played.seconds
         self._hidden_s += min(played.seconds, self._sampled_s - episode.sampled_before_s)
-        result = played.result
         if isinstance(result, Failure):
-            self._end(played.episode, FAILED, result)
+            self._end(key, FAILED, result)
         elif isinstance(result, Start):
-            self._begin(played.episode, episode, result)
+            self._begin(key, episode, result)
         else:
             reward = result.reward + (self._format_penalty if result.invalid else 0.0)
             episode.turns[-1] = EpisodeTurn(
                 episode.turns[-1].answer, result.messages, reward, result.invalid, result.metrics
             )
-            self._continue(played.episode, episode, result)
+            self._continue(key, episode, result)
 
     def _begin(self, key: int, episode: _Episode, start: Start) -> None:
         name, longest = episode.request.environment, episode.limits.max_prompt_tokens
@@ -238,7 +253,7 @@ class EpisodeClient:
         episode.messages.append({"role": "assistant", "content": text})
         episode.turns.append(EpisodeTurn(text))
         episode.sampled_before_s = self._sampled_s
-        self._pool(key).step(key, len(episode.turns), text)
+        self._pool(key).step(episode.number, len(episode.turns), text)
 
     def _text_of(self, completion: Completion) -> str:
         ends = set(self._sampling.stop_token_ids) | {self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}

@@ -22,7 +22,7 @@ class Echo(Environment):
     def reset(self, row: Mapping[str, Any], seed: int) -> Start:
         if row.get("fails"):
             raise ValueError("no such level")
-        return Start(({"role": "user", "content": f"{self._prefix}{row['text']} {seed}"},))
+        return Start(({"role": "user", "content": f"{self._prefix}{row.get('text', '')} {seed}"},))
 
     def step(self, answer: str) -> Reply:
         self._turns += 1

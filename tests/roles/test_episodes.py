@@ -208,6 +208,18 @@ def test_environment_that_does_not_begin_keeps_the_prompt_of_the_row(echo: Envir
     )
 
 
+def test_replies_to_a_dropped_episode_are_not_those_of_a_later_one(echo: EnvironmentPool):
+    """A run validates again and again with one pool, and the keys of the episodes are the same each time."""
+    slow, model = ScriptedModel(lambda _: "sleep 0.4"), ScriptedModel(lambda _: "sleep 0.8")
+    client = EpisodeClient(LocalStream(slow).open(), {"env": echo}, {"env": LIMITS}, TOKENIZER, ChatFormat(), SAMPLING)
+    client.submit([EpisodeRequest(0, (1, 2), "env", row("x"), 7, seed=1)])
+    while not slow.requests or slow.waiting:
+        client.poll(0.05)
+    client.close()
+    episode = episode_of(play(model, echo, ["y"], limits(1, 200, 60.0))[0])
+    assert [turn.messages[0]["content"] for turn in episode.turns] == ["sleep 0.8"]
+
+
 def test_late_episode_ends_and_closes(echo: EnvironmentPool):
     episode = episode_of(play(ScriptedModel(lambda _: "sleep 20"), echo, ["x"], limits(3, 200, 1.0))[0])
     assert (episode.end, len(episode.turns), episode.turns[0].messages) == ("timeout", 1, ())

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 from counting_engine import token
-from ray_roles import DEADLY_VERSION, Trainer, replica
+from episode_cases import ECHO, ENVIRONMENTS, NUM_TURNS, TOKENIZER, assert_exact
+from ray_roles import DEADLY_VERSION, Trainer, replica, replica_of_letters
 
 from roll_gspo.batch import Completion
+from roll_gspo.data.templates import ChatFormat
+from roll_gspo.environments.pool import EnvironmentPool
 from roll_gspo.errors import WorkerDiedError
 from roll_gspo.execution.base import Devices, ExecutionSettings
 from roll_gspo.execution.ray.executor import RayExecutor
 from roll_gspo.execution.ray.group import kill_family
+from roll_gspo.roles.episodes import EpisodeClient, EpisodeLimits, EpisodeRequest
 from roll_gspo.roles.generator import Generator
+from roll_gspo.roles.replica import Replica
 from roll_gspo.roles.replicas import Replicas
 from roll_gspo.roles.request_stream import StreamClient
 from roll_gspo.roles.weight_sync import BroadcastSync
@@ -49,12 +54,13 @@ class Engines:
         timeout_s: float = 20,
         continue_lost: bool = False,
         size: int = 2,
+        make: Callable[[str, tuple[int, ...]], Replica] = replica,
     ) -> None:
         self.folder = folder
         devices = Devices((0, 1)[:size], 1, 2)
         trainer = executor.start_group("actor_train", Trainer, Devices((0,), 1, 2), one_world=True)
-        make = partial(replica, str(folder), dies_in)
-        self.group = executor.start_group("actor_infer", make, devices, one_world=False)
+        build = partial(make, str(folder), dies_in)
+        self.group = executor.start_group("actor_infer", build, devices, one_world=False)
         self.replicas = Replicas(self.group, max_restarts, continue_lost)
         self.generator = Generator(self.replicas, 0, 0, self.replicas.stream)
         self.sync = BroadcastSync(
@@ -224,3 +230,30 @@ def test_other_threads_go_on_without_the_lost_replica(executor: RayExecutor, tmp
         engines.sync.restore(version)
     assert engines.group.alive(0) and engines.group.alive(1) and engines.samples() == expected(2)
     engines.group.close()
+
+
+def test_episodes_go_on_without_the_lost_replica(
+    executor: RayExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ENVIRONMENTS)
+    engines = Engines(executor, tmp_path, (30,), make=replica_of_letters)
+    engines.sync.push(1)
+    limits = EpisodeLimits(NUM_TURNS, max_prompt_tokens=99, max_tokens=500, max_turn_tokens=40, timeout_s=60.0)
+    with EnvironmentPool(ECHO, 1, 16, 30.0, "custom_envs.echo") as pool:
+        client = EpisodeClient(
+            *(engines.generator.open_stream(), {"echo": pool}, {"echo": limits}, TOKENIZER, ChatFormat(), SAMPLING)
+        )
+        client.submit([EpisodeRequest(key, (1,), "echo", {}, key, seed=key) for key in range(16)])
+        found = poll_episodes(client)
+    assert " requests are redone" in caplog.text and sorted(found) == list(range(16))
+    for key, completion in found.items():
+        assert_exact(completion, seed=key)
+        assert [version for version, _ in completion.version_runs] == [1]
+    engines.group.close()
+
+
+def poll_episodes(client: EpisodeClient) -> dict[int, Completion]:
+    found: dict[int, Completion] = {}
+    while client.outstanding:
+        found |= dict(client.poll(5))
+    return found
