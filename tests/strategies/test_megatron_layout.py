@@ -78,7 +78,7 @@ def test_valid_layout_has_no_problem(model: dict[str, Any], layout: dict[str, An
         (DENSE, {TP: 2, ETP: 2}, 2, ETP, ("2", "to null")),
         (DENSE, {DISPATCHER: "allgather"}, 1, DISPATCHER, ("allgather", "to alltoall")),
         (MOE, {EP: 5}, 60, EP, ("5", "12 experts", f"{EP} to 4 or 6")),
-        (MOE, {"overlap_grad_reduce": True}, 2, "overlap_grad_reduce", ("12 experts", "moe_grouped_gemm: true")),
+        (MOE, {"overlap_grad_reduce": True}, 2, "overlap_grad_reduce", ("12 ungrouped experts", "moe_grouped_gemm: true")),
         (MOE, {EP: 8}, 8, EP, ("8", "12 experts", f"{EP} to 4")),
         (MOE, {EP: 4}, 6, EP, ("4", f"{ETP} 1", f"{PP} 1", "= 4", "6 rank", "to 3 or 6")),
         (MOE, {TP: 3, SP: True}, 3, ETP, ("3", "32 columns", f"{ETP} to 1")),
