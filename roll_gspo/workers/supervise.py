@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from roll_gspo.workers.child import adopt_orphans, exit_with_parent, kill_descendants, limit_memory
@@ -30,7 +31,9 @@ def supervised(command: Sequence[str], max_memory_mb: int | None) -> list[str]:
         command: the program and its arguments.
         max_memory_mb: MiB that each process of the command may allocate; None for no limit.
     """
-    own = (str(os.getpid()), str(max_memory_mb or 0), json.dumps(import_path()))
+    # An editable installation is found by a hook of `site`, not by a path.
+    paths = [*import_path(), str(Path(__file__).parents[2])]
+    own = (str(os.getpid()), str(max_memory_mb or 0), json.dumps(paths))
     return [sys.executable, "-I", "-S", "-c", _LAUNCH_CODE, *own, *command]
 
 

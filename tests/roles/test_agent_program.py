@@ -94,3 +94,11 @@ def test_programs_end_with_the_controller(tmp_path: Path):
     subprocess.run([sys.executable, "-c", code], env={**os.environ}, timeout=60, check=False)
     pid = int((tmp_path / "pid").read_text())
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_program_starts_if_no_path_leads_to_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path and Path(path).resolve() != root])
+    code, program = run("sh", "-c", "echo '{\"reward\": 1}'")
+    assert (code, program.printed_reward()) == (0, 1.0), program.last_errors()
