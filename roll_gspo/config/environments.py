@@ -76,7 +76,7 @@ class EnvManagerConfig(Schema):
     """Added to the reward of an answer that the environment cannot understand, e.g. -0.15."""
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Largest fraction of the episodes of a training step that may fail. Above it, the run stops with the cause.
-    1: never."""
+    1: never. Only in training."""
 
     @property
     def num_workers(self) -> int:

@@ -70,6 +70,11 @@ def _broken_agent_rules(config: EpisodeConfig, others: OtherBlocks) -> Iterator[
     if config.custom_envs:
         names = ", ".join(config.custom_envs)
         yield Problem("agent", f"plays the episodes, and so would {names}; remove one block", ("custom_envs",))
+    for name, manager in (("train_env_manager", config.train_env_manager), ("val_env_manager", config.val_env_manager)):
+        for key in ("max_env_num_per_worker", "world_size"):
+            if manager is not None and (value := manager.__dict__[key]) is not None:
+                message = f"{value} is for custom_envs; set agent.max_concurrent, and remove this key"
+                yield Problem(f"{name}.{key}", message, ("agent",))
     blocks = {"actor_train": others.data}
     if others.validation is not None:
         blocks["validation"] = others.validation.data_args
@@ -86,6 +91,9 @@ def _broken_validation_rules(config: EpisodeConfig, validation: ValidationConfig
     if validation is None:
         yield Problem(name, "needs the validation block; remove one of them", ("validation",))
         return
+    if "max_failed_fraction" in manager.model_fields_set:
+        message = f"{manager.max_failed_fraction:g} is used only in training; set train_env_manager.max_failed_fraction"
+        yield Problem(f"{name}.max_failed_fraction", message)
     sampling, data = validation.generating_args, validation.data_args
     same = {
         "num_env_groups": ("validation.data_args.num_rows", data.num_rows),
@@ -96,8 +104,13 @@ def _broken_validation_rules(config: EpisodeConfig, validation: ValidationConfig
 
 
 def _broken_seed_rules(name: str, manager: EnvManagerConfig, block: str, data: DataArgs) -> Iterator[Problem]:
-    """Yield a partition of rows that are not seeds."""
-    if manager.num_groups_partition is not None and data.file_name != (SEEDS,):
+    """Yield a partition of rows that are not seeds, or beside shares of the domains."""
+    if manager.num_groups_partition is None:
+        return
+    if data.domain_interleave_probs is not None:
+        other = f"{block}.data_args.domain_interleave_probs"
+        yield Problem(f"{name}.num_groups_partition", f"sets the shares, and so does {other}; remove one", (other,))
+    if data.file_name != (SEEDS,):
         message = f"divides seeds, and {block}.data_args.file_name names data; remove one of them"
         yield Problem(f"{name}.num_groups_partition", message, (f"{block}.data_args.file_name",))
 

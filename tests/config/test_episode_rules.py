@@ -40,6 +40,21 @@ def load(*overrides: str) -> ExperimentConfig:
             "train_env_manager.num_groups_partition",
             ("seeds", "actor_train.data_args.file_name"),
         ),
+        (
+            ("+train_env_manager.num_groups_partition=[32]", INTERLEAVED),
+            "train_env_manager.num_groups_partition",
+            ("actor_train.data_args.domain_interleave_probs",),
+        ),
+        (
+            ("+val_env_manager.max_failed_fraction=0.1",),
+            "val_env_manager.max_failed_fraction",
+            ("0.1", "train_env_manager.max_failed_fraction"),
+        ),
+        (
+            ("~custom_envs", "+agent.command=python", "+train_env_manager.world_size=2"),
+            "train_env_manager.world_size",
+            ("2", "agent.max_concurrent"),
+        ),
         (("train_env_manager=null",), "custom_envs", ("train_env_manager",)),
         (
             ("+val_env_manager.num_env_groups=7", "validation.data_args.num_rows=8"),
