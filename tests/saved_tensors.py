@@ -72,7 +72,7 @@ def fused_rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    from roll_gspo.strategies.megatron.engine.varlen import packed_attention  # imports megatron-core
+    from roll_gspo.strategies.varlen import packed_attention
 
     return packed_attention(query, key, value, lengths, None, None)
 

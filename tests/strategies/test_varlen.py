@@ -91,10 +91,34 @@ def check_equal(attend: Callable[..., Tensor], want: Callable[..., Tensor]) -> N
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_a_window_hides_earlier_positions(window: int) -> None:
+    from roll_gspo.strategies.varlen import adapted, packed_attention
+
+    def in_window(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        outs = []
+        for q, k, v in zip(query.split(LENGTHS), key.split(LENGTHS), value.split(LENGTHS), strict=True):
+            distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+            seen = (distance >= 0) & (distance < window)
+            q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+            outs.append(F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    check_equal(lambda q, k, v: packed_attention(q, k, v, LENGTHS, None, None, window), in_window)
+    asked: list[object] = []
+
+    def torch_with_windows(*args: Any, window_size: Any = None, scale: Any = None, enable_gqa: bool = False) -> Tensor:
+        asked.append(window_size)
+        return args[0]
+
+    packed_attention(*tokens(), LENGTHS, None, adapted(torch_with_windows), window)
+    assert asked == [(window - 1, 0)]
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("version", [None, *VERSIONS])
 def test_packed_attention_is_that_of_single_samples(version: str | None, scale: float | None) -> None:
-    from roll_gspo.strategies.megatron.engine.varlen import adapted, packed_attention
+    from roll_gspo.strategies.varlen import adapted, packed_attention
 
     kernel = None if version is None else adapted(VERSIONS[version])
     check_equal(
@@ -112,7 +136,7 @@ def test_installed_torch_takes_the_keywords_of_the_newest_version() -> None:
 @pytest.mark.parametrize("version", [None, *VERSIONS])
 def test_context_ranks_compute_their_part_of_whole_samples(version: str | None, ranks: int) -> None:
     from roll_gspo.strategies.megatron.engine.packed_layout import own_positions
-    from roll_gspo.strategies.megatron.engine.varlen import adapted, context_attention
+    from roll_gspo.strategies.varlen import adapted, context_attention
 
     kernel = None if version is None else adapted(VERSIONS[version])
     lengths = tuple(2 * ranks * size for size in (1, 3, 2))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedSamples
 from roll_gspo.strategies.megatron.engine.parallel import context_group
-from roll_gspo.strategies.megatron.engine.varlen import (
+from roll_gspo.strategies.varlen import (
     context_attention,
     packed_attention,
     padded_attention,

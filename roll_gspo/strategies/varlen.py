@@ -4,7 +4,8 @@ On GPUs in 16 bits, torch's varlen kernel (flash attention) takes all samples in
 length are padded to the longest and share a call of `scaled_dot_product_attention`. Indices depend only on the lengths,
 which the host knows; all layers of a pass share them.
 
-Legend: P tokens of this rank, N query heads, K key/value heads, D head size.
+Legend: P tokens of this rank, N query heads, K key/value heads, D head size. With a window of W, a query sees its own
+and the W - 1 positions before it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,17 @@ class Spans:
     key_starts: Tensor
 
 
-# (query [P, N, D], key and value [*, K, D], spans, scale) -> [P, N, D]
-Kernel = Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor]
+# (query [P, N, D], key and value [*, K, D], spans, scale, window or None) -> [P, N, D]
+Kernel = Callable[[Tensor, Tensor, Tensor, Spans, float | None, int | None], Tensor]
 
 
-def varlen_kernel(dtype: torch.dtype) -> Kernel | None:
-    """Return torch's varlen attention, or None if device, dtype or the installed torch do not support it."""
+def varlen_kernel(dtype: torch.dtype, windowed: bool = False) -> Kernel | None:
+    """Return torch's varlen attention, or None if device, dtype or the installed torch do not support it.
+
+    Args:
+        dtype: dtype of queries, keys and values.
+        windowed: some layer has a window.
+    """
     if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available():
         return None
     if torch.cuda.get_device_capability() < (8, 0):  # flash attention needs Ampere or later
@@ -51,16 +57,21 @@ def varlen_kernel(dtype: torch.dtype) -> Kernel | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
         return None
+    if windowed and "window_size" not in inspect.signature(varlen_attn).parameters:  # torch before 2.11
+        return None
     return adapted(varlen_attn)
 
 
 def adapted(varlen_attn: Callable[..., Any]) -> Kernel:
     """Adapt `varlen_attn` of any torch to `Kernel`; its keywords differ between versions 2.10 and 2.13."""
     known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
-        more = dict(options)
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, window: int | None
+    ) -> Tensor:
+        more: dict[str, Any] = {"is_causal": True}
+        if "window_size" in known:
+            more = {"window_size": (-1 if window is None else window - 1, 0)}
         if query.shape[1] != key.shape[1]:
             if "enable_gqa" in known:
                 more["enable_gqa"] = True
@@ -87,16 +98,23 @@ def padded_attention(
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None, kernel: Kernel | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float | None,
+    kernel: Kernel | None,
+    window: int | None = None,
 ) -> Tensor:
     """Map query [P, N, D], key and value [P, K, D] of packed samples to [P, N, D]."""
     if kernel is not None:
-        return kernel(query, key, value, _spans(lengths, query.device), scale)
+        return kernel(query, key, value, _spans(lengths, query.device), scale, window)
     groups, order = _groups(lengths, query.device)
     outs = []
     for index in groups:
         q, k, v = (tensor.index_select(0, index.flatten()).unflatten(0, index.shape) for tensor in (query, key, value))
-        outs.append(padded_attention(q, k, v, scale).flatten(0, 1))
+        seen = None if window is None else _band(index.shape[1], window, query.device)
+        outs.append(padded_attention(q, k, v, scale, seen).flatten(0, 1))
     return torch.cat(outs).index_select(0, order)
 
 
@@ -124,7 +142,7 @@ def context_attention(
     spans, index = _slices(lengths, *place, query.device)
     key, value = key.index_select(0, index), value.index_select(0, index)
     if kernel is not None:
-        return kernel(query, key, value, spans, scale)
+        return kernel(query, key, value, spans, scale, None)
     outs = []
     pieces = zip(query.split(spans.queries), key.split(spans.keys), value.split(spans.keys), strict=True)
     for q, k, v in pieces:
@@ -133,6 +151,14 @@ def context_attention(
             seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
         outs.append(padded_attention(q[None], k[None], v[None], scale, seen)[0])
     return torch.cat(outs)
+
+
+@lru_cache(maxsize=32)
+def _band(size: int, window: int, device: torch.device) -> Tensor | None:
+    """Return the mask [S, S] of a causal window, or None if the window covers every sample."""
+    if window >= size:
+        return None
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 # Several micro-batches are in flight in a pipeline, and each comes back for its backward pass.
