@@ -25,8 +25,9 @@ from roll_gspo.batch import Completion, Sequences
 from roll_gspo.strategies.base import ModelSetup, Sampling
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
-from roll_gspo.strategies.hf.model import HfWeights, load_model, predicting_rows
+from roll_gspo.strategies.hf.model import HfWeights, load_model
 from roll_gspo.strategies.log_probs import place, token_log_probs
+from roll_gspo.strategies.transformers_model import predicting_rows
 
 BF16 = torch.bfloat16
 

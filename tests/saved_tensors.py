@@ -100,4 +100,4 @@ class _FlashAttention(torch.autograd.Function):
 
 def flash_attention(dtype: torch.dtype) -> Callable[..., Tensor]:
     """Replace `varlen_kernel`, which has no kernel on a CPU."""
-    return lambda query, key, value, spans, scale: _FlashAttention.apply(query, key, value, spans.queries)
+    return lambda query, key, value, spans, scale, window: _FlashAttention.apply(query, key, value, spans.queries)

@@ -14,9 +14,10 @@ from roll_gspo.strategies import head_products
 from roll_gspo.strategies.head_products import float32_logits, product, uses_float32
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
-from roll_gspo.strategies.hf.model import compute_logits_in_float32, load_model
+from roll_gspo.strategies.hf.model import load_model
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.megatron.config import MegatronConfig
+from roll_gspo.strategies.transformers_model import compute_logits_in_float32
 
 BF16 = torch.bfloat16
 

@@ -24,9 +24,9 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.errors import ConfigError
 from roll_gspo.metrics import Metric
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.model import recompute_layers
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.hf.value import HfValue
+from roll_gspo.strategies.transformers_model import recompute_layers
 
 CONFIGS = (HfConfig(), HfConfig(gradient_checkpointing=True))
 

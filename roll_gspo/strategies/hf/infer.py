@@ -24,11 +24,12 @@ from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.decoder import HfDecoder
-from roll_gspo.strategies.hf.model import HfWeights, compute_logits_in_float32, load_model, response_scores
+from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
 from roll_gspo.strategies.log_probs import score_in_micro_batches
 from roll_gspo.strategies.offload import EngineState, Offloadable, Part
 from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
+from roll_gspo.strategies.transformers_model import compute_logits_in_float32
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
 
 

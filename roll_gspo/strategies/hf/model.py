@@ -5,16 +5,13 @@ Legend: B samples, S positions, T response positions, N response tokens of a mic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from roll_gspo.batch import Sequences
@@ -22,8 +19,8 @@ from roll_gspo.errors import ConfigError
 from roll_gspo.models.weight_mapping import split_fused
 from roll_gspo.strategies.base import TokenScores
 from roll_gspo.strategies.device import local_device
-from roll_gspo.strategies.head_products import float32_logits
 from roll_gspo.strategies.log_probs import place, token_log_probs
+from roll_gspo.strategies.transformers_model import predicting_rows
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
@@ -51,51 +48,6 @@ def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -
     return model.eval()
 
 
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Keep only the inputs of every layer for the backward pass; the rest is computed again.
-
-    `gradient_checkpointing_enable` of transformers needs the training mode, which switches dropout on.
-
-    Raises:
-        ConfigError: the model's code does not mark its layers.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(
-            f"strategy_config.gradient_checkpointing: transformers cannot recompute layers of model_type "
-            f"'{model.config.model_type}'; set it to false"
-        )
-    for layer in layers:
-        layer.forward = partial(_forward_of_layer, layer.forward)
-
-
-def _forward_of_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    # No random state is kept, because nothing is random without dropout.
-    return recomputed(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def compute_logits_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make the output head return float32 logits of hidden states and weights that are rounded to `dtype`.
-
-    Raises:
-        ConfigError: the head is not a plain linear layer.
-    """
-    head: Any = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:
-        raise ConfigError(
-            f"strategy_config.fp32_lm_head: the output head of model_type '{model.config.model_type}' is a "
-            f"{type(head).__name__}, not a linear layer; set false"
-        )
-
-    def logits(input: Tensor) -> Tensor:
-        found = float32_logits(input, head.weight, dtype)
-        return found if head.bias is None else found + head.bias.float()
-
-    head.forward = logits
-
-
 def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: float, entropy: bool) -> TokenScores:
     """Return log-probs (and entropies) [B, T] of the response tokens; differentiable.
 
@@ -109,15 +61,6 @@ def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: f
     rows = logits[places[0], positions - first]
     log_probs, entropies = token_log_probs(rows, sequences.response_ids[places], temperature, entropy)
     return TokenScores(place(log_probs, places, shape), None if entropies is None else place(entropies, places, shape))
-
-
-def predicting_rows(sequences: Sequences) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Return (sample, response position) and the position in S that predicts it, each [N], of every response token.
-
-    The tokens are in row order. An index by the mask would wait for the device every time it is used.
-    """
-    samples, columns = sequences.response_mask.nonzero(as_tuple=True)
-    return (samples, columns), sequences.predicting_positions[samples, columns]
 
 
 class HfWeights:

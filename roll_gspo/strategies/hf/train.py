@@ -20,17 +20,12 @@ from roll_gspo.strategies.base import (
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.model import (
-    HfWeights,
-    compute_logits_in_float32,
-    load_model,
-    recompute_layers,
-    response_scores,
-)
+from roll_gspo.strategies.hf.model import HfWeights, load_model, response_scores
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import score_in_micro_batches
 from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
+from roll_gspo.strategies.transformers_model import compute_logits_in_float32, recompute_layers
 
 
 class HfTrain(TrainerCheckpoints[HfTrainer]):

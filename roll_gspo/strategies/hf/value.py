@@ -11,11 +11,12 @@ from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, UpdateResult, ValueLossFunction
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.model import load_model, predicting_rows, recompute_layers
+from roll_gspo.strategies.hf.model import load_model
 from roll_gspo.strategies.hf.trainer import HfTrainer
 from roll_gspo.strategies.log_probs import place
 from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
+from roll_gspo.strategies.transformers_model import predicting_rows, recompute_layers
 from roll_gspo.strategies.value_head import ValueHead, values_in_micro_batches
 
 
