@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,21 +31,33 @@ from roll_gspo.errors import CheckpointError
 from roll_gspo.models.weight_mapping import recipe
 from roll_gspo.strategies.megatron.engine.model import ResponseModel
 from roll_gspo.strategies.megatron.engine.parallel import expert_tensor_group, tensor_group
-from roll_gspo.strategies.megatron.engine.sharded_files import (
-    MANIFEST,
-    Layout,
+from roll_gspo.strategies.megatron.engine.sharded_files import begin_sharded_save, open_megatron_state, read_tensors
+from roll_gspo.strategies.megatron.engine.weights import global_parameters
+from roll_gspo.strategies.sharded_state import (
     Manifest,
     ShardedSave,
     agree,
-    open_state,
-    read_tensors,
+    check_parameters,
+    gathered,
     stored_tensors,
 )
-from roll_gspo.strategies.megatron.engine.weights import global_parameters
 from roll_gspo.strategies.value_head import ValueHead
 
 _WEIGHT, _MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 _EMBEDDING, _OUTPUT, _VALUE_HEAD = "embedding.word_embeddings.weight", "output_layer.weight", "value_head.weight"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Parallel layout of the ranks that wrote a state."""
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int | None
+    context: int
+    expert: int
+    expert_tensor: int
 
 
 @dataclass(frozen=True)
@@ -217,10 +229,10 @@ def begin_save(
         for tensor in tensors:
             if tensor.replica_id == 0 and tensor.data is not None:
                 tensor.data = tensor.data.detach().to("cpu", copy=True)
-    shapes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shapes, ({piece.name: piece.whole for piece in pieces}, _rng_state()))
+    shapes = gathered(({piece.name: piece.whole for piece in pieces}, _rng_state()))
     whole = {name: shape for of_rank, _ in shapes for name, shape in of_rank.items()}
-    return ShardedSave(folder, tensors, {"rng": [rng for _, rng in shapes]}, Manifest(applied_steps, _layout(), whole))
+    manifest = Manifest(applied_steps, asdict(_layout()), whole)
+    return begin_sharded_save(folder, tensors, {"rng": [rng for _, rng in shapes]}, manifest)
 
 
 def _tensors(
@@ -255,9 +267,10 @@ def load_state(folder: Path, model: ResponseModel, optimizer: MegatronOptimizer 
     Raises:
         CheckpointError: the state is missing, damaged, of a newer format, or of another model; raised on every rank.
     """
-    manifest = open_state(folder)
+    manifest = open_megatron_state(folder)
     pieces = _pieces(model)
-    _check_model(folder, pieces, manifest)
+    mine = {piece.name: piece.whole for piece in pieces}
+    check_parameters(folder, mine, manifest, {name for names in gathered(set(mine)) for name in names})
     if optimizer is not None and manifest.applied_steps:
         _check_optimizer(folder, manifest)
     targets, after = _weight_targets(pieces)
@@ -280,25 +293,6 @@ def load_state(folder: Path, model: ResponseModel, optimizer: MegatronOptimizer 
     if optimizer is not None:
         _restore_rng(common["rng"], manifest.layout)
     return manifest.applied_steps
-
-
-def _check_model(folder: Path, pieces: Sequence[_Piece], manifest: Manifest) -> None:
-    """Check that the state belongs to this model; a collective."""
-    problem = None
-    for piece in pieces:
-        found = manifest.tensors.get(piece.name)
-        if found != piece.whole:
-            said = "does not hold it" if found is None else f"has shape {found}"
-            problem = f"'{piece.name}' has shape {piece.whole} in the model, the state {said}"
-            break
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, {piece.name for piece in pieces})
-    unused = set(manifest.tensors).difference(*of_ranks)
-    if problem is None and unused:
-        problem = f"the model has no '{min(unused)}', the state does"
-    if problem is not None:
-        problem = f"{folder / MANIFEST}: parameters of another model ({problem}); use the configuration that wrote it"
-    agree(problem)
 
 
 def _check_optimizer(folder: Path, manifest: Manifest) -> None:
@@ -347,8 +341,8 @@ def _prepare_moments(masters: dict[Parameter, _Master], applied_steps: int) -> N
                 group["step"] = applied_steps
 
 
-def _layout() -> Layout:
-    return Layout(
+def _layout() -> _Layout:
+    return _Layout(
         world_size=dist.get_world_size(),
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
@@ -369,8 +363,8 @@ def _rng_state() -> dict[str, Any]:
     return {"torch": torch.get_rng_state(), "cuda": cuda, "tracker": _tracker().get_states()}
 
 
-def _restore_rng(states: Sequence[dict[str, Any]], layout: Layout) -> None:
-    if layout != _layout():
+def _restore_rng(states: Sequence[dict[str, Any]], layout: Mapping[str, int | None]) -> None:
+    if layout != asdict(_layout()):
         torch.set_rng_state(states[0]["torch"])
         return
     state = states[dist.get_rank()]

@@ -22,10 +22,10 @@ from roll_gspo.strategies.megatron.engine.gradients import clip_gradients, gradi
 from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel
 from roll_gspo.strategies.megatron.engine.offload import trainer_state
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
-from roll_gspo.strategies.megatron.engine.sharded_files import ShardedSave, all_true
 from roll_gspo.strategies.megatron.engine.state import begin_save, load_state
 from roll_gspo.strategies.reports import Report, on_host
 from roll_gspo.strategies.schedule import learning_rate
+from roll_gspo.strategies.sharded_state import ShardedSave, all_true
 
 # (hidden states [N, H] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the
 # loss, metrics)

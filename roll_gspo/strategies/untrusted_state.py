@@ -1,13 +1,12 @@
 """Safe reading of a state from an unknown source: nothing in its files can run code.
 
-megatron-core and torch unpickle `.metadata`, and items other than tensors in a `.distcp` file, without restriction.
-This module checks both before they are read. torch restricts the rest: tensors and `common.pt` load with
-`weights_only`.
+`torch.distributed.checkpoint` and megatron-core unpickle `.metadata`, and items other than tensors in a `.distcp` file,
+without restriction. This module checks both before they are read. torch restricts the rest: tensors and `common.pt`
+load with `weights_only`.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import pickle
 from collections.abc import Collection
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.utils import _ReaderView
 from torch.serialization import _get_layout
 
 from roll_gspo.strategies.restricted_load import load_restricted, unreadable
 
-INDEX, BACKEND = ".metadata", "metadata.json"
+INDEX, COMMON = ".metadata", "common.pt"
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
@@ -88,13 +86,7 @@ def check_contents(folder: Path, files: Collection[str]) -> None:
         name = place.relative_path
         if not isinstance(name, str) or name not in files or "/" in name or place.transform_descriptors:
             raise unreadable(folder / INDEX, ValueError(f"it refers to {name!r}, which is no file of this state"))
-    try:
-        backend = json.loads((folder / BACKEND).read_text(encoding="utf-8"))["sharded_backend"]
-        if backend != "torch_dist":
-            raise ValueError(f"sharded_backend is {backend!r}, not 'torch_dist'")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(folder / BACKEND, error) from error
-    load_restricted(folder / COMMON_STATE_FNAME)
+    load_restricted(folder / COMMON)
 
 
 def check_tensor_files(folder: Path) -> None:
