@@ -12,6 +12,7 @@ from roll_gspo.strategies.weight_broadcast import BUCKET_BYTES, WeightBroadcastS
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 from roll_gspo.strategies.weight_commands import CommandSender
 from roll_gspo.strategies.weight_rendezvous import ExportMember
+from roll_gspo.strategies.weight_update import FULL_MODEL, check_kind, kind_of
 
 # Called with (address, bytes of a bucket or None, connection to the engines or None on ranks above 0).
 BuildNativeSender = Callable[[WeightBroadcastAddress, int | None, CommandSender | None], NativeWeightSender]
@@ -62,9 +63,11 @@ class WeightExport:
             raise WeightTransferError(
                 f"weight_transfer.backend: {address.backend} is not a backend of this generation engine; set gloo"
             )
+        weights = self._strategy.weights()
+        check_kind(kind_of(weights), FULL_MODEL)  # adapters travel through host memory
         commands = self._opened if isinstance(self._opened, CommandSender) else None
         self._native = self._build_native(address, bucket_bytes, commands)
-        self._native.start(self._strategy.weights())
+        self._native.start(weights)
 
     def send(self, version: int) -> None:
         """Send the live weights. Ranks without a connection only take part in the export.
@@ -76,7 +79,7 @@ class WeightExport:
         if self._native is not None:
             self._native.send(weights, version)
         elif isinstance(self._opened, WeightBroadcastSender):
-            self._opened.send(weights, version, self._checksum)
+            self._opened.send(weights, version, self._checksum, kind_of(weights))
         else:
             for _ in weights if self._member is None else self._member.exporting(weights, version):
                 pass

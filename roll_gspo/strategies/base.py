@@ -119,6 +119,9 @@ class WeightSource(Protocol):
 
     A tied output head is omitted. Tensors may be views of memory that the next tensor overwrites; clone them to keep
     them. If several ranks share the model, all of them must iterate to the end.
+
+    A source of a LoRA adapter alone has the attribute `kind`, which is `ADAPTER` (see `weight_update`), and yields the
+    adapter's tensors under the names of PEFT.
     """
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...

@@ -107,7 +107,7 @@ class WeightBroadcastSender(_GlooMember, TransferSender):
             source: pairs to send, e.g. a `WeightSource`.
             version: version that every receiver must be waiting for.
             checksum: send a CRC-32 with every piece, at about the cost of a copy.
-            kind: what the tensors are, e.g. `FULL_MODEL`; receivers refuse a kind that they do not know.
+            kind: what the tensors are, e.g. `FULL_MODEL`; receivers refuse a kind that they do not take.
 
         Raises:
             WeightTransferError: the source failed, or a receiver failed, is late or waits for another version. The
@@ -157,14 +157,18 @@ class WeightBroadcastReceiver(_GlooMember, TransferReceiver):
         address: `WeightBroadcastSender.address`.
         rank: rank of this receiver; default `address.first_rank`.
         name: name in errors, besides process ID and host.
+        kind: the only kind of update that this receiver takes.
 
     Raises:
         WeightTransferError: the sender's store cannot be reached.
     """
 
-    def __init__(self, address: WeightBroadcastAddress, rank: int | None = None, name: str = "") -> None:
+    def __init__(
+        self, address: WeightBroadcastAddress, rank: int | None = None, name: str = "", kind: str = FULL_MODEL
+    ) -> None:
         rank = address.first_rank if rank is None else rank
         super().__init__(address, rank, address.world_size - 1, name)
+        self._kind = kind
         self._buffers = Buffers()
 
     @contextmanager
@@ -179,8 +183,9 @@ class WeightBroadcastReceiver(_GlooMember, TransferReceiver):
             accept: rejects a bucket by raising, before any of its tensors is yielded.
 
         Raises:
-            WeightTransferError: the sender failed or is late, a checksum differs, or the iteration ended early. An
-                exception raised in the block propagates unchanged. The sender raises the same text.
+            WeightTransferError: the sender failed or is late, a checksum differs, the update is of another kind, or the
+                iteration ended early. An exception raised in the block propagates unchanged. The sender raises the
+                same text.
         """
         self._begin()
         ended: list[bool] = []
@@ -202,6 +207,7 @@ class WeightBroadcastReceiver(_GlooMember, TransferReceiver):
                 self._open_group()
                 continue
             received = self._take(header)
+            check_kind(header.kind, self._kind)  # after the bucket, as the sender would wait in the broadcast
             if accept is not None:
                 accept(header.tensors, header.last)
             yield from received
@@ -215,7 +221,6 @@ class WeightBroadcastReceiver(_GlooMember, TransferReceiver):
         if header.error:
             raise WeightTransferError(header.error)
         self._step += 1
-        check_kind(header.kind)
         return header
 
     def _take(self, header: Header) -> list[tuple[str, Tensor]]:

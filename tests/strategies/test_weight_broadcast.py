@@ -21,6 +21,7 @@ from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.model import HfWeights
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 from roll_gspo.strategies.weight_broadcast_format import Buffers, pieces
+from roll_gspo.strategies.weight_update import ADAPTER
 
 BUCKET = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.int64)
@@ -202,6 +203,25 @@ def test_unexpected_version_is_rejected(receivers: list[Process]) -> None:
         with pytest.raises(ProcessError, match=r"version 7: rank 2 .* waits for version 8"):
             process.result()
     _assert_works(sender, receivers, 9)
+
+
+def test_update_of_another_kind_is_refused_and_the_next_one_arrives(receivers: list[Process]) -> None:
+    sender = connected(receivers)
+    for kind, message in (
+        (ADAPTER, "the trainer sends LoRA adapters .*, but the engine was built for all weights of the model"),
+        ("delta", "updates of kind 'delta' are unknown to this engine, which takes 'full'"),
+    ):
+        for process in receivers:
+            process.start(Worker.receive, 1)
+        with pytest.raises(WeightTransferError, match=message):
+            sender.send(small(1), 1, kind=kind)
+        for process in receivers:
+            with pytest.raises(ProcessError, match=message):
+                process.result()
+    for process in receivers:
+        process.start(Worker.receive, 2)
+    sender.send(small(2), 2)
+    assert [process.result() for process in receivers] == [packed(small(2))] * 2
 
 
 def test_dead_receiver_does_not_block_the_others() -> None:

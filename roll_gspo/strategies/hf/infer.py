@@ -31,6 +31,7 @@ from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
 from roll_gspo.strategies.transformers_model import compute_logits_in_float32
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver
+from roll_gspo.strategies.weight_update import check_kind, kind_of
 
 
 class _Loaded(NamedTuple):
@@ -153,10 +154,11 @@ class HfInfer(Offloadable):
         """Copy the values of `source` into this model. After an error it refuses to compute until an update succeeds.
 
         Raises:
-            WeightTransferError: a tensor is unknown, missing, or has another shape.
+            WeightTransferError: a tensor is unknown, missing, or has another shape, or the source is an adapter's.
         """
         model, decoder, _ = self._open()
         self._state.need(Residency.WEIGHTS, "receive weights")
+        check_kind(kind_of(source))
         places = dict(HfWeights(model))
         self._failed = version
         self._weights.changed()
