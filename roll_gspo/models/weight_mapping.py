@@ -231,24 +231,3 @@ def fused_slice(hf_name: str) -> FusedSlice | None:
     if kind == "down":
         return FusedSlice(f"{prefix}.down_proj", expert, None)
     return FusedSlice(f"{prefix}.gate_up_proj", expert, ("gate", "up").index(kind))
-
-
-def split_fused(name: str, fused: Tensor) -> list[tuple[str, Tensor]]:
-    """Return `(checkpoint name, view)` for every expert of a fused tensor; other tensors are returned unchanged.
-
-    Args:
-        name: `...mlp.experts.gate_up_proj` ([E, 2F, H]) or `...mlp.experts.down_proj` ([E, H, F]).
-        fused: the tensor.
-    """
-    match = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj", name)
-    if match is None:
-        return [(name, fused)]
-    prefix, kind = match.groups()
-    if kind == "down":
-        return [(f"{prefix}.{e}.down_proj.weight", weight) for e, weight in enumerate(fused)]
-    halves = [(e, weight.chunk(2, 0)) for e, weight in enumerate(fused)]
-    return [
-        (f"{prefix}.{e}.{part}_proj.weight", half)
-        for e, pair in halves
-        for part, half in zip(("gate", "up"), pair, strict=True)
-    ]

@@ -159,7 +159,7 @@ class HfInfer(Offloadable):
         model, decoder, _ = self._open()
         self._state.need(Residency.WEIGHTS, "receive weights")
         check_kind(kind_of(source))
-        places = dict(HfWeights(model))
+        places = HfWeights(model).views()
         self._failed = version
         self._weights.changed()
         for name, tensor in source:

@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from roll_gspo.batch import Sequences
 from roll_gspo.errors import ConfigError
-from roll_gspo.models.weight_mapping import split_fused
 from roll_gspo.strategies.base import TokenScores
+from roll_gspo.strategies.checkpoint_names import CheckpointNames
 from roll_gspo.strategies.device import local_device
 from roll_gspo.strategies.log_probs import place, token_log_probs
 from roll_gspo.strategies.transformers_model import predicting_rows
@@ -64,31 +64,41 @@ def response_scores(model: PreTrainedModel, sequences: Sequences, temperature: f
 
 
 class HfWeights:
-    """The live weights under checkpoint names, as views (see `WeightSource`).
+    """The live weights and persistent buffers under checkpoint names, as views if the layout allows it.
 
-    transformers 5 keeps the experts of a layer in one tensor. The checkpoint has one tensor per expert and projection.
+    transformers 5 keeps some weights in another layout, e.g. the experts of a layer in one tensor. `CheckpointNames`
+    splits them (see `WeightSource`).
 
     Args:
         model: the model.
-        dtype: dtype of the yielded tensors; None yields writable views in the model's dtype.
-
-    Raises:
-        ConfigError: the checkpoint names of the model's fused weights are unknown.
+        dtype: dtype of the yielded weights; None yields them in the model's dtype. Buffers keep their own.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         self._model = model
         self._dtype = dtype
-        for name, parameter in model.named_parameters():
-            known = model.config.model_type == "qwen3_moe" and split_fused(name, parameter)[0][0] != name
-            if parameter.dim() == 3 and not known:
-                raise ConfigError(
-                    f"model_type '{model.config.model_type}': the checkpoint names of '{name}' are not known; "
-                    "use a dense model or Qwen3-MoE"
-                )
+        self._names = CheckpointNames(model)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # named_parameters lists each tensor once, the embedding first; so a tied head is not listed
-        for name, parameter in self._model.named_parameters():
-            for hf_name, tensor in split_fused(name, parameter.detach()):
-                yield hf_name, tensor if self._dtype is None else tensor.to(self._dtype)
+        for name, tensor in self._names.stream((n, p.detach()) for n, p in self._model.named_parameters()):
+            yield name, tensor if self._dtype is None else tensor.to(self._dtype)
+        persistent = self._model.state_dict().keys()
+        buffers = ((name, buffer) for name, buffer in self._model.named_buffers() if name in persistent)
+        yield from self._names.stream(buffers)
+
+    def views(self) -> dict[str, Tensor]:
+        """Return the tensors by name, after checking that writing into them changes the model.
+
+        Raises:
+            ConfigError: a tensor is a copy.
+        """
+        tensors = dict(self)
+        own = {tensor.untyped_storage().data_ptr() for tensor in self._model.state_dict().values()}
+        copies = [name for name, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in own]
+        if copies:
+            raise ConfigError(
+                f"hf_infer: model_type '{self._model.config.model_type}' keeps '{copies[0]}' in another layout, which "
+                "cannot receive new weights; generate with vllm"
+            )
+        return tensors
