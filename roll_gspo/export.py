@@ -98,11 +98,11 @@ def _config(folder: Path) -> AnyConfig:
 
 
 def _setup(config: AnyConfig, source: Path) -> ModelSetup:
-    from roll_gspo.pipelines.settings import model_setup
+    from roll_gspo.pipelines.settings import lora_setup, model_setup
 
     role = config.actor_train
     setup = model_setup(config, source, role.model_args.dtype, NUM_SEQUENCES)
-    return dataclasses.replace(setup, temperature=1.0)
+    return dataclasses.replace(setup, temperature=1.0, lora=lora_setup(config))
 
 
 def _trained(config: AnyConfig, source: Path, folder: Path) -> TrainedModel:

@@ -14,6 +14,7 @@ from roll_gspo.config.data import DataArgs
 from roll_gspo.config.environment_table import AGENT, OTHERS
 from roll_gspo.config.environments import EpisodeConfig
 from roll_gspo.config.episode_rules import OtherBlocks, broken_episode_rules
+from roll_gspo.config.lora import broken_sync_rules
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.config.roles import (
@@ -70,11 +71,19 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
     def roles(self) -> dict[str, Role]:
         """Return the roles that are built and hold a model, by name."""
         roles: dict[str, Role] = {"actor_train": self.actor_train, "actor_infer": self.actor_infer}
-        if self.needs_reference and self.reference is not None:
+        if self.needs_reference and self.reference is not None and not self.reference_is_base:
             roles["reference"] = self.reference
         if self.needs_critic and self.critic is not None:
             roles["critic"] = self.critic
         return roles
+
+    @property
+    def reference_is_base(self) -> bool:
+        """True if the reference is the model under the adapter of `actor_train`, so that it needs no copy."""
+        trained = self.actor_train.model_args
+        own = None if self.reference is None else self.reference.model_args.model_name_or_path
+        models = {trained.model_name_or_path or self.pretrain, own or self.pretrain}
+        return self.needs_reference and trained.lora is not None and len(models) == 1
 
     @property
     def scoring_temperature(self) -> float:
@@ -192,7 +201,8 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
         if self.critic_warmup >= self.max_steps:
             message = f"{self.critic_warmup} leaves none of max_steps {self.max_steps} to the actor; lower it"
             yield Problem("critic_warmup", message, ("max_steps",))
-        if self.needs_reference and self.reference is None:
+        yield from broken_sync_rules(self.actor_train.model_args.lora, self.actor_infer.strategy_args)
+        if self.needs_reference and self.reference is None and not self.reference_is_base:
             switches = ("use_kl_loss", "add_token_level_kl")
             key = next((switch for switch in switches if self.__dict__[switch]), "policy_loss")
             value = "true" if key in switches else self.policy_loss

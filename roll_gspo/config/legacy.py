@@ -88,9 +88,9 @@ IGNORED: dict[str, str] = {
     **dict.fromkeys(
         (
             *("*.model_args.lora_rank", "*.model_args.lora_alpha", "*.model_args.lora_dropout"),
-            *("*.model_args.additional_target", "*.model_args.autocast_adapter_dtype"),
+            *("*.model_args.additional_target", "*.model_args.autocast_adapter_dtype", "lora_rank", "lora_alpha"),
         ),
-        ALONE.format("lora_target"),
+        "it acts with lora_target only (write actor_train.model_args.lora)",
     ),
     "*.training_args.num_train_epochs": "it has no effect in ROLL either; max_steps and ppo_epochs decide",
     "*.training_args.dataloader_num_workers": "there is no data loader: rollouts are already in memory",
@@ -136,7 +136,6 @@ IGNORED: dict[str, str] = {
     "*.strategy_args.strategy_config.distrib_optim_fully_reshardable": "every layout can read every checkpoint",
     "*.strategy_args.strategy_config.tiled_num_shards": ALONE.format("apply_tiled_mlp"),
     "*.use_remove_padding": "use_sequence_packing of strategy_config decides",
-    **dict.fromkeys(("lora_rank", "lora_alpha"), ALONE.format("lora_target")),
     "*.strategy_args.strategy_config.sleep_level": "engines that share devices sleep at level 2 (offload_states)",
     "*.strategy_args.strategy_config.enable_sleep_mode": "offload_states decides",
     "*.strategy_args.strategy_config.variable_seq_lengths": "pipeline stages always tell each other the length",
@@ -212,7 +211,10 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.model_args.model_config_kwargs": Later("changes to the model's configuration"),
     "*.model_args.moe_aux_loss_coef": Later("auxiliary losses of routers", (None, 0)),
     "*.model_args.ulysses_size": Later("sequence parallelism of FSDP", (None, 1)),
-    **dict.fromkeys(("*.model_args.lora_target", "*.model_args.adapter_name_or_path"), Later("LoRA", (None,))),
+    **dict.fromkeys(
+        ("*.model_args.lora_target", "lora_target"), Later("this form (write actor_train.model_args.lora)", (None,))
+    ),
+    "*.model_args.adapter_name_or_path": Later("a start from another adapter", (None,)),
     "*.model_args.freeze_module_prefix": Later("frozen modules", (None,)),
     "*.training_args.tf32": Later("a choice of TF32"),
     "*.generating_args.num_beams": Later("beam search", (None, 1)),
@@ -257,7 +259,6 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.strategy_args.strategy_config.moe_aux_loss_coeff": Later("auxiliary losses of routers", (None, 0)),
     "*.strategy_args.strategy_config.pipeline_parallel_size": Later("pipeline stages in vLLM", (None, 1)),
     "reward_normalization": Later("means and deviations over these samples (reward_norm: group, batch or running)"),
-    "lora_target": Later("LoRA", (None,)),
     "reward_model": Later("a judge in a cluster of the run (judge_model_type: inference starts a server)", (None,)),
     "*.apply_loss_scale": Later("other loss scales", (None, True)),
     **dict.fromkeys(

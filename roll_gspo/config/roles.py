@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from roll_gspo.config.base import DeviceMapping, Problem, Schema, used_only_with
 from roll_gspo.config.data import DataArgs
+from roll_gspo.config.lora import LoraArgs, broken_engine_rules, not_trained
 from roll_gspo.config.strategy import (
     GenerateStrategyArgs,
     ScoreStrategyArgs,
@@ -31,6 +32,8 @@ class ModelArgs(Schema):
     """Hugging Face name or local folder; null: `pretrain`."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of parameters and activations. Use `fp32` on CPUs."""
+    lora: LoraArgs | None = None
+    """Train a low-rank adapter of the frozen model instead of all weights; `actor_train` only. Needs `peft`."""
 
 
 class TrainingArgs(Schema):
@@ -168,6 +171,7 @@ class PolicyConfig(TrainedRoleConfig):
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that this role's engine or layout does not support."""
         yield from super().broken_rules()
+        yield from broken_engine_rules(self.model_args.lora, self.strategy_args)
         replay, args = self.router_replay, self.strategy_args
         if not self.needs_padding:
             return
@@ -198,6 +202,7 @@ class CriticConfig(TrainedRoleConfig):
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that the engine does not support, and an engine without a value head."""
         yield from super().broken_rules()
+        yield from not_trained(self.model_args.lora)
         if not self.strategy_args.has_value_head:
             able = shipped_engines(TrainStrategyArgs, lambda engine: engine.has_value_head)
             yield Problem(
@@ -219,6 +224,11 @@ class ActorInferConfig(Schema):
     """Model."""
     device_mapping: DeviceMapping = None
     """Devices; null: one engine on the first device(s). Roles may share devices (`offload_states`)."""
+
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield an adapter, which the trainer has."""
+        yield from super().broken_rules()
+        yield from not_trained(self.model_args.lora)
 
 
 class ReferenceConfig(Schema):
@@ -243,6 +253,7 @@ class ReferenceConfig(Schema):
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that an engine cannot use for scoring."""
         yield from super().broken_rules()
+        yield from not_trained(self.model_args.lora)
         yield from _token_budget_rules(self)
         for problem in self.strategy_args.scoring_problems():
             yield problem._replace(key=f"strategy_args.{problem.key}")

@@ -36,11 +36,15 @@ class SftTrainConfig(PolicyConfig):
     """Training conversations."""
 
     def broken_rules(self) -> Iterator[Problem]:
-        """Yield router replay, which needs rollouts."""
+        """Yield router replay and a transfer of adapters, which need rollouts."""
         yield from super().broken_rules()
         if self.router_replay != RouterReplayConfig():
             message = "replays the experts of a rollout, and pipeline: sft has no rollouts; remove it"
             yield Problem("router_replay", message)
+        lora = self.model_args.lora
+        if lora is not None and lora.sync is not None:
+            message = f"{lora.sync} is for generation engines, and pipeline: sft has none; remove it"
+            yield Problem("model_args.lora.sync", message)
 
 
 class SftValidationConfig(Schema):

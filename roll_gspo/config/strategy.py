@@ -205,6 +205,10 @@ class TrainStrategyArgs(StrategyArgs):
         """True if gradients are float32 whatever `dtype` is."""
         return True
 
+    supports_lora: ClassVar[bool] = False
+    """The engine trains an adapter (`model_args.lora`) and scores without it: its strategy is an `AdapterStrategy`."""
+    why_no_lora: ClassVar[str] = "it has no adapters"
+    """Why it does not, for the error."""
     can_replay_routing: ClassVar[bool] = False
     """The engine records the experts of a mixture of experts and replays them (`router_replay`)."""
 
@@ -260,6 +264,8 @@ class GenerateStrategyArgs(StrategyArgs):
 
     returns_routed_experts: ClassVar[bool] = False
     """Completions hold the experts that a mixture of experts chose (`router_replay: R3`, `record`)."""
+    receives_adapters: ClassVar[bool] = False
+    """The engine loads the model once and receives the trainer's adapter alone (`model_args.lora.sync: adapter`)."""
     receives_between_gpus: ClassVar[bool] = False
     """The engine can receive weights by NCCL and CUDA IPC (`weight_transfer.backend`); `build_weight_sender` exists."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from roll_gspo.config.lora import PEFT
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.doctor.findings import Finding, Findings, error, ok, warning
 
@@ -67,6 +68,7 @@ def version_findings(config: AnyConfig) -> Findings:
     modules = [*_ALWAYS, *(["ray"] if config.execution == "ray" else [])]
     requirements = (role.strategy_args.requirement for role in config.roles().values())
     modules += [requirement.module for requirement in requirements if requirement is not None]
+    modules += [PEFT.module] if config.actor_train.model_args.lora is not None else []
     versions = installed_versions(modules)
     listed = [f"{name} {version}" for name, version in versions.items()]
     yield ok(f"Python {platform.python_version()}, {', '.join(listed)}")

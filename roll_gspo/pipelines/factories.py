@@ -10,6 +10,7 @@ from roll_gspo.config.experiment import ExperimentConfig
 from roll_gspo.config.roles import PolicyConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.pipelines.settings import (
+    lora_setup,
     micro_batching,
     model_setup,
     on_this_device,
@@ -61,7 +62,8 @@ def _train_strategy(config: AnyConfig, role: PolicyConfig, checkpoint: Path, num
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     replay = role.router_replay
-    setup = replace(setup, replay_routing=replay.mode != "disable", record_routing=replay.record)
+    routing = {"replay_routing": replay.mode != "disable", "record_routing": replay.record}
+    setup = replace(setup, **routing, lora=lora_setup(config))
     return role.strategy_args.build_train(setup, optimizer_setup(config, role.training_args, num_updates))
 
 
@@ -117,11 +119,12 @@ def make_replica(config: ExperimentConfig, checkpoint: Path, shares_devices: boo
 
 def _engine(config: ExperimentConfig, checkpoint: Path, *, receives_broadcast: bool, shares_devices: bool) -> Any:
     role = config.actor_infer
-    setup = model_setup(config, checkpoint, role.model_args.dtype, 1)
+    setup, lora = model_setup(config, checkpoint, role.model_args.dtype, 1), lora_setup(config)
     generation = GenerationSetup(
         config.engine_sequence_length,
         receives_broadcast=receives_broadcast,
         record_routed_experts=config.actor_train.router_replay.reads_rollout,
         shares_devices=shares_devices,
+        lora=lora if lora is not None and lora.sync == "adapter" else None,
     )
     return role.strategy_args.build_generator(setup, generation)

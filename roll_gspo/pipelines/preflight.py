@@ -9,6 +9,7 @@ from pathlib import Path
 
 from roll_gspo.config.data import CHAT_TEMPLATES, SourceArgs
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.lora import PEFT
 from roll_gspo.config.reward_table import shipped_name
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.config.strategy import StrategyArgs
@@ -118,6 +119,8 @@ def check_engines(config: AnyConfig) -> None:
         missing += (f"agent: needs the package '{name}': pip install 'roll-gspo[agents]'" for name in lacking)
     if config.execution == "ray" and not _is_installed("ray"):
         missing.append("execution: ray needs the package 'ray': pip install 'roll-gspo[ray]'; or execution=local")
+    if config.actor_train.model_args.lora is not None and not _is_installed(PEFT.module):
+        missing.append(f"actor_train.model_args.lora: needs the package '{PEFT.module}': {PEFT.install}")
     roles = config.roles().items()
     missing += (text for role, block in roles if (text := missing_engine(role, block.strategy_args)))
     if missing:

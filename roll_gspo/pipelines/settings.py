@@ -19,6 +19,7 @@ from roll_gspo.algorithms.sample_weighting import SampleMaskSettings
 from roll_gspo.algorithms.value_loss import ValueLossSettings
 from roll_gspo.config.base import Schema
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.config.lora import adapter_sync
 from roll_gspo.config.roles import GeneratingArgs, ReferenceConfig, TrainedRoleConfig, TrainingArgs
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.errors import ConfigError
@@ -27,6 +28,7 @@ from roll_gspo.models.pass_cost import PassCost
 from roll_gspo.pipelines.passes import passes_text
 from roll_gspo.pipelines.rlvr.experience import ExperienceSettings
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, Sampling
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 Settings = TypeVar("Settings")
@@ -53,6 +55,15 @@ def model_setup(
         seed=config.seed,
         max_tokens=max_tokens,
     )
+
+
+def lora_setup(config: AnyConfig) -> LoraSetup | None:
+    """Build the adapter of `actor_train`, or None if all weights are trained."""
+    lora = config.actor_train.model_args.lora
+    if lora is None:
+        return None
+    sync = adapter_sync(lora, config.actor_infer.strategy_args) if isinstance(config, ExperimentConfig) else "merged"
+    return settings_from(LoraSetup, lora, alpha=lora.effective_alpha, sync=sync)
 
 
 def on_this_device(name: str, role: RoleT) -> RoleT:

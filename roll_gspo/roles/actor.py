@@ -17,7 +17,7 @@ from roll_gspo.roles.mini_batches import MiniBatches, summary
 from roll_gspo.roles.profiled import profiled
 from roll_gspo.roles.trained import TrainedPolicy
 from roll_gspo.roles.weight_export import BuildNativeSender, WeightExport
-from roll_gspo.strategies.base import TokenScores, TrainStrategy, UpdateResult, WeightSource
+from roll_gspo.strategies.base import AdapterStrategy, TokenScores, TrainStrategy, UpdateResult, WeightSource
 from roll_gspo.strategies.micro_batches import MicroBatching
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 
@@ -70,6 +70,13 @@ class Actor(TrainedPolicy):
     def score(self, sequences: Sequences) -> TokenScores:
         """Return log-probs of the response tokens under the current policy, and the entropies."""
         return self._strategy.score(sequences, entropy=True)
+
+    @profiled
+    def base_log_probs(self, sequences: Sequences) -> Tensor:
+        """Return [B, T] log-probs of the response tokens under the policy without its adapter."""
+        if not isinstance(self._strategy, AdapterStrategy):
+            raise TypeError(f"{type(self._strategy).__name__}: supports_lora needs an AdapterStrategy")
+        return self._strategy.score_base(sequences).log_probs
 
     @profiled
     def update(self, batch: TrainBatch, step: int, progress: Callable[[int, int], None]) -> dict[str, float]:

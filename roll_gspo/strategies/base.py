@@ -15,6 +15,7 @@ from torch import Tensor
 
 from roll_gspo.batch import Completion, Sequences, TrainBatch
 from roll_gspo.metrics import Metric
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 
 
@@ -32,6 +33,7 @@ class ModelSetup:
         replay_routing: the routers of a mixture of experts choose `TrainBatch.routed_experts` in every update.
         record_routing: scores contain the experts that the routers choose. Updates report `routing/update_shift`, the
             distance of the routers from `TrainBatch.routed_experts`. `replay_routing` includes this.
+        lora: the adapter that is trained; None to train all weights.
     """
 
     checkpoint: Path
@@ -42,6 +44,7 @@ class ModelSetup:
     max_tokens: int | None = None
     replay_routing: bool = False
     record_routing: bool = False
+    lora: LoraSetup | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class GenerationSetup:
         receives_broadcast: the trainer is in another process, so that the engine is a `WeightReceiver`.
         record_routed_experts: completions hold the experts that a mixture of experts chose.
         shares_devices: the engine is an `OffloadableEngine` and leaves its devices while other engines use them.
+        lora: the engine loads the weights of the checkpoint and receives adapters of this kind alone, never all
+            weights; None if it receives all weights.
     """
 
     max_sequence_length: int
@@ -61,6 +66,7 @@ class GenerationSetup:
     receives_broadcast: bool = False
     record_routed_experts: bool = False
     shares_devices: bool = False
+    lora: LoraSetup | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,19 @@ class TrainStrategy(TrainedModel, Checkpointable, Protocol):
 
     def weights(self) -> WeightSource:
         """Return the live weights, for the generation engine."""
+        ...
+
+
+@runtime_checkable
+class AdapterStrategy(TrainStrategy, Protocol):
+    """A trainer that scores without its adapter, too, so that the frozen model is the reference."""
+
+    def score_base(self, sequences: Sequences) -> TokenScores:
+        """Score every sample with the frozen model, without gradient and entropy. The result is on the CPU."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in the layout of `peft` into an existing folder."""
         ...
 
 

@@ -20,10 +20,14 @@ from roll_gspo.errors import ConfigError
 from roll_gspo.strategies.head_products import float32_logits
 
 
-def recompute_layers(model: PreTrainedModel) -> None:
+def recompute_layers(model: PreTrainedModel, is_random: bool = False) -> None:
     """Keep only the inputs of every layer for the backward pass; the rest is computed again.
 
     `gradient_checkpointing_enable` of transformers needs the training mode, which switches dropout on.
+
+    Args:
+        model: the model.
+        is_random: an adapter has dropout, so that the second computation needs the random state of the first.
 
     Raises:
         ConfigError: the model's code does not mark its layers.
@@ -35,14 +39,13 @@ def recompute_layers(model: PreTrainedModel) -> None:
             f"'{model.config.model_type}'; set it to false"
         )
     for layer in layers:
-        layer.forward = partial(_forward_of_layer, layer.forward)
+        layer.forward = partial(_forward_of_layer, layer.forward, is_random)
 
 
-def _forward_of_layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _forward_of_layer(forward: Callable[..., Any], is_random: bool, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # No random state is kept, because nothing is random without dropout.
-    return recomputed(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return recomputed(forward, *args, use_reentrant=False, preserve_rng_state=is_random, **kwargs)
 
 
 def compute_logits_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

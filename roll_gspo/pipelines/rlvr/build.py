@@ -50,7 +50,7 @@ from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.episode_manager import EpisodeManager, EpisodePlayer
 from roll_gspo.roles.generator import Generator
-from roll_gspo.roles.reference import Reference
+from roll_gspo.roles.reference import BaseReference, Reference
 from roll_gspo.roles.reward_manager import RewardManager
 from roll_gspo.roles.scorer import Scorer
 from roll_gspo.roles.shared_devices import Phase, SharedDevices
@@ -84,7 +84,7 @@ class RlvrComponents(RunComponents):
     actor_infer: Generator
     weights: WeightSync
     devices: SharedDevices
-    reference: Reference | None
+    reference: Reference | BaseReference | None
     critic: Critic | None
     rewards: Scorer
     collector: Collector

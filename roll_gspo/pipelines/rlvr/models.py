@@ -19,7 +19,7 @@ from roll_gspo.roles.actor import Actor
 from roll_gspo.roles.critic import Critic
 from roll_gspo.roles.generator import Generator
 from roll_gspo.roles.profiled import Profilable
-from roll_gspo.roles.reference import Reference
+from roll_gspo.roles.reference import BaseReference, Reference
 from roll_gspo.roles.shared_devices import Resident, SharedDevices
 from roll_gspo.roles.trained import TrainedRole
 from roll_gspo.roles.weight_sync import WeightSync
@@ -35,7 +35,7 @@ class Models:
 
     Attributes:
         actor_train: the policy that is trained.
-        reference, critic: None if no KL term or no estimator needs them.
+        reference, critic: None if no KL term or no estimator needs them. The reference may be `actor_train` itself.
         actor_infer: the policy that generates.
         weights: sends the weights of `actor_train` to `actor_infer`.
         devices: the devices that roles share. All of these roles are offloaded.
@@ -43,7 +43,7 @@ class Models:
     """
 
     actor_train: Actor
-    reference: Reference | None
+    reference: Reference | BaseReference | None
     critic: Critic | None
     actor_infer: Generator
     weights: WeightSync
@@ -87,7 +87,7 @@ def start_models(
     with console.stage("start actor_train"):
         actor = placement.start("actor_train", config.actor_train, partial(make_actor, config, checkpoint))
         leave("actor_train", actor)
-    if config.needs_reference and config.reference is not None:
+    if REFERENCE in config.roles() and config.reference is not None:
         with console.stage("start reference"):
             own = _checkpoint_of(config, config.reference, checkpoint, console)
             reference = placement.start("reference", config.reference, partial(make_reference, config, own))
@@ -104,7 +104,8 @@ def start_models(
         weights = devices
     roles = {"actor_train": actor, "reference": reference, "critic": critic, "actor_infer": engines}
     profiled = {name: role for name, role in roles.items() if role is not None}
-    return Models(actor, reference, critic, generator, weights, devices, profiled)
+    scores = BaseReference(actor) if config.reference_is_base else reference
+    return Models(actor, scores, critic, generator, weights, devices, profiled)
 
 
 def _checkpoint_of(

@@ -15,11 +15,15 @@ from roll_gspo.pipelines.rlvr.ratio_noise import noise_texts
 from roll_gspo.pipelines.rlvr.waiting import async_texts
 from roll_gspo.pipelines.weight_transfer import transfer_text
 
+_BASE = "actor_train without its adapter"
+
 
 def plan_rows(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield (label, text) pairs."""
     if not config.needs_reference:
         yield "roles", f"{'reference':<12} not built: no KL term is switched on"
+    elif config.reference_is_base:
+        yield "roles", f"{'reference':<12} not built: {_BASE} has its log-probs"
     if config.critic is not None and config.needs_critic:
         yield "roles", f"{'critic':<12} learning rate {config.critic.training_args.learning_rate:g}"
     elif config.critic is not None:
@@ -160,7 +164,9 @@ def _log_probs_text(config: ExperimentConfig) -> str:
     engine = config.actor_infer.strategy_args.strategy_name
     old = f"recomputed by {trainer}" if config.enable_old_logprobs_recompute else f"those of {engine}"
     reference = "none"
-    if config.needs_reference and config.reference is not None:
+    if config.reference_is_base:
+        reference = _BASE
+    elif config.needs_reference and config.reference is not None:
         reference = config.reference.strategy_args.strategy_name
     return f"old: {old}; reference: {reference}; at temperature {config.actor_infer.generating_args.temperature:g}"
 

@@ -36,6 +36,7 @@ from roll_gspo.pipelines.rlvr.ratio_noise import RatioNoiseAlarm
 from roll_gspo.pipelines.rlvr.transfer_check import check_transfer
 from roll_gspo.pipelines.rlvr.validation import Answers, ScoredBatch, answers_of, summaries, validation_metrics
 from roll_gspo.pipelines.settings import policy_loss_settings
+from roll_gspo.pipelines.state import ACTOR
 from roll_gspo.pipelines.step_loop import Steps
 from roll_gspo.roles.shared_devices import Phase
 from roll_gspo.strategies.base import TokenScores
@@ -138,7 +139,7 @@ class RlvrSteps(Steps[ExperimentConfig, RlvrComponents]):
         components, stage = self.components, self.console.stage
         ref_log_probs = values = None
         if components.reference is not None:
-            components.devices.enter(Phase.SCORING, REFERENCE)
+            components.devices.enter(Phase.SCORING, ACTOR if self.config.reference_is_base else REFERENCE)
             with stage("reference_log_probs"):
                 ref_log_probs = components.reference.log_probs(rollouts.sequences)
         if components.critic is not None:

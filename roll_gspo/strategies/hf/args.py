@@ -88,6 +88,7 @@ class HfTrainArgs(HfArgs, TrainStrategyArgs):
 
     has_value_head: ClassVar[bool] = True
     has_float32_weights: ClassVar[bool] = True
+    supports_lora: ClassVar[bool] = True
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield keys that only generation uses."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from roll_gspo.strategies.checkpoint_names import CheckpointNames
 from roll_gspo.strategies.device import local_device
 from roll_gspo.strategies.log_probs import place, token_log_probs
 from roll_gspo.strategies.transformers_model import predicting_rows
+
+if TYPE_CHECKING:
+    from roll_gspo.strategies.lora import Adapter
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
@@ -72,20 +75,29 @@ class HfWeights:
     Args:
         model: the model.
         dtype: dtype of the yielded weights; None yields them in the model's dtype. Buffers keep their own.
+        adapter: adapter of the model, which is merged into the yielded weights; None if it has none.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, adapter: Adapter | None = None
+    ) -> None:
         self._model = model
         self._dtype = dtype
-        self._names = CheckpointNames(model)
+        self._adapter = adapter
+        self._names = CheckpointNames(model) if adapter is None else adapter.names
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # named_parameters lists each tensor once, the embedding first; so a tied head is not listed
-        for name, tensor in self._names.stream((n, p.detach()) for n, p in self._model.named_parameters()):
+        for name, tensor in self._names.stream(self._parameters()):
             yield name, tensor if self._dtype is None else tensor.to(self._dtype)
         persistent = self._model.state_dict().keys()
         buffers = ((name, buffer) for name, buffer in self._model.named_buffers() if name in persistent)
         yield from self._names.stream(buffers)
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        if self._adapter is not None:
+            return self._adapter.merged_parameters()
+        return ((name, parameter.detach()) for name, parameter in self._model.named_parameters())
 
     def views(self) -> dict[str, Tensor]:
         """Return the tensors by name, after checking that writing into them changes the model.

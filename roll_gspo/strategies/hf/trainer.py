@@ -16,6 +16,8 @@ from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
+from roll_gspo.strategies.lora import check_same_adapter, identity_of, other_layers
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.offload import EngineState, Part, outside
 from roll_gspo.strategies.reports import Report, on_host
 from roll_gspo.strategies.restricted_load import load_restricted, unreadable
@@ -25,27 +27,34 @@ _STATE_FILE = "hf_train.pt"
 
 
 class HfTrainer:
-    """AdamW and its schedule for a float32 module with any head.
+    """AdamW and its schedule for a float32 module with any head, or for the float32 adapter of a frozen module.
 
     Gradients and moments are float32. With `dtype` bfloat16 the passes run under autocast. Weight decay is decoupled
     and excludes biases and norms.
+
+    Attributes:
+        applied_steps: optimizer steps that changed the parameters.
 
     Args:
         module: trained module, on its device.
         setup: settings of optimizer and schedule.
         dtype: dtype of the passes.
+        lora: the adapter of the module; None if all parameters are trained.
 
     Raises:
         ConfigError: the dtype is not supported.
     """
 
-    def __init__(self, module: torch.nn.Module, setup: OptimizerSetup, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: torch.nn.Module, setup: OptimizerSetup, dtype: torch.dtype, lora: LoraSetup | None = None
+    ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"hf_train: dtype {dtype} is not supported; use float32 or bfloat16")
         self._module = module
         self._setup = setup
         self._dtype = dtype
-        parameters = list(module.parameters())
+        self._lora = lora
+        parameters = list(self._trained().values())
         self._device = parameters[0].device
         self._optimizer = torch.optim.AdamW(
             [
@@ -56,7 +65,7 @@ class HfTrainer:
             betas=setup.betas,
             eps=setup.epsilon,
         )
-        self._applied_steps = 0
+        self.applied_steps = 0
         self._saving: BackgroundWrite | None = None
 
     def state(self, engine: str) -> EngineState:
@@ -64,6 +73,9 @@ class HfTrainer:
         return EngineState(
             engine, Part(self._weights), [Part(lambda: outside(self._training_tensors(), self._weights()))]
         )
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: value for name, value in self._module.named_parameters() if value.requires_grad}
 
     def _weights(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
@@ -103,18 +115,18 @@ class HfTrainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), max_norm).item()
         known = on_host(reports)
         losses = [value for value, _ in known]
-        rate = learning_rate(self._setup, self._applied_steps)
+        rate = learning_rate(self._setup, self.applied_steps)
         applied = math.isfinite(grad_norm) and all(map(math.isfinite, losses))
         if applied:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             self._optimizer.step()
-            self._applied_steps += 1
+            self.applied_steps += 1
         self._optimizer.zero_grad()
         return UpdateResult(sum(losses), grad_norm, rate, applied, merge(metrics for _, metrics in known))
 
     def save(self, folder: Path, asynchronous: bool = False) -> None:
-        """Write parameters, optimizer state, applied steps and RNG states into one file.
+        """Write trained parameters, optimizer state, applied steps and RNG states into one file.
 
         Args:
             folder: an empty folder.
@@ -122,12 +134,14 @@ class HfTrainer:
         """
         self.finish_save()
         state = {
-            "parameters": dict(self._module.named_parameters()),
+            "parameters": self._trained(),
             "optimizer": self._optimizer.state_dict(),
-            "applied_steps": self._applied_steps,
+            "applied_steps": self.applied_steps,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
+        if self._lora is not None:
+            state["adapter"] = identity_of(self._lora)
         if asynchronous:
             state = _on_host(state)
             self._saving = BackgroundWrite(lambda: torch.save(state, folder / _STATE_FILE))
@@ -164,14 +178,17 @@ class HfTrainer:
             raise unreadable(path, error) from error
 
     def _restore(self, state: Any, path: Path) -> None:
-        parameters = dict(self._module.named_parameters())
+        check_same_adapter(path, state.get("adapter"), self._lora)
+        parameters = self._trained()
+        if self._lora is not None and parameters.keys() != state["parameters"].keys():
+            raise other_layers(path)
         if {n: p.shape for n, p in parameters.items()} != {n: p.shape for n, p in state["parameters"].items()}:
             raise CheckpointError(f"{path}: parameters of another model; use the configuration that wrote it")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state["parameters"][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._applied_steps = state["applied_steps"]
+        self.applied_steps = state["applied_steps"]
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])

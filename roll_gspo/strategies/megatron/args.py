@@ -171,6 +171,7 @@ class MegatronTrainArgs(MegatronArgs, TrainStrategyArgs):
 
     has_value_head: ClassVar[bool] = True
     can_replay_routing: ClassVar[bool] = True
+    why_no_lora: ClassVar[str] = "its layers fuse and split the matrices that an adapter is attached to"
 
     def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
         """Yield layouts that split model or optimizer further, or recompute activations."""
