@@ -1,4 +1,4 @@
-"""Rendering of conversations by chat templates, with checks that a template renders everything of a row."""
+"""Text of conversations and responses: chat templates, with checks that a template renders everything of a row."""
 
 from __future__ import annotations
 
@@ -96,3 +96,12 @@ def check_tokenizer(template: ChatTemplate, tokenizer: Any) -> None:
     problem = template_problem(template, tokenizer.chat_template, tokenizer.get_vocab())
     if problem is not None:
         raise DataError(problem)
+
+
+def response_text(tokenizer: Any, token_ids: Sequence[int], stop_ids: Sequence[int] = ()) -> str:
+    """Return the text of a response for rewards, environments and agents.
+
+    Special tokens such as `<think>` stay. End-of-sequence, padding and `stop_ids` are removed.
+    """
+    removed = {tokenizer.eos_token_id, tokenizer.pad_token_id, *stop_ids}
+    return tokenizer.decode([token for token in token_ids if token not in removed])

@@ -13,6 +13,7 @@ from roll_gspo.models.config_files import CONFIG, declared_end_ids, read_object,
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+CHAT_TEMPLATES = "additional_chat_templates"  # folder of named chat templates
 # Vocabularies that transformers reads without tokenizer.json.
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 # Tokenizer classes that define no special tokens in code.
@@ -216,7 +217,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
     Raises:
         ConfigError: a file is damaged.
     """
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files = {path.stem: path for path in sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:

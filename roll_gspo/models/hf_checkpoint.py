@@ -18,12 +18,12 @@ from torch import Tensor
 
 from roll_gspo.errors import CheckpointError
 from roll_gspo.models.config_files import CONFIG, read_object
+from roll_gspo.models.folder_check import CHAT_TEMPLATES
 from roll_gspo.models.weight_mapping import FusedSlice, fused_slice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 * 1024**3
-CHAT_TEMPLATES = "additional_chat_templates"  # folder of named chat templates
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_COPIED = ("adapter_config.json", CONFIG, "*.index.json", "*.index.*.json")  # describe the source's weights
 

@@ -112,15 +112,6 @@ def stop_ids(config: AnyConfig, blocks: Sequence[SourceArgs], tokenizer: Any, ch
     return tuple(sorted(stops))
 
 
-def response_text(tokenizer: Any, token_ids: Sequence[int], stop_ids: Sequence[int] = ()) -> str:
-    """Return the text of a response for the rewards.
-
-    Special tokens such as `<think>` stay. End-of-sequence, padding and `stop_ids` are removed.
-    """
-    removed = {tokenizer.eos_token_id, tokenizer.pad_token_id, *stop_ids}
-    return tokenizer.decode([token for token in token_ids if token not in removed])
-
-
 def resume(
     config: AnyConfig,
     folder: RunFolder,

@@ -14,9 +14,10 @@ import roll_gspo
 from roll_gspo.algorithms.interval import Estimate
 from roll_gspo.batch import Prompt, Rollouts
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.data.rendering import response_text
 from roll_gspo.data.rows import DataRow
 from roll_gspo.errors import RewardError
-from roll_gspo.pipelines.components import check_token_ids, load_tokenizer, response_text, stop_ids
+from roll_gspo.pipelines.components import check_token_ids, load_tokenizer, stop_ids
 from roll_gspo.pipelines.evaluated import REPORT, Evaluated
 from roll_gspo.pipelines.factories import make_evaluated
 from roll_gspo.pipelines.pretrain import prepare_checkpoint

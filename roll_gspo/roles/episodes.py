@@ -12,7 +12,7 @@ from typing import Any
 from roll_gspo.batch import Completion
 from roll_gspo.data.messages import Message
 from roll_gspo.data.prompts import encode_chat
-from roll_gspo.data.rendering import Tools
+from roll_gspo.data.rendering import Tools, response_text
 from roll_gspo.data.templates import ChatFormat
 from roll_gspo.data.turns import TokenRecord, TurnRenderer
 from roll_gspo.environments.base import Reply, Start
@@ -256,8 +256,7 @@ class EpisodeClient:
         self._pool(key).step(episode.number, len(episode.turns), text)
 
     def _text_of(self, completion: Completion) -> str:
-        ends = set(self._sampling.stop_token_ids) | {self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}
-        return self._tokenizer.decode([token for token in completion.token_ids if token not in ends])
+        return response_text(self._tokenizer, completion.token_ids, self._sampling.stop_token_ids)
 
     def _continue(self, key: int, episode: _Episode, reply: Reply) -> None:
         record = episode.record

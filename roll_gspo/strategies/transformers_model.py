@@ -48,6 +48,15 @@ def _forward_of_layer(forward: Callable[..., Any], is_random: bool, *args: Any, 
     return recomputed(forward, *args, use_reentrant=False, preserve_rng_state=is_random, **kwargs)
 
 
+def train_padding_token(model: PreTrainedModel) -> None:
+    """Let the input embedding of `pad_token_id` receive gradients, as in other engines.
+
+    torch drops them. The token may be part of the text: it ends turns of Phi-3 and documents of GLM-4.
+    """
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+
+
 def compute_logits_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make the output head return float32 logits of hidden states and weights that are rounded to `dtype`.
 

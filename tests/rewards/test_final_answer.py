@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from roll_gspo.data.rendering import response_text
 from roll_gspo.models import tiny
-from roll_gspo.pipelines.components import response_text
 from roll_gspo.rewards.code_sandbox import CodeSandbox
 from roll_gspo.rewards.exact_match import ExactMatch
 from roll_gspo.rewards.final_answer import text_after_thinking

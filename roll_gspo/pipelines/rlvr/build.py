@@ -10,6 +10,7 @@ from typing import Any
 from roll_gspo.algorithms.reward_norm import RunningMoments
 from roll_gspo.batch import Completion, Prompt
 from roll_gspo.config.experiment import ExperimentConfig
+from roll_gspo.data.rendering import response_text
 from roll_gspo.data.sampler import Sampler
 from roll_gspo.execution.base import Executor
 from roll_gspo.pipelines.components import (
@@ -17,7 +18,6 @@ from roll_gspo.pipelines.components import (
     check_token_ids,
     load_tokenizer,
     make_output,
-    response_text,
     resume,
     start_executor,
     stop_ids,

@@ -182,7 +182,8 @@ def tokenize(
     """
     if config.plays_episodes:
         # Environments write the prompts. A sample keeps the placeholder if its environment fails, and is masked.
-        return tuple(Prompt((tokenizer.eos_token_id,), "", columns_of(config, row)) for row in rows)
+        end = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        return tuple(Prompt((end,), "", columns_of(config, row)) for row in rows)
     domains = domains_of(config, [_labels(row) for row in rows])
     where, chat = ", ".join(args.file_name), chat_format(config, args)
     return make_prompts(rows, tokenizer, prompt_length, where, chat, domains)

@@ -172,7 +172,7 @@ def _check_ends(config: SftConfig, samples: ChatSamples, tokenizer: Any, checkpo
         logger.warning(
             "the chat template ends the assistant's turns with no special token, so that the model will not learn to "
             "stop; end them with %s in chat_template",
-            tokenizer.eos_token,
+            " or ".join(tokenizer.convert_ids_to_tokens(list(stops))),
         )
     elif not samples.end_token_ids & set(stops):
         ends = ", ".join(tokenizer.convert_ids_to_tokens(sorted(samples.end_token_ids)))

@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from roll_gspo.batch import Completion
+from roll_gspo.data.rendering import response_text
 from roll_gspo.data.templates import ChatTemplate
 from roll_gspo.errors import DataError
 from roll_gspo.roles.agents.conversation import Conversations, Extension
@@ -343,8 +344,7 @@ class AgentClient:
             return  # dropped when it had just ended
         key, call, extension = sampled
         tokenizer, token_ids = self._tokenizer, completion.token_ids
-        ends = {*self._sampling.stop_token_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        text = tokenizer.decode([token for token in token_ids if token not in ends])
+        text = response_text(tokenizer, token_ids, self._sampling.stop_token_ids)
         read = read_answer(text, self._call_format if call.request.tools else None, number)
         prompt_tokens = len(extension.prompt)
         self._episodes[key].conversations.add(extension, completion, read)

@@ -20,7 +20,7 @@ from roll_gspo.strategies.base import TokenScores
 from roll_gspo.strategies.checkpoint_names import CheckpointNames
 from roll_gspo.strategies.device import local_device
 from roll_gspo.strategies.log_probs import place, token_log_probs
-from roll_gspo.strategies.transformers_model import predicting_rows
+from roll_gspo.strategies.transformers_model import predicting_rows, train_padding_token
 
 if TYPE_CHECKING:
     from roll_gspo.strategies.lora import Adapter
@@ -47,6 +47,7 @@ def load_model(checkpoint: Path, dtype: torch.dtype, attn_implementation: str) -
             f"{checkpoint}: {len(missing)} tensors of the model are not in the weights, e.g. '{missing[0]}'; download "
             "the model again"
         )
+    train_padding_token(model)
     model.to(device=local_device())
     return model.eval()
 
