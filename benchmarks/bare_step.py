@@ -86,7 +86,7 @@ class BareStep:
         megatron_config = transformer_config(self._architecture, self._dtype, args.strategy_config)
         gpt = GPTModel(
             megatron_config,
-            decoder_spec(megatron_config),
+            decoder_spec(self._architecture, megatron_config),
             vocab_size=self._architecture.vocab_size,
             max_sequence_length=self._architecture.max_position_embeddings,
             share_embeddings_and_output_weights=self._architecture.tie_word_embeddings,

@@ -98,6 +98,6 @@ class _FlashAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None
 
 
-def flash_attention(dtype: torch.dtype) -> Callable[..., Tensor]:
+def flash_attention(dtype: torch.dtype, windowed: bool = False) -> Callable[..., Tensor]:
     """Replace `varlen_kernel`, which has no kernel on a CPU."""
     return lambda query, key, value, spans, scale, window: _FlashAttention.apply(query, key, value, spans.queries)

@@ -7,8 +7,22 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -56,6 +70,42 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
     ),
 }
 
+# Families that differ from those above in structure or in the names of their weights. Windows are shorter than samples.
+WINDOW = 6
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LINEAR = {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0}
+WIDER: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
+    "mistral": (MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=None)),
+    "mistral_window": (MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=WINDOW)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **_SHAPE,
+            head_dim=32,
+            query_pre_attn_scalar=20,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": _LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        ),
+    ),
+    "glm4": (Glm4ForCausalLM, Glm4Config(**_SHAPE, head_dim=16)),
+    "glm": (GlmForCausalLM, GlmConfig(**_SHAPE, head_dim=16)),
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**{**_SHAPE, "intermediate_size": 32}, num_local_experts=4)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**_SHAPE, sliding_window=WINDOW)),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config(**_SHAPE)),
+    "llama3": (
+        LlamaForCausalLM,
+        LlamaConfig(**_SHAPE, rope_parameters={**_LLAMA3, "original_max_position_embeddings": 64}),
+    ),
+    "qwen3_window": (
+        Qwen3ForCausalLM,
+        Qwen3Config(**_SHAPE, head_dim=16, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    ),
+}
+
 
 # enough layers for virtual pipeline stages and enough key heads for four tensor-parallel ranks
 DEEPER: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
@@ -76,14 +126,15 @@ DEEPER: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
 
 def build_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Build a model with random weights, norms and biases large enough to affect the output."""
-    model_class, config = (FAMILIES | DEEPER)[family]
+    model_class, config = (FAMILIES | WIDER | DEEPER)[family]
     model = model_class(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.dim() == 1 and name.endswith("norm.weight")
-            parameter.copy_(1 + 0.3 * noise if is_norm else 0.15 * noise)
+            around = 0.0 if config.model_type == "gemma3_text" else 1.0  # its norms add one
+            parameter.copy_(around + 0.3 * noise if is_norm else 0.15 * noise)
     return model.eval()
 
 

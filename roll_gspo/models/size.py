@@ -10,9 +10,13 @@ from typing import Any
 
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.checkpoint_shapes import count_parameters
 from roll_gspo.models.config_files import CONFIG, read_object, text_config
 from roll_gspo.models.known import known_config
 from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
+
+# Keys that do not affect sizes, and that builtin or well-known models omit.
+_NOT_READ = {"rms_norm_eps": 1e-6, "max_position_embeddings": 1}
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,9 @@ def architecture_of(pretrain: str) -> Architecture | None:
     """
     config = _hf_config(pretrain)
     if config is not None:
-        # builtin models omit the norm epsilon, which does not affect sizes
-        return Architecture.from_config({"rms_norm_eps": 1e-6, **config}, pretrain)
+        return Architecture.from_config({**_NOT_READ, **config}, pretrain)
     if (known := known_config(pretrain)) is not None:
-        unknown = {"rms_norm_eps": 1e-6, "max_position_embeddings": 1}  # not read for sizes
-        return Architecture.from_config({**unknown, **known}, pretrain)
+        return Architecture.from_config({**_NOT_READ, **known}, pretrain)
     return None
 
 
@@ -105,15 +107,19 @@ def size_of(pretrain: str) -> ModelSize | None:
 
 
 def _count(config: Mapping[str, Any], source: str) -> ModelSize:
+    try:
+        model = Architecture.from_config({**_NOT_READ, **config})
+    except ConfigError:  # an unknown family is counted as one with separate projections
+        return _estimate(config, source)
+    return ModelSize(*count_parameters(model), source)
+
+
+def _estimate(config: Mapping[str, Any], source: str) -> ModelSize:
     hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     attention = 2 * hidden * head_dim * (heads + groups)
-    if config.get("model_type") == "qwen2":
-        attention += head_dim * (heads + 2 * groups)  # biases of query, key and value
-    elif str(config.get("model_type")).startswith("qwen3"):
-        attention += 2 * head_dim  # norms of query and key
     num_experts = config.get("num_experts") or config.get("num_local_experts") or 0
     if num_experts:
         experts = layers * num_experts * 3 * hidden * config["moe_intermediate_size"]

@@ -2,7 +2,8 @@
 
 This module does not import megatron. A megatron parameter packs one to three Hugging Face tensors. Tensor parallelism
 splits each of them along at most one axis (query groups stay whole) and packs the shards of a rank like the whole.
-Layer and expert numbers are global: pipeline and expert parallelism only rename.
+Layer and expert numbers are global: pipeline and expert parallelism only rename. Names that differ between families
+come from `families.FAMILIES`.
 
 Legend: G query groups (key/value heads), q query heads per group, D head size, H hidden, F intermediate, V vocabulary,
 E experts, R tensor-parallel ranks.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +23,8 @@ from torch import Tensor
 
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.checkpoint_shapes import qkv_rows
+from roll_gspo.models.families import FAMILIES, ExpertNames, Family
 
 # Layouts of the Hugging Face tensors inside a parameter:
 #   single   unchanged
@@ -33,53 +38,74 @@ ReadSlice = Callable[[str, int, int, int], Tensor]
 
 
 class Row(NamedTuple):
-    """One row of the table; `{}` in the Hugging Face names are filled with the groups of `pattern`."""
+    """One row of the table. `{}` in the Hugging Face names are filled with the groups of `pattern`.
+
+    `fused` marks a single Hugging Face tensor in which the parts of the packing follow each other.
+    """
 
     pattern: str
     packing: Packing
     split_axis: int | None
     hf_names: tuple[str, ...]
+    fused: bool = False
 
 
 _LAYER, _HF = r"decoder\.layers\.(\d+)\.", "model.layers.{}."
-_EXPERT_GATE_UP = tuple(_HF + "mlp.experts.{}." + f"{x}_proj.weight" for x in ("gate", "up"))
-_EXPERT_DOWN = (_HF + "mlp.experts.{}.down_proj.weight",)
-_QKV = tuple(_HF + f"self_attn.{x}_proj." + "{}" for x in "qkv")
 
-TABLE = (
+_OF_ALL = (
     Row(r"embedding\.word_embeddings\.weight", "vocab", 0, ("model.embed_tokens.weight",)),
     Row(r"output_layer\.weight", "vocab", 0, ("lm_head.weight",)),
     Row(r"decoder\.final_layernorm\.weight", "single", None, ("model.norm.weight",)),
-    # TransformerEngine fuses a norm into the following projection, which gives the weight a second name
-    Row(
-        _LAYER + r"(?:input_layernorm\.|self_attention\.linear_qkv\.layer_norm_)weight",
-        "single",
-        None,
-        (_HF + "input_layernorm.weight",),
-    ),
-    Row(
-        _LAYER + r"(?:pre_mlp_layernorm\.|mlp\.linear_fc1\.layer_norm_)weight",
-        "single",
-        None,
-        (_HF + "post_attention_layernorm.weight",),
-    ),
-    Row(_LAYER + r"self_attention\.linear_qkv\.(weight|bias)", "qkv", 0, _QKV),
-    Row(_LAYER + r"self_attention\.([qk])_layernorm\.weight", "single", None, (_HF + "self_attn.{}_norm.weight",)),
     Row(_LAYER + r"self_attention\.linear_proj\.weight", "single", 1, (_HF + "self_attn.o_proj.weight",)),
-    Row(
-        _LAYER + r"mlp\.linear_fc1\.weight",
-        "gate_up",
-        0,
-        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
-    ),
-    Row(_LAYER + r"mlp\.linear_fc2\.weight", "single", 1, (_HF + "mlp.down_proj.weight",)),
-    Row(_LAYER + r"mlp\.router\.weight", "single", None, (_HF + "mlp.gate.weight",)),
-    # experts are separate modules, or numbered weights of one grouped matrix product
-    Row(_LAYER + r"mlp\.experts\.local_experts\.(\d+)\.linear_fc1\.weight", "gate_up", 0, _EXPERT_GATE_UP),
-    Row(_LAYER + r"mlp\.experts\.linear_fc1\.weight(\d+)", "gate_up", 0, _EXPERT_GATE_UP),
-    Row(_LAYER + r"mlp\.experts\.local_experts\.(\d+)\.linear_fc2\.weight", "single", 1, _EXPERT_DOWN),
-    Row(_LAYER + r"mlp\.experts\.linear_fc2\.weight(\d+)", "single", 1, _EXPERT_DOWN),
 )
+
+
+@cache
+def table(model_type: str) -> tuple[Row, ...]:
+    """Return the rows of a family."""
+    family = FAMILIES[model_type]
+    return (*_OF_ALL, *_norm_rows(family), *_attention_rows(family), *_feed_forward_rows(family))
+
+
+def _norm_rows(family: Family) -> Iterator[Row]:
+    # TransformerEngine fuses a norm into the following projection, which gives the weight a second name
+    patterns = (
+        r"(?:input_layernorm\.|self_attention\.linear_qkv\.layer_norm_)weight",
+        r"self_attention\.linear_proj\.post_layernorm\.weight",
+        r"(?:pre_mlp_layernorm\.|mlp\.linear_fc1\.layer_norm_)weight",
+        r"mlp\.linear_fc2\.post_layernorm\.weight",
+    )
+    for pattern, name in zip(patterns, family.norms, strict=True):
+        if name is not None:
+            yield Row(_LAYER + pattern, "single", None, (f"{_HF}{name}.weight",))
+
+
+def _attention_rows(family: Family) -> Iterator[Row]:
+    names = ("qkv",) if family.fused_qkv else tuple("qkv")
+    hf_names = tuple(_HF + f"self_attn.{x}_proj." + "{}" for x in names)
+    yield Row(_LAYER + r"self_attention\.linear_qkv\.(weight|bias)", "qkv", 0, hf_names, family.fused_qkv)
+    yield Row(_LAYER + r"self_attention\.([qk])_layernorm\.weight", "single", None, (_HF + "self_attn.{}_norm.weight",))
+
+
+def _feed_forward_rows(family: Family) -> Iterator[Row]:
+    if family.experts is None:
+        dense, names = _HF + "mlp.", ExpertNames()
+        wide = ("gate_up_proj",) if family.fused_gate_up else (names.gate, names.up)
+        hf_names = tuple(f"{dense}{name}.weight" for name in wide)
+        yield Row(_LAYER + r"mlp\.linear_fc1\.weight", "gate_up", 0, hf_names, family.fused_gate_up)
+        yield Row(_LAYER + r"mlp\.linear_fc2\.weight", "single", 1, (f"{dense}{names.down}.weight",))
+        return
+    names = family.experts
+    expert = f"{_HF}{names.module}.experts." + "{}."
+    gate_up, down = (
+        tuple(f"{expert}{name}.weight" for name in (names.gate, names.up)),
+        (f"{expert}{names.down}.weight",),
+    )
+    yield Row(_LAYER + r"mlp\.router\.weight", "single", None, (f"{_HF}{names.module}.gate.weight",))
+    # experts are separate modules, or numbered weights of one grouped matrix product
+    for place in (r"local_experts\.(\d+)\.linear_{}\.weight", r"linear_{}\.weight(\d+)"):
+        yield Row(_LAYER + r"mlp\.experts\." + place.format("fc1"), "gate_up", 0, gate_up)
+        yield Row(_LAYER + r"mlp\.experts\." + place.format("fc2"), "single", 1, down)
 
 
 @dataclass(frozen=True)
@@ -90,11 +116,13 @@ class Recipe:
         packing: layout of the tensors in the parameter, see `Packing`.
         split_axis: axis of each Hugging Face tensor that tensor parallelism splits; None if every rank holds it all.
         hf_names: the tensors, in packing order.
+        fused: the parts of the packing are one tensor of the checkpoint.
     """
 
     packing: Packing
     split_axis: int | None
     hf_names: tuple[str, ...]
+    fused: bool = False
 
     def shard(
         self,
@@ -117,16 +145,27 @@ class Recipe:
             (name,) = self.hf_names
             return read(name, 0, 0, shapes[name][0])
         pieces = []
-        for name in self.hf_names:
-            length = shapes[name][self.split_axis]
+        for name, first, length in self._parts(shapes, model):
             step = -(-length // ranks)
-            pieces.append(read(name, self.split_axis, min(rank * step, length), min((rank + 1) * step, length)))
+            start, stop = min(rank * step, length), min((rank + 1) * step, length)
+            pieces.append(read(name, self.split_axis, first + start, first + stop))
         if self.packing == "qkv":
             groups = [piece.unflatten(0, (model.num_key_value_heads // ranks, -1)) for piece in pieces]
             return torch.cat(groups, 1).flatten(0, 1)
         if self.packing == "vocab":
             pieces.append(pieces[0].new_zeros(-(-model.vocab_size // ranks) - len(pieces[0]), model.hidden_size))
         return torch.cat(pieces)
+
+    def _parts(self, shapes: Mapping[str, tuple[int, ...]], model: Architecture) -> Iterator[tuple[str, int, int]]:
+        """Yield tensor, first index and length along the split axis of every part of the packing."""
+        if not self.fused:
+            for name in self.hf_names:
+                yield name, 0, shapes[name][self.split_axis or 0]
+            return
+        (name,) = self.hf_names
+        lengths = qkv_rows(model) if self.packing == "qkv" else (model.intermediate_size,) * 2
+        for first, length in zip((0, *accumulate(lengths)), lengths, strict=False):
+            yield name, first, length
 
     def unpack(
         self, shards: Tensor, model: Architecture, contiguous: Callable[[Tensor], Tensor] = Tensor.contiguous
@@ -141,10 +180,17 @@ class Recipe:
         if self.packing == "qkv":
             grouped = shards.unflatten(1, (model.num_key_value_heads // len(shards), -1))
             sizes = [grouped.shape[2] - 2 * model.head_dim, model.head_dim, model.head_dim]
+            if self.fused:
+                yield torch.cat([heads.flatten(0, 2) for heads in grouped.split(sizes, 2)])
+                return
             for heads in grouped.split(sizes, 2):
                 yield contiguous(heads).flatten(0, 2)
         elif self.packing == "gate_up":
-            for half in shards.unflatten(1, (2, -1)).unbind(1):
+            halves = shards.unflatten(1, (2, -1))
+            if self.fused:
+                yield contiguous(halves.transpose(0, 1)).flatten(0, 2)
+                return
+            for half in halves.unbind(1):
                 yield contiguous(half).flatten(0, 1)
         else:
             axis = self.split_axis or 0
@@ -152,62 +198,24 @@ class Recipe:
             yield whole[: model.vocab_size] if self.packing == "vocab" else whole
 
 
-def recipe(megatron_name: str) -> Recipe:
+def recipe(megatron_name: str, model: Architecture) -> Recipe:
     """Return the recipe of a megatron parameter.
 
     Args:
         megatron_name: name from `named_parameters()`, with global layer and expert numbers.
+        model: the architecture, whose family decides the names.
 
     Raises:
         ConfigError: the table has no row for the parameter.
     """
-    for row in TABLE:
+    for row in table(model.model_type):
         if match := re.fullmatch(row.pattern, megatron_name):
             names = tuple(name.format(*match.groups()) for name in row.hf_names)
-            return Recipe(row.packing, row.split_axis, names)
+            return Recipe(row.packing, row.split_axis, names, row.fused)
     raise ConfigError(
-        f"weight mapping: no Hugging Face weight for the megatron parameter '{megatron_name}'; "
+        f"weight mapping: no Hugging Face weight of {model.model_type} for the megatron parameter '{megatron_name}'; "
         "add a row to roll_gspo/models/weight_mapping.py"
     )
-
-
-def checkpoint_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all tensors in a checkpoint of the model, without a tied output head."""
-    hidden, heads = model.hidden_size, model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
-    attention: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (heads, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, heads),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    if model.qkv_bias:
-        attention |= {f"self_attn.{x}_proj.bias": (heads if x == "q" else keys,) for x in "qkv"}
-    if model.qk_norm:
-        attention |= {f"self_attn.{x}_norm.weight": (model.head_dim,) for x in "qk"}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for layer in range(model.num_layers):
-        for name, shape in (attention | _feed_forward_shapes(model)).items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
-    return shapes
-
-
-def _feed_forward_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
-    def swiglu(prefix: str, inner: int) -> dict[str, tuple[int, ...]]:
-        wide = {f"{prefix}.{x}_proj.weight": (inner, model.hidden_size) for x in ("gate", "up")}
-        return wide | {f"{prefix}.down_proj.weight": (model.hidden_size, inner)}
-
-    if model.experts is None:
-        return swiglu("mlp", model.intermediate_size)
-    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (model.experts.num_experts, model.hidden_size)}
-    for expert in range(model.experts.num_experts):
-        shapes |= swiglu(f"mlp.experts.{expert}", model.experts.intermediate_size)
-    return shapes
 
 
 class FusedSlice(NamedTuple):

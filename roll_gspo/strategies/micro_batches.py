@@ -33,7 +33,11 @@ def cost_of_pass(sequences: Sequences, cost: PassCost, packed: bool, index: Tens
 
 
 def _costs(lengths: Tensor, predicted: Tensor, cost: PassCost) -> Tensor:
-    return cost.per_token * lengths + cost.per_pair * lengths**2 + cost.per_prediction * predicted
+    costs = cost.per_token * lengths + cost.per_pair * lengths**2 + cost.per_prediction * predicted
+    if cost.window is None:
+        return costs
+    seen = lengths.clamp(max=cost.window)
+    return costs + cost.per_windowed_pair * seen * (2 * lengths - seen)
 
 
 def split_samples(

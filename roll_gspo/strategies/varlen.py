@@ -88,9 +88,16 @@ def adapted(varlen_attn: Callable[..., Any]) -> Kernel:
 
 
 def padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, seen: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    seen: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Map query [B, S, N, D], key and value [B, *, K, D] to [B, S, N, D]; causal, or with the mask `seen` [S, *]."""
+    if seen is None and window is not None:
+        seen = _band(query.shape[1], window, query.device)
     grouped = query.shape[2] != key.shape[2]
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=grouped)
@@ -113,8 +120,7 @@ def packed_attention(
     outs = []
     for index in groups:
         q, k, v = (tensor.index_select(0, index.flatten()).unflatten(0, index.shape) for tensor in (query, key, value))
-        seen = None if window is None else _band(index.shape[1], window, query.device)
-        outs.append(padded_attention(q, k, v, scale, seen).flatten(0, 1))
+        outs.append(padded_attention(q, k, v, scale, window=window).flatten(0, 1))
     return torch.cat(outs).index_select(0, order)
 
 
@@ -126,6 +132,7 @@ def context_attention(
     place: tuple[int, int],
     scale: float | None,
     kernel: Kernel | None,
+    window: int | None = None,
 ) -> Tensor:
     """Map queries [P, N, D] of this context rank, keys and values [ranks * P, K, D] of all, to [P, N, D].
 
@@ -138,17 +145,19 @@ def context_attention(
         place: (rank, number of ranks).
         scale: factor of the scores; None for 1 / sqrt(D).
         kernel: varlen kernel, if there is one.
+        window: positions that a query sees, its own included; None sees all before it.
     """
     spans, index = _slices(lengths, *place, query.device)
     key, value = key.index_select(0, index), value.index_select(0, index)
     if kernel is not None:
-        return kernel(query, key, value, spans, scale, None)
+        return kernel(query, key, value, spans, scale, window)
     outs = []
     pieces = zip(query.split(spans.queries), key.split(spans.keys), value.split(spans.keys), strict=True)
     for q, k, v in pieces:
-        seen = None
-        if len(k) > len(q):
-            seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        seen, before = None, len(k) - len(q)
+        if before or (window is not None and window < len(k)):
+            seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(before)
+            seen = seen if window is None else seen.triu(before - window + 1)
         outs.append(padded_attention(q[None], k[None], v[None], scale, seen)[0])
     return torch.cat(outs)
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from roll_gspo.errors import CheckpointError
 from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.checkpoint_shapes import checkpoint_shapes
 from roll_gspo.models.hf_checkpoint import CheckpointReader, Fingerprint, verify_weights, write_checkpoint
-from roll_gspo.models.weight_mapping import checkpoint_shapes
 
 
 def test_reader_finds_experts_in_the_fused_layout(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,22 +40,58 @@ NAMES = {
 
 @pytest.fixture
 def model() -> Architecture:
-    return Architecture("qwen3", 4, 24, 20, 6, 2, 8, 13, 64, 1e-6, 1e4, False, None)
+    return of_family("qwen3")
+
+
+def of_family(model_type: str) -> Architecture:
+    """Return an architecture with 6 query heads in 2 groups of size 8."""
+    return Architecture(model_type, 4, 24, 20, 6, 2, 8, 13, 64, 1e-6, 1e4, False, None)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_names(name: str) -> None:
-    assert list(recipe(name).hf_names) == NAMES[name]
+    of_experts = ".experts." in name or ".router." in name
+    assert list(recipe(name, of_family("qwen3_moe" if of_experts else "qwen3")).hf_names) == NAMES[name]
 
 
-def test_unknown_parameter_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'decoder\.layers\.3\.mlp\.shared_experts\.linear_fc1\.weight'"):
-        recipe(LAYER + "mlp.shared_experts.linear_fc1.weight")
+@pytest.mark.parametrize(
+    ("family", "name", "hf_names"),
+    [
+        ("gemma3_text", "pre_mlp_layernorm.weight", ["pre_feedforward_layernorm.weight"]),
+        ("gemma3_text", "self_attention.linear_proj.post_layernorm.weight", ["post_attention_layernorm.weight"]),
+        ("gemma3_text", "mlp.linear_fc2.post_layernorm.weight", ["post_feedforward_layernorm.weight"]),
+        ("glm4", "self_attention.linear_proj.post_layernorm.weight", ["post_self_attn_layernorm.weight"]),
+        ("glm4", "mlp.linear_fc1.weight", ["mlp.gate_up_proj.weight"]),
+        ("phi3", "self_attention.linear_qkv.weight", ["self_attn.qkv_proj.weight"]),
+        ("mixtral", "mlp.router.weight", ["block_sparse_moe.gate.weight"]),
+        (
+            "mixtral",
+            "mlp.experts.linear_fc1.weight11",
+            ["block_sparse_moe.experts.11.w1.weight", "block_sparse_moe.experts.11.w3.weight"],
+        ),
+        (
+            "mixtral",
+            "mlp.experts.local_experts.0.linear_fc2.weight",
+            ["block_sparse_moe.experts.0.w2.weight"],
+        ),
+    ],
+)
+def test_names_of_other_families(family: str, name: str, hf_names: list[str]) -> None:
+    found = recipe(LAYER + name, of_family(family)).hf_names
+    assert [hf_name.removeprefix("model.layers.3.") for hf_name in found] == hf_names
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen3_moe", "mlp.shared_experts.linear_fc1.weight"), ("olmo2", "input_layernorm.weight")]
+)
+def test_unknown_parameter_is_refused(family: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"weight of {family} .*'{re.escape(LAYER + name)}'"):
+        recipe(LAYER + name, of_family(family))
 
 
 def _parts(name: str, tensors: list[Tensor], model: Architecture, ranks: int) -> Tensor:
     """Return the shard of each rank, [R, ...]."""
-    made_of = recipe(name)
+    made_of = recipe(name, model)
     named = dict(zip(made_of.hf_names, tensors, strict=True))
     shapes = {hf_name: tuple(tensor.shape) for hf_name, tensor in named.items()}
 
@@ -65,33 +103,36 @@ def _parts(name: str, tensors: list[Tensor], model: Architecture, ranks: int) ->
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "shapes", "part"),
+    ("family", "name", "shapes", "part"),
     [
-        (LAYER + "self_attention.linear_qkv.weight", [(48, 24), (16, 24), (16, 24)], (80, 24)),
-        (LAYER + "self_attention.linear_qkv.bias", [(48,), (16,), (16,)], (80,)),
-        (LAYER + "self_attention.linear_proj.weight", [(24, 48)], (24, 48)),
-        (LAYER + "mlp.linear_fc1.weight", [(20, 24), (20, 24)], (40, 24)),
-        (LAYER + "mlp.linear_fc2.weight", [(24, 20)], (24, 20)),
-        ("embedding.word_embeddings.weight", [(13, 24)], (13, 24)),
+        ("phi3", LAYER + "self_attention.linear_qkv.weight", [(80, 24)], (80, 24)),
+        ("glm4", LAYER + "mlp.linear_fc1.weight", [(40, 24)], (40, 24)),
+        ("qwen3", LAYER + "self_attention.linear_qkv.weight", [(48, 24), (16, 24), (16, 24)], (80, 24)),
+        ("qwen3", LAYER + "self_attention.linear_qkv.bias", [(48,), (16,), (16,)], (80,)),
+        ("qwen3", LAYER + "self_attention.linear_proj.weight", [(24, 48)], (24, 48)),
+        ("qwen3", LAYER + "mlp.linear_fc1.weight", [(20, 24), (20, 24)], (40, 24)),
+        ("qwen3", LAYER + "mlp.linear_fc2.weight", [(24, 20)], (24, 20)),
+        ("qwen3", "embedding.word_embeddings.weight", [(13, 24)], (13, 24)),
     ],
 )
 def test_unpack_inverts_shard(
-    model: Architecture, name: str, shapes: list[tuple[int, ...]], part: tuple[int, ...], ranks: int
+    family: str, name: str, shapes: list[tuple[int, ...]], part: tuple[int, ...], ranks: int
 ) -> None:
+    model = of_family(family)
     tensors = [torch.randn(shape) for shape in shapes]
-    parts, axis = _parts(name, tensors, model, ranks), recipe(name).split_axis
+    parts, axis = _parts(name, tensors, model, ranks), recipe(name, model).split_axis
     assert axis is not None
     want = [-(-part[0] // ranks) * ranks if axis == 0 else part[0], *part[1:]]  # an odd vocabulary is padded
     want[axis] //= ranks
     assert list(parts.shape) == [ranks, *want]
-    unpacked = list(recipe(name).unpack(parts, model))
+    unpacked = list(recipe(name, model).unpack(parts, model))
     assert all(torch.equal(a, b) for a, b in zip(tensors, unpacked, strict=True))
 
 
 def test_single_shard_is_unpacked_without_copies(model: Architecture) -> None:
     for name, shape in {LAYER + "mlp.linear_fc1.weight": (40, 24), "decoder.final_layernorm.weight": (24,)}.items():
         parameter = torch.randn(shape)
-        for tensor in recipe(name).unpack(parameter[None], model):
+        for tensor in recipe(name, model).unpack(parameter[None], model):
             assert tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 

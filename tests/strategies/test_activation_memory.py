@@ -10,7 +10,16 @@ import torch
 from engine_cases import model_setup, optimizer_setup
 from saved_tensors import SavedBytes, flash_attention, fused_rms_norm
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.config.memory import PassSize
@@ -48,6 +57,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     models = {
         "dense": Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
         "experts": Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)),
+        "gemma": Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=8)),
+        "olmo": Olmo2ForCausalLM(Olmo2Config(**SHAPE)),
     }
     found = {}
     for name, model in models.items():
@@ -88,8 +99,11 @@ LAYOUTS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["dense", "experts"])
+CASES = [(family, layout) for family in ("dense", "experts") for layout in LAYOUTS]
+CASES += [(family, "packed") for family in ("gemma", "olmo")]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
 def test_megatron_keeps_the_estimated_bytes(
     folders: dict[str, Path], family: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

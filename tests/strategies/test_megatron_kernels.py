@@ -18,6 +18,8 @@ from roll_gspo.strategies.megatron.config import MegatronConfig
 megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
 pytestmark = pytest.mark.megatron
 
+QWEN3 = Architecture("qwen3", 4, 24, 20, 6, 2, 8, 13, 64, 1e-6, 1e4, False, None)
+
 
 @pytest.fixture
 def extension(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
@@ -90,15 +92,15 @@ def test_null_chooses_kernels_by_device_and_packages(
 ) -> None:
     from roll_gspo.strategies.megatron.engine.transformer import _kernels
 
-    assert not any(_kernels(MegatronConfig()).values())
+    assert not any(_kernels(QWEN3, MegatronConfig()).values())
     on_gpus(monkeypatch, engine)
-    assert _kernels(MegatronConfig()) == {
+    assert _kernels(QWEN3, MegatronConfig()) == {
         "bias_activation_fusion": True,
         "bias_dropout_fusion": True,
         "apply_rope_fusion": engine,
         "gradient_accumulation_fusion": True,
     }
-    assert not _kernels(MegatronConfig(bias_activation_fusion=False))["bias_activation_fusion"]
+    assert not _kernels(QWEN3, MegatronConfig(bias_activation_fusion=False))["bias_activation_fusion"]
 
 
 @pytest.mark.parametrize(
@@ -126,11 +128,11 @@ def test_transformer_engine_gets_packed_samples_in_its_format(
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from roll_gspo.strategies.megatron.engine import model as model_module
-    from roll_gspo.strategies.megatron.engine.attention import PackedRotary
+    from roll_gspo.strategies.megatron.engine.rotary import LayerRotary
 
     engine = megatron.MegatronInfer(model_setup(checkpoint("qwen3_tied")), MegatronConfig(use_sequence_packing=True))
     model = engine._model
-    assert isinstance(model.chunks[0].rotary_pos_emb, PackedRotary)
+    assert isinstance(model.chunks[0].rotary_pos_emb, LayerRotary)
     monkeypatch.setattr(model_module, "uses_transformer_engine", lambda: True)
     packed = model.micro_batch(sequences(), None).packed_layout.packed
     given = {field.name: vars(packed)[field.name] for field in fields(PackedSeqParams)}
@@ -145,10 +147,11 @@ def test_transformer_engine_computes_the_layers_if_it_is_installed(monkeypatch: 
     from roll_gspo.strategies.megatron.engine import attention
 
     asked: list[dict[str, Any]] = []
+    spec = attention.get_gpt_layer_local_spec()
     monkeypatch.setattr(
-        attention, "get_gpt_layer_with_transformer_engine_spec", lambda **given: asked.append(given) or "spec"
+        attention, "get_gpt_layer_with_transformer_engine_spec", lambda **given: asked.append(given) or spec
     )
     on_gpus(monkeypatch, engine=True)
     config: Any = SimpleNamespace(num_moe_experts=8, moe_grouped_gemm=True, qk_layernorm=True)
-    assert attention.decoder_spec(config) == "spec"
+    assert attention.decoder_spec(QWEN3, config) is spec
     assert asked == [{"num_experts": 8, "moe_grouped_gemm": True, "qk_layernorm": True}]

@@ -160,11 +160,15 @@ def test_state_is_whole_float32_tensors_by_names_of_one_rank(checkpoint: Checkpo
 )
 def test_fused_modules_have_the_names_of_plain_ones(name: str, same: str) -> None:
     """Both are made of the same Hugging Face weights."""
+    from roll_gspo.models.architecture import Architecture
     from roll_gspo.models.weight_mapping import recipe
     from roll_gspo.strategies.megatron.engine.state import _canonical
 
     assert _canonical(name).endswith(same)
-    assert recipe(_canonical(name)) == recipe(name)
+    model = Architecture(
+        "qwen3_moe" if "experts" in name else "qwen3", 4, 24, 20, 6, 2, 8, 13, 64, 1e-6, 1e4, False, None
+    )
+    assert recipe(_canonical(name), model) == recipe(name, model)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4), (1, 5, 1)])

@@ -46,6 +46,7 @@ def layout_problems(
     if model is not None:
         yield from _model_problems(model, config, world_size)
         yield from _recompute_problems(model, config)
+        yield from _family_problems(model, config, on_cuda)
         yield from _expert_problems(model, config, world_size) if model.experts else _dense_problems(config)
 
 
@@ -137,6 +138,19 @@ def _model_problems(model: Architecture, config: MegatronConfig, world_size: int
             _VIRTUAL,
             f"{virtual} * {_PIPELINE} {pipeline} = {virtual * pipeline} does not divide {model.num_layers} layers; "
             f"{choice}",
+        )
+
+
+def _family_problems(model: Architecture, config: MegatronConfig, on_cuda: bool | None) -> Iterator[Problem]:
+    """Yield what a layout does not support for the layers of some families."""
+    if config.bias_activation_fusion and model.family.activation != "silu":
+        message = f"true has no kernel for the activation {model.family.activation}; set it to null"
+        yield Problem("bias_activation_fusion", message)
+    if on_cuda and model.window is not None and config.context_parallel_size > 1:
+        yield Problem(
+            "context_parallel_size",
+            f"{config.context_parallel_size} with a sliding window of {model.window} tokens: TransformerEngine's ring "
+            "attention has no window; set it to 1",
         )
 
 
@@ -233,9 +247,10 @@ def parameters_of_rank(
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     hidden, head_dim, layers = model.hidden_size, model.head_dim, model.num_layers // pipeline
     projected = model.num_attention_heads + 2 * model.num_key_value_heads  # heads of query, key and value
-    layer = hidden * head_dim * (projected + model.num_attention_heads) // tensor + 2 * hidden
+    layer = hidden * head_dim * (projected + model.num_attention_heads) // tensor
+    layer += hidden * (model.family.norms.num_before + model.family.norms.num_after)
     layer += head_dim * projected // tensor if model.qkv_bias else 0
-    layer += 2 * head_dim if model.qk_norm else 0
+    layer += sum(model.qk_norm_sizes)
     experts = 0
     if model.experts is None:
         layer += 3 * hidden * model.intermediate_size // tensor

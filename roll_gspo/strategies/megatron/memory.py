@@ -80,8 +80,9 @@ def _sequence_shards(config: MegatronConfig) -> int:
 
 def _layer_numbers(model: Architecture, config: MegatronConfig) -> float:
     """Return the numbers that a layer keeps per position for the backward pass."""
-    # inputs of both norms, and their outputs, which are inputs of the projections
-    hidden = 4 * model.hidden_size / _sequence_shards(config)
+    # inputs of the norms, and inputs of the projections: outputs of the norms in front of them, or the residual stream
+    norms = model.family.norms
+    hidden = (2 + norms.num_before + norms.num_after) * model.hidden_size / _sequence_shards(config)
     rotary = 0
     if config.use_sequence_packing and not config.apply_rope_fusion:
         rotary = 4 * model.head_dim  # cosines and sines per token, of queries and of keys; padded samples share them
@@ -91,7 +92,7 @@ def _layer_numbers(model: Architecture, config: MegatronConfig) -> float:
 def _attention_numbers(model: Architecture, config: MegatronConfig) -> float:
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     numbers = heads + 2 * groups  # the projection of queries, keys and values; attention keeps the values
-    if model.qk_norm and heads > groups > config.tensor_model_parallel_size:
+    if model.family.qk_norm == "head" and heads > groups > config.tensor_model_parallel_size:
         numbers += heads  # queries are interleaved with keys and values; their norm keeps a contiguous copy
     numbers += heads + groups  # rotated queries and keys
     numbers += heads  # the output, which is the input of the output projection
@@ -100,24 +101,30 @@ def _attention_numbers(model: Architecture, config: MegatronConfig) -> float:
 
 def _feed_forward_numbers(model: Architecture, config: MegatronConfig) -> float:
     if model.experts is None:
-        return _columns(config) * model.intermediate_size / config.tensor_model_parallel_size
+        return _columns(model, config) * model.intermediate_size / config.tensor_model_parallel_size
     # A balanced rank gets as many tokens as it sends: those of its share of the sequence, of all its tensor ranks.
     tokens = model.experts.num_experts_per_token * config.expert_tensor_size / _sequence_shards(config)
     unweighted = 1 if config.bias_activation_fusion is False else 0  # the product before the router's weight
-    columns = (_columns(config) + unweighted) * model.experts.intermediate_size / config.expert_tensor_size
+    columns = (_columns(model, config) + unweighted) * model.experts.intermediate_size / config.expert_tensor_size
     return tokens * (model.hidden_size + columns)
 
 
-def _columns(config: MegatronConfig) -> int:
-    """Return the columns that a SwiGLU keeps; null of `bias_activation_fusion` is on for GPUs."""
-    return _SWIGLU if config.bias_activation_fusion is False else _FUSED_SWIGLU
+def _columns(model: Architecture, config: MegatronConfig) -> int:
+    """Return the columns that a gated layer keeps; null of `bias_activation_fusion` is on for SwiGLU on GPUs."""
+    fused = model.family.activation == "silu" and config.bias_activation_fusion is not False
+    return _FUSED_SWIGLU if fused else _SWIGLU
 
 
 def _statistics(model: Architecture, config: MegatronConfig) -> float:
-    """Return the float32 numbers per position: scales of norms, and logarithms of sums of attention."""
+    """Return the float32 numbers per position: scales of norms, logarithms of sums of attention, and wide inputs."""
     heads = model.num_attention_heads / config.tensor_model_parallel_size
-    of_heads = heads + model.num_key_value_heads / config.tensor_model_parallel_size if model.qk_norm else 0
-    return 2 / _sequence_shards(config) + heads + of_heads
+    of_both = heads + model.num_key_value_heads / config.tensor_model_parallel_size
+    # A norm over all heads keeps the projection before and after the division, in float32.
+    of_heads = {None: 0.0, "head": of_both, "projection": 2 + 2 * of_both * model.head_dim}[model.family.qk_norm]
+    norms = model.family.norms.num_before + model.family.norms.num_after
+    # A zero-centred norm keeps its input in float32: two bytes more than the bfloat16 input that is counted already.
+    wider = 0.5 * (norms * model.hidden_size / _sequence_shards(config) + of_both * model.head_dim)
+    return norms / _sequence_shards(config) + heads + of_heads + (wider if model.family.zero_centered_norms else 0)
 
 
 def _working_numbers(model: Architecture, config: MegatronConfig) -> float:

@@ -5,37 +5,41 @@ Legend: S positions of this rank, B samples, N query heads, K key/value heads, D
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from roll_gspo.models.architecture import Architecture
+from roll_gspo.strategies.megatron.engine.norms import (
+    KeyNorm,
+    NormedRowParallelLinear,
+    OutputNorm,
+    QueryNorm,
+    RMSNorm,
+)
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedSamples
 from roll_gspo.strategies.megatron.engine.parallel import context_group
+from roll_gspo.strategies.megatron.engine.rotary import KindedAttention, has_local_rotary
 from roll_gspo.strategies.varlen import (
     context_attention,
     packed_attention,
     padded_attention,
     varlen_kernel,
 )
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's norm with megatron's constructor, marked so that sequence parallelism sums its gradient."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class CausalAttention(MegatronModule):
@@ -60,7 +64,10 @@ class CausalAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.group = context_group()
-        self.kernel = varlen_kernel(config.params_dtype)
+        windowed = is_layer_window_attention(config.window_size, _skipped(config), layer_number)
+        # megatron's window counts the tokens to the left, ours also the token itself
+        self.window = config.window_size[0] + 1 if windowed and config.window_size else None
+        self.kernel = varlen_kernel(config.params_dtype, windowed)
 
     def forward(
         self,
@@ -80,10 +87,10 @@ class CausalAttention(MegatronModule):
             out = self._across_ranks(query, key, value, samples)
         elif samples is not None:
             tokens = query[:, 0], key[:, 0], value[:, 0]
-            out = packed_attention(*tokens, samples.lengths, self.softmax_scale, self.kernel).unsqueeze(1)
+            out = packed_attention(*tokens, samples.lengths, self.softmax_scale, self.kernel, self.window).unsqueeze(1)
         else:
             q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
-            out = padded_attention(q, k, v, self.softmax_scale).transpose(0, 1)
+            out = padded_attention(q, k, v, self.softmax_scale, window=self.window).transpose(0, 1)
         return out.flatten(2)
 
     def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples | None) -> Tensor:
@@ -96,30 +103,8 @@ class CausalAttention(MegatronModule):
             for tensor in (k, v)
         )
         place = self.group.rank(), self.group.size()
-        out = context_attention(q, k, v, lengths, place, self.softmax_scale, self.kernel)
+        out = context_attention(q, k, v, lengths, place, self.softmax_scale, self.kernel, self.window)
         return out.unflatten(0, (batch, size)).transpose(0, 1)
-
-
-class PackedRotary(torch.nn.Module):
-    """The rotary embedding of a model, gathered once per pass at the positions of packed tokens.
-
-    megatron's own splits the tokens of every layer by lengths that it reads from the device.
-    """
-
-    def __init__(self, rotary: RotaryEmbedding) -> None:
-        super().__init__()
-        self.rotary = rotary
-
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what `forward` gets: the packed samples, else the number of positions."""
-        packed = next((value for value in (*args, *kwargs.values()) if isinstance(value, PackedSamples)), None)
-        return self.rotary.get_rotary_seq_len(*args, **kwargs) if packed is None else packed
-
-    def forward(self, of: PackedSamples | int, **kwargs: Any) -> Tensor:
-        """Return angles [P, 1, 1, D] of packed tokens, or [S, 1, 1, D] of padded ones."""
-        if isinstance(of, PackedSamples):
-            return self.rotary(of.max_seqlen_q, packed_seq=True).index_select(0, of.positions)
-        return self.rotary(of, **kwargs)
 
 
 def uses_transformer_engine() -> bool:
@@ -127,15 +112,17 @@ def uses_transformer_engine() -> bool:
     return HAVE_TE and torch.cuda.is_available()
 
 
-def decoder_spec(config: TransformerConfig, virtual_stage: int | None = None) -> Any:
+def decoder_spec(model: Architecture, config: TransformerConfig, virtual_stage: int | None = None) -> Any:
     """Return the spec of layers and final norm for `GPTModel`: a `ModuleSpec` or `TransformerBlockSubmodules`."""
     if uses_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec: Any = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
-    spec: Any = get_gpt_layer_local_spec(
+        _adapt(spec, model)
+        return spec
+    spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
@@ -143,6 +130,45 @@ def decoder_spec(config: TransformerConfig, virtual_stage: int | None = None) ->
     attention.core_attention = CausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    _adapt(spec, model)
     layers = [spec] * get_num_layers_to_build(config, vp_stage=virtual_stage)
     norm: Any = RMSNorm  # megatron expects a class, although the annotation is an instance
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _adapt(spec: Any, model: Architecture) -> None:
+    """Place the norms and rotary embeddings of the family in the spec of a layer that has norms in front only."""
+    layer, norms = spec.submodules, model.family.norms
+    attention = layer.self_attention.submodules
+    # since megatron-core 0.19 a partial constructor
+    feed_forward = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules
+    if norms.before_attention is None:
+        layer.input_layernorm, attention.linear_qkv = IdentityOp, _plain_linear()
+    if norms.before_mlp is None:
+        layer.pre_mlp_layernorm, feed_forward.linear_fc1 = IdentityOp, _plain_linear()
+    if norms.after_attention is not None:
+        attention.linear_proj = _normed_linear()
+    if norms.after_mlp is not None:
+        feed_forward.linear_fc2 = _normed_linear()
+    if model.family.qk_norm == "projection":
+        attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
+    if has_local_rotary(model):
+        layer.self_attention.module = KindedAttention
+
+
+def _plain_linear() -> type:
+    """Return a column-parallel projection without a norm in front of it."""
+    return TESpecProvider().column_parallel_linear() if uses_transformer_engine() else ColumnParallelLinear
+
+
+def _normed_linear() -> type:
+    """Return a row-parallel projection with a norm behind it."""
+    if not uses_transformer_engine():
+        return NormedRowParallelLinear
+    projection: Any = TESpecProvider().row_parallel_linear()
+    return type("NormedRowParallelLinear", (OutputNorm, projection), {})
+
+
+def _skipped(config: TransformerConfig) -> Any:
+    """Return the layers with a window; megatron's annotation does not allow None."""
+    return config.window_attn_skip_freq

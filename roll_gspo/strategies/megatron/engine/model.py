@@ -29,13 +29,10 @@ from roll_gspo.models.pass_cost import PassCost
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
 from roll_gspo.strategies.megatron.config import MegatronConfig
-from roll_gspo.strategies.megatron.engine.attention import (
-    PackedRotary,
-    decoder_spec,
-    uses_transformer_engine,
-)
+from roll_gspo.strategies.megatron.engine.attention import decoder_spec, uses_transformer_engine
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
 from roll_gspo.strategies.megatron.engine.parallel import initialize_parallel
+from roll_gspo.strategies.megatron.engine.rotary import layer_rotary
 from roll_gspo.strategies.megatron.engine.transformer import refuse_layout, transformer_config
 from roll_gspo.strategies.megatron.engine.weights import load_weights
 from roll_gspo.strategies.micro_batches import cost_of_pass, costs_of, share_of_rank, split_samples
@@ -287,7 +284,7 @@ def _build_chunk(architecture: Architecture, config: TransformerConfig, virtual_
     tensor, whole = config.tensor_model_parallel_size, virtual_stage is None
     model = GPTModel(
         config,
-        decoder_spec(config, virtual_stage),
+        decoder_spec(architecture, config, virtual_stage),
         vocab_size=-(-architecture.vocab_size // tensor) * tensor,
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=whole, vp_stage=virtual_stage),
@@ -295,8 +292,21 @@ def _build_chunk(architecture: Architecture, config: TransformerConfig, virtual_
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,  # type: ignore[arg-type]
+        rotary_percent=architecture.rotary.fraction,
         vp_stage=virtual_stage,
     )
-    if not uses_transformer_engine():
-        model.rotary_pos_emb = PackedRotary(model.rotary_pos_emb)  # type: ignore[assignment]
+    rotary: Any = model.rotary_pos_emb
+    model.rotary_pos_emb = layer_rotary(architecture, rotary, gathers=not uses_transformer_engine())  # type: ignore[assignment]
+    if architecture.family.scaled_embeddings and model.pre_process:
+        _scale_embeddings(model, architecture.hidden_size**0.5)
     return model
+
+
+def _scale_embeddings(model: GPTModel, factor: float) -> None:
+    """Multiply the embeddings by a factor that is rounded to their dtype, as transformers does."""
+    rounded = float(torch.tensor(factor, dtype=model.config.params_dtype))
+
+    def scaled(_module: Any, _inputs: Any, embedded: Any) -> Tensor:
+        return embedded * rounded
+
+    model.embedding.register_forward_hook(scaled)

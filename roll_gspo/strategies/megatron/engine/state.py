@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from roll_gspo.errors import CheckpointError
+from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.weight_mapping import recipe
 from roll_gspo.strategies.megatron.engine.model import ResponseModel
 from roll_gspo.strategies.megatron.engine.parallel import expert_tensor_group, tensor_group
@@ -128,7 +129,7 @@ def _pieces(model: ResponseModel) -> list[_Piece]:
     pieces = []
     for chunk in model.chunks:
         for name, parameter in global_parameters([chunk]):
-            pieces.append(_piece(chunk, name, parameter, len(pieces), model.architecture.vocab_size))
+            pieces.append(_piece(chunk, name, parameter, len(pieces), model.architecture))
     return pieces
 
 
@@ -139,7 +140,7 @@ def _canonical(name: str) -> str:
     return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 
-def _piece(chunk: GPTModel, name: str, parameter: Parameter, number: int, vocab_size: int) -> _Piece:
+def _piece(chunk: GPTModel, name: str, parameter: Parameter, number: int, architecture: Architecture) -> _Piece:
     name, copy = _canonical(name), False
     if name == _OUTPUT and isinstance(chunk.output_layer, ValueHead):
         name = _VALUE_HEAD
@@ -147,7 +148,8 @@ def _piece(chunk: GPTModel, name: str, parameter: Parameter, number: int, vocab_
         name, copy = _EMBEDDING, True  # the last pipeline stage's
     packing, axis = "single", None
     if name != _VALUE_HEAD:
-        packing, axis = recipe(name).packing, recipe(name).split_axis
+        made_of = recipe(name, architecture)
+        packing, axis = made_of.packing, made_of.split_axis
     shape = tuple(parameter.shape)
     if packing == "gate_up" and axis is not None:  # each rank has its part of both, one over the other
         shape, axis = (2, shape[0] // 2, *shape[1:]), axis + 1
@@ -156,7 +158,7 @@ def _piece(chunk: GPTModel, name: str, parameter: Parameter, number: int, vocab_
     if axis is not None:
         offset[axis], whole[axis] = cut_by.rank() * shape[axis], cut_by.size() * shape[axis]
     if packing == "vocab":
-        whole[0] = vocab_size
+        whole[0] = architecture.vocab_size
     never = copy or (axis is None and cut_by.rank() != 0)
     # replicas alternate, so that all of them write similar amounts
     replica = None if never else (copied_by.rank() - number) % copied_by.size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ def refuse_layout(config: MegatronConfig, architecture: Architecture) -> None:
         raise ConfigError("\n".join(f"strategy_config.{problem.key}: {problem.message}" for problem in problems))
 
 
+# checkpoint name of the gate's activation -> function
+_ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+
+
 def _leave(weight: Tensor) -> Tensor:
     """Initialise nothing, because every parameter is read from the checkpoint."""
     return weight
@@ -51,6 +56,7 @@ def _leave(weight: Tensor) -> Tensor:
 
 def transformer_config(model: Architecture, dtype: torch.dtype, config: MegatronConfig) -> TransformerConfig:
     """Return megatron's description of the model and of its computation."""
+    family = model.family
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -60,9 +66,14 @@ def transformer_config(model: Architecture, dtype: torch.dtype, config: Megatron
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
+        layernorm_zero_centered_gamma=family.zero_centered_norms,
         qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=_ACTIVATIONS[family.activation],
+        rotary_interleaved=family.interleaved_rotary,
+        softmax_scale=None if model.query_size is None else model.query_size**-0.5,
+        window_size=None if model.window is None else (model.window - 1, 0),  # tokens to the left and to the right
+        window_attn_skip_freq=[int(size is not None) for size in model.windows] or None,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
@@ -81,17 +92,17 @@ def transformer_config(model: Architecture, dtype: torch.dtype, config: Megatron
         recompute_granularity=config.recompute_granularity,
         recompute_method=config.recompute_method,
         recompute_num_layers=config.recompute_num_layers,
-        **_kernels(config),
+        **_kernels(model, config),
         **_parallel_settings(config),
         **_expert_settings(model, config),
     )
 
 
-def _kernels(config: MegatronConfig) -> dict[str, bool]:
+def _kernels(model: Architecture, config: MegatronConfig) -> dict[str, bool]:
     """Return which kernels are fused. megatron compiles those of activations and residuals with torch.compile."""
     on_cuda = torch.cuda.is_available()
     available = {
-        "bias_activation_fusion": on_cuda,
+        "bias_activation_fusion": on_cuda and model.family.activation == "silu",
         "bias_dropout_fusion": on_cuda,
         "apply_rope_fusion": uses_transformer_engine(),
         "gradient_accumulation_fusion": on_cuda and layers._grad_accum_fusion_available,

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from roll_gspo.errors import CheckpointError
 from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.checkpoint_shapes import checkpoint_shapes
 from roll_gspo.models.hf_checkpoint import CheckpointReader
-from roll_gspo.models.weight_mapping import checkpoint_shapes, recipe
+from roll_gspo.models.weight_mapping import Recipe, recipe
 from roll_gspo.strategies.device import local_device
 from roll_gspo.strategies.megatron.engine.parallel import (
     expert_group,
@@ -49,7 +50,7 @@ def load_weights(chunks: Sequence[GPTModel], reader: CheckpointReader, architect
         if name == "output_layer.weight" and tied:
             name = "embedding.word_embeddings.weight"  # the last pipeline stage has a copy
         group = _cutting_group(name)
-        part = recipe(name).shard(reader.read, shapes, architecture, group.rank(), group.size())
+        part = recipe(name, architecture).shard(reader.read, shapes, architecture, group.rank(), group.size())
         if part.shape != parameter.shape:
             raise CheckpointError(
                 f"{reader.folder}: '{name}' is made with the shape {tuple(parameter.shape)}, the checkpoint fills "
@@ -122,9 +123,8 @@ class MegatronWeights:
             travels = _travels(bucket[0])
             parts = _collect(bucket, parameters, buffer) if travels else [parameters[e.name][None] for e in bucket]
             for entry, part in zip(bucket, parts, strict=True):
-                made_of = recipe(entry.name)
-                tensors = made_of.unpack(part, self._architecture, laid_out if travels else Tensor.contiguous)
-                yield from zip(made_of.hf_names, tensors, strict=True)
+                tensors = entry.made_of.unpack(part, self._architecture, laid_out if travels else Tensor.contiguous)
+                yield from zip(entry.made_of.hf_names, tensors, strict=True)
 
     def _own(self, chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in global_parameters([chunk]):
@@ -134,13 +134,14 @@ class MegatronWeights:
 
 
 class _Entry(NamedTuple):
-    """A parameter of the whole model: its name, its shape and dtype on a rank, and its owner.
+    """A parameter of the whole model: its name, its conversion, its shape and dtype on a rank, and its owner.
 
     `stage` and `expert_rank` are ranks of the pipeline group and of the expert group. All expert ranks have copies of
     parameters outside the experts.
     """
 
     name: str
+    made_of: Recipe
     shape: tuple[int, ...]
     dtype: torch.dtype
     stage: int
@@ -166,7 +167,7 @@ def _travels(entry: _Entry) -> bool:
 
 
 def _make_plan(mine: list[list[tuple[str, Tensor]]], architecture: Architecture, bucket_bytes: int) -> _Plan:
-    buckets = list(_buckets(_whole_model(mine), bucket_bytes))
+    buckets = list(_buckets(_whole_model(mine, architecture), bucket_bytes))
     buffer_bytes = scratch_bytes = 0
 
     def measured(tensor: Tensor) -> Tensor:
@@ -180,25 +181,25 @@ def _make_plan(mine: list[list[tuple[str, Tensor]]], architecture: Architecture,
             rows = torch.empty(_rows_shape(bucket), dtype=torch.uint8, device="meta")
             buffer_bytes = max(buffer_bytes, rows.nbytes)
             for entry, part in zip(bucket, _parts(bucket, rows), strict=True):
-                for _ in recipe(entry.name).unpack(part, architecture, measured):
+                for _ in entry.made_of.unpack(part, architecture, measured):
                     pass
     return _Plan(buckets, buffer_bytes, scratch_bytes)
 
 
-def _whole_model(mine: list[list[tuple[str, Tensor]]]) -> list[_Entry]:
+def _whole_model(mine: list[list[tuple[str, Tensor]]], architecture: Architecture) -> list[_Entry]:
     """Return every parameter of the model in the order of one rank; a collective.
 
     Args:
         mine: names and parameters of this rank, a list for each virtual pipeline stage.
+        architecture: architecture of the checkpoint.
     """
     stage, expert_rank = pipeline_group().rank(), expert_group().rank()
-    entries = [
-        [
-            _Entry(name, tuple(part.shape), part.dtype, stage, expert_rank if _EXPERT.search(name) else None)
-            for name, part in chunk
-        ]
-        for chunk in mine
-    ]
+
+    def entry(name: str, part: Tensor) -> _Entry:
+        owner = expert_rank if _EXPERT.search(name) else None
+        return _Entry(name, recipe(name, architecture), tuple(part.shape), part.dtype, stage, owner)
+
+    entries = [[entry(name, part) for name, part in chunk] for chunk in mine]
     stages = _gathered(entries, pipeline_group())
     # the first virtual stage of every rank comes before the second of any
     in_order = [entry for number in range(len(mine)) for chunks in stages for entry in chunks[number]]
@@ -256,7 +257,7 @@ def _parts(bucket: Sequence[_Entry], rows: Tensor) -> list[Tensor]:
     parts = []
     for entry, part in zip(bucket, rows.split([entry.part_bytes for entry in bucket], 1), strict=True):
         part = part.view(entry.dtype).unflatten(1, entry.shape)
-        parts.append(part[:1] if recipe(entry.name).split_axis is None else part)
+        parts.append(part[:1] if entry.made_of.split_axis is None else part)
     return parts
 
 
