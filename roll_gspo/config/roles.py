@@ -143,9 +143,14 @@ class TrainedRoleConfig(Schema):
         """True if a setting of the role needs padded samples."""
         return False
 
-    def on_device(self, on_cuda: bool) -> Self:
-        """Return the block with the values that null stands for on GPUs (`on_cuda`) or CPUs."""
-        args = self.strategy_args.on_device(on_cuda, padded=self.needs_padding)
+    def on_device(self, on_cuda: bool, model: str) -> Self:
+        """Return the block of a role that holds `model`, with the values that null stands for.
+
+        Args:
+            on_cuda: the role computes on GPUs.
+            model: Hugging Face name or folder, or a `builtin:` name.
+        """
+        args = self.strategy_args.on_device(on_cuda, model, padded=self.needs_padding)
         changes: dict[str, Any] = _token_budgets(self, args, on_cuda)
         if on_cuda and args.packs_samples and self.max_tokens_per_microbatch_in_train is None:
             changes["max_tokens_per_microbatch_in_train"] = TOKENS_PER_PASS_IN_TRAIN
@@ -246,9 +251,14 @@ class ReferenceConfig(Schema):
     """Tokens (padding included) in one forward pass, instead of `infer_batch_size` samples, if the engine supports it.
     null: 32768 on GPUs if the engine packs samples, else `infer_batch_size` decides."""
 
-    def on_device(self, on_cuda: bool) -> Self:
-        """Return the block with the values that null stands for on GPUs (`on_cuda`) or CPUs."""
-        return self.model_copy(update=_token_budgets(self, self.strategy_args.on_device(on_cuda), on_cuda))
+    def on_device(self, on_cuda: bool, model: str) -> Self:
+        """Return the block of a role that holds `model`, with the values that null stands for.
+
+        Args:
+            on_cuda: the role computes on GPUs.
+            model: Hugging Face name or folder, or a `builtin:` name.
+        """
+        return self.model_copy(update=_token_budgets(self, self.strategy_args.on_device(on_cuda, model), on_cuda))
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that an engine cannot use for scoring."""

@@ -28,6 +28,8 @@ STRATEGIES = Registry(
     {
         "megatron_train": "roll_gspo.strategies.megatron.args:MegatronTrainArgs",
         "megatron_infer": "roll_gspo.strategies.megatron.args:MegatronInferArgs",
+        "fsdp2_train": "roll_gspo.strategies.fsdp2.args:Fsdp2TrainArgs",
+        "fsdp2_infer": "roll_gspo.strategies.fsdp2.args:Fsdp2InferArgs",
         "hf_train": "roll_gspo.strategies.hf.args:HfTrainArgs",
         "hf_infer": "roll_gspo.strategies.hf.args:HfInferArgs",
         "vllm": "roll_gspo.strategies.vllm.args:VllmArgs",
@@ -36,8 +38,8 @@ STRATEGIES = Registry(
 
 # Engines of ROLL, each with the engine that runs instead and its options, and options of the former that are kept.
 ROLL_ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
-    **dict.fromkeys(("fsdp2_train", "deepspeed_train"), ("megatron_train", {"use_distributed_optimizer": True})),
-    **dict.fromkeys(("fsdp2_infer", "deepspeed_infer"), ("megatron_infer", {})),
+    "deepspeed_train": ("megatron_train", {"use_distributed_optimizer": True}),
+    "deepspeed_infer": ("megatron_infer", {}),
     "sglang": ("vllm", {}),
 }
 ROLL_ENGINE_KEYS = {"mem_fraction_static": "gpu_memory_utilization"}
@@ -124,11 +126,12 @@ class StrategyArgs(Schema):
         """True if micro-batches use the packed layout, without padding."""
         return False
 
-    def on_device(self, on_cuda: bool, *, padded: bool = False) -> Self:
+    def on_device(self, on_cuda: bool, model: str, *, padded: bool = False) -> Self:
         """Return the arguments with the values that null stands for.
 
         Args:
             on_cuda: the role computes on GPUs.
+            model: Hugging Face name or folder, or a `builtin:` name.
             padded: the role needs padded samples, because recorded experts are not packed.
         """
         return self

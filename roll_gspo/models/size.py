@@ -67,12 +67,12 @@ def _size(pretrain: str, key: str) -> int | None:
 
 
 def model_type_of(pretrain: str) -> str | None:
-    """Return the `model_type` of a builtin model or local checkpoint; None if unknown.
+    """Return the `model_type` of a builtin model, a local checkpoint or a well-known name; None if unknown.
 
     Raises:
         ConfigError: `config.json` is damaged.
     """
-    config = _hf_config(pretrain)
+    config = _hf_config(pretrain) or known_config(pretrain)
     return None if config is None else config.get("model_type")
 
 

@@ -31,7 +31,7 @@ from roll_gspo.strategies.batch_streaming import streaming
 
 def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
     """Build `actor_train`, or one rank of it."""
-    role = on_this_device("actor_train", config.actor_train)
+    role = on_this_device("actor_train", config.actor_train, checkpoint)
     generator = config.actor_infer.strategy_args
     return Actor(
         _train_strategy(config, role, checkpoint, config.num_updates),
@@ -48,7 +48,7 @@ def make_actor(config: ExperimentConfig, checkpoint: Path) -> Actor:
 
 def make_sft_actor(config: SftConfig, checkpoint: Path, num_steps: int) -> SftActor:
     """Build `actor_train` of `pipeline: sft`, or one rank of it, for a run of `num_steps` optimizer steps."""
-    role = on_this_device("actor_train", config.actor_train)
+    role = on_this_device("actor_train", config.actor_train, checkpoint)
     return SftActor(
         _train_strategy(config, role, checkpoint, num_steps),
         mini_batch_size=config.mini_batch_size,
@@ -70,7 +70,7 @@ def _train_strategy(config: AnyConfig, role: PolicyConfig, checkpoint: Path, num
 def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
     """Build `critic`, or one rank of it."""
     assert config.critic is not None  # the schema requires the block if the estimator needs a critic
-    role = on_this_device("critic", config.critic)
+    role = on_this_device("critic", config.critic, checkpoint)
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     optimizer = optimizer_setup(config, role.training_args, config.critic_updates_per_rollout * config.max_steps)
@@ -88,7 +88,7 @@ def make_critic(config: ExperimentConfig, checkpoint: Path) -> Critic:
 def make_reference(config: ExperimentConfig, checkpoint: Path) -> Reference:
     """Build `reference`, or one rank of it."""
     assert config.reference is not None  # the schema requires the block if a KL term is on
-    role = on_this_device("reference", config.reference)
+    role = on_this_device("reference", config.reference, checkpoint)
     budget = role.max_tokens_per_microbatch_in_infer
     setup = model_setup(config, checkpoint, role.model_args.dtype, role.infer_batch_size, budget)
     return Reference(role.strategy_args.build_scorer(setup))

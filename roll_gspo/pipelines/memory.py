@@ -221,7 +221,7 @@ def training_size(config: AnyConfig, role: Role) -> PassSize | None:
     """Return the largest micro-batch of a trained role on GPUs, if all samples have the longest length."""
     if not isinstance(role, TrainedRoleConfig):
         return None
-    args, role = role.training_args, role.on_device(True)
+    args, role = role.training_args, role.on_device(True, model_of(config, role))
     size = _pass_size(config, args.per_device_train_batch_size, role.max_tokens_per_microbatch_in_train)
     return size._replace(micro_batches=args.gradient_accumulation_steps)
 
@@ -230,7 +230,7 @@ def scoring_size(config: AnyConfig, role: Role) -> PassSize | None:
     """Return the largest micro-batch of a pass without gradient on GPUs."""
     if not isinstance(role, TrainedRoleConfig | ReferenceConfig):
         return None
-    budget = role.on_device(True).max_tokens_per_microbatch_in_infer
+    budget = role.on_device(True, model_of(config, role)).max_tokens_per_microbatch_in_infer
     return _pass_size(config, role.infer_batch_size, budget)
 
 

@@ -136,7 +136,7 @@ def _smaller_batches(config: AnyConfig, name: str, role: Role, failing: Set[Phas
         return
     longest = longest_sequence(config)
     for step in range(1, 8):
-        sizes = _batch_keys(name, role, failing)
+        sizes = _batch_keys(name, role.on_device(True, model_of(config, role)), failing)
         smaller = {key: max(value >> step, least or longest) for key, (value, least) in sizes.items()}
         changes = {key: value for key, value in smaller.items() if value < sizes[key][0]}
         if changes:
@@ -146,9 +146,8 @@ def _smaller_batches(config: AnyConfig, name: str, role: Role, failing: Set[Phas
 def _batch_keys(
     name: str, role: TrainedRoleConfig | ReferenceConfig, failing: Set[Phase]
 ) -> dict[str, tuple[int, int | None]]:
-    """Return the keys that limit a pass, with (value, least value); None is the longest sequence."""
+    """Return the keys that limit a pass on GPUs, with (value, least value); None is the longest sequence."""
     keys: dict[str, tuple[int, int | None]] = {}
-    role = role.on_device(True)
     if Phase.TRAINING in failing and isinstance(role, TrainedRoleConfig):
         if (budget := role.max_tokens_per_microbatch_in_train) is not None:
             keys[f"{name}.max_tokens_per_microbatch_in_train"] = (budget, None)

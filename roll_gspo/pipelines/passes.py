@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from roll_gspo.config.roles import ReferenceConfig, TrainedRoleConfig
 from roll_gspo.config.sft import AnyConfig
+from roll_gspo.pipelines.devices import model_of
 
 
 def passes_text(role: TrainedRoleConfig | ReferenceConfig) -> str:
@@ -29,7 +30,8 @@ def pass_rows(config: AnyConfig, on_cuda: bool | None) -> Iterator[tuple[str, st
     for name, role in config.roles().items():
         if not isinstance(role, TrainedRoleConfig | ReferenceConfig):
             continue
-        on_gpus = role.on_device(True)
-        if on_cuda is not False and on_gpus != role.on_device(False):
+        model = model_of(config, role)
+        on_gpus = role.on_device(True, model)
+        if on_cuda is not False and on_gpus != role.on_device(False, model):
             condition = "" if on_cuda else "on GPUs: "
             yield "passes", f"{name:<12} {condition}{passes_text(on_gpus)}"

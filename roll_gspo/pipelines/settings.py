@@ -66,10 +66,10 @@ def lora_setup(config: AnyConfig) -> LoraSetup | None:
     return settings_from(LoraSetup, lora, alpha=lora.effective_alpha, sync=sync)
 
 
-def on_this_device(name: str, role: RoleT) -> RoleT:
-    """Return the block of a role with the values that null stands for in this process, and log them."""
+def on_this_device(name: str, role: RoleT, checkpoint: Path) -> RoleT:
+    """Return the block of a role that holds `checkpoint`, with the values that null stands for here, and log them."""
     on_cuda = torch.cuda.is_available()
-    found = role.on_device(on_cuda)
+    found = role.on_device(on_cuda, str(checkpoint))
     if on_cuda and found != role:
         logger.info("%s: %s", name, passes_text(found))
     return found

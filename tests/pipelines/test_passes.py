@@ -6,6 +6,7 @@ import pytest
 from composed import load_config
 
 from roll_gspo.config.roles import ReferenceConfig, TrainedRoleConfig
+from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.passes import pass_rows
 
 STRATEGY = "strategy_args.strategy_config.use_sequence_packing"
@@ -15,9 +16,10 @@ MOE = "model=tiny_qwen3_moe"
 
 def resolved(name: str, on_cuda: bool, *overrides: str) -> tuple[bool, int | None, int | None]:
     """Return whether a role packs, and its budgets in training and scoring."""
-    role = load_config("example_gspo", *overrides).config.roles()[name]
+    config = load_config("example_gspo", *overrides).config
+    role = config.roles()[name]
     assert isinstance(role, TrainedRoleConfig | ReferenceConfig)
-    found = role.on_device(on_cuda)
+    found = role.on_device(on_cuda, model_of(config, role))
     in_train = found.max_tokens_per_microbatch_in_train if isinstance(found, TrainedRoleConfig) else None
     return found.strategy_args.packs_samples, in_train, found.max_tokens_per_microbatch_in_infer
 
@@ -29,6 +31,7 @@ def resolved(name: str, on_cuda: bool, *overrides: str) -> tuple[bool, int | Non
         ((f"actor_train.{BUDGET}_train=8192", f"actor_train.{BUDGET}_infer=9000"), (True, 8_192, 9_000)),
         ((f"actor_train.{STRATEGY}=false",), (False, None, None)),
         (("strategy=hf",), (False, None, None)),
+        (("strategy=fsdp2",), (True, 16_384, 32_768)),
         ((MOE, "router_replay=R2"), (False, None, None)),
         ((MOE, "router_replay=record"), (False, None, None)),
         ((MOE,), (True, 16_384, 32_768)),

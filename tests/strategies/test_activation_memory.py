@@ -27,10 +27,10 @@ from roll_gspo.metrics import Metric
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.strategies.base import TokenScores, TrainStrategy
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.memory import pass_bytes as hf_pass_bytes
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.memory import kept_bytes
+from roll_gspo.strategies.transformers_memory import pass_bytes as hf_pass_bytes
 
 megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
 pytestmark = pytest.mark.megatron

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from roll_gspo.config.base import Problem
@@ -16,12 +14,11 @@ from roll_gspo.config.strategy import (
     StrategyArgs,
     TrainStrategyArgs,
 )
-from roll_gspo.errors import ConfigError
-from roll_gspo.models.config_files import CONFIG
-from roll_gspo.models.size import model_type_of, supported_architecture_of
+from roll_gspo.models.size import supported_architecture_of
 from roll_gspo.strategies.hf.config import HfConfig
-from roll_gspo.strategies.hf.memory import pass_bytes
 from roll_gspo.strategies.memory import kv_bytes_per_token
+from roll_gspo.strategies.transformers_families import check_family
+from roll_gspo.strategies.transformers_memory import pass_bytes
 
 if TYPE_CHECKING:
     from roll_gspo.strategies.base import GenerationSetup, ModelSetup, OptimizerSetup
@@ -50,12 +47,7 @@ class HfArgs(StrategyArgs):
         Raises:
             ConfigError: the installed version of transformers does not know the model's architecture.
         """
-        model_type, families = model_type_of(model), _families()
-        if model_type is not None and families and not str(model_type).replace("-", "_").startswith(families):
-            raise ConfigError(
-                f"{model}/{CONFIG}: model_type '{model_type}' is not known to the installed transformers; correct it, "
-                "or install a newer version"
-            )
+        check_family(model)
         yield from ()
 
     def pass_memory(
@@ -65,7 +57,8 @@ class HfArgs(StrategyArgs):
         architecture = supported_architecture_of(model)
         if architecture is None:
             return None
-        found = pass_bytes(architecture, self.strategy_config, size, itemsize, train=train, head=not value_head)
+        recompute = self.strategy_config.gradient_checkpointing
+        found = pass_bytes(architecture, size, itemsize, train=train, head=not value_head, recompute=recompute)
         return [found] * num_devices
 
     def _generation_problems(self) -> Iterator[Problem]:
@@ -73,14 +66,6 @@ class HfArgs(StrategyArgs):
         if self.strategy_config.generate_batch_size != HfConfig().generate_batch_size:
             message = "is used only if the engine generates (actor_infer); remove it"
             yield Problem("strategy_config.generate_batch_size", message)
-
-
-def _families() -> tuple[str, ...]:
-    """Return the model families of the installed transformers: the folders of its models, without importing it."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return ()
-    return tuple(path.name for path in Path(spec.origin).with_name("models").glob("[a-z]*/"))
 
 
 class HfTrainArgs(HfArgs, TrainStrategyArgs):

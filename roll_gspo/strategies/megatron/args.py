@@ -80,7 +80,7 @@ class MegatronArgs(StrategyArgs):
         """True with `use_sequence_packing`."""
         return bool(self.strategy_config.use_sequence_packing)
 
-    def on_device(self, on_cuda: bool, *, padded: bool = False) -> Self:
+    def on_device(self, on_cuda: bool, model: str, *, padded: bool = False) -> Self:
         """Pack samples on GPUs if the configuration does not decide."""
         if self.strategy_config.use_sequence_packing is not None:
             return self

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -28,6 +27,7 @@ from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.models.pass_cost import PassCost
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.device import local_device, move
+from roll_gspo.strategies.gathering import gather_samples
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.attention import decoder_spec, uses_transformer_engine
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout, pack
@@ -236,27 +236,7 @@ class ResponseModel:
         results = self.run(micro_batches, read, train=False)
         indices = [part for part in mine if part is not None]
         found = list(zip(indices, results, strict=False)) if self.is_output_rank else []
-        return _put_together(found, sequences, self.device)
-
-
-def _put_together(found: list[tuple[Tensor, list[Tensor]]], sequences: Sequences, device: torch.device) -> list[Tensor]:
-    """All-gather per-sample results. Each sample was computed on one rank; every rank gets the full batch."""
-    shapes = [[(tuple(figure.shape[2:]), figure.dtype) for figure in figures] for _, figures in found[:1]]
-    if dist.get_world_size() > 1:
-        known: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(known, shapes)
-        shapes = next((other for other in known if other), [[]])
-    width = sequences.response_mask.shape[1]
-    wholes = []
-    for number, (trailing, dtype) in enumerate(shapes[0] if shapes else []):
-        width_of = sequences.input_ids.shape[1] if trailing else width
-        whole = torch.zeros(len(sequences), width_of, *trailing, dtype=dtype, device=device)
-        for index, figures in found:
-            whole[index.to(device), : figures[number].shape[1]] = figures[number]
-        if dist.get_world_size() > 1:
-            dist.all_reduce(whole)
-        wholes.append(whole.cpu())
-    return wholes
+        return gather_samples(found, sequences, self.device)
 
 
 def build_model(setup: ModelSetup, config: MegatronConfig) -> ResponseModel:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from roll_gspo.algorithms.routing import expert_difference
 from roll_gspo.batch import Sequences, TrainBatch
-from roll_gspo.errors import CheckpointError, TrainingError
+from roll_gspo.errors import TrainingError
 from roll_gspo.metrics import Metric
-from roll_gspo.models.hf_checkpoint import write_checkpoint
 from roll_gspo.strategies.base import (
     LossFunction,
     ModelSetup,
@@ -21,6 +19,7 @@ from roll_gspo.strategies.base import (
     UpdateResult,
     WeightSource,
 )
+from roll_gspo.strategies.gathering import write_by_first_rank
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.engine.model import build_model
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
@@ -108,16 +107,4 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         Raises:
             CheckpointError: rank 0 could not write; raised on every rank.
         """
-        setup, weights = self._model.setup, iter(self.weights())
-        outcome: list[CheckpointError | None] = [None]
-        try:
-            if dist.get_rank() == 0:
-                write_checkpoint(folder, setup.checkpoint, weights, setup.dtype)
-        except CheckpointError as error:
-            outcome = [error]
-        finally:
-            for _ in weights:  # other ranks wait for this rank's part even if writing has failed
-                pass
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[0] is not None:
-            raise outcome[0]
+        write_by_first_rank(folder, self._model.setup, self.weights())

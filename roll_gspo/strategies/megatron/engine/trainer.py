@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import MegatronModule
@@ -18,12 +17,13 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
+from roll_gspo.strategies.gathering import gather_reports
 from roll_gspo.strategies.megatron.engine.gradients import clip_gradients, gradient_norm
 from roll_gspo.strategies.megatron.engine.model import MicroBatch, ResponseModel
 from roll_gspo.strategies.megatron.engine.offload import trainer_state
 from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.state import begin_save, load_state
-from roll_gspo.strategies.reports import Report, on_host
+from roll_gspo.strategies.reports import Report
 from roll_gspo.strategies.schedule import learning_rate
 from roll_gspo.strategies.sharded_state import ShardedSave, all_true
 
@@ -92,7 +92,7 @@ class MegatronTrainer:
             ddp.train()
         self._clear_gradients()
         reports = self._model.run(self._mine(micro_batches), _reader(loss), train=True, before_pass=before_pass)
-        reports_of_all = _of_all_ranks(reports if self._model.is_output_rank else [])
+        reports_of_all = gather_reports(reports if self._model.is_output_rank else [])
         total = sum(value for value, _ in reports_of_all)
         rate = learning_rate(self._setup, self._applied_steps)
         grad_norm, applied = self._step(rate, math.isfinite(total))
@@ -220,16 +220,6 @@ def _reader(loss: Loss) -> Callable[[Tensor, MicroBatch], tuple[Tensor, Report]]
         return value, (value.detach(), metrics)
 
     return read
-
-
-def _of_all_ranks(reports: list[Report]) -> list[tuple[float, dict[str, Metric]]]:
-    """All-gather the reports in host memory; every rank gets them in the same order."""
-    mine = on_host(reports)
-    if dist.get_world_size() == 1:
-        return mine
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return [report for of_rank in found for report in of_rank]
 
 
 def _finalize_sums(model: list[Any], _num_tokens: Tensor | None, **groups: Any) -> None:

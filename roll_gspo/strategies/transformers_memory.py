@@ -11,23 +11,22 @@ from __future__ import annotations
 
 from roll_gspo.config.memory import PassBytes, PassSize
 from roll_gspo.models.architecture import Architecture
-from roll_gspo.strategies.hf.config import HfConfig
 
 _LOGITS = 3  # logits, the rows of response tokens, and the gradient of either
 
 
 def pass_bytes(
-    model: Architecture, config: HfConfig, size: PassSize, itemsize: int, *, train: bool, head: bool
+    model: Architecture, size: PassSize, itemsize: int, *, train: bool, head: bool, recompute: bool
 ) -> PassBytes:
     """Return the memory of the passes of a micro-batch.
 
     Args:
         model: the model.
-        config: options of the engine.
         size: the largest micro-batch.
         itemsize: bytes of an activation: 2 is autocast if `train`.
         train: whether a backward pass follows.
         head: whether log-probs are computed; a value head needs no memory.
+        recompute: whether the backward pass computes the activations of each layer again.
     """
     layer = size.positions * layer_bytes_per_position(model, itemsize)
     logits = _LOGITS * size.predicted * model.vocab_size * itemsize if head else 0.0
@@ -35,7 +34,7 @@ def pass_bytes(
         return PassBytes(layer, logits)
     copies = 0.0 if itemsize == 4 else itemsize * _matrix_parameters(model)
     kept = model.num_layers * layer
-    if config.gradient_checkpointing:  # the float32 input of every layer, and all of one layer that is computed again
+    if recompute:  # the float32 input of every layer, and all of one layer that is computed again
         kept = model.num_layers * size.positions * model.hidden_size * 4 + layer
     return PassBytes(kept + layer + copies, logits)
 

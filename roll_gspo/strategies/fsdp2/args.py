@@ -1,0 +1,149 @@
+"""Configuration and capabilities of `fsdp2_train` and `fsdp2_infer` (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from roll_gspo.config.base import Problem
+from roll_gspo.config.memory import Alternative, PassBytes, PassSize
+from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrategyArgs, StrategyArgs, TrainStrategyArgs
+from roll_gspo.models.size import model_type_of, size_of, supported_architecture_of
+from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, Fsdp2Config
+from roll_gspo.strategies.transformers_families import check_family
+from roll_gspo.strategies.transformers_memory import pass_bytes
+
+if TYPE_CHECKING:
+    from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, ScoringStrategy, TrainStrategy, ValueStrategy
+
+
+class Fsdp2Args(StrategyArgs):
+    """Common capabilities of both FSDP2 engines."""
+
+    strategy_config: Fsdp2Config = Fsdp2Config()
+    """Options of the engine."""
+
+    requirement: ClassVar[Requirement | None] = Requirement(
+        "transformers", "pip install transformers", "roll_gspo.strategies.fsdp2.engine"
+    )
+    is_distributed: ClassVar[bool] = True
+    supports_token_budget: ClassVar[bool] = True
+    reads_only_safetensors: ClassVar[bool] = True
+
+    @property
+    def packs_samples(self) -> bool:
+        """True with `use_sequence_packing`."""
+        return bool(self.strategy_config.use_sequence_packing)
+
+    def on_device(self, on_cuda: bool, model: str, *, padded: bool = False) -> Self:
+        """Pack samples on GPUs if the configuration does not decide and the model can be packed."""
+        config = self.strategy_config
+        if config.use_sequence_packing is not None:
+            return self
+        can_pack = config.attn_implementation == "sdpa" and model_type_of(model) in PACKED_FAMILIES
+        packed = on_cuda and not padded and can_pack
+        return self.model_copy(update={"strategy_config": config.model_copy(update={"use_sequence_packing": packed})})
+
+    def offload_problem(self, on_cuda: bool | None) -> str | None:
+        """Return None: weights and optimizer state move to host memory and back."""
+        return None
+
+    def layout_text(self, num_devices: int) -> str:
+        """Return e.g. `sharded over 8`."""
+        return f"sharded over {num_devices}"
+
+    def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
+        """Yield why samples cannot be packed; any number of ranks fits.
+
+        Raises:
+            ConfigError: the installed version of transformers does not know the model's architecture.
+        """
+        check_family(model)
+        model_type = model_type_of(model)
+        if self.strategy_config.use_sequence_packing and model_type not in (None, *PACKED_FAMILIES):
+            message = f"samples of model_type '{model_type}' cannot be packed (known: {', '.join(PACKED_FAMILIES)})"
+            yield Problem("strategy_config.use_sequence_packing", f"{message}; set it to false or null")
+
+    def parameters_per_device(
+        self, model: str, num_devices: int, *, value_head: bool
+    ) -> Sequence[DeviceParameters] | None:
+        """Return even parts of the model."""
+        size = size_of(model)
+        if size is None:
+            return None
+        share = size.num_parameters / num_devices
+        return [DeviceParameters(share, share)] * num_devices
+
+    def pass_memory(
+        self, model: str, num_devices: int, size: PassSize, itemsize: int, *, train: bool, value_head: bool
+    ) -> Sequence[PassBytes] | None:
+        """Estimate the passes: those of one device, and the parameters that are gathered meanwhile."""
+        architecture, parameters = supported_architecture_of(model), size_of(model)
+        if architecture is None or parameters is None:
+            return None
+        recompute = self.strategy_config.gradient_checkpointing
+        found = pass_bytes(architecture, size, itemsize, train=train, head=not value_head, recompute=recompute)
+        embeddings = architecture.vocab_size * architecture.hidden_size
+        embeddings *= 1 if architecture.tie_word_embeddings else 2
+        layer = (parameters.num_parameters - embeddings) / architecture.num_layers
+        # the root's parameters, the layer that computes, and the next one, which is gathered meanwhile
+        gathered = embeddings + 2 * layer
+        if train and not self.strategy_config.reshard_after_forward:
+            gathered = parameters.num_parameters
+        return [PassBytes(found.activations + gathered * itemsize, found.logits)] * num_devices
+
+
+class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):
+    """Train any decoder of transformers on many ranks."""
+
+    has_value_head: ClassVar[bool] = True
+    has_float32_weights: ClassVar[bool] = True
+
+    def value_problems(self) -> Iterator[Problem]:
+        """Yield keys of the output head, which a critic replaces."""
+        if self.strategy_config.fp32_lm_head is not None:
+            yield Problem("strategy_config.fp32_lm_head", "is about logits, and a critic has none; remove it")
+
+    def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
+        """Yield recomputation of all layers, gathering parameters twice, and state in host memory."""
+        config = self.strategy_config
+        if not config.reshard_after_forward:
+            yield Alternative(1, {"strategy_config.reshard_after_forward": True})
+        if not config.gradient_checkpointing:
+            yield Alternative(2, {"strategy_config.gradient_checkpointing": True})
+
+    def build_train(self, model: ModelSetup, optimizer: OptimizerSetup) -> TrainStrategy:
+        """Build this rank of an `Fsdp2Train`."""
+        from roll_gspo.strategies.fsdp2.engine.train import Fsdp2Train
+
+        return Fsdp2Train(model, optimizer, self.strategy_config)
+
+    def build_value(self, model: ModelSetup, optimizer: OptimizerSetup) -> ValueStrategy:
+        """Build this rank of an `Fsdp2Value`."""
+        from roll_gspo.strategies.fsdp2.engine.value import Fsdp2Value
+
+        return Fsdp2Value(model, optimizer, self.strategy_config)
+
+
+class Fsdp2InferArgs(Fsdp2Args, ScoreStrategyArgs):
+    """Score tokens with any decoder of transformers on many ranks."""
+
+    def broken_rules(self) -> Iterator[Problem]:
+        """Yield keys that only training uses."""
+        yield from super().broken_rules()
+        default, given = Fsdp2Config(), self.strategy_config
+        for key, is_set in (
+            ("gradient_checkpointing", given.gradient_checkpointing),
+            ("reshard_after_forward", given.reshard_after_forward != default.reshard_after_forward),
+            ("cpu_offload", given.cpu_offload),
+            ("grad_reduce_in_fp32", given.grad_reduce_in_fp32 != default.grad_reduce_in_fp32),
+        ):
+            if is_set:
+                message = "is used only with fsdp2_train (fsdp2_infer has no gradients); remove it"
+                yield Problem(f"strategy_config.{key}", message, ("strategy_name",))
+
+    def build_scorer(self, model: ModelSetup) -> ScoringStrategy:
+        """Build this rank of an `Fsdp2Infer`."""
+        from roll_gspo.strategies.fsdp2.engine.infer import Fsdp2Infer
+
+        return Fsdp2Infer(model, self.strategy_config)

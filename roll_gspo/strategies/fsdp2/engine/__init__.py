@@ -1,0 +1,1 @@
+"""Train, score and value with a transformers model whose parameters are sharded over the ranks."""

@@ -1,0 +1,80 @@
+"""Functions that every rank of a world runs in the tests of the FSDP2 engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_cases import model_setup, optimizer_setup, policy_loss, sequences, train_batch, value_batch
+from torch import Tensor
+
+from roll_gspo.batch import TrainBatch
+from roll_gspo.metrics import Metric, to_floats
+from roll_gspo.strategies.base import TrainStrategy, ValueStrategy
+from roll_gspo.strategies.fsdp2.config import Fsdp2Config
+from roll_gspo.strategies.hf.config import HfConfig
+from roll_gspo.strategies.micro_batches import MicroBatching
+
+OPTIMIZER = optimizer_setup(learning_rate=1e-3)
+
+
+def train_engine(folder: Path, options: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> TrainStrategy:
+    """Return an `Fsdp2Train` with these options, or an `HfTrain` if there are none."""
+    if options is None:
+        from roll_gspo.strategies.hf.train import HfTrain
+
+        return HfTrain(model_setup(folder, dtype), OPTIMIZER, HfConfig())
+    from roll_gspo.strategies.fsdp2.engine.train import Fsdp2Train
+
+    return Fsdp2Train(model_setup(folder, dtype), OPTIMIZER, Fsdp2Config(**options))
+
+
+def trained(
+    folder: Path, options: dict[str, Any] | None, dtype: torch.dtype = torch.float32, size: int = 2
+) -> dict[str, Any]:
+    """Score, update three times and score again."""
+    engine = train_engine(folder, options, dtype)
+    before = engine.score(sequences(), entropy=True)
+    results = [engine.update(MicroBatching(size).split(train_batch(step)), policy_loss, True) for step in range(3)]
+    after = engine.score(sequences(), entropy=True)
+    return {
+        "scores": [before.log_probs, before.entropy, after.log_probs, after.entropy],
+        "updates": [[result.loss, result.grad_norm, result.learning_rate] for result in results],
+        "metrics": [to_floats(result.metrics) for result in results],
+        "weights": {name: tensor.clone() for name, tensor in engine.weights()},
+    }
+
+
+def valued(folder: Path, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Train a critic three times and return its values before and after."""
+    engine: ValueStrategy
+    if options is None:
+        from roll_gspo.strategies.hf.value import HfValue
+
+        engine = HfValue(model_setup(folder), OPTIMIZER, HfConfig())
+    else:
+        from roll_gspo.strategies.fsdp2.engine.value import Fsdp2Value
+
+        engine = Fsdp2Value(model_setup(folder), OPTIMIZER, Fsdp2Config(**options))
+    before = engine.values(sequences())
+    results = [engine.update(MicroBatching(2).split(value_batch(step)), _value_loss) for step in range(3)]
+    return {
+        "values": [before, engine.values(sequences())],
+        "updates": [[result.loss, result.grad_norm] for result in results],
+    }
+
+
+def _value_loss(values: Tensor, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
+    assert batch.returns is not None
+    return torch.where(batch.response_mask, values - batch.returns, 0.0).square().sum() / 41, {}
+
+
+def largest_share(folder: Path) -> float:
+    """Return the largest share of the model's bytes that the parameters of this rank had while it was loaded."""
+    from roll_gspo.strategies.fsdp2.engine.model import build_sharded
+    from roll_gspo.strategies.fsdp2.engine.trainer import weight_tensors
+
+    model = build_sharded(model_setup(folder), Fsdp2Config(), trained=True)
+    mine = sum(tensor.nbytes for tensor in weight_tensors(model.module))
+    return mine / sum(parameter.numel() * 4 for parameter in model.module.parameters())
