@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from roll_gspo.config.base import parse_device_mapping
 from roll_gspo.config.reward_table import shipped_name
 from roll_gspo.config.roll_credit import with_credit
-from roll_gspo.config.strategy import ROLL_ENGINE_KEYS, ROLL_ENGINES
+from roll_gspo.config.strategy import ROLL_ENGINE_KEYS, ROLL_ENGINES, ROLL_OPTIONS
 
 Report = Callable[[str, str], None]
 
@@ -66,7 +66,25 @@ def _with_engine(block: dict[str, Any], role: str, report: Report) -> dict[str, 
         )
     elif "strategy_config" in args and config is None:
         args = {key: value for key, value in args.items() if key != "strategy_config"}
+    elif isinstance(config, dict) and isinstance(name, str):
+        path = f"{role}.strategy_args.strategy_config"
+        args = args | {"strategy_config": _with_options(config, ROLL_OPTIONS.get(name, {}), path, report)}
     return block | {"strategy_args": args}
+
+
+def _with_options(config: dict[str, Any], table: Mapping[str, Any], path: str, report: Report) -> dict[str, Any]:
+    """Replace options of an engine that ROLL names differently."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        match table.get(key):
+            case None:
+                found[key] = value
+            case str(decides):
+                report(f"{path}.{key}", f"ignored: {decides}")
+            case (new_key, values):
+                found[new_key] = value if values is None else values.get(str(value), value)
+                report(f"{path}.{key}", f"is {new_key}: {str(found[new_key]).lower()} here")
+    return found
 
 
 def _with_judge(block: Any, path: str, report: Report) -> Any:

@@ -44,6 +44,27 @@ ROLL_ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ROLL_ENGINE_KEYS = {"mem_fraction_static": "gpu_memory_utilization"}
 
+_FLOAT32 = {"float32": True, "fp32": True, "bfloat16": False, "bf16": False}
+_FSDP2_BOTH = {
+    "fsdp_size": "the model is sharded over all ranks of the role",
+    "param_dtype": "model_args.dtype decides",
+    "wrap_policy": "every layer is a unit",
+}
+# Options that ROLL names differently, by engine: what decides instead, or the key here and its values (None: as given).
+ROLL_OPTIONS: dict[str, Mapping[str, str | tuple[str, Mapping[Any, Any] | None]]] = {
+    "fsdp2_train": {
+        **_FSDP2_BOTH,
+        "reduce_dtype": ("grad_reduce_in_fp32", _FLOAT32),
+        "offload_policy": ("cpu_offload", None),
+    },
+    "fsdp2_infer": {
+        **_FSDP2_BOTH,
+        "reduce_dtype": "a model that only scores has no gradients",
+        "offload_policy": "a model that only scores stays on its device",
+        "reshard_after_forward": "a model that only scores frees every layer",
+    },
+}
+
 
 class Requirement(NamedTuple):
     """A package that an engine needs.

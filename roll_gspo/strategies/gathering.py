@@ -1,4 +1,4 @@
-"""What the ranks of an engine do together: gather results of samples and reports, and write the exported model."""
+"""Common work of the ranks of an engine: gather results of samples and reports, and write the exported model."""
 
 from __future__ import annotations
 

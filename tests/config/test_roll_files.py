@@ -20,7 +20,10 @@ JUDGE = ("rewards.llm_judge.judge_prompt", "rewards.llm_judge.judge_model_type")
 DIFFERENCES = {
     "grpo": JUDGE,
     "gspo": JUDGE,
-    "ppo": ("critic.strategy_args.strategy_name",),
+    "ppo": tuple(
+        f"critic.strategy_args.strategy_config.{key}"
+        for key in ("fsdp_size", "param_dtype", "reduce_dtype", "offload_policy", "wrap_policy")
+    ),
     "raft_pp": ("reward_norm", *JUDGE),
     "reinforce_pp": JUDGE,
     "rlvr_config": JUDGE,
@@ -50,8 +53,9 @@ def test_converted_values_have_the_meaning_of_rolls() -> None:
     gspo = load_config("gspo", config_dir=FOLDER).config
     assert gspo.rewards["llm_judge"].arguments == {"engine": {"model": "Qwen/Qwen3-0.6B", "devices": [12, 13, 14, 15]}}
     critic = load_config("ppo", config_dir=FOLDER).config.critic
-    assert critic is not None and critic.strategy_args.strategy_name == "megatron_train"
-    assert critic.strategy_args.strategy_config.use_distributed_optimizer
+    assert critic is not None and critic.strategy_args.strategy_name == "fsdp2_train"
+    options = critic.strategy_args.strategy_config
+    assert (options.grad_reduce_in_fp32, options.reshard_after_forward, options.cpu_offload) == (True, True, False)
     topr = load_config("topr", config_dir=FOLDER).config
     assert (topr.adv_estimator, topr.policy_loss) == ("reinforce", "clip")
     assert load_config("raft_pp", config_dir=FOLDER).config.reward_norm is None

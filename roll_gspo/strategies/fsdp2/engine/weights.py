@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ def load_shards(
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((owner, name))
-    for name, parameter in list(module.named_parameters()):
+    sharded: list[tuple[str, Any]] = list(module.named_parameters())
+    for name, parameter in sharded:
         local = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=device)
         start, stop = own_rows(parameter)
         if stop > start:
@@ -95,7 +97,7 @@ class ShardedWeights:
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # named_parameters lists each tensor once, the embedding first; so a tied head is not listed
+        sharded: Iterator[tuple[str, Any]] = self._module.named_parameters()
         yield from self._names.stream(
-            (name, parameter.detach().to(self._dtype).full_tensor())
-            for name, parameter in self._module.named_parameters()
+            (name, parameter.detach().to(self._dtype).full_tensor()) for name, parameter in sharded
         )
