@@ -1,8 +1,9 @@
-"""Export the policy of a checkpoint as a Hugging Face folder: `python -m roll_gspo.export CHECKPOINT OUT`.
+"""Export the policy of a checkpoint as a Hugging Face folder: `python -m roll_gspo.export CHECKPOINT OUT [--adapter]`.
 
 One process reads the state of `actor_train` from any layout and writes config, safetensors and tokenizer. It then
 loads the folder with transformers and compares log-probs of fixed token sequences with the training engine. OUT is
-created only if they agree.
+created only if they agree. An adapter is merged into the weights; with `--adapter`, OUT is the adapter in the layout of
+peft.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ from roll_gspo.printable import printable
 if TYPE_CHECKING:
     import torch
 
-    from roll_gspo.strategies.base import ModelSetup, TrainedModel
+    from roll_gspo.strategies.base import AdapterStrategy, ModelSetup, TrainedModel
 
 NUM_SEQUENCES, PROMPT_LENGTH, RESPONSE_LENGTH = 4, 8, 24
 # Maximum log-prob difference in nats. It allows rounding of sums and of bfloat16 weights and activations.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
 
 
-def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
+def export(checkpoint: Path, out: Path, model: str | None = None, *, adapter: bool = False) -> float:
     """Write the policy of a checkpoint in Hugging Face layout and verify it.
 
     Args:
         checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
         out: folder of the export; must not exist.
         model: model that gives architecture and tokenizer, like `pretrain`; None selects the run's model.
+        adapter: write the adapter alone instead of a whole model.
 
     Returns:
         The largest difference between log-probabilities of transformers and of the training engine, in nats.
@@ -58,6 +60,8 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
         raise ConfigError(f"OUT: {out} exists already; remove it or choose another folder")
     folder = open_checkpoint(checkpoint, "CHECKPOINT").folder
     config = _config(folder)
+    if adapter and config.actor_train.model_args.lora is None:
+        raise ConfigError(f"--adapter: {folder} was trained without actor_train.model_args.lora; omit the option")
     name = model or config.actor_train.model_args.model_name_or_path or config.pretrain
     with tempfile.TemporaryDirectory() as logs, Console("export", 1, Path(logs)) as console:
         source = prepare_checkpoint(config, name, console)
@@ -65,8 +69,11 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> float:
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         aside.mkdir(parents=True)
-        trained.save_hf(aside)
-        difference = _difference(trained, aside, _setup(config, source).dtype)
+        if adapter:
+            _with_adapter(trained).save_adapter(aside)
+        else:
+            trained.save_hf(aside)
+        difference = _difference(trained, aside, _setup(config, source).dtype, base=source if adapter else None)
         tolerance = TOLERANCE[config.actor_train.model_args.dtype]
         if not difference <= tolerance:  # also rejects NaN
             raise CheckpointError(
@@ -113,14 +120,33 @@ def _trained(config: AnyConfig, source: Path, folder: Path) -> TrainedModel:
     return role.strategy_args.load_trained(_setup(config, source), optimizer, folder)
 
 
-def _difference(trained: TrainedModel, exported: Path, dtype: torch.dtype) -> float:
-    """Return the largest log-prob difference between the engine and transformers on the same tokens."""
+def _with_adapter(trained: TrainedModel) -> AdapterStrategy:
+    from roll_gspo.strategies.base import AdapterStrategy
+
+    if not isinstance(trained, AdapterStrategy):
+        raise TypeError(f"{type(trained).__name__}: supports_lora needs an AdapterStrategy")
+    return trained
+
+
+def _difference(trained: TrainedModel, exported: Path, dtype: torch.dtype, base: Path | None) -> float:
+    """Return the largest log-prob difference between the engine and transformers on the same tokens.
+
+    Args:
+        trained: the engine.
+        exported: the exported model, or the adapter of `base`.
+        dtype: dtype of the model.
+        base: model of the adapter; None if `exported` is a whole model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     from roll_gspo.batch import Sequences
 
-    model = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(base or exported, dtype=dtype).eval()
+    if base is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, exported).eval()
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_SEQUENCES, PROMPT_LENGTH + RESPONSE_LENGTH)
     tokens = torch.randint(model.config.vocab_size, shape, generator=generator)
@@ -142,9 +168,10 @@ def main() -> int:
     parser.add_argument(
         "--model", help="folder or name of the model that training started from, where the run's `pretrain` has moved"
     )
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, as peft loads it")
     arguments = parser.parse_args()
     try:
-        difference = export(arguments.checkpoint, arguments.out, arguments.model)
+        difference = export(arguments.checkpoint, arguments.out, arguments.model, adapter=arguments.adapter)
     except RollGspoError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

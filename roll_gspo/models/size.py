@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,47 @@ def size_of(pretrain: str) -> ModelSize | None:
         experts = total - float(match[2]) * 1e9 / 2 if match[2] else 0.0
         return ModelSize(int(total), int(experts), "from its name")
     return None
+
+
+def adapter_parameters(pretrain: str, rank: int, targets: Sequence[str]) -> int | None:
+    """Return the parameters of a low-rank adapter, or None if the size of the model is not known.
+
+    Experts have no adapter, because transformers keeps those of a layer in one tensor. In a family with other layers,
+    the adapter is assumed to have a hundredth of the model's parameters.
+
+    Args:
+        pretrain: Hugging Face name or folder, or a `builtin:` name.
+        rank: rank of the adapter.
+        targets: names of the layers, or `all-linear` alone.
+    """
+    config = _hf_config(pretrain) or known_config(pretrain)
+    size = size_of(pretrain)
+    try:
+        shapes = {} if config is None else _linear_layers(config)
+    except (KeyError, TypeError, ZeroDivisionError):
+        shapes = {}
+    if not shapes:
+        return None if size is None else size.num_parameters // 100
+    assert config is not None
+    chosen = shapes if tuple(targets) == ("all-linear",) else {name: shapes[name] for name in targets if name in shapes}
+    return rank * config["num_hidden_layers"] * sum(rows + columns for rows, columns in chosen.values())
+
+
+def _linear_layers(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return inputs and outputs of the linear layers of a decoder layer, by name; without experts."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    layers = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+    }
+    if not (config.get("num_experts") or config.get("num_local_experts")):
+        inner = config["intermediate_size"]
+        layers |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    return layers
 
 
 def _count(config: Mapping[str, Any], source: str) -> ModelSize:

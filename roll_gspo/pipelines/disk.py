@@ -10,7 +10,7 @@ from roll_gspo.config.roles import PolicyConfig, TrainedRoleConfig
 from roll_gspo.config.run import RunConfig
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.errors import ConfigError
-from roll_gspo.models.size import size_of
+from roll_gspo.models.size import adapter_parameters, size_of
 from roll_gspo.pipelines.devices import model_of
 from roll_gspo.pipelines.memory import BYTES_PER_PARAMETER, GIB
 
@@ -28,7 +28,10 @@ def checkpoint_bytes(config: AnyConfig) -> float | None:
             return None
         exports = isinstance(role, PolicyConfig) and role.training_args.save_hf_model
         exported = BYTES_PER_PARAMETER[role.model_args.dtype] if exports else 0
-        total += size.num_parameters * (STATE_BYTES + exported)
+        lora, trained = role.model_args.lora, size.num_parameters
+        if lora is not None:
+            trained = adapter_parameters(model_of(config, role), lora.rank, lora.target_modules) or 0
+        total += trained * STATE_BYTES + size.num_parameters * exported
     return total
 
 

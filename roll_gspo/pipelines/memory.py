@@ -10,7 +10,7 @@ from roll_gspo.config.memory import GenerationBytes, PassBytes, PassSize
 from roll_gspo.config.roles import ActorInferConfig, CriticConfig, ReferenceConfig, Role, TrainedRoleConfig
 from roll_gspo.config.sft import AnyConfig, SftConfig
 from roll_gspo.config.strategy import DeviceParameters
-from roll_gspo.models.size import size_of, supported_architecture_of
+from roll_gspo.models.size import adapter_parameters, size_of, supported_architecture_of
 from roll_gspo.pipelines.devices import devices_of, devices_per_node, model_of
 from roll_gspo.pipelines.memory_phases import phases_of, residency_at_work, role_devices
 from roll_gspo.pipelines.sharing import offloaded_roles
@@ -247,8 +247,8 @@ def role_states(config: AnyConfig, role: Role) -> tuple[Parts, ...] | None:
     """Return weights, gradients and optimizer state on each device of a role, or None if its size is not known yet."""
     args, num_devices, model = role.strategy_args, len(devices_of(role)), model_of(config, role)
     held = args.parameters_per_device(model, num_devices, value_head=isinstance(role, CriticConfig))
+    size = size_of(model)
     if held is None:
-        size = size_of(model)
         if size is None:
             return None
         share = size.num_parameters / args.model_parallel_size
@@ -256,6 +256,10 @@ def role_states(config: AnyConfig, role: Role) -> tuple[Parts, ...] | None:
     itemsize = BYTES_PER_PARAMETER[role.model_args.dtype]
     if not isinstance(role, TrainedRoleConfig):
         return tuple(Parts(parameters.weights * itemsize) for parameters in held)
+    if role.model_args.lora is not None and size is not None:
+        lora = role.model_args.lora
+        adapter = adapter_parameters(model, lora.rank, lora.target_modules) or 0
+        return tuple(_with_adapter(p.weights * itemsize, adapter * p.weights / size.num_parameters) for p in held)
     itemsize = 4 if role.strategy_args.has_float32_weights else itemsize
     # low-precision parameters have a float32 copy in the optimizer
     state = MOMENTS + (MAIN_COPY if itemsize < 4 else 0)
@@ -264,6 +268,11 @@ def role_states(config: AnyConfig, role: Role) -> tuple[Parts, ...] | None:
         Parts(parameters.weights * itemsize, parameters.weights * gradient, parameters.optimizer * state)
         for parameters in held
     )
+
+
+def _with_adapter(frozen: float, adapter: float) -> Parts:
+    """Return the states of a frozen model of `frozen` bytes and of a float32 adapter of `adapter` parameters."""
+    return Parts(frozen + MAIN_COPY * adapter, GRADIENT * adapter, MOMENTS * adapter)
 
 
 def state_bytes(config: AnyConfig) -> dict[int, float] | None:

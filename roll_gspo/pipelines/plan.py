@@ -10,6 +10,7 @@ from roll_gspo.config.base import Problem
 from roll_gspo.config.sft import AnyConfig
 from roll_gspo.models.size import ModelSize, size_of
 from roll_gspo.models.tiny import BUILTIN, TINY_MODELS
+from roll_gspo.pipelines.adapter import adapter_texts, adapter_warnings
 from roll_gspo.pipelines.devices import device_problems, finds_cuda, layout_text
 from roll_gspo.pipelines.gpu_memory import gpu_memory
 from roll_gspo.pipelines.memory_rows import has_gpu_plan, main_memory_warnings, memory_problems, memory_texts
@@ -65,6 +66,7 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = (), *, on_th
         ("model", _model_text(config, size)),
         *(("roles", _role_text(config, name)) for name in config.roles()),
         *(("roles", text) for text in sharing_texts(config, on_cuda)),
+        *(("adapter", text) for text in adapter_texts(config)),
         *pipeline.plan_rows(config),
         *pass_rows(config, on_cuda),
         *(("memory", text) for text in memory_texts(config, gpu, on_cuda)),
@@ -73,7 +75,7 @@ def make_plan(config: AnyConfig, config_warnings: tuple[str, ...] = (), *, on_th
     title = f"roll_gspo {roll_gspo.__version__}: plan of {config.exp_name}"
     too_large = memory_problems(config, gpu) if has_gpu_plan(config, on_cuda) else []
     warnings = (*pipeline.warnings(config), *execution_warnings(config), *main_memory_warnings(config, on_cuda))
-    warnings += tuple(sharing_warnings(config, on_cuda))
+    warnings += (*adapter_warnings(config), *sharing_warnings(config, on_cuda))
     problems = (*_replay_problems(config, size), *pipeline.problems(config), *device_problems(config, on_cuda))
     problems += tuple(sharing_problems(config, on_cuda))
     if gpu.is_known:
