@@ -69,7 +69,9 @@ def test_memory_and_disk_are_of_the_adapter() -> None:
     config = load_config("example_gspo", "strategy=hf", "kl=loss", RANK).config
     adapter, model = adapter_parameters("builtin:tiny_qwen3", 8, ("all-linear",)), 625_024
     assert adapter is not None
-    (states,) = role_states(config, config.actor_train) or ()
+    of_devices = role_states(config, config.actor_train)
+    assert of_devices is not None
+    (states,) = of_devices
     assert (states.weights, states.gradients, states.optimizer) == (4 * (model + adapter), 4 * adapter, 8 * adapter)
     assert state_bytes(config) == {0: sum(states) + 4 * model}, "no reference, and the engine's copy"
     assert checkpoint_bytes(config) == 12 * adapter + 4 * model
