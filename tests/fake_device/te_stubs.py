@@ -49,9 +49,9 @@ class _GroupedLinear(Module):
 
 
 class _RMSNorm(Module):
-    def __init__(self, hidden_size: int, **_: Any) -> None:
+    def __init__(self, normalized_shape: int = 0, hidden_size: int = 0, **_: Any) -> None:
         super().__init__()
-        self.weight = _empty(hidden_size)
+        self.weight = _empty(normalized_shape or hidden_size)  # megatron-core 0.16 and 0.19 name it differently
 
 
 class _DotProductAttention(Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch.nn.utils import get_total_norm
+
+# megatron-core 0.19 renamed the method.
+_NAMES = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
+_gradients_of = methodcaller(next(name for name in _NAMES if name in vars(MegatronOptimizer)))
 
 
 @torch.no_grad()
@@ -22,7 +27,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     chained: Any = optimizer
     parts = chained.chained_optimizers
     groups = [part.get_grad_stats_parallel_group() for part in parts]
-    gradients = [part.get_main_grads_for_grad_norm() for part in parts]
+    gradients = [_gradients_of(part) for part in parts]
     if all(group == groups[0] for group in groups):
         groups, gradients = groups[:1], [[gradient for of_part in gradients for gradient in of_part]]
     device = next((gradient.device for of_group in gradients for gradient in of_group), None)
