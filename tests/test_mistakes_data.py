@@ -115,7 +115,11 @@ FOLDERS: dict[str, tuple[tuple[str, ...], Damage, tuple[str, ...]]] = {
     "config not UTF-8": (HF, lambda f: (f / CONFIG).write_bytes(b'{"a": "\xff"}'), (f"{CONFIG}: is not valid JSON",)),
     "no model type": (HF, change(CONFIG, model_type=None), (f"{CONFIG}: model_type is missing",)),
     "unknown family": (HF, change(CONFIG, model_type="zebra7"), (f"{CONFIG}: model_type 'zebra7' is not known",)),
-    "family without megatron": (MEGATRON, change(CONFIG, model_type="gpt2"), ("'gpt2' is not supported",)),
+    "family without megatron": (
+        MEGATRON,
+        change(CONFIG, model_type="gpt2"),
+        ("'gpt2' is not supported", "which know llama", "strategy=fsdp2", "strategy=hf"),
+    ),
     "missing size": (MEGATRON, change(CONFIG, hidden_size=None), ("hidden_size is missing",)),
     "size is text": (MEGATRON, change(CONFIG, hidden_size="128"), ("hidden_size: '128' is no positive integer",)),
     "no heads": (MEGATRON, change(CONFIG, num_attention_heads=0), ("num_attention_heads: 0 is no positive",)),

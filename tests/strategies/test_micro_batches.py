@@ -111,6 +111,16 @@ def test_cost_counts_the_weights_that_a_token_meets(checkpoint: Checkpoints, fam
     assert cost.per_prediction == 2 * model.hidden_size * model.vocab_size
 
 
+def test_windows_limit_the_pairs_of_a_token() -> None:
+    tokens, lengths = sequences(), sequences().lengths
+    pairs = [sum(min(position + 1, 6) for position in range(length)) for length in lengths.tolist()]
+    found = costs_of(tokens, PassCost(0, 0, 0, per_windowed_pair=1, window=6))
+    # Half of the square of n counts n / 2 pairs less than there are.
+    want = [2 * count - min(length, 6) for count, length in zip(pairs, lengths.tolist(), strict=True)]
+    assert found.tolist() == want
+    assert costs_of(tokens, PassCost(0, 0, 0, per_windowed_pair=1, window=100)).tolist() == (lengths**2).tolist()
+
+
 def test_padding_costs_if_samples_are_not_packed() -> None:
     tokens, cost = sequences(), PassCost(100, 10, 1)
     lengths, predicted = tokens.lengths, tokens.response_mask.sum(-1)

@@ -133,8 +133,8 @@ def test_installed_torch_takes_the_keywords_of_the_newest_version() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("version", [None, *VERSIONS])
-def test_context_ranks_compute_their_part_of_whole_samples(version: str | None, ranks: int) -> None:
+@pytest.mark.parametrize(("version", "window"), [(None, 4), *((version, None) for version in (None, *VERSIONS))])
+def test_context_ranks_compute_their_part_of_whole_samples(version: str | None, window: int | None, ranks: int) -> None:
     from roll_gspo.strategies.megatron.engine.packed_layout import own_positions
     from roll_gspo.strategies.varlen import adapted, context_attention
 
@@ -146,13 +146,13 @@ def test_context_ranks_compute_their_part_of_whole_samples(version: str | None, 
     )
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist()
     pieces = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-    whole = torch.cat(
-        [
-            F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in piece), is_causal=True, enable_gqa=True)
-            for piece in pieces
-        ],
-        1,
-    ).transpose(0, 1)
+    wholes = []
+    for piece in pieces:
+        distance = torch.arange(len(piece[0]))[:, None] - torch.arange(len(piece[0]))
+        seen = (distance >= 0) & (distance < (window or len(distance)))
+        heads = (tensor.transpose(0, 1) for tensor in piece)
+        wholes.append(F.scaled_dot_product_attention(*heads, seen, enable_gqa=True))
+    whole = torch.cat(wholes, 1).transpose(0, 1)
     places = [
         torch.cat([start + own_positions(length, rank, ranks) for start, length in zip(starts, lengths, strict=True)])
         for rank in range(ranks)
@@ -160,7 +160,7 @@ def test_context_ranks_compute_their_part_of_whole_samples(version: str | None, 
     gathered = key[torch.cat(places)], value[torch.cat(places)]
     own = tuple(length // ranks for length in lengths)
     for rank, place in enumerate(places):
-        out = context_attention(query[place], *gathered, own, (rank, ranks), None, kernel)
+        out = context_attention(query[place], *gathered, own, (rank, ranks), None, kernel, window)
         torch.testing.assert_close(out, whole[place], rtol=0, atol=1e-6)
 
 
@@ -181,9 +181,9 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_layers_wait_for_no_value_of_the_device(checkpoint: Checkpoints, packed: bool) -> None:
-    engine = megatron.MegatronInfer(model_setup(checkpoint("qwen3_tied")), MegatronConfig(use_sequence_packing=packed))
+@pytest.mark.parametrize(("family", "packed"), [("qwen3_tied", False), ("qwen3_tied", True), ("gemma3", True)])
+def test_layers_wait_for_no_value_of_the_device(checkpoint: Checkpoints, family: str, packed: bool) -> None:
+    engine = megatron.MegatronInfer(model_setup(checkpoint(family)), MegatronConfig(use_sequence_packing=packed))
     model = engine._model
     model.chunks[0].requires_grad_(True)
     micro_batch = model.micro_batch(sequences(), None)
