@@ -119,7 +119,7 @@ def _worker_problems(config: AnyConfig, name: str, role: Role) -> Iterator[Probl
     args, devices = role.strategy_args, devices_of(role)
     size, per_node, key = args.devices_per_worker, devices_per_node(config), f"{name}.device_mapping"
     if not (args.is_distributed or isinstance(role, ActorInferConfig)) and len(devices) > 1:
-        message = f"{len(devices)} ranks, but {args.strategy_name} has one; set it to one device, or strategy=megatron"
+        message = f"{len(devices)} ranks, but {args.strategy_name} has one; set it to one device, or strategy=fsdp2"
         yield Problem(key, message)
         return
     if len(devices) % size:

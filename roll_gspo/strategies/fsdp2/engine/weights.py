@@ -58,9 +58,14 @@ def load_shards(
         replacement = Parameter(made, requires_grad=parameter.requires_grad)
         for owner, own_name in owners[id(parameter)]:
             owner.register_parameter(own_name, replacement)
-    for name, buffer in module.named_buffers():
-        if name in module.state_dict(keep_vars=True):
-            buffer.copy_(_read(names, name, reader, 0, None))
+    for name, buffer in persistent_buffers(module):
+        buffer.copy_(_read(names, name, reader, 0, None))
+
+
+def persistent_buffers(module: Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of a module that checkpoints hold; every rank has them whole."""
+    kept = module.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
 
 
 def own_rows(parameter: DTensor) -> tuple[int, int]:
@@ -78,7 +83,7 @@ def _read(names: CheckpointNames, name: str, reader: CheckpointReader, start: in
 
 
 class ShardedWeights:
-    """The live weights of a sharded model under checkpoint names (see `WeightSource`).
+    """The live weights and persistent buffers of a sharded model under checkpoint names (see `WeightSource`).
 
     An iteration is a collective: every rank iterates to the end and gets every whole tensor. Besides its own part, a
     rank holds one whole parameter.
@@ -86,7 +91,7 @@ class ShardedWeights:
     Args:
         module: the module at rest, i.e. with sharded parameters.
         names: names of its parameters in checkpoints.
-        dtype: dtype of the yielded tensors.
+        dtype: dtype of the yielded weights. Buffers keep their own.
     """
 
     def __init__(self, module: Module, names: CheckpointNames, dtype: torch.dtype) -> None:
@@ -101,3 +106,4 @@ class ShardedWeights:
         yield from self._names.stream(
             (name, parameter.detach().to(self._dtype).full_tensor()) for name, parameter in sharded
         )
+        yield from self._names.stream(persistent_buffers(self._module))

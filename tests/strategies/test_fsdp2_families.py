@@ -1,4 +1,4 @@
-"""Packed samples have the log-probs of padded ones, in every family that the FSDP2 engine packs."""
+"""Every family that the FSDP2 engine packs: packing changes no log-prob, and weights keep their names and values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import model_setup, sequences
+from safetensors.torch import load_file
 from tiny_models import VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, Fsdp2Config
 from roll_gspo.strategies.fsdp2.engine.infer import Fsdp2Infer
+from roll_gspo.strategies.fsdp2.engine.weights import ShardedWeights
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -73,11 +75,14 @@ def written(folder: Path, model_type: str) -> Path:
 @pytest.mark.parametrize("model_type", PACKED_FAMILIES)
 def test_packing_changes_no_log_prob(model_type: str, tmp_path: Path) -> None:
     setup = model_setup(written(tmp_path, model_type))
-    padded, packed = (
-        Fsdp2Infer(setup, Fsdp2Config(use_sequence_packing=packs)).score(sequences(), entropy=True)
-        for packs in (False, True)
-    )
+    engines = [Fsdp2Infer(setup, Fsdp2Config(use_sequence_packing=packs)) for packs in (False, True)]
+    padded, packed = (engine.score(sequences(), entropy=True) for engine in engines)
     assert padded.entropy is not None and packed.entropy is not None
     torch.testing.assert_close(packed.log_probs, padded.log_probs, rtol=0, atol=2e-5)
     torch.testing.assert_close(packed.entropy, padded.entropy, rtol=0, atol=2e-5)
     assert padded.log_probs[0].unique().numel() > 5
+    model = engines[1]._model
+    exported = dict(ShardedWeights(model.module, model.names, torch.float32))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in exported.items()} == {n: t.shape for n, t in stored.items()}
+    assert all(torch.equal(exported[name], tensor) for name, tensor in stored.items())
