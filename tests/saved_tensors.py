@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import Module
+
+
+def gathered_parameters(module: Module) -> list[Tensor]:
+    """Return the buffers that FSDP gathers parameters into; they exist after a first pass."""
+    groups = [part._get_fsdp_state()._fsdp_param_group for part in module.modules() if isinstance(part, FSDPModule)]
+    return [buffer for group in groups if group for part in group.fsdp_params for buffer in part.all_gather_outputs]
 
 
 class SavedBytes:
@@ -18,7 +26,7 @@ class SavedBytes:
         self.peak = 0
         self._now = 0
         self._owners: dict[int, int] = {}
-        self._ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self._ignored = {parameter.untyped_storage()._cdata for parameter in parameters}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -28,9 +36,9 @@ class SavedBytes:
 
     def change(self, storage: torch.UntypedStorage, owners: int) -> None:
         """Add owners of a storage, or remove them."""
-        key = storage.data_ptr()
-        if key in self._ignored:
+        if storage._cdata in self._ignored:
             return
+        key = storage.data_ptr()
         before = self._owners.get(key, 0)
         self._owners[key] = before + owners
         self._now += storage.nbytes() * (bool(self._owners[key]) - bool(before))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engine_cases import model_setup, optimizer_setup
-from saved_tensors import SavedBytes, flash_attention, fused_rms_norm
+from saved_tensors import SavedBytes, flash_attention, fused_rms_norm, gathered_parameters
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -26,11 +27,13 @@ from roll_gspo.config.memory import PassSize
 from roll_gspo.metrics import Metric
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.strategies.base import TokenScores, TrainStrategy
+from roll_gspo.strategies.fsdp2.config import Fsdp2Config
+from roll_gspo.strategies.fsdp2.engine.train import Fsdp2Train
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.megatron.config import MegatronConfig
 from roll_gspo.strategies.megatron.memory import kept_bytes
-from roll_gspo.strategies.transformers_memory import pass_bytes as hf_pass_bytes
+from roll_gspo.strategies.transformers_memory import pass_bytes
 
 megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
 pytestmark = pytest.mark.megatron
@@ -121,12 +124,29 @@ def test_megatron_keeps_the_estimated_bytes(
     ("family", "dtype"), [("dense", torch.float32), ("dense", torch.bfloat16), ("experts", torch.bfloat16)]
 )
 def test_transformers_keeps_the_estimated_bytes(folders: dict[str, Path], family: str, dtype: torch.dtype) -> None:
-    itemsize, config = dtype.itemsize, HfConfig()
-    engine = HfTrain(model_setup(folders[family], dtype), optimizer_setup(), config)
+    itemsize = dtype.itemsize
+    engine = HfTrain(model_setup(folders[family], dtype), optimizer_setup(), HfConfig())
     measured = _measured(engine, engine._model.parameters())
-    model, size = Architecture.from_checkpoint(folders[family]), PassSize(POSITIONS, POSITIONS // 2)
-    found = hf_pass_bytes(model, config, size, itemsize, train=True, head=True)
+    _check_transformers(folders[family], itemsize, measured, autocast=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("dense", torch.float32), ("dense", torch.bfloat16), ("experts", torch.bfloat16)]
+)
+def test_fsdp2_keeps_the_estimated_bytes(folders: dict[str, Path], family: str, dtype: torch.dtype) -> None:
+    engine = Fsdp2Train(model_setup(folders[family], dtype), optimizer_setup(), Fsdp2Config())
+    engine.update([_batch()], _loss, False)  # creates the buffers of gathered parameters
+    _check_transformers(
+        folders[family], dtype.itemsize, _measured(engine, gathered_parameters(engine._model.module)), autocast=False
+    )
+
+
+def _check_transformers(folder: Path, itemsize: int, measured: int, *, autocast: bool) -> None:
+    """Compare the estimate with what autograd has kept."""
+    model, size = Architecture.from_checkpoint(folder), PassSize(POSITIONS, POSITIONS // 2)
+    options: Any = {"recompute": False, "autocast": autocast}
+    found = pass_bytes(model, size, itemsize, train=True, head=True, **options)
     logits = POSITIONS // 2 * VOCAB * itemsize  # kept; the estimate adds two more that exist for a while
-    working = hf_pass_bytes(model, config, size, itemsize, train=False, head=False).activations
+    working = pass_bytes(model, size, itemsize, train=False, head=False, **options).activations
     assert found.activations - working + logits == pytest.approx(measured, rel=0.08)
     assert found.logits == 3 * logits

@@ -10,6 +10,7 @@ from roll_gspo.config.memory import Alternative, PassBytes, PassSize
 from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrategyArgs, StrategyArgs, TrainStrategyArgs
 from roll_gspo.models.size import model_type_of, size_of, supported_architecture_of
 from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, Fsdp2Config
+from roll_gspo.strategies.fsdp2.memory import gathered_bytes
 from roll_gspo.strategies.transformers_families import check_family
 from roll_gspo.strategies.transformers_memory import pass_bytes
 
@@ -82,15 +83,11 @@ class Fsdp2Args(StrategyArgs):
         if architecture is None or parameters is None:
             return None
         recompute = self.strategy_config.gradient_checkpointing
-        found = pass_bytes(architecture, size, itemsize, train=train, head=not value_head, recompute=recompute)
-        embeddings = architecture.vocab_size * architecture.hidden_size
-        embeddings *= 1 if architecture.tie_word_embeddings else 2
-        layer = (parameters.num_parameters - embeddings) / architecture.num_layers
-        # the root's parameters, the layer that computes, and the next one, which is gathered meanwhile
-        gathered = embeddings + 2 * layer
-        if train and not self.strategy_config.reshard_after_forward:
-            gathered = parameters.num_parameters
-        return [PassBytes(found.activations + gathered * itemsize, found.logits)] * num_devices
+        found = pass_bytes(
+            architecture, size, itemsize, train=train, head=not value_head, recompute=recompute, autocast=False
+        )
+        gathered = gathered_bytes(architecture, parameters.num_parameters, self.strategy_config, itemsize, train=train)
+        return [PassBytes(found.activations + gathered, found.logits)] * num_devices
 
 
 class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):

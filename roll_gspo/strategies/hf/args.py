@@ -58,7 +58,9 @@ class HfArgs(StrategyArgs):
         if architecture is None:
             return None
         recompute = self.strategy_config.gradient_checkpointing
-        found = pass_bytes(architecture, size, itemsize, train=train, head=not value_head, recompute=recompute)
+        found = pass_bytes(
+            architecture, size, itemsize, train=train, head=not value_head, recompute=recompute, autocast=True
+        )
         return [found] * num_devices
 
     def _generation_problems(self) -> Iterator[Problem]:
