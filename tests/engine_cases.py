@@ -13,6 +13,7 @@ from torch import Tensor
 from roll_gspo.batch import Sequences, TrainBatch
 from roll_gspo.metrics import Metric, mean_of
 from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, TokenScores, TrainStrategy, ValueStrategy
+from roll_gspo.strategies.fsdp2.engine.value import Fsdp2Value
 from roll_gspo.strategies.hf.model import HfWeights
 from roll_gspo.strategies.hf.value import HfValue
 
@@ -82,6 +83,8 @@ def value_weights(engine: ValueStrategy) -> dict[str, Tensor]:
     """Return the current weights of a critic under checkpoint names; its head replaces the output layer."""
     if isinstance(engine, HfValue):
         return dict(HfWeights(engine._model))
+    if isinstance(engine, Fsdp2Value):
+        return {name: parameter.detach().full_tensor() for name, parameter in engine._model.module.named_parameters()}
     from roll_gspo.strategies.megatron.engine.weights import MegatronWeights
 
     model = engine._model  # type: ignore[attr-defined]

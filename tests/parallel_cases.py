@@ -42,27 +42,6 @@ def trained(
     }
 
 
-def moved(folder: Path, layout: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[bool]:
-    """Train twice, once with moves to the host before each call; return whether scores, steps and weights are equal."""
-    from roll_gspo.strategies.megatron.engine import MegatronTrain
-    from roll_gspo.strategies.residency import Residency
-
-    stays, moves = (MegatronTrain(model_setup(folder, dtype), OPTIMIZER, MegatronConfig(**layout)) for _ in range(2))
-    equal = []
-    for step in range(2):
-        moves.reside(Residency.OFFLOADED)
-        moves.reside(Residency.WEIGHTS)
-        equal.append(torch.equal(moves.score(sequences()).log_probs, stays.score(sequences()).log_probs))
-        moves.reside(Residency.FULL)
-        results = [
-            engine.update(MicroBatching(2).split(train_batch(step)), policy_loss, True) for engine in (stays, moves)
-        ]
-        equal.append(results[0].loss == results[1].loss and results[0].grad_norm == results[1].grad_norm)
-    moves.reside(Residency.WEIGHTS)
-    pairs = zip(stays.weights(), moves.weights(), strict=True)
-    return [*equal, all(torch.equal(one, other) for (_, one), (_, other) in pairs)]
-
-
 def valued(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Compute values before and after three updates of a critic in a layout."""
     from roll_gspo.strategies.megatron.engine import MegatronValue

@@ -12,7 +12,7 @@ import torch
 from commands import Outcome
 from ranks import Ranks
 from safetensors.torch import load_file
-from state_cases import converted
+from state_cases import Layout, converted
 
 import roll_gspo.export
 from roll_gspo.checkpoint import CheckpointStore
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.e2e
 Command = Callable[..., Outcome]
 Export = Callable[..., tuple[int, str, str]]
 ARGUMENTS = ("--config-name", "example_gspo", "strategy=hf", "run_name=run")
-MEGATRON = "actor_train.strategy_args.strategy_name=megatron_train"
+TRAINER = "actor_train.strategy_args.strategy_name="
+MEGATRON = f"{TRAINER}megatron_train"
 RUN = Path("out/example_gspo/run")
 WEIGHTS = "model.safetensors"
 
@@ -41,12 +42,12 @@ def export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     return run
 
 
-@pytest.mark.parametrize("engine", ["hf", pytest.param("megatron", marks=pytest.mark.megatron)])
+@pytest.mark.parametrize("engine", ["hf", "fsdp2", pytest.param("megatron", marks=pytest.mark.megatron)])
 def test_exported_folder_equals_the_export_of_the_run(
     command: Command, small: tuple[str, ...], export: Export, engine: str
 ) -> None:
-    """Compare with `actor_train_hf`, which the training wrote, for both engines."""
-    assert command(*ARGUMENTS, *small, "max_steps=1", *([MEGATRON] if engine == "megatron" else [])).code == 0
+    """Compare with `actor_train_hf`, which the training wrote, for every engine."""
+    assert command(*ARGUMENTS, *small, "max_steps=1", f"{TRAINER}{engine}_train").code == 0
     code, out, err = export(RUN, "exported")
     assert (code, err) == (0, "")
     assert "exported: log-probabilities as trained (largest difference " in out
@@ -70,12 +71,7 @@ def test_export_reads_a_checkpoint_of_two_ranks_and_reports_errors(
 ) -> None:
     assert command(*ARGUMENTS, *small, "max_steps=1", MEGATRON).code == 0
     first = RUN / "checkpoints/step_000001"
-    layout = {"tensor_model_parallel_size": 2}
-    with CheckpointStore(Path("two/checkpoints"), 0).writing(1) as folder:
-        shutil.copyfile(first / "config.yaml", folder / "config.yaml")
-        state, target = (path.resolve() for path in (first / "actor_train", folder / "actor_train"))
-        ranks.run(2, converted, pretrained, layout, state, target)
-    assert len(list(Path("two").rglob("*.distcp"))) == 2
+    _write_again_by_two_ranks(first, pretrained, ranks, {"tensor_model_parallel_size": 2})
     code, _, err = export("two", "of_two")
     assert code == 0, err
     assert (Path("of_two") / WEIGHTS).read_bytes() == (first / "actor_train_hf" / WEIGHTS).read_bytes()
@@ -98,3 +94,25 @@ def test_export_reads_a_checkpoint_of_two_ranks_and_reports_errors(
         code, _, err = export("bare", "out_of_nothing")
         assert code == 2 and err.startswith(f"{config}: is not a configuration of this version")
     assert not Path("out_of_nothing").exists() and not Path("touched").exists()
+
+
+def _write_again_by_two_ranks(first: Path, model: Path, ranks: Ranks, layout: Layout) -> None:
+    """Write a copy of a checkpoint to the run `two`, whose training state is that of two ranks."""
+    with CheckpointStore(Path("two/checkpoints"), 0).writing(1) as folder:
+        shutil.copyfile(first / "config.yaml", folder / "config.yaml")
+        state, target = (path.resolve() for path in (first / "actor_train", folder / "actor_train"))
+        ranks.run(2, converted, model, layout, state, target)
+    assert len(list(Path("two").rglob("*.distcp"))) == 2
+
+
+def test_export_reads_a_checkpoint_of_two_ranks_of_fsdp2(
+    command: Command, small: tuple[str, ...], pretrained: Path, export: Export, ranks: Ranks
+) -> None:
+    assert command(*ARGUMENTS, *small, "max_steps=1", f"{TRAINER}fsdp2_train").code == 0
+    first = RUN / "checkpoints/step_000001"
+    _write_again_by_two_ranks(first, pretrained, ranks, {"engine": "fsdp2"})
+    code, _, err = export("two", "of_two")
+    assert code == 0, err
+    assert (Path("of_two") / WEIGHTS).read_bytes() == (first / "actor_train_hf" / WEIGHTS).read_bytes()
+    code, _, err = export("two", "out_of_nothing", "--model", "builtin:tiny_qwen3_moe")
+    assert code == 1 and "parameters of another model" in err and not Path("out_of_nothing").exists()

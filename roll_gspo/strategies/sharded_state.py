@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
+from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.errors import CheckpointError
 from roll_gspo.strategies.untrusted_state import COMMON, INDEX, check_contents, read_index
 
@@ -155,6 +156,45 @@ class ShardedSave:
         (self._folder / MANIFEST).write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
+class PendingSave:
+    """The save of a rank that is being written, if there is one."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[ShardedSave, BackgroundWrite] | None = None
+
+    def start(self, save: ShardedSave, asynchronous: bool) -> None:
+        """Write a save, in a thread if `asynchronous`; a collective. `finish` must have returned True before.
+
+        Raises:
+            CheckpointError: a rank could not write; raised on every rank.
+        """
+        if asynchronous:
+            self._pending = save, BackgroundWrite(save.write)
+        else:
+            save.write()
+            save.finish()
+
+    def finish(self, wait: bool = True) -> bool:
+        """Return whether the last save is complete (True if there was none), equal on all ranks; a collective.
+
+        Args:
+            wait: wait until it is complete.
+
+        Raises:
+            CheckpointError: a rank could not write; raised on every rank.
+        """
+        if self._pending is None:
+            return True
+        save, background = self._pending
+        if wait:
+            background.wait()
+        elif not _all_true(background.done):
+            return False
+        self._pending = None
+        save.finish()
+        return True
+
+
 def open_state(folder: Path, state_format: StateFormat, check_files: Callable[[], None] = lambda: None) -> Manifest:
     """Read the manifest and check every file against it; a collective in which each rank checks some files.
 
@@ -230,11 +270,6 @@ def agree(problem: str | None) -> None:
         raise CheckpointError(problems[0])
 
 
-def all_true(mine: bool) -> bool:
-    """Return whether `mine` is true on every rank; a collective."""
-    return all(gathered(mine))
-
-
 def rank() -> int:
     """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -262,6 +297,11 @@ def cause(error: BaseException) -> str:
             return str(seen)
         seen = seen.__cause__ or seen.__context__
     return str(error).strip() or traceback.format_exception_only(error)[0].strip()
+
+
+def _all_true(mine: bool) -> bool:
+    """Return whether `mine` is true on every rank; a collective."""
+    return all(gathered(mine))
 
 
 def _on_first_rank(action: Callable[[], None]) -> list[str]:

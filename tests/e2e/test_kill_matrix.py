@@ -19,6 +19,7 @@ VICTIMS = ("controller", "actor_train rank 1", "actor_infer rank 1", "reward")
 ASYNC_STAGES = (("wait_rollouts", 1), ("update", 2), ("sync_weights", 2), ("validate", 2), ("save", 2))
 ONE_STEP_OFF = ("async_generation_ratio=1", "max_steps=4")
 IN_FLIGHT = ("async_generation_ratio=2", "async_mode=in_flight", "max_steps=4")
+FSDP2 = ("strategy=fsdp2",)
 ENDING = ("controller", "actor_train rank 1")  # a run ends if it loses one of these
 RUN = Path("out/example_gspo/run")
 
@@ -80,6 +81,12 @@ def whole_ahead(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
     return whole_run(tmp_path_factory.mktemp("ahead"), *arguments, *ONE_STEP_OFF)
 
 
+@pytest.fixture(scope="module")
+def whole_fsdp2(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run whose trainer is sharded over two ranks."""
+    return whole_run(tmp_path_factory.mktemp("fsdp2"), *arguments, *FSDP2)
+
+
 def killed_run(folder: Path, arguments: tuple[str, ...], stage: str, step: int, victim: str) -> str:
     """Train with a process killed, resume the run if that ended it, and return the output of the first process."""
     killing = [str(ROOT / "tests" / "killing_run.py"), stage, str(step), victim]
@@ -101,6 +108,33 @@ def test_killed_process_does_not_change_the_result(
     killed_run(tmp_path, arguments, stage, 2, victim)
     assert computed(tmp_path / RUN) == computed(whole)
     assert rollouts_of(tmp_path / RUN) == rollouts_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("victim", "stage"), [("controller", "update"), ("actor_train rank 1", "update"), ("actor_train rank 1", "save")]
+)
+def test_killed_process_does_not_change_the_result_of_fsdp2(
+    tmp_path: Path, arguments: tuple[str, ...], whole_fsdp2: Path, victim: str, stage: str
+) -> None:
+    killed_run(tmp_path, (*arguments, *FSDP2), stage, 2, victim)
+    assert computed(tmp_path / RUN) == computed(whole_fsdp2)
+    assert rollouts_of(tmp_path / RUN) == rollouts_of(whole_fsdp2)
+
+
+def test_run_of_fsdp2_continues_with_another_number_of_ranks(
+    tmp_path: Path, arguments: tuple[str, ...], whole_fsdp2: Path
+) -> None:
+    """Two ranks train the first step, one rank the second, and two the third."""
+    one = ("actor_train.device_mapping=[0]", "actor_train.training_args.gradient_accumulation_steps=2")
+    resumed = ("resume_from_checkpoint=true", "resume_with_changes=true")
+    killing = str(ROOT / "tests" / "killing_run.py")
+    for step, changes in ((2, ()), (3, (*one, *resumed))):
+        _, output = run(tmp_path, [killing, "update", str(step), "controller"], *arguments, *FSDP2, *changes)
+        assert "killing controller in update" in output, output
+    code, output = run(tmp_path, ["-m", "roll_gspo.run"], *arguments, *FSDP2, *resumed)
+    assert code == 0 and "resumed after step 2" in output, output
+    for mine, other in zip(computed(tmp_path / RUN), computed(whole_fsdp2), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "step"), ASYNC_STAGES)

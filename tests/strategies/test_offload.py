@@ -26,6 +26,10 @@ from roll_gspo.errors import ResidencyError
 from roll_gspo.metrics import Metric
 from roll_gspo.strategies import offload
 from roll_gspo.strategies.base import Sampling
+from roll_gspo.strategies.fsdp2.config import Fsdp2Config
+from roll_gspo.strategies.fsdp2.engine.infer import Fsdp2Infer
+from roll_gspo.strategies.fsdp2.engine.train import Fsdp2Train
+from roll_gspo.strategies.fsdp2.engine.value import Fsdp2Value
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
 from roll_gspo.strategies.hf.train import HfTrain
@@ -36,7 +40,7 @@ from roll_gspo.strategies.residency import OffloadableEngine, Residency
 OFFLOADED, WEIGHTS, FULL = Residency
 MEGATRON = pytest.param("megatron", marks=pytest.mark.megatron)
 TRAINERS = [
-    "hf",
+    *("hf", "fsdp2", "fsdp2_bf16"),
     *(
         pytest.param(name, marks=pytest.mark.megatron)
         for name in ("megatron", "megatron_bf16", "megatron_dist", "megatron_dist_bf16", "megatron_moe_dist")
@@ -50,6 +54,8 @@ def trainer_of(name: str, checkpoint: Checkpoints) -> Any:
     setup = model_setup(folder, torch.bfloat16 if "bf16" in name else torch.float32)
     if name == "hf":
         return HfTrain(setup, optimizer_setup(), HfConfig())
+    if name.startswith("fsdp2"):
+        return Fsdp2Train(setup, optimizer_setup(), Fsdp2Config())
     megatron = pytest.importorskip("roll_gspo.strategies.megatron.engine", exc_type=ImportError)
     from roll_gspo.strategies.megatron.config import MegatronConfig
 
@@ -96,7 +102,7 @@ def test_training_continues_as_without_a_move(checkpoint: Checkpoints, name: str
     assert memory_of(moves) == everything
 
 
-@pytest.mark.parametrize("name", TRAINERS[:4])
+@pytest.mark.parametrize("name", TRAINERS[:6])
 def test_a_checkpoint_does_not_depend_on_residency(checkpoint: Checkpoints, tmp_path: Path, name: str) -> None:
     stays, moves = trainer_of(name, checkpoint), trainer_of(name, checkpoint)
     for engine in (stays, moves):
@@ -118,12 +124,14 @@ def test_a_checkpoint_does_not_depend_on_residency(checkpoint: Checkpoints, tmp_
     assert update(fresh, 1) == update(stays, 1)
 
 
-@pytest.mark.parametrize("name", ["hf", MEGATRON])
+@pytest.mark.parametrize("name", ["hf", "fsdp2", MEGATRON])
 def test_a_critic_moves_too(checkpoint: Checkpoints, name: str) -> None:
     def build() -> Any:
         setup = model_setup(checkpoint("qwen3_tied"))
         if name == "hf":
             return HfValue(setup, optimizer_setup(), HfConfig())
+        if name == "fsdp2":
+            return Fsdp2Value(setup, optimizer_setup(), Fsdp2Config())
         from roll_gspo.strategies.megatron.config import MegatronConfig
         from roll_gspo.strategies.megatron.engine import MegatronValue
 
@@ -148,10 +156,12 @@ def test_a_critic_moves_too(checkpoint: Checkpoints, name: str) -> None:
         assert torch.equal(weight, value_weights(moves)[key]), key
 
 
-@pytest.mark.parametrize("name", ["hf", MEGATRON])
+@pytest.mark.parametrize("name", ["hf", "fsdp2", MEGATRON])
 def test_a_reference_returns_from_one_copy_on_the_host(checkpoint: Checkpoints, name: str) -> None:
     if name == "hf":
         engine: Any = HfInfer(model_setup(checkpoint("qwen2")), HfConfig())
+    elif name == "fsdp2":
+        engine = Fsdp2Infer(model_setup(checkpoint("qwen2")), Fsdp2Config())
     else:
         from roll_gspo.strategies.megatron.config import MegatronConfig
         from roll_gspo.strategies.megatron.engine import MegatronInfer

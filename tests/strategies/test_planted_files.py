@@ -19,6 +19,9 @@ from parallel_cases import squared_error
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from roll_gspo.errors import CheckpointError
+from roll_gspo.strategies.fsdp2.config import Fsdp2Config
+from roll_gspo.strategies.fsdp2.engine.train import Fsdp2Train
+from roll_gspo.strategies.fsdp2.engine.value import Fsdp2Value
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.train import HfTrain
 from roll_gspo.strategies.megatron.config import MegatronConfig
@@ -52,11 +55,14 @@ def states(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
         "hf": HfTrain(*setup, HfConfig()),
         "megatron": megatron.MegatronTrain(*setup, MegatronConfig()),
         "critic": megatron.MegatronValue(*setup, MegatronConfig()),
+        "fsdp2": Fsdp2Train(*setup, Fsdp2Config()),
+        "fsdp2 critic": Fsdp2Value(*setup, Fsdp2Config()),
     }
     made = {}
     for name, engine in engines.items():
-        batch, loss = (value_batch(), squared_error) if name == "critic" else (train_batch(), policy_loss)
-        engine.update(batch.split(3), loss, *([] if name == "critic" else [True]))
+        critic = name.endswith("critic")
+        batch, loss = (value_batch(), squared_error) if critic else (train_batch(), policy_loss)
+        engine.update(batch.split(3), loss, *([] if critic else [True]))
         folder = tmp_path_factory.mktemp(name)
         engine.save(folder)
         engine.load(folder)
@@ -88,8 +94,9 @@ def _refused(engine: Any, state: Path, touched: Path) -> str:
         ("hf", "hf_train.pt"),
         *(
             (engine, name)
-            for engine in ("megatron", "critic")
+            for engine in ("megatron", "critic", "fsdp2", "fsdp2 critic")
             for name in (SHARDS, ".metadata", "common.pt", "metadata.json", "manifest.json")
+            if not (engine.startswith("fsdp2") and name == "metadata.json")  # a file of megatron
         ),
     ],
 )
@@ -120,10 +127,11 @@ def _point_all_tensors_at_the_whole_file(state: Path) -> None:
     (state / ".metadata").write_bytes(pickle.dumps(index))
 
 
+@pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
 @pytest.mark.parametrize("how", ["bytes", "outside", "transform", "getattr", "no index"])
-def test_crafted_index_is_refused(states: dict[str, tuple[Any, Path]], tmp_path: Path, how: str) -> None:
+def test_crafted_index_is_refused(states: dict[str, tuple[Any, Path]], tmp_path: Path, how: str, engine: str) -> None:
     """An index without foreign classes, by which torch would unpickle freely or read another file."""
-    trainer, original = states["megatron"]
+    trainer, original = states[engine]
     state, touched = tmp_path / "state", tmp_path / "touched"
     shutil.copytree(original, state)
     (state / SHARDS).write_bytes(_torch_file(Program(touched)))
@@ -146,3 +154,54 @@ def test_crafted_index_is_refused(states: dict[str, tuple[Any, Path]], tmp_path:
     assert said.startswith(f"{state / '.metadata'}: cannot be read (")
     if how == "getattr":
         assert "it refers to builtins.getattr" in said
+
+
+@pytest.mark.parametrize("how", ["missing", "incomplete", "another shape"])
+def test_index_that_lacks_a_part_of_a_tensor_is_refused(
+    states: dict[str, tuple[Any, Path]], tmp_path: Path, how: str
+) -> None:
+    """Memory that no file fills would keep random values."""
+    trainer, original = states["fsdp2"]
+    state = tmp_path / "state"
+    shutil.copytree(original, state)
+    index: Any = pickle.loads((state / ".metadata").read_bytes())
+    tensor = index.state_dict_metadata["exp_avg.model.norm.weight"]
+    if how == "missing":
+        del index.state_dict_metadata["exp_avg.model.norm.weight"]
+    elif how == "incomplete":
+        (chunk,) = tensor.chunks
+        tensor.chunks = [dataclasses.replace(chunk, sizes=torch.Size([chunk.sizes[0] - 1]))]
+    else:
+        tensor.size = torch.Size([63])
+    (state / ".metadata").write_bytes(pickle.dumps(index))
+    _seal(state)
+    before = trainer._trainer._optimizer.state_dict()
+    said = _refused(trainer, state, tmp_path / "touched")
+    assert said.startswith(
+        f"{state}: holds no optimizer state" if how == "missing" else f"{state / '.metadata'}: cannot"
+    )
+    assert "'exp_avg.model.norm.weight'" in said
+    after = trainer._trainer._optimizer.state_dict()
+    assert all(after["state"][number] is moments for number, moments in before["state"].items()), "nothing was read"
+
+
+@pytest.mark.parametrize(
+    "common",
+    [
+        {"rng": [], "steps": {}},
+        {"rng": [{"torch": torch.zeros(3, dtype=torch.uint8), "cuda": None}], "steps": {}},
+        {"rng": [{"torch": torch.get_rng_state(), "cuda": None}], "steps": {"another": 1}},
+        {"rng": [{"torch": torch.get_rng_state(), "cuda": None}], "steps": [1]},
+        ["rng"],
+    ],
+    ids=["no ranks", "short state", "another parameter", "a list", "no mapping"],
+)
+def test_crafted_values_are_refused(states: dict[str, tuple[Any, Path]], tmp_path: Path, common: Any) -> None:
+    trainer, original = states["fsdp2"]
+    state = tmp_path / "state"
+    shutil.copytree(original, state)
+    torch.save(common, state / "common.pt")
+    _seal(state)
+    before = torch.get_rng_state()
+    assert _refused(trainer, state, tmp_path / "touched").startswith(f"{state / 'common.pt'}: cannot be read (")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from roll_gspo.config.base import Problem
@@ -15,7 +16,14 @@ from roll_gspo.strategies.transformers_families import check_family
 from roll_gspo.strategies.transformers_memory import pass_bytes
 
 if TYPE_CHECKING:
-    from roll_gspo.strategies.base import ModelSetup, OptimizerSetup, ScoringStrategy, TrainStrategy, ValueStrategy
+    from roll_gspo.strategies.base import (
+        ModelSetup,
+        OptimizerSetup,
+        ScoringStrategy,
+        TrainedModel,
+        TrainStrategy,
+        ValueStrategy,
+    )
 
 
 class Fsdp2Args(StrategyArgs):
@@ -120,6 +128,12 @@ class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):
         from roll_gspo.strategies.fsdp2.engine.value import Fsdp2Value
 
         return Fsdp2Value(model, optimizer, self.strategy_config)
+
+    def load_trained(self, model: ModelSetup, optimizer: OptimizerSetup, folder: Path) -> TrainedModel:
+        """Read the weights of any number of ranks into a model of one rank, without an optimizer."""
+        from roll_gspo.strategies.fsdp2.engine.trained import Fsdp2Trained
+
+        return Fsdp2Trained(model, self.strategy_config, folder)
 
 
 class Fsdp2InferArgs(Fsdp2Args, ScoreStrategyArgs):

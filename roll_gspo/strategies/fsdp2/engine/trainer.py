@@ -6,7 +6,8 @@ Legend: N response tokens of a micro-batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
 from roll_gspo.strategies.fsdp2.engine.model import ShardedModel
 from roll_gspo.strategies.fsdp2.engine.model_input import ModelInput
+from roll_gspo.strategies.fsdp2.engine.state import begin_save, load_state
 from roll_gspo.strategies.gathering import gather_reports
 from roll_gspo.strategies.offload import EngineState, Part, outside
 from roll_gspo.strategies.reports import Report
 from roll_gspo.strategies.schedule import learning_rate
+from roll_gspo.strategies.sharded_state import PendingSave
 
 # (outputs [N, V] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the loss,
 # metrics)
@@ -46,7 +49,8 @@ class Fsdp2Trainer:
     def __init__(self, model: ShardedModel, setup: OptimizerSetup) -> None:
         self._model = model
         self._setup = setup
-        self._parameters = [p for p in model.module.parameters() if p.requires_grad]
+        self._named = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        self._parameters = list(self._named.values())
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self._parameters if p.dim() > 1], "weight_decay": setup.weight_decay},
@@ -57,9 +61,16 @@ class Fsdp2Trainer:
             eps=setup.epsilon,
         )
         self._applied_steps = 0
-        weights = Part(lambda: weight_tensors(model.module))
-        training = Part(lambda: outside(self._training_tensors(), weight_tensors(model.module)))
-        self.state = EngineState("fsdp2_train", weights, [training])
+        self._pending_save = PendingSave()
+        training = Part(lambda: outside(self._on_device(self._training_tensors()), self._weights()))
+        self.state = EngineState("fsdp2_train", Part(self._weights), [training])
+
+    def _weights(self) -> list[Tensor]:
+        return self._on_device(weight_tensors(self._model.module))
+
+    def _on_device(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the tensors in device memory. With `cpu_offload` most of the state never is."""
+        return [tensor for tensor in tensors if tensor.device.type == self._model.device.type]
 
     def _training_tensors(self) -> Iterator[Tensor]:
         """Yield gradients, if there are any between updates, and the optimizer state, on this rank."""
@@ -110,6 +121,39 @@ class Fsdp2Trainer:
             self._applied_steps += 1
         self._optimizer.zero_grad()
         return grad_norm, applied
+
+    def save(self, folder: Path, asynchronous: bool = False) -> None:
+        """Write trained parameters, optimizer state, applied steps and RNG states; a collective.
+
+        Args:
+            folder: an empty folder that all ranks share.
+            asynchronous: copy the state to host memory and return; `finish_save` completes the save.
+
+        Raises:
+            CheckpointError: a rank could not write, now or in an unfinished earlier save; raised on every rank.
+        """
+        self.finish_save()
+        save = begin_save(folder, self._named, self._optimizer, self._applied_steps, staged=asynchronous)
+        self._pending_save.start(save, asynchronous)
+
+    def finish_save(self, wait: bool = True) -> bool:
+        """Return whether the last `save` is complete (True if there was none), equal on all ranks; a collective.
+
+        Args:
+            wait: wait until it is complete.
+
+        Raises:
+            CheckpointError: a rank could not write; raised on every rank.
+        """
+        return self._pending_save.finish(wait)
+
+    def load(self, folder: Path) -> None:
+        """Load a state that `save` wrote with any number of ranks; a collective.
+
+        Raises:
+            CheckpointError: the state is missing, damaged, or of another model; raised on every rank.
+        """
+        self._applied_steps = load_state(folder, self._named, self._optimizer)
 
 
 def weight_tensors(module: Module) -> list[Tensor]:

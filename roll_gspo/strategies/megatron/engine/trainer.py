@@ -14,7 +14,6 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from roll_gspo.batch import TrainBatch
-from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.metrics import Metric, merge
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
 from roll_gspo.strategies.gathering import gather_reports
@@ -25,7 +24,7 @@ from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.state import begin_save, load_state
 from roll_gspo.strategies.reports import Report
 from roll_gspo.strategies.schedule import learning_rate
-from roll_gspo.strategies.sharded_state import ShardedSave, all_true
+from roll_gspo.strategies.sharded_state import PendingSave
 
 # (hidden states [N, H] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the
 # loss, metrics)
@@ -71,7 +70,7 @@ class MegatronTrainer:
         self.state = trainer_state(model.chunks, self._ddp, self._optimizer, self.finish_gather)
         self._applied_steps = 0
         self._gathering = False
-        self._saving: tuple[ShardedSave, BackgroundWrite] | None = None
+        self._pending_save = PendingSave()
 
     def update(
         self,
@@ -150,11 +149,7 @@ class MegatronTrainer:
         self.finish_save()
         self.finish_gather()
         save = begin_save(folder, self._model, self._optimizer, self._applied_steps, staged=asynchronous)
-        if asynchronous:
-            self._saving = save, BackgroundWrite(save.write)
-        else:
-            save.write()
-            save.finish()
+        self._pending_save.start(save, asynchronous)
 
     def finish_save(self, wait: bool = True) -> bool:
         """Return whether the last `save` is complete (True if there was none), equal on all ranks; a collective.
@@ -165,16 +160,7 @@ class MegatronTrainer:
         Raises:
             CheckpointError: a rank could not write; raised on every rank.
         """
-        if self._saving is None:
-            return True
-        save, background = self._saving
-        if wait:
-            background.wait()
-        elif not all_true(background.done):
-            return False
-        self._saving = None
-        save.finish()
-        return True
+        return self._pending_save.finish(wait)
 
     def load(self, folder: Path) -> None:
         """Load a state that `save` wrote with this or another layout; a collective.
