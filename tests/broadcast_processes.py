@@ -13,6 +13,7 @@ from torch import Tensor
 
 from roll_gspo.batch import Completion
 from roll_gspo.strategies.base import ModelSetup, Sampling
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastAddress, WeightBroadcastReceiver, WeightBroadcastSender
 
@@ -131,12 +132,12 @@ class Worker:
 
         self.sender.send(HfWeights(build_model(family, seed)), version)
 
-    def build_engine(self, folder: Path, tensor_parallel_size: int) -> None:
+    def build_engine(self, folder: Path, tensor_parallel_size: int, lora: LoraSetup | None = None) -> None:
         from roll_gspo.strategies.vllm.engine.generate import VllmGenerate
 
         config = VllmConfig(max_num_seqs=32, kv_cache_memory_mb=32, tensor_parallel_size=tensor_parallel_size)
         setup = ModelSetup(folder, torch.float32, micro_batch_size=1, temperature=1.0, seed=0)
-        self.engine = VllmGenerate(setup, config, 256, receives_broadcast=True)
+        self.engine = VllmGenerate(setup, config, 256, receives_broadcast=True, lora=lora)
 
     def pretend_gpus(self) -> None:
         from file_gpus import install

@@ -34,6 +34,11 @@ class AsyncConfig(Schema):
         """True if weights change while responses are being sampled."""
         return self.is_async and self.async_mode == "in_flight"
 
+    @property
+    def versions_in_flight(self) -> int:
+        """Largest number of versions of the weights whose responses are being sampled at the same time."""
+        return 1 + (self.async_generation_ratio if self.updates_in_flight else 0)
+
     def broken_rules(self) -> Iterator[Problem]:
         """Yield keys that have no effect."""
         yield from super().broken_rules()

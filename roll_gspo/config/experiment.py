@@ -14,7 +14,7 @@ from roll_gspo.config.data import DataArgs
 from roll_gspo.config.environment_table import AGENT, OTHERS
 from roll_gspo.config.environments import EpisodeConfig
 from roll_gspo.config.episode_rules import OtherBlocks, broken_episode_rules
-from roll_gspo.config.lora import broken_sync_rules
+from roll_gspo.config.lora import adapter_sync, broken_sync_rules
 from roll_gspo.config.ranks import broken_dtype_rules, broken_rank_rules, data_parallel_size, num_ranks
 from roll_gspo.config.rewards import RewardConfig
 from roll_gspo.config.roles import (
@@ -84,6 +84,12 @@ class ExperimentConfig(RunConfig, BatchConfig, AsyncConfig, EpisodeConfig, Algor
         own = None if self.reference is None else self.reference.model_args.model_name_or_path
         models = {trained.model_name_or_path or self.pretrain, own or self.pretrain}
         return self.needs_reference and trained.lora is not None and len(models) == 1
+
+    @property
+    def sends_adapters(self) -> bool:
+        """True if the generation engine holds the model and receives the adapter of `actor_train` alone."""
+        lora = self.actor_train.model_args.lora
+        return lora is not None and adapter_sync(lora, self.actor_infer.strategy_args) == "adapter"
 
     @property
     def scoring_temperature(self) -> float:

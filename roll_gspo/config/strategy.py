@@ -303,6 +303,27 @@ class GenerateStrategyArgs(StrategyArgs):
         """
         raise NotImplementedError(f"{self.strategy_name}: receives_between_gpus needs build_weight_sender")
 
+    def adapter_problems(self, model: str, lora: Any, on_cuda: bool | None) -> Iterator[Problem]:
+        """Yield why the engine cannot receive an adapter; called only if `receives_adapters`.
+
+        Args:
+            model: Hugging Face name or folder, or a `builtin:` name.
+            lora: a `LoraArgs`. Keys of problems are relative to it.
+            on_cuda: True if the devices are GPUs, None if not known yet.
+        """
+        yield from ()
+
+    def adapter_memory(self, model: str, lora: Any, versions: int, itemsize: int) -> float:
+        """Return the bytes of all adapters on each device; called only if `receives_adapters`.
+
+        Args:
+            model: Hugging Face name or folder, or a `builtin:` name.
+            lora: a `LoraArgs`.
+            versions: versions that may have requests at the same time.
+            itemsize: bytes of a number in the role's `dtype`.
+        """
+        return 0.0
+
     def generation_memory(
         self, model: str, weights: float, device: float, itemsize: int, sequence_length: int
     ) -> GenerationBytes | None:
@@ -310,7 +331,7 @@ class GenerateStrategyArgs(StrategyArgs):
 
         Args:
             model: Hugging Face name or folder, or a `builtin:` name.
-            weights: bytes of the weights on a device.
+            weights: bytes of the weights on a device, and of adapters.
             device: bytes of a device.
             itemsize: bytes of a number in the role's `dtype`.
             sequence_length: longest prompt plus response in tokens.

@@ -125,6 +125,7 @@ def _engine(config: ExperimentConfig, checkpoint: Path, *, receives_broadcast: b
         receives_broadcast=receives_broadcast,
         record_routed_experts=config.actor_train.router_replay.reads_rollout,
         shares_devices=shares_devices,
-        lora=lora if lora is not None and lora.sync == "adapter" else None,
+        lora=lora if config.sends_adapters else None,
+        adapter_versions=config.versions_in_flight,
     )
     return role.strategy_args.build_generator(setup, generation)

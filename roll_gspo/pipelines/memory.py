@@ -255,7 +255,8 @@ def role_states(config: AnyConfig, role: Role) -> tuple[Parts, ...] | None:
         held = [DeviceParameters(share, share)] * num_devices
     itemsize = BYTES_PER_PARAMETER[role.model_args.dtype]
     if not isinstance(role, TrainedRoleConfig):
-        return tuple(Parts(parameters.weights * itemsize) for parameters in held)
+        adapters = _adapters(config, role, itemsize)
+        return tuple(Parts(parameters.weights * itemsize + adapters) for parameters in held)
     if role.model_args.lora is not None and size is not None:
         lora = role.model_args.lora
         adapter = adapter_parameters(model, lora.rank, lora.target_modules) or 0
@@ -273,6 +274,14 @@ def role_states(config: AnyConfig, role: Role) -> tuple[Parts, ...] | None:
 def _with_adapter(frozen: float, adapter: float) -> Parts:
     """Return the states of a frozen model of `frozen` bytes and of a float32 adapter of `adapter` parameters."""
     return Parts(frozen + MAIN_COPY * adapter, GRADIENT * adapter, MOMENTS * adapter)
+
+
+def _adapters(config: AnyConfig, role: Role, itemsize: int) -> float:
+    """Return the bytes of the adapters that a generation engine holds on each device."""
+    if not isinstance(role, ActorInferConfig) or isinstance(config, SftConfig) or not config.sends_adapters:
+        return 0.0
+    lora, args = config.actor_train.model_args.lora, role.strategy_args
+    return args.adapter_memory(model_of(config, role), lora, config.versions_in_flight, itemsize)
 
 
 def state_bytes(config: AnyConfig) -> dict[int, float] | None:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from roll_gspo.config.base import Problem
 from roll_gspo.config.experiment import ExperimentConfig
-from roll_gspo.pipelines.devices import devices_of, ranges
+from roll_gspo.pipelines.devices import devices_of, model_of, ranges
 
 Backend = Literal["gloo", "nccl", "ipc"]
 _KEY = "weight_transfer.backend"
@@ -21,12 +21,14 @@ class Choice(NamedTuple):
 
 
 def transfer_choice(config: ExperimentConfig, on_cuda: bool) -> Choice:
-    """Return the backend of `execution: ray`: the selected one, or that of `auto`.
+    """Return the backend of `execution: ray`: the selected one, or that of `auto`. Adapters always use gloo.
 
     Args:
         config: the whole configuration.
         on_cuda: devices are GPUs.
     """
+    if config.sends_adapters:
+        return Choice("gloo", "an adapter is small")
     explicit, valid = config.weight_transfer.backend, dict(_valid(config, on_cuda))
     if explicit != "auto":
         return Choice(explicit, "selected")
@@ -37,11 +39,15 @@ def transfer_choice(config: ExperimentConfig, on_cuda: bool) -> Choice:
 def transfer_problems(config: ExperimentConfig, on_cuda: bool | None) -> Iterator[Problem]:
     """Yield a selected backend that cannot work, with the nearest one that can, and checksums that it does not have.
 
+    If the trainer sends adapters, yield why the generation engine cannot receive them.
+
     Args:
         config: the whole configuration.
         on_cuda: True if devices are GPUs; None if not known yet.
     """
     selected = config.weight_transfer.backend
+    if config.sends_adapters:
+        yield from _adapter_problems(config, on_cuda)
     if config.weight_transfer.checksum and config.execution == "ray" and on_cuda is not None:
         backend = transfer_choice(config, on_cuda).backend
         if backend != "gloo":
@@ -55,6 +61,8 @@ def transfer_problems(config: ExperimentConfig, on_cuda: bool | None) -> Iterato
             "the trainer's tensors directly; set auto, or execution: ray"
         )
         yield Problem(_KEY, message, ("execution",))
+    elif config.sends_adapters:
+        return
     elif on_cuda is not None and selected not in (valid := dict(_valid(config, on_cuda))):
         nearest = next(iter(valid))
         yield Problem(_KEY, f"{selected} {_why_not(config, selected, on_cuda)}; set {nearest} ({valid[nearest]})")
@@ -62,7 +70,7 @@ def transfer_problems(config: ExperimentConfig, on_cuda: bool | None) -> Iterato
 
 def transfer_warnings(config: ExperimentConfig, on_cuda: bool | None) -> Iterator[Problem]:
     """Yield weights of GPUs that travel through host memory."""
-    if config.execution == "local" or not on_cuda:
+    if config.execution == "local" or not on_cuda or config.sends_adapters:
         return
     backend, reason = transfer_choice(config, on_cuda)
     if backend == "gloo":
@@ -74,10 +82,20 @@ def transfer_warnings(config: ExperimentConfig, on_cuda: bool | None) -> Iterato
 def transfer_text(config: ExperimentConfig, on_cuda: bool | None) -> str:
     """Return the plan's text."""
     if config.execution == "local":
-        return "passed by reference in one process"
+        what = "the adapter, copied" if config.sends_adapters else "passed by reference"
+        return f"{what} in one process"
+    if config.sends_adapters:
+        return "the adapter alone, by gloo through host memory"
     if on_cuda is None:
         return "on GPUs {} ({}), else {} ({})".format(*transfer_choice(config, True), *transfer_choice(config, False))
     return "{} ({})".format(*transfer_choice(config, on_cuda))
+
+
+def _adapter_problems(config: ExperimentConfig, on_cuda: bool | None) -> Iterator[Problem]:
+    lora, role = config.actor_train.model_args.lora, config.actor_infer
+    for problem in role.strategy_args.adapter_problems(model_of(config, role), lora, on_cuda):
+        key, *also = (f"actor_train.model_args.lora.{key}" for key in (problem.key, *problem.also))
+        yield problem._replace(key=key, also=tuple(also))
 
 
 def _valid(config: ExperimentConfig, on_cuda: bool) -> Iterator[tuple[Backend, str]]:

@@ -59,6 +59,8 @@ class GenerationSetup:
         shares_devices: the engine is an `OffloadableEngine` and leaves its devices while other engines use them.
         lora: the engine loads the weights of the checkpoint and receives adapters of this kind alone, never all
             weights; None if it receives all weights.
+        adapter_versions: versions of the adapter that may have requests at the same time. If there are more, requests
+            of the oldest version continue with the newest one.
     """
 
     max_sequence_length: int
@@ -67,6 +69,7 @@ class GenerationSetup:
     record_routed_experts: bool = False
     shares_devices: bool = False
     lora: LoraSetup | None = None
+    adapter_versions: int = 1
 
 
 @dataclass(frozen=True)

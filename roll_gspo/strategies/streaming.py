@@ -66,6 +66,11 @@ class Response:
             count += self.version_runs.pop()[1]
         self.version_runs.append((version, count))
 
+    def restart(self) -> None:
+        """Make the tokens so far known ones, so that a new request can continue after them."""
+        self.seed = continuation_seed(self.seed, self.num_sampled)
+        self.num_known = len(self.token_ids)
+
     def completion(self) -> Completion:
         """Return the tokens so far; `finish_reason` is `partial` if the response has not ended.
 

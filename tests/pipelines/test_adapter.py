@@ -78,6 +78,20 @@ def test_memory_and_disk_are_of_the_adapter() -> None:
     assert sum(p.numel() for p in _tiny_adapter()) == adapter
 
 
+def test_vllm_holds_every_version_that_may_be_in_flight() -> None:
+    vllm = ("strategy=hf", "actor_infer.strategy_args={strategy_name:vllm}", "execution=ray")
+    async_run = ("async_generation_ratio=2", "async_mode=in_flight")
+    merged, plain, in_flight = (
+        role_states(config, config.actor_infer)
+        for extra in ((f"{LORA}.sync=merged",), (), async_run)
+        for config in [load_config("example_gspo", *vllm, f"{LORA}.rank=4", *extra).config]
+    )
+    adapter = adapter_parameters("builtin:tiny_qwen3", 8, ("all-linear",))  # vLLM's next rank after 4
+    assert merged and plain and in_flight and adapter
+    assert plain[0].weights - merged[0].weights == 2 * 4 * adapter
+    assert in_flight[0].weights - merged[0].weights == 4 * 4 * adapter
+
+
 def _tiny_adapter() -> list[torch.Tensor]:
     from roll_gspo.models.tiny import TINY_MODELS, build_model
     from roll_gspo.strategies.lora import Adapter

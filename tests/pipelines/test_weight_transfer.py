@@ -11,6 +11,8 @@ from roll_gspo.pipelines.plan import make_plan
 from roll_gspo.pipelines.weight_transfer import transfer_choice, transfer_problems, transfer_text, transfer_warnings
 
 KEY = "weight_transfer.backend"
+LORA = "actor_train.model_args.lora"
+VLLM = ("strategy=hf", "actor_infer.strategy_args={strategy_name:vllm}")
 TRAIN, INFER = "actor_train.device_mapping='{}'", "actor_infer.device_mapping='{}'"
 
 
@@ -94,3 +96,23 @@ def test_one_process_passes_tensors_by_reference() -> None:
     refused = make_plan(load_config("example_gspo", f"{KEY}=ipc").config).not_runnable
     (problem,) = [problem for problem in refused if problem.key == KEY]
     assert parse_problem(str(problem)).names("ipc", "execution: local", "set auto")
+
+
+@pytest.mark.parametrize("selected", ["auto", "nccl"])
+def test_adapters_travel_through_host_memory(selected: str) -> None:
+    config = config_of("0", "1", *VLLM, f"{LORA}.rank=8", f"{KEY}={selected}")
+    assert config.sends_adapters
+    assert transfer_choice(config, True).backend == "gloo"
+    assert [*transfer_problems(config, True), *transfer_warnings(config, True)] == []
+    assert transfer_text(config, True) == "the adapter alone, by gloo through host memory"
+    merged = config_of("0", "1", *VLLM, f"{LORA}.rank=8", f"{LORA}.sync=merged")
+    assert not merged.sends_adapters and transfer_choice(merged, True).backend == "nccl"
+
+
+def test_adapters_that_vllm_cannot_hold_are_named() -> None:
+    (problem,) = transfer_problems(config_of("0", "1", *VLLM, f"{LORA}.rank=600"), None)
+    assert problem.key == f"{LORA}.rank" and parse_problem(str(problem)).names("600", "512", "sync: merged")
+    config = config_of("0", "1", *VLLM, f"{LORA}.rank=8", "model=tiny_qwen3_moe")
+    (problem,) = transfer_problems(config, False)
+    assert problem.key == f"{LORA}.sync" and parse_problem(str(problem)).names("adapter", "CPU", "set merged")
+    assert [*transfer_problems(config, True)] == []

@@ -79,6 +79,14 @@ def test_order_of_sleep_and_wake(moves: tuple[Residency, ...], calls: list[str])
     assert llm.calls == calls
 
 
+def test_weights_of_the_checkpoint_are_kept_in_host_memory() -> None:
+    llm = RecordedLLM()
+    mode = SleepMode(llm, enabled=True, keeps_weights=True)
+    mode.reside(OFFLOADED)
+    mode.reside(FULL)
+    assert llm.calls == ["sleep 1 keep", WAKE_WEIGHTS, WAKE_CACHE, "reset"]
+
+
 @pytest.mark.parametrize(
     ("fails_at", "reached", "then"),
     [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from roll_gspo.config.base import Problem
+from roll_gspo.config.lora import LoraArgs
 from roll_gspo.config.memory import Alternative, GenerationBytes
 from roll_gspo.config.strategy import GenerateStrategyArgs, Requirement
 from roll_gspo.config.suggestions import set_key
@@ -17,7 +18,7 @@ from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.size import architecture_of, head_size_of, supported_architecture_of
 from roll_gspo.strategies.vllm.config import VllmConfig
-from roll_gspo.strategies.vllm.memory import alternatives, generation_bytes
+from roll_gspo.strategies.vllm.memory import ADAPTER_RANKS, adapter_bytes, alternatives, generation_bytes, slot_rank
 
 if TYPE_CHECKING:
     from roll_gspo.strategies.base import GenerateStrategy, GenerationSetup, ModelSetup, NativeWeightSender
@@ -43,6 +44,7 @@ class VllmArgs(GenerateStrategyArgs):
     needs_16_bits_on_gpus: ClassVar[bool] = True
     returns_routed_experts: ClassVar[bool] = True
     receives_between_gpus: ClassVar[bool] = True
+    receives_adapters: ClassVar[bool] = True
 
     @property
     def model_parallel_sizes(self) -> dict[str, int]:
@@ -107,10 +109,24 @@ class VllmArgs(GenerateStrategyArgs):
         """Return None on GPUs, where vLLM has a sleep mode."""
         return "vLLM has no sleep mode on a CPU" if on_cuda is False else None
 
+    def adapter_problems(self, model: str, lora: LoraArgs, on_cuda: bool | None) -> Iterator[Problem]:
+        """Yield a rank above vLLM's largest, and a mixture of experts on a CPU."""
+        if slot_rank(lora.rank) is None:
+            message = f"{lora.rank} is above {ADAPTER_RANKS[-1]}, the largest of vLLM; lower it, or set sync: merged"
+            yield Problem("rank", message, ("sync",))
+        architecture = supported_architecture_of(model)
+        if on_cuda is False and architecture is not None and architecture.experts is not None:
+            message = "adapter needs GPUs, as vLLM has no experts with adapters on a CPU; set merged"
+            yield Problem("sync", message)
+
+    def adapter_memory(self, model: str, lora: LoraArgs, versions: int, itemsize: int) -> float:
+        """Return the bytes of the adapters that vLLM allocates when it starts."""
+        return adapter_bytes(model, lora, versions, itemsize)
+
     def generation_memory(
         self, model: str, weights: float, device: float, itemsize: int, sequence_length: int
     ) -> GenerationBytes | None:
-        """Return the KV cache that vLLM takes, and its working memory."""
+        """Return the KV cache that vLLM takes, and its working memory. Adapters count as weights."""
         architecture = supported_architecture_of(model)
         if architecture is None:
             return None
@@ -142,6 +158,8 @@ class VllmArgs(GenerateStrategyArgs):
             record_routed_experts=generation.record_routed_experts,
             receives_broadcast=broadcast,
             shares_devices=generation.shares_devices,
+            lora=generation.lora,
+            adapter_versions=generation.adapter_versions,
         )
 
 

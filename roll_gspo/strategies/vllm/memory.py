@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from roll_gspo.config.lora import LoraArgs
 from roll_gspo.config.memory import Alternative, GenerationBytes
 from roll_gspo.models.architecture import Architecture
+from roll_gspo.models.size import adapter_parameters
 from roll_gspo.strategies.memory import kv_bytes_per_token
 from roll_gspo.strategies.vllm.config import VllmConfig
 
@@ -16,6 +18,9 @@ _SAMPLING_COPIES = 3  # float32 logits, log-probs and the sorted or masked copy 
 _SHARES = range(20, 95, 5)  # per cent of the device
 _MAX_TENSOR = 8
 _TENSOR = 3  # cost of doubling the devices of an engine
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM allocates adapters of (`MaxLoRARanks` in `vllm/config/lora.py`)."""
+_MERGED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # one layer in vLLM
 GRAPHS = 2**30  # CUDA graphs and the workspaces of kernels; about this much with the default sizes
 
 
@@ -30,7 +35,7 @@ def generation_bytes(
     Args:
         model: the model.
         config: options of the engine.
-        weights: bytes of the weights on the device.
+        weights: bytes of the weights on the device, and of adapters.
         device: bytes of the device.
         itemsize: bytes of a weight, an activation and a cached number.
     """
@@ -76,3 +81,32 @@ def alternatives(config: VllmConfig, num_devices: int) -> Iterator[Alternative]:
             if size or changes:
                 yield Alternative(cost + _TENSOR * doublings, {**size, **changes})
         tensor, doublings = 2 * tensor, doublings + 1
+
+
+def slot_rank(rank: int) -> int | None:
+    """Return the rank that vLLM allocates for an adapter of this rank; None if it is too large."""
+    return next((size for size in ADAPTER_RANKS if size >= rank), None)
+
+
+def adapter_slots(versions: int) -> int:
+    """Return the number of adapters that an engine holds: the newest one is loaded before the oldest one is freed."""
+    return versions + 1
+
+
+def adapter_bytes(model: str, lora: LoraArgs, versions: int, itemsize: int) -> float:
+    """Return the bytes of the adapters on one device, which vLLM allocates for the rank of `slot_rank`.
+
+    Layers that vLLM merges are adapted together. Matrices count as unsharded, which is too much under tensor
+    parallelism.
+
+    Args:
+        model: Hugging Face name or folder, or a `builtin:` name.
+        lora: the adapter.
+        versions: versions that may have requests at the same time.
+        itemsize: bytes of a number.
+    """
+    names = {name.rpartition(".")[2] for name in lora.target_modules}
+    for merged in _MERGED:
+        names |= merged if names & merged else set()
+    numbers = adapter_parameters(model, slot_rank(lora.rank) or lora.rank, sorted(names)) or 0
+    return float(numbers * adapter_slots(versions) * itemsize)

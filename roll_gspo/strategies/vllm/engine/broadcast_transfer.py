@@ -32,6 +32,10 @@ class BroadcastWorker:
 
     weight_transfer_engine: ReceivingEngine
 
+    def receive_adapter(self, version: int, number: int) -> int:
+        """Receive an adapter; see `ReceivingEngine.receive_adapter`."""
+        return self.weight_transfer_engine.receive_adapter(version, number)
+
     def broadcast_problem(self) -> str:
         """Return the error of the last weight-transfer call; empty if it succeeded."""
         return self.weight_transfer_engine.problem

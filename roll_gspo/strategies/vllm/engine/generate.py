@@ -24,9 +24,12 @@ from roll_gspo.strategies.base import (
     WeightSource,
 )
 from roll_gspo.strategies.head_products import uses_float32
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
 from roll_gspo.strategies.vllm.config import VllmConfig
+from roll_gspo.strategies.vllm.engine.adapter_transfer import BroadcastAdapters, InProcessAdapters
+from roll_gspo.strategies.vllm.engine.adapters import AdapterSlots, adapter_args, check_targets
 from roll_gspo.strategies.vllm.engine.broadcast_transfer import BROADCAST_ARGS, BroadcastTransfer
 from roll_gspo.strategies.vllm.engine.host_process import close_engine, global_rng_kept, open_engine
 from roll_gspo.strategies.vllm.engine.requests import VllmDecoder
@@ -42,9 +45,12 @@ _CPU_BATCHED_TOKENS = 8192
 _CPU_KV_CACHE_LIMIT = 4 << 30  # bytes; clearing the cache at engine start takes about two seconds per GiB
 
 
+_Transfer = InProcessTransfer | InProcessAdapters | BroadcastTransfer | BroadcastAdapters
+
+
 class _Engine(NamedTuple):
     llm: LLM
-    transfer: InProcessTransfer | BroadcastTransfer
+    transfer: _Transfer
     decoder: VllmDecoder
     requests: OutstandingRequests
     memory: SleepMode
@@ -59,6 +65,9 @@ class VllmGenerate:
     above 1, each worker runs in a separate process: worker r is rank `first_rank + r` of the broadcast. Every method
     restores the global random state of python, numpy and torch.
 
+    With `lora`, the weights are those of the checkpoint, and updates are adapters. Requests keep the adapter with which
+    they began to sample.
+
     Args:
         model: the model; `temperature` and `micro_batch_size` are ignored.
         strategy_config: size and behaviour of the engine.
@@ -66,6 +75,7 @@ class VllmGenerate:
         record_routed_experts: return the experts of every token; on a CPU this disables prefix caching.
         receives_broadcast: the trainer is in another process.
         shares_devices: the engine leaves its devices while others use them (`reside`).
+        lora, adapter_versions: as in `GenerationSetup`.
 
     Raises:
         ConfigError: vLLM rejects the settings, the experts of a dense model or of a model in several processes are to
@@ -81,28 +91,39 @@ class VllmGenerate:
         record_routed_experts: bool = False,
         receives_broadcast: bool = False,
         shares_devices: bool = False,
+        lora: LoraSetup | None = None,
+        adapter_versions: int = 1,
     ) -> None:
         config = strategy_config
         _check_layout(config.tensor_parallel_size, record_routed_experts, receives_broadcast)
         self._records_experts = record_routed_experts
-        # Dummy weights must not generate. Those of the checkpoint are the initial policy.
-        self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
-        recording = recording_args(model.checkpoint) if record_routed_experts else {}
+        if lora is not None:
+            config = config.model_copy(update={"load_format": "auto"})
+            self._unusable = "no adapter was transferred yet"
+        else:
+            # Dummy weights must not generate. Those of the checkpoint are the initial policy.
+            self._unusable = "no weights were transferred yet" if config.load_format == "dummy" else ""
+        extra = recording_args(model.checkpoint) if record_routed_experts else {}
+        extra |= BROADCAST_ARGS if receives_broadcast else {"weight_transfer_config": {"backend": IN_PROCESS}}
+        extra |= sleep_args(shares_devices)
+        extra |= {} if lora is None else adapter_args(model.checkpoint, lora, adapter_versions)
         try:
-            backend = BROADCAST_ARGS if receives_broadcast else {"weight_transfer_config": {"backend": IN_PROCESS}}
-            llm = open_engine(
-                _worker_environment(config),
-                **_engine_args(model, config, max_model_len) | recording | backend | sleep_args(shares_devices),
-            )
+            llm = open_engine(_worker_environment(config), **_engine_args(model, config, max_model_len) | extra)
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
         self._capacity = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        decoder = VllmDecoder(llm, expert_source(llm) if record_routed_experts else None)
+        slots = None if lora is None else AdapterSlots(llm, adapter_versions)
+        decoder = VllmDecoder(llm, expert_source(llm) if record_routed_experts else None, slots)
         requests = OutstandingRequests(decoder, PromptLimits(llm.model_config.get_vocab_size(), max_model_len))
-        transfer = BroadcastTransfer(llm) if receives_broadcast else InProcessTransfer(llm)
-        self._engine: _Engine | None = _Engine(llm, transfer, decoder, requests, SleepMode(llm, shares_devices))
+        memory = SleepMode(llm, shares_devices, keeps_weights=lora is not None)
+        try:
+            transfer = _transfer(llm, lora, slots, receives_broadcast)
+        except BaseException:
+            close_engine(llm)
+            raise
+        self._engine: _Engine | None = _Engine(llm, transfer, decoder, requests, memory)
 
     def generate(
         self,
@@ -170,10 +191,13 @@ class VllmGenerate:
         return self._open_engine().memory.residency
 
     def reside(self, residency: Residency) -> None:
-        """Sleep or wake. After a sleep the engine has no weights until the next transfer, which needs `WEIGHTS`."""
+        """Sleep or wake. After a sleep the engine has no weights until the next transfer, which needs `WEIGHTS`.
+
+        An engine with `lora` keeps its weights and its adapters.
+        """
         engine = self._open_engine()
         engine.requests.read()
-        if residency < engine.memory.residency:
+        if residency < engine.memory.residency and not engine.memory.keeps_weights:
             self._unusable = "the weights were freed when the engine left its device"
         with global_rng_kept():
             engine.memory.reside(residency)
@@ -182,14 +206,16 @@ class VllmGenerate:
         engine = self._open_engine()
         engine.memory.require(Residency.FULL, method)
         if self._unusable:
-            missing = "receive" if isinstance(engine.transfer, BroadcastTransfer) else "update_weights"
+            missing = (
+                "receive" if isinstance(engine.transfer, BroadcastTransfer | BroadcastAdapters) else "update_weights"
+            )
             raise WeightTransferError(f"{method}: {self._unusable}; call {missing} first")
         return engine
 
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Replace the weights in process. After an error the engine refuses to generate until an update succeeds."""
         transfer = self._open_engine().transfer
-        if isinstance(transfer, BroadcastTransfer):
+        if isinstance(transfer, BroadcastTransfer | BroadcastAdapters):
             raise WeightTransferError("update_weights: the engine receives its weights by broadcast; call receive")
         with self._replacing_weights(version):
             transfer.send(source, version)
@@ -204,9 +230,9 @@ class VllmGenerate:
         with self._replacing_weights(version):
             transfer.receive(version)
 
-    def _broadcast_transfer(self) -> BroadcastTransfer:
+    def _broadcast_transfer(self) -> BroadcastTransfer | BroadcastAdapters:
         transfer = self._open_engine().transfer
-        if not isinstance(transfer, BroadcastTransfer):
+        if not isinstance(transfer, BroadcastTransfer | BroadcastAdapters):
             raise WeightTransferError(
                 "the engine shares its trainer's process; build it with receives_broadcast to connect it"
             )
@@ -226,6 +252,7 @@ class VllmGenerate:
         with global_rng_kept():
             yield
         engine.decoder.version = version
+        engine.decoder.use_newest_adapter()
         self._unusable = ""
 
     def shutdown(self) -> None:
@@ -254,6 +281,13 @@ def _check_layout(tensor_parallel_size: int, record_routed_experts: bool, receiv
             f"strategy_config.tensor_parallel_size: {tensor_parallel_size} puts the model into processes where its "
             "experts cannot be recorded; set 1, or actor_train.router_replay.record: false"
         )
+
+
+def _transfer(llm: LLM, lora: LoraSetup | None, slots: AdapterSlots | None, receives_broadcast: bool) -> _Transfer:
+    if lora is None or slots is None:
+        return BroadcastTransfer(llm) if receives_broadcast else InProcessTransfer(llm)
+    check_targets(llm, lora)
+    return (BroadcastAdapters if receives_broadcast else InProcessAdapters)(llm, lora, slots)
 
 
 def _engine_args(model: ModelSetup, config: VllmConfig, max_model_len: int) -> dict[str, object]:

@@ -26,6 +26,8 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from roll_gspo.errors import WeightTransferError
+from roll_gspo.strategies.lora_setup import LoraSetup
+from roll_gspo.strategies.vllm.engine.adapters import AdapterLoader
 from roll_gspo.strategies.vllm.engine.ipc_handles import decode_handles
 from roll_gspo.strategies.vllm.engine.loading import ModelLoader, shapes_of_full_model
 from roll_gspo.strategies.vllm.engine.manifest import differences
@@ -34,9 +36,10 @@ from roll_gspo.strategies.weight_broadcast import WeightBroadcastReceiver
 from roll_gspo.strategies.weight_broadcast_address import WeightBroadcastAddress
 from roll_gspo.strategies.weight_broadcast_format import TensorMeta
 from roll_gspo.strategies.weight_commands import LoadedReport
-from roll_gspo.strategies.weight_update import FULL_MODEL, PROBE, probe_tensor
+from roll_gspo.strategies.weight_update import ADAPTER, FULL_MODEL, PROBE, probe_tensor
 
 KEPT = "; the old weights were kept"
+_NOT_CONNECTED = "weight transfer: the engine is not connected; call connect first"
 _NATIVE: dict[str, type[WeightTransferEngine[Any, Any]]] = {
     "nccl": NCCLWeightTransferEngine,
     "ipc": IPCWeightTransferEngine,
@@ -45,10 +48,14 @@ _NATIVE: dict[str, type[WeightTransferEngine[Any, Any]]] = {
 
 @dataclass
 class ReceivingInitInfo(WeightTransferInitInfo):
-    """The fields of a `WeightBroadcastAddress`, and the init info of vLLM's engine if the backend has one."""
+    """The fields of a `WeightBroadcastAddress`, and the init info of vLLM's engine if the backend has one.
+
+    `lora` has the fields of a `LoraSetup` if the engine receives adapters.
+    """
 
     address: dict[str, Any]
     native: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
 
 
 @dataclass
@@ -80,10 +87,37 @@ class ReceivingEngine(WeightTransferEngine[ReceivingInitInfo, ReceivingUpdateInf
     problem = ""
     _backend: _Backend | None = None
     _loader: ModelLoader | None = None
+    _adapter_loader: AdapterLoader | None = None
+    _adapters: WeightBroadcastReceiver | None = None
 
     def init_transfer_engine(self, init_info: ReceivingInitInfo) -> None:
         """Connect to the sender; closes an earlier connection."""
-        self._record_problem(lambda: self._connect(WeightBroadcastAddress(**init_info.address), init_info.native))
+        address = WeightBroadcastAddress(**init_info.address)
+        if init_info.lora is not None:
+            lora = LoraSetup(**init_info.lora)
+            self._record_problem(lambda: self._connect_adapters(address, lora))
+        else:
+            self._record_problem(lambda: self._connect(address, init_info.native))
+
+    def _connect_adapters(self, address: WeightBroadcastAddress, lora: LoraSetup) -> None:
+        self.shutdown()
+        self._adapter_loader = self._adapter_loader or AdapterLoader(self.model, self.model_config, lora)
+        worker = self.parallel_config.rank
+        self._adapters = WeightBroadcastReceiver(address, address.first_rank + worker, f"vllm worker {worker}", ADAPTER)
+
+    def receive_adapter(self, version: int, number: int) -> int:
+        """Receive the adapter of `version` and load it; return its number, see `AdapterLoader.load`."""
+        numbers = [0]
+        self._record_problem(lambda: numbers.append(self._receive_adapter(version, number)))
+        return numbers[-1]
+
+    def _receive_adapter(self, version: int, number: int) -> int:
+        if self._adapters is None or self._adapter_loader is None:
+            raise WeightTransferError(_NOT_CONNECTED)
+        with self._adapters.receive(version) as received:
+            # Small tensors keep their whole bucket alive.
+            tensors = [(name, tensor.clone()) for name, tensor in received]
+            return self._adapter_loader.load(version, number, tensors)
 
     def _connect(self, address: WeightBroadcastAddress, native: dict[str, Any] | None) -> None:
         self.shutdown()
@@ -113,10 +147,13 @@ class ReceivingEngine(WeightTransferEngine[ReceivingInitInfo, ReceivingUpdateInf
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+        if self._adapters is not None:
+            self._adapters.close()
+            self._adapters = None
 
     def _connected(self) -> _Backend:
         if self._backend is None:
-            raise WeightTransferError("weight transfer: the engine is not connected; call connect first")
+            raise WeightTransferError(_NOT_CONNECTED)
         return self._backend
 
     def _record_problem(self, work: Callable[[], None]) -> None:

@@ -7,18 +7,22 @@ from typing import Any, NamedTuple
 
 from vllm import LLM, SamplingParams
 from vllm.logprobs import FlatLogprobs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from roll_gspo.strategies.streaming import Response
+from roll_gspo.strategies.vllm.engine.adapters import AdapterSlots
 from roll_gspo.strategies.vllm.engine.routed_experts import ExpertSource
 
 
 class _Running(NamedTuple):
-    """A response and the ID that vLLM gave to its request."""
+    """A response, the ID that vLLM gave to its request, and the adapter that samples it, with its version."""
 
     response: Response
     request_id: str
+    adapter: LoRARequest | None
+    version: int | None
 
 
 class VllmDecoder:
@@ -30,59 +34,67 @@ class VllmDecoder:
     Args:
         llm: the engine.
         experts: source of routed experts; None records none.
+        adapters: the engine's adapters; None if updates replace all weights.
 
     Attributes:
-        version: version of the engine's weights; None until the first update.
+        version: version of the engine's weights, or of the adapter of new requests; None until the first update.
     """
 
-    def __init__(self, llm: LLM, experts: ExpertSource | None) -> None:
+    def __init__(self, llm: LLM, experts: ExpertSource | None, adapters: AdapterSlots | None = None) -> None:
         self._engine = llm.llm_engine
         self._experts = experts
+        self._adapters = adapters
         self._running: dict[int, _Running] = {}
         self.version: int | None = None
 
     def add(self, responses: Sequence[Response]) -> None:
         """Add one request per response."""
+        adapter = None if self._adapters is None else self._adapters.newest
         for response in responses:
             request_id = self._engine.add_request(
                 str(response.key),
                 {"prompt_token_ids": [*response.prompt, *response.token_ids]},
                 _sampling_params(response),
+                lora_request=adapter,
             )
-            self._running[response.key] = _Running(response, request_id)
+            self._running[response.key] = _Running(response, request_id, adapter, self.version)
 
     def step(self) -> list[Response]:
         """Run one step of the engine."""
         ended = []
         for output in self._engine.step():
             assert isinstance(output, RequestOutput)
-            response, _ = self._running.pop(int(output.request_id))
-            self._finish(response, output.outputs[0])
+            running = self._running.pop(int(output.request_id))
+            self._finish(running, output.outputs[0])
             if self._experts is not None:
-                response.routed_experts = self._experts.take(output)
-            ended.append(response)
+                running.response.routed_experts = self._experts.take(output)
+            ended.append(running.response)
+        if ended:
+            self._free_adapters()
         return ended
 
-    def _finish(self, response: Response, output: CompletionOutput) -> None:
+    def _finish(self, running: _Running, output: CompletionOutput) -> None:
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vllm: a response ended with '{output.finish_reason}'; see the engine's log")
-        self._append(response, output.token_ids, output.logprobs)
-        response.finish_reason = output.finish_reason
+        self._append(running, output.token_ids, output.logprobs)
+        running.response.finish_reason = output.finish_reason
 
     def read(self, responses: Iterable[Response]) -> None:
         """Append the sampled tokens of running responses, from vLLM's state of their requests."""
         for response in responses:
-            state = self._engine.output_processor.request_states[self._running[response.key].request_id]
+            running = self._running[response.key]
+            state = self._engine.output_processor.request_states[running.request_id]
             assert state.detokenizer is not None and state.logprobs_processor is not None
-            self._append(response, state.detokenizer.output_token_ids, state.logprobs_processor.logprobs)
+            self._append(running, state.detokenizer.output_token_ids, state.logprobs_processor.logprobs)
 
-    def _append(self, response: Response, token_ids: Sequence[int], log_probs: Any) -> None:
+    def _append(self, running: _Running, token_ids: Sequence[int], log_probs: Any) -> None:
         """Append the tokens that are new, given all that the request has sampled."""
         assert isinstance(log_probs, FlatLogprobs) and len(log_probs) == len(token_ids)
-        new = response.num_sampled
+        new = running.response.num_sampled
         # The sampled token is the first of each position.
         chosen = [log_probs.logprobs[first] for first in log_probs.start_indices[new:]]
-        response.extend(token_ids[new:], chosen, self.version)
+        version = self.version if running.adapter is None else running.version
+        running.response.extend(token_ids[new:], chosen, version)
 
     def remove(self, responses: Iterable[Response]) -> None:
         """Abort the requests of responses."""
@@ -92,6 +104,33 @@ class VllmDecoder:
         self._engine.abort_request(request_ids, internal=True)
         if self._experts is not None:
             self._experts.forget(request_ids)
+        self._free_adapters()
+
+    def use_newest_adapter(self) -> None:
+        """Let requests that have sampled nothing use the newest adapter. Call `read` first, and `version` is set.
+
+        If too many versions have requests, those of the oldest ones continue with the newest adapter as well. Adapters
+        without requests are removed.
+        """
+        if self._adapters is None or self._adapters.newest is None:
+            return
+        moved: list[Response] = []
+        older: dict[int, list[Response]] = {}
+        for response, _, adapter, _ in self._running.values():
+            if adapter is None or adapter.lora_int_id == self._adapters.newest.lora_int_id:
+                continue
+            (older.setdefault(adapter.lora_int_id, []) if response.num_sampled else moved).append(response)
+        for number in sorted(older)[: max(len(older) + 1 - self._adapters.versions, 0)]:
+            moved += older[number]
+        self.remove(moved)
+        for response in moved:
+            response.restart()
+        self.add(moved)
+        self._free_adapters()
+
+    def _free_adapters(self) -> None:
+        if self._adapters is not None:
+            self._adapters.free({r.adapter.lora_int_id for r in self._running.values() if r.adapter is not None})
 
 
 def _sampling_params(response: Response) -> SamplingParams:

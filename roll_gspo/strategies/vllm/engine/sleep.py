@@ -1,8 +1,10 @@
 """Residency of a vLLM engine: its sleep mode.
 
 At level 2 vLLM frees weights and KV cache without a copy, because the trainer sends new weights before the next
-response. Waking the weights allocates their memory and leaves it undefined. Outstanding requests are kept: they wait
-in the scheduler, and their KV cache is computed again.
+response. Waking the weights allocates their memory and leaves it undefined. At level 1 vLLM copies the weights to host
+memory and back. This is for an engine with the weights of the checkpoint, whose trainer sends adapters.
+
+Outstanding requests are kept: they wait in the scheduler, and their KV cache is computed again.
 """
 
 from __future__ import annotations
@@ -35,14 +37,17 @@ class SleepMode:
     Args:
         llm: the engine.
         enabled: the engine was built with `enable_sleep_mode`.
+        keeps_weights: weights and adapters survive a sleep; otherwise they are undefined after it.
 
     Attributes:
-        residency: part of the engine that is in device memory. After a sleep the weights are undefined.
+        residency: part of the engine that is in device memory.
+        keeps_weights: as above.
     """
 
-    def __init__(self, llm: SleepingLLM, enabled: bool) -> None:
+    def __init__(self, llm: SleepingLLM, enabled: bool, keeps_weights: bool = False) -> None:
         self._llm = llm
         self._enabled = enabled
+        self.keeps_weights = keeps_weights
         self.residency = Residency.FULL
 
     def reside(self, residency: Residency) -> None:
@@ -60,7 +65,7 @@ class SleepMode:
             )
         try:
             if residency < self.residency:
-                self._llm.sleep(level=2, mode="keep")
+                self._llm.sleep(level=1 if self.keeps_weights else 2, mode="keep")
                 self.residency = Residency.OFFLOADED
             if residency >= Residency.WEIGHTS and self.residency == Residency.OFFLOADED:
                 self._llm.wake_up(["weights"])

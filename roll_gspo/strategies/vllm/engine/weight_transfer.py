@@ -21,6 +21,7 @@ from roll_gspo.errors import WeightTransferError
 from roll_gspo.strategies.base import WeightSource
 from roll_gspo.strategies.vllm.engine.loading import ModelLoader, shapes_of_full_model
 from roll_gspo.strategies.vllm.engine.manifest import differences
+from roll_gspo.strategies.weight_update import FULL_MODEL, check_kind, kind_of
 
 IN_PROCESS = "in_process"
 
@@ -81,8 +82,10 @@ class InProcessTransfer:
         The KV cache of older weights is dropped. Running requests recompute theirs with the new weights.
 
         Raises:
-            WeightTransferError: the weights differ from the manifest, or the source or the engine failed.
+            WeightTransferError: `source` is an adapter, the weights differ from the manifest, or the source or the
+                engine failed.
         """
+        check_kind(kind_of(source), FULL_MODEL)
         try:
             weights = [(name, tensor.detach()) for name, tensor in source]
             self._llm.reset_prefix_cache(reset_running_requests=True)
