@@ -51,13 +51,14 @@ def pass_bytes(
 def layer_bytes_per_position(model: Architecture, itemsize: int, *, autocast: bool) -> float:
     """Return the bytes per position that a layer keeps for the backward pass."""
     heads, groups = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    norms = model.family.norms.num_before + model.family.norms.num_after
     if itemsize == 4:
-        # Input, normalised input and output of both norms
-        numbers = 6 * model.hidden_size + (4 if model.qk_norm else 2) * (heads + groups)
+        # Input and normalised input of every norm, and inputs of attention and feed-forward layer
+        numbers = (2 * norms + 2) * model.hidden_size + (4 if model.qk_norm else 2) * (heads + groups)
         return 4 * (numbers + _feed_forward_numbers(model))
-    # Both norms keep four bytes twice: input and normalised input in float32; or with 16-bit parameters the input in
+    # Every norm keeps four bytes twice: input and normalised input in float32; or with 16-bit parameters the input in
     # float32, the normalised input and the output. Under autocast every projection casts its input.
-    inputs = 4 * 4
+    inputs = 2 * 4 * norms
     if autocast:
         inputs += 2 * (3 + (2 if model.experts is None else 1))
     attention = 10 if model.qk_norm else 4

@@ -121,13 +121,20 @@ def test_megatron_keeps_the_estimated_bytes(
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("dense", torch.float32), ("dense", torch.bfloat16), ("experts", torch.bfloat16)]
+    ("family", "dtype"),
+    [
+        *(("dense", dtype) for dtype in (torch.float32, torch.bfloat16)),
+        *((family, torch.bfloat16) for family in ("experts", "gemma", "olmo")),
+        *((family, torch.float32) for family in ("gemma", "olmo")),
+    ],
 )
 def test_transformers_keeps_the_estimated_bytes(folders: dict[str, Path], family: str, dtype: torch.dtype) -> None:
     itemsize = dtype.itemsize
     engine = HfTrain(model_setup(folders[family], dtype), optimizer_setup(), HfConfig())
     measured = _measured(engine, engine._model.parameters())
-    _check_transformers(folders[family], itemsize, measured, autocast=True)
+    # Masks of windows, and products of norms over all heads, are not counted.
+    tolerance = 0.08 if family in ("dense", "experts") else 0.15
+    _check_transformers(folders[family], itemsize, measured, tolerance, autocast=True)
 
 
 @pytest.mark.parametrize(
@@ -136,17 +143,16 @@ def test_transformers_keeps_the_estimated_bytes(folders: dict[str, Path], family
 def test_fsdp2_keeps_the_estimated_bytes(folders: dict[str, Path], family: str, dtype: torch.dtype) -> None:
     engine = Fsdp2Train(model_setup(folders[family], dtype), optimizer_setup(), Fsdp2Config())
     engine.update([_batch()], _loss, False)  # creates the buffers of gathered parameters
-    _check_transformers(
-        folders[family], dtype.itemsize, _measured(engine, gathered_parameters(engine._model.module)), autocast=False
-    )
+    measured = _measured(engine, gathered_parameters(engine._model.module))
+    _check_transformers(folders[family], dtype.itemsize, measured, 0.08, autocast=False)
 
 
-def _check_transformers(folder: Path, itemsize: int, measured: int, *, autocast: bool) -> None:
+def _check_transformers(folder: Path, itemsize: int, measured: int, tolerance: float, *, autocast: bool) -> None:
     """Compare the estimate with what autograd has kept."""
     model, size = Architecture.from_checkpoint(folder), PassSize(POSITIONS, POSITIONS // 2)
     options: Any = {"recompute": False, "autocast": autocast}
     found = pass_bytes(model, size, itemsize, train=True, head=True, **options)
     logits = POSITIONS // 2 * VOCAB * itemsize  # kept; the estimate adds two more that exist for a while
     working = pass_bytes(model, size, itemsize, train=False, head=False, **options).activations
-    assert found.activations - working + logits == pytest.approx(measured, rel=0.08)
+    assert found.activations - working + logits == pytest.approx(measured, rel=tolerance)
     assert found.logits == 3 * logits
