@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from engine_cases import model_setup, optimizer_setup, policy_loss, sequences, train_batch, value_batch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from roll_gspo.batch import TrainBatch
 from roll_gspo.metrics import Metric, to_floats
-from roll_gspo.strategies.base import TrainStrategy, ValueStrategy
+from roll_gspo.strategies.base import AdapterStrategy, TrainStrategy, ValueStrategy
 from roll_gspo.strategies.fsdp2.config import Fsdp2Config
 from roll_gspo.strategies.hf.config import HfConfig
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.micro_batches import MicroBatching
 
 OPTIMIZER = optimizer_setup(learning_rate=1e-3)
 
 
-def train_engine(folder: Path, options: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> TrainStrategy:
+def train_engine(
+    folder: Path, options: dict[str, Any] | None, dtype: torch.dtype = torch.float32, lora: LoraSetup | None = None
+) -> TrainStrategy:
     """Return an `Fsdp2Train` with these options, or an `HfTrain` if there are none."""
+    setup = replace(model_setup(folder, dtype), lora=lora)
     if options is None:
         from roll_gspo.strategies.hf.train import HfTrain
 
-        return HfTrain(model_setup(folder, dtype), OPTIMIZER, HfConfig())
+        return HfTrain(setup, OPTIMIZER, HfConfig())
     from roll_gspo.strategies.fsdp2.engine.train import Fsdp2Train
 
-    return Fsdp2Train(model_setup(folder, dtype), OPTIMIZER, Fsdp2Config(**options))
+    return Fsdp2Train(setup, OPTIMIZER, Fsdp2Config(**options))
 
 
 def trained(
@@ -43,6 +50,28 @@ def trained(
         "updates": [[result.loss, result.grad_norm, result.learning_rate] for result in results],
         "metrics": [to_floats(result.metrics) for result in results],
         "weights": {name: tensor.clone() for name, tensor in engine.weights()},
+    }
+
+
+def trained_adapter(
+    folder: Path, options: dict[str, Any] | None, out: Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+) -> dict[str, Any]:
+    """Train an adapter in three updates and export it into `out`."""
+    lora = LoraSetup(rank=4, alpha=8.0, dropout=dropout, use_rslora=True)
+    engine = train_engine(folder, options, dtype, lora)
+    assert isinstance(engine, AdapterStrategy)
+    before = engine.score(sequences()).log_probs
+    results = [engine.update(MicroBatching(2).split(train_batch(step)), policy_loss, True) for step in range(3)]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        out.mkdir(exist_ok=True)
+    engine.save_hf(out)
+    return {
+        "before": before,
+        "after": engine.score(sequences()).log_probs,
+        "base": engine.score_base(sequences()).log_probs,
+        "updates": [[result.loss, result.grad_norm] for result in results],
+        "adapter": load_file(out / "adapter" / "adapter_model.safetensors"),
+        "merged": {name: tensor.clone() for name, tensor in engine.weights()},
     }
 
 

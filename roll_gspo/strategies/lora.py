@@ -53,22 +53,25 @@ class Adapter:
         model: the model, which gets the adapter's layers.
         lora: size and place of the adapter.
         seed: seed of initial values and dropout; the same on all ranks.
+        names: names of the model's weights in checkpoints; read from the model if None.
 
     Raises:
         ConfigError: the model has no linear layer of a name.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: LoraSetup, seed: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, lora: LoraSetup, seed: int, names: CheckpointNames | None = None
+    ) -> None:
         from peft import inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         self.setup = lora
-        self.names = CheckpointNames(model)
+        self.names = CheckpointNames(model) if names is None else names
         self._model = model
         self._seed = seed
-        names = _targets(model, lora)
-        self._leaves = sorted({name.rpartition(".")[2] for name in names})
-        inject_adapter_in_model(self._config(names), model)
+        targets = _targets(model, lora)
+        self._leaves = sorted({name.rpartition(".")[2] for name in targets})
+        inject_adapter_in_model(self._config(targets), model)
         modules = model.named_modules()
         self._layers = {name: module for name, module in modules if isinstance(module, LoraLayer)}
         for parameter in self.parameters().values():
@@ -102,24 +105,24 @@ class Adapter:
                 found[f"{_PEFT_PREFIX}{name}.{kind}.weight"] = cast(nn.Parameter, matrix.weight)
         return found
 
-    def initial_values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield every parameter with its whole initial value, float32 on the CPU: uniform `A`, and `B` of zeros.
+    def initial_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's name and the whole initial value of every trained parameter, float32 on the CPU.
 
-        `A` has the distribution of `peft`: the default of a linear layer.
+        `B` is 0. `A` is uniform as in `peft`: the default of a linear layer.
         """
         generator = torch.Generator().manual_seed(self._seed)
-        for layer in self._layers.values():
+        for name, layer in self._layers.items():
             first, second = cast(nn.Linear, layer.lora_A[_NAME]), cast(nn.Linear, layer.lora_B[_NAME])
             values = torch.empty(first.out_features, first.in_features)
             bound = 1 / math.sqrt(first.in_features)
-            yield cast(nn.Parameter, first.weight), values.uniform_(-bound, bound, generator=generator)
-            yield cast(nn.Parameter, second.weight), torch.zeros(second.out_features, second.in_features)
+            yield f"{name}.lora_A.{_NAME}.weight", values.uniform_(-bound, bound, generator=generator)
+            yield f"{name}.lora_B.{_NAME}.weight", torch.zeros(second.out_features, second.in_features)
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Set the initial values of parameters that are whole on this rank."""
-        for parameter, value in self.initial_values():
-            parameter.copy_(value)
+        for name, value in self.initial_values():
+            self._model.get_parameter(name).copy_(value)
 
     @contextmanager
     def off(self) -> Iterator[None]:

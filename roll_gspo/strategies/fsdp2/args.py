@@ -103,6 +103,7 @@ class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):
 
     has_value_head: ClassVar[bool] = True
     has_float32_weights: ClassVar[bool] = True
+    supports_lora: ClassVar[bool] = True
 
     def value_problems(self) -> Iterator[Problem]:
         """Yield keys of the output head, which a critic replaces."""

@@ -35,6 +35,7 @@ from roll_gspo.strategies.fsdp2.engine.model_input import ModelInput, model_inpu
 from roll_gspo.strategies.fsdp2.engine.weights import load_shards, stored_shapes
 from roll_gspo.strategies.gathering import gather_samples
 from roll_gspo.strategies.head_products import uses_float32
+from roll_gspo.strategies.lora import Adapter
 from roll_gspo.strategies.micro_batches import cost_of_pass, costs_of, share_of_rank, split_samples
 from roll_gspo.strategies.transformers_model import compute_logits_in_float32, recompute_layers
 from roll_gspo.strategies.value_head import ValueHead
@@ -71,6 +72,7 @@ class ShardedModel:
         config: options of the engine.
         device: device of the computation.
         pass_cost: cost of a pass, which the ranks share evenly.
+        adapter: the adapter that is trained; None if all parameters are, or none.
     """
 
     module: Any
@@ -79,6 +81,7 @@ class ShardedModel:
     config: Fsdp2Config
     device: torch.device
     pass_cost: PassCost
+    adapter: Adapter | None = None
 
     def share(self, parts: Sequence[Any], samples_of: Callable[[Any], tuple[Sequences, Tensor | None]]) -> list[Any]:
         """Select the micro-batches of this rank; None marks a dummy pass, as all ranks gather layers together.
@@ -150,7 +153,8 @@ def build_sharded(setup: ModelSetup, config: Fsdp2Config, *, trained: bool, valu
     Args:
         setup: settings of the model.
         config: options of the engine.
-        trained: parameters are float32 and have gradients; else they have the setup's dtype.
+        trained: parameters are float32 and have gradients; else they have the setup's dtype. If `setup.lora` is set,
+            this is so for an adapter, and the other parameters are frozen.
         value_head: replace the output layer by a `ValueHead`.
 
     Raises:
@@ -161,11 +165,12 @@ def build_sharded(setup: ModelSetup, config: Fsdp2Config, *, trained: bool, valu
         raise ConfigError(f"fsdp2: dtype {setup.dtype} is not supported; use float32 or bfloat16")
     device = local_device()
     mesh = _mesh(device)
-    model = _without_memory(setup, config, torch.float32 if trained else setup.dtype)
+    lora = setup.lora if trained else None
+    model = _without_memory(setup, config, torch.float32 if trained and lora is None else setup.dtype)
     reader = CheckpointReader(setup.checkpoint)
     names = CheckpointNames(model, stored_shapes(reader))
     module: Module = model
-    fresh = {}
+    fresh, adapter = {}, None
     if value_head:
         hidden_size = model.config.get_text_config().hidden_size
         module = ValueModel(model, hidden_size)
@@ -173,12 +178,15 @@ def build_sharded(setup: ModelSetup, config: Fsdp2Config, *, trained: bool, valu
     elif uses_float32(setup.dtype, config.fp32_lm_head):
         compute_logits_in_float32(model, setup.dtype)
     module.requires_grad_(trained)
+    if lora is not None:
+        adapter = Adapter(model, lora, setup.seed, names)
+        fresh = dict(adapter.initial_values())
     _shard(module, mesh, setup.dtype, config, trained)
     load_shards(module, names, reader, torch.device("cpu") if config.cpu_offload else device, fresh)
     cost = PassCost()
     with suppress(ConfigError):  # an architecture whose operations are not known: balance tokens
         cost = PassCost.of(Architecture.from_checkpoint(setup.checkpoint))
-    return ShardedModel(module, names, setup, config, device, cost)
+    return ShardedModel(module, names, setup, config, device, cost, adapter)
 
 
 def _mesh(device: torch.device) -> DeviceMesh:
@@ -206,7 +214,7 @@ def _without_memory(setup: ModelSetup, config: Fsdp2Config, dtype: torch.dtype) 
     if config.use_sequence_packing:
         use_packed_attention(model)
     if config.gradient_checkpointing:
-        recompute_layers(model)
+        recompute_layers(model, is_random=setup.lora is not None and setup.lora.dropout > 0)
     return model.eval()
 
 

@@ -44,6 +44,7 @@ class Fsdp2Trainer:
 
     Attributes:
         state: the state that leaves the device between phases.
+        applied_steps: optimizer steps that changed the parameters.
     """
 
     def __init__(self, model: ShardedModel, setup: OptimizerSetup) -> None:
@@ -60,7 +61,7 @@ class Fsdp2Trainer:
             betas=setup.betas,
             eps=setup.epsilon,
         )
-        self._applied_steps = 0
+        self.applied_steps = 0
         self._pending_save = PendingSave()
         training = Part(lambda: outside(self._on_device(self._training_tensors()), self._weights()))
         self.state = EngineState("fsdp2_train", Part(self._weights), [training])
@@ -100,7 +101,7 @@ class Fsdp2Trainer:
                 reports.append((share.detach(), metrics))
         of_all = gather_reports(reports)
         total = sum(value for value, _ in of_all)
-        rate = learning_rate(self._setup, self._applied_steps)
+        rate = learning_rate(self._setup, self.applied_steps)
         grad_norm, applied = self._step(rate, math.isfinite(total))
         return UpdateResult(total, grad_norm, rate, applied, merge(metrics for _, metrics in of_all))
 
@@ -118,7 +119,7 @@ class Fsdp2Trainer:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             self._optimizer.step()
-            self._applied_steps += 1
+            self.applied_steps += 1
         self._optimizer.zero_grad()
         return grad_norm, applied
 
@@ -133,7 +134,7 @@ class Fsdp2Trainer:
             CheckpointError: a rank could not write, now or in an unfinished earlier save; raised on every rank.
         """
         self.finish_save()
-        save = begin_save(folder, self._named, self._optimizer, self._applied_steps, staged=asynchronous)
+        save = begin_save(folder, self._named, self._optimizer, self.applied_steps, staged=asynchronous)
         self._pending_save.start(save, asynchronous)
 
     def finish_save(self, wait: bool = True) -> bool:
@@ -153,7 +154,7 @@ class Fsdp2Trainer:
         Raises:
             CheckpointError: the state is missing, damaged, or of another model; raised on every rank.
         """
-        self._applied_steps = load_state(folder, self._named, self._optimizer)
+        self.applied_steps = load_state(folder, self._named, self._optimizer)
 
 
 def weight_tensors(module: Module) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch.nn import Module, Parameter
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.models.hf_checkpoint import CheckpointReader
 from roll_gspo.strategies.checkpoint_names import CheckpointNames
+from roll_gspo.strategies.lora import Adapter, without_base_layer
 
 
 def stored_shapes(reader: CheckpointReader) -> dict[str, tuple[int, ...]]:
@@ -43,10 +44,11 @@ def load_shards(
             owners.setdefault(id(parameter), []).append((owner, name))
     sharded: list[tuple[str, Any]] = list(module.named_parameters())
     for name, parameter in sharded:
+        stored = without_base_layer(name)
         local = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=device)
         start, stop = own_rows(parameter)
         if stop > start:
-            local.copy_(fresh[name][start:stop] if name in fresh else _read(names, name, reader, start, stop))
+            local.copy_(fresh[name][start:stop] if name in fresh else _read(names, stored, reader, start, stop))
         made = DTensor.from_local(
             local,
             parameter.device_mesh,
@@ -92,18 +94,32 @@ class ShardedWeights:
         module: the module at rest, i.e. with sharded parameters.
         names: names of its parameters in checkpoints.
         dtype: dtype of the yielded weights. Buffers keep their own.
+        adapter: adapter of the module, which is merged into the yielded weights; None if it has none.
     """
 
-    def __init__(self, module: Module, names: CheckpointNames, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: Module, names: CheckpointNames, dtype: torch.dtype, adapter: Adapter | None = None
+    ) -> None:
         self._module = module
         self._names = names
         self._dtype = dtype
+        self._adapter = adapter
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        # named_parameters lists each tensor once, the embedding first; so a tied head is not listed
-        sharded: Iterator[tuple[str, Any]] = self._module.named_parameters()
-        yield from self._names.stream(
-            (name, parameter.detach().to(self._dtype).full_tensor()) for name, parameter in sharded
-        )
+        yield from self._names.stream(self._parameters())
         yield from self._names.stream(persistent_buffers(self._module))
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        if self._adapter is not None:
+            for name, value in self._adapter.merged_parameters(whole):
+                yield name, value.to(self._dtype)
+            return
+        # named_parameters lists each tensor once, the embedding first; so a tied head is not listed
+        for name, parameter in self._module.named_parameters():
+            yield name, whole(parameter.detach().to(self._dtype))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter with the parts of all ranks; a collective."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
