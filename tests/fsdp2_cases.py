@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from roll_gspo.batch import TrainBatch
+from roll_gspo.errors import CheckpointError
 from roll_gspo.metrics import Metric, to_floats
 from roll_gspo.strategies.base import AdapterStrategy, TrainStrategy, ValueStrategy
 from roll_gspo.strategies.fsdp2.config import Fsdp2Config
@@ -73,6 +74,31 @@ def trained_adapter(
         "adapter": load_file(out / "adapter" / "adapter_model.safetensors"),
         "merged": {name: tensor.clone() for name, tensor in engine.weights()},
     }
+
+
+def resumed_adapter(folder: Path, saved: Path | None, loaded: Path | None) -> dict[str, Any]:
+    """Update and save into `saved`, or load from `loaded`; then update twice more."""
+    engine = train_engine(folder, {}, lora=LoraSetup(rank=4, alpha=8.0, sync="adapter"))
+    if saved is not None:
+        engine.update(MicroBatching(2).split(train_batch(7)), policy_loss, True)
+        if dist.get_rank() == 0:
+            saved.mkdir()
+        dist.barrier()
+        engine.save(saved)
+    if loaded is not None:
+        engine.load(loaded)
+    results = [engine.update(MicroBatching(2).split(train_batch(step)), policy_loss, True) for step in range(2)]
+    adapter = {name: tensor.clone() for name, tensor in engine.weights()}
+    return {"updates": [[result.loss, result.grad_norm] for result in results], "adapter": adapter}
+
+
+def refused_adapter(folder: Path, loaded: Path) -> str:
+    """Load a state with another rank of the adapter; return the error."""
+    try:
+        train_engine(folder, {}, lora=LoraSetup(rank=8, alpha=8.0)).load(loaded)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def valued(folder: Path, options: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from fsdp2_cases import trained_adapter
+from fsdp2_cases import refused_adapter, resumed_adapter, trained_adapter
 from ranks import Ranks
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
@@ -58,6 +59,21 @@ def test_training_is_that_of_one_process(
     for name, tensor in want["adapter"].items():
         own = loaded[name.replace(".weight", ".default.weight")]
         torch.testing.assert_close(own, tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_state_is_of_the_adapter_and_resumes(folders: dict[str, Path], ranks: Ranks, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    two = ranks.run(2, resumed_adapter, folders["qwen3_tied"], state, None)
+    again = ranks.run(2, resumed_adapter, folders["qwen3_tied"], None, state)
+    assert again[0]["updates"] == two[0]["updates"], "bit for bit on as many ranks"
+    assert all(tensor.equal(again[0]["adapter"][name]) for name, tensor in two[0]["adapter"].items())
+    (one,) = ranks.run(1, resumed_adapter, folders["qwen3_tied"], None, state)
+    for mine, other in zip(one["updates"], two[0]["updates"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    stored = json.loads((state / "manifest.json").read_text())["tensors"]
+    assert len(stored) == len(one["adapter"]) and all(".lora_" in name for name in stored), "no frozen weight"
+    for message in ranks.run(2, refused_adapter, folders["qwen3_tied"], state):
+        assert "the adapter has rank 4, but actor_train.model_args.lora.rank is 8" in message
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -131,7 +131,12 @@ class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):
         return Fsdp2Value(model, optimizer, self.strategy_config)
 
     def load_trained(self, model: ModelSetup, optimizer: OptimizerSetup, folder: Path) -> TrainedModel:
-        """Read the weights of any number of ranks into a model of one rank, without an optimizer."""
+        """Read the weights of any number of ranks into a model of one rank, without an optimizer.
+
+        An adapter is loaded with its small optimizer.
+        """
+        if model.lora is not None:
+            return super().load_trained(model, optimizer, folder)
         from roll_gspo.strategies.fsdp2.engine.trained import Fsdp2Trained
 
         return Fsdp2Trained(model, self.strategy_config, folder)

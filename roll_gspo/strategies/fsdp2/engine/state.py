@@ -18,6 +18,8 @@ from torch.nn import Parameter
 
 from roll_gspo.errors import CheckpointError
 from roll_gspo.strategies.fsdp2.engine.boxes import Box, BoxSavePlanner, box_of, local_part, read_boxes
+from roll_gspo.strategies.lora import check_same_adapter, identity_of, other_layers
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.restricted_load import load_restricted, unreadable
 from roll_gspo.strategies.sharded_state import (
     Manifest,
@@ -44,6 +46,7 @@ def begin_save(
     applied_steps: int,
     *,
     staged: bool,
+    lora: LoraSetup | None = None,
 ) -> ShardedSave:
     """Plan a save of parameters, their optimizer state, `applied_steps` and RNG states; a collective.
 
@@ -53,6 +56,7 @@ def begin_save(
         optimizer: AdamW of these parameters.
         applied_steps: number of applied optimizer steps.
         staged: copy this rank's data to host memory, so that training can continue.
+        lora: the adapter that the parameters are; None if they are not an adapter's.
     """
     boxes = list(_boxes(parameters, optimizer))
     if staged:
@@ -68,7 +72,7 @@ def begin_save(
         for name, parameter in parameters.items()
         if optimizer.state.get(parameter)
     }
-    common = {"rng": gathered(_rng_state()), "steps": steps}
+    common = {"rng": gathered(_rng_state()), "steps": steps, "adapter": identity_of(lora)}
     return ShardedSave(folder, BoxSavePlanner(boxes), common, _FORMAT, manifest)
 
 
@@ -82,7 +86,12 @@ def _boxes(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer
 
 
 @torch.no_grad()
-def load_state(folder: Path, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> int:
+def load_state(
+    folder: Path,
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    lora: LoraSetup | None = None,
+) -> int:
     """Read a state of any number of ranks and return its applied steps; a collective.
 
     The state is read into new memory first, so an error changes nothing. RNG states are restored if the number of ranks
@@ -92,11 +101,13 @@ def load_state(folder: Path, parameters: Mapping[str, Parameter], optimizer: tor
         folder: the state.
         parameters: the trained parameters by name. FSDP must have freed their unsharded copies.
         optimizer: AdamW of these parameters.
+        lora: the adapter that the parameters are; None if they are not an adapter's.
 
     Raises:
-        CheckpointError: the state is missing, damaged, of a newer format, or of another model; raised on every rank.
+        CheckpointError: the state is missing, damaged, of a newer format, or of another model or adapter; raised on
+            every rank.
     """
-    manifest = _open(folder, parameters)
+    manifest = _open(folder, parameters, lora)
     problem, values, weights, moments = None, None, {}, {}
     try:
         values = _read_values(folder, manifest)
@@ -127,7 +138,7 @@ def load_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: the state is missing, damaged, of a newer format, or of another model; raised on every rank.
     """
-    _open(folder, parameters)
+    _open(folder, parameters, lora=None)
     problem = None
     try:
         read_boxes(folder, [box_of(f"{_WEIGHT}.{name}", parameter) for name, parameter in parameters.items()])
@@ -136,12 +147,28 @@ def load_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
     agree(problem)
 
 
-def _open(folder: Path, parameters: Mapping[str, Tensor]) -> Manifest:
-    """Check the files of a state, and that it belongs to this model; a collective."""
-    manifest = open_state(folder, _FORMAT)
+def _open(folder: Path, parameters: Mapping[str, Tensor], lora: LoraSetup | None) -> Manifest:
+    """Check the files of a state, and that it belongs to this model and adapter; a collective."""
+    manifest, problem = open_state(folder, _FORMAT), None
+    try:
+        _check_adapter(folder / COMMON, lora)
+        if lora is not None and manifest.tensors.keys() != parameters.keys():
+            raise other_layers(folder)
+    except CheckpointError as error:
+        problem = str(error)
+    agree(problem)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_parameters(folder, shapes, manifest, shapes)
     return manifest
+
+
+def _check_adapter(path: Path, lora: LoraSetup | None) -> None:
+    """Check that the values of a state are of this adapter."""
+    common = load_restricted(path)
+    try:
+        check_same_adapter(path, common.get("adapter"), lora)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise unreadable(path, error) from error
 
 
 class _Values(NamedTuple):

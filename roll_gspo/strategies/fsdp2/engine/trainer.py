@@ -50,6 +50,7 @@ class Fsdp2Trainer:
     def __init__(self, model: ShardedModel, setup: OptimizerSetup) -> None:
         self._model = model
         self._setup = setup
+        self._lora = None if model.adapter is None else model.adapter.setup
         self._named = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._parameters = list(self._named.values())
         self._optimizer = torch.optim.AdamW(
@@ -134,7 +135,8 @@ class Fsdp2Trainer:
             CheckpointError: a rank could not write, now or in an unfinished earlier save; raised on every rank.
         """
         self.finish_save()
-        save = begin_save(folder, self._named, self._optimizer, self.applied_steps, staged=asynchronous)
+        state = folder, self._named, self._optimizer, self.applied_steps
+        save = begin_save(*state, staged=asynchronous, lora=self._lora)
         self._pending_save.start(save, asynchronous)
 
     def finish_save(self, wait: bool = True) -> bool:
@@ -154,7 +156,7 @@ class Fsdp2Trainer:
         Raises:
             CheckpointError: the state is missing, damaged, or of another model; raised on every rank.
         """
-        self.applied_steps = load_state(folder, self._named, self._optimizer)
+        self.applied_steps = load_state(folder, self._named, self._optimizer, self._lora)
 
 
 def weight_tensors(module: Module) -> list[Tensor]:
