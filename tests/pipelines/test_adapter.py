@@ -82,7 +82,7 @@ def test_vllm_holds_every_version_that_may_be_in_flight() -> None:
     vllm = ("strategy=hf", "actor_infer.strategy_args={strategy_name:vllm}", "execution=ray")
     async_run = ("async_generation_ratio=2", "async_mode=in_flight")
     merged, plain, in_flight = (
-        role_states(config, config.actor_infer)
+        role_states(config, config.roles()["actor_infer"])
         for extra in ((f"{LORA}.sync=merged",), (), async_run)
         for config in [load_config("example_gspo", *vllm, f"{LORA}.rank=4", *extra).config]
     )
