@@ -35,9 +35,11 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from roll_gspo.strategies.base import NativeWeightSender
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.weight_broadcast import WeightBroadcastReceiver, WeightBroadcastSender
 from roll_gspo.strategies.weight_broadcast_address import Backend, WeightBroadcastAddress
 from roll_gspo.strategies.weight_commands import CommandSender
+from roll_gspo.strategies.weight_update import ADAPTER, FULL_MODEL
 
 TIMEOUT_S = 120.0
 ON_GPU = torch.cuda.is_available()
@@ -81,7 +83,7 @@ def model_of(shape: Shape) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | None) -> None:
+def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | None, lora: LoraSetup | None) -> None:
     """Receive every version that the pipe names, into an engine if there is a checkpoint; runs in the other process."""
     if checkpoint is None:
         receiver = WeightBroadcastReceiver(address)
@@ -97,7 +99,7 @@ def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | 
 
         setup = ModelSetup(checkpoint, DTYPE, micro_batch_size=1, temperature=1.0, seed=0)
         config = VllmConfig(max_num_seqs=8, kv_cache_memory_mb=64, enforce_eager=True)
-        engine = VllmGenerate(setup, config, 256, receives_broadcast=True)
+        engine = VllmGenerate(setup, config, 256, receives_broadcast=True, lora=lora)
         pipe.send("built")
         engine.connect(address)
         receive = engine.receive
@@ -107,14 +109,21 @@ def serve(pipe: Connection, address: WeightBroadcastAddress, checkpoint: Path | 
 
 
 class Remote:
-    """A process with a receiver, and its sender in this process."""
+    """A process with a receiver, and its sender in this process. With `lora` the receiver takes adapters, by gloo."""
 
-    def __init__(self, checkpoint: Path | None, backend: Backend, weights: list[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        checkpoint: Path | None,
+        backend: Backend,
+        weights: list[tuple[str, Tensor]],
+        lora: LoraSetup | None = None,
+    ) -> None:
+        self._kind = FULL_MODEL if lora is None else ADAPTER
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         wanted = WeightBroadcastAddress("127.0.0.1", 0, 2, timeout_s=TIMEOUT_S, backend=backend)
         commands = WeightBroadcastSender(wanted) if backend == "gloo" else CommandSender(wanted)
-        self._process = context.Process(target=serve, args=(theirs, commands.address, checkpoint))
+        self._process = context.Process(target=serve, args=(theirs, commands.address, checkpoint, lora))
         with visible_gpus("1") if backend == "nccl" else nullcontext():
             self._process.start()
         if checkpoint is not None:
@@ -140,7 +149,7 @@ class Remote:
         self._version += 1
         self._pipe.send(self._version)
         if isinstance(self._sender, WeightBroadcastSender):
-            self._sender.send(weights, self._version, checksum)
+            self._sender.send(weights, self._version, checksum, self._kind)
         else:
             self._sender.send(weights, self._version)
 

@@ -43,7 +43,8 @@ class InProcessAdapters:
         """
         check_kind(kind_of(source), ADAPTER)
         try:
-            number = self._loader.load(version, self._slots.next_number(), list(source))
+            tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in source]
+            number = self._loader.load(version, self._slots.next_number(), tensors)
         except WeightTransferError:
             raise
         except Exception as error:

@@ -114,16 +114,21 @@ class AdapterLoader:
 
         If the last adapter has the same version and values, it is kept, and its number is returned.
 
+        Args:
+            version: version of the adapter.
+            number: number that no adapter had.
+            tensors: tensors on the CPU under PEFT's names. vLLM scales them in place.
+
         Raises:
             WeightTransferError: the tensors differ from the manifest; nothing has changed.
         """
         wrong = self._manifest.check([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors])
         if wrong:
             raise WeightTransferError("weight transfer: " + "; ".join(wrong) + "; the old adapter was kept")
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors}  # vLLM scales them in place
-        newest = version, _digest(copies)
+        named = dict(tensors)
+        newest = version, _digest(named)
         if newest != self._newest or self._number not in self._manager.list_adapters():
-            self._add(number, copies)
+            self._add(number, named)
             self._newest, self._number = newest, number
         return self._number
 
