@@ -76,6 +76,16 @@ def test_micro_batches_change_nothing(
             assert mine == pytest.approx(other, rel=1e-5)
 
 
+def test_half_precision_stays_near(folders: dict[str, Path], expected: dict[str, dict[str, Any]], ranks: Ranks) -> None:
+    want = expected["qwen3_tied"]
+    for found in ranks.run(2, trained, folders["qwen3_tied"], PACKED, torch.bfloat16):
+        torch.testing.assert_close(found["scores"][0], want["scores"][0], rtol=0, atol=0.1)
+        assert found["updates"][0] == pytest.approx(want["updates"][0], rel=0.02)
+        for name, weight in want["weights"].items():
+            assert found["weights"][name].dtype == torch.bfloat16
+            torch.testing.assert_close(found["weights"][name].float(), weight, rtol=0.01, atol=8e-3, msg=name)
+
+
 def test_a_rank_holds_its_part_only(folders: dict[str, Path], ranks: Ranks) -> None:
     shares = ranks.run(4, largest_share, folders["llama"])
     assert all(share < 0.3 for share in shares)

@@ -1,4 +1,4 @@
-"""Every family that the FSDP2 engine packs: packing changes no log-prob, and weights keep their names and values."""
+"""Every family that the FSDP2 engine packs has the scores of plain transformers, padded and packed, and its weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, Fsdp2Config
 from roll_gspo.strategies.fsdp2.engine.infer import Fsdp2Infer
 from roll_gspo.strategies.fsdp2.engine.weights import ShardedWeights
+from roll_gspo.strategies.hf.config import HfConfig
+from roll_gspo.strategies.hf.infer import HfInfer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -73,7 +75,7 @@ def written(folder: Path, model_type: str) -> Path:
 
 
 @pytest.mark.parametrize("model_type", PACKED_FAMILIES)
-def test_packing_changes_no_log_prob(model_type: str, tmp_path: Path) -> None:
+def test_scores_and_weights_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
     setup = model_setup(written(tmp_path, model_type))
     engines = [Fsdp2Infer(setup, Fsdp2Config(use_sequence_packing=packs)) for packs in (False, True)]
     padded, packed = (engine.score(sequences(), entropy=True) for engine in engines)
@@ -81,6 +83,9 @@ def test_packing_changes_no_log_prob(model_type: str, tmp_path: Path) -> None:
     torch.testing.assert_close(packed.log_probs, padded.log_probs, rtol=0, atol=2e-5)
     torch.testing.assert_close(packed.entropy, padded.entropy, rtol=0, atol=2e-5)
     assert padded.log_probs[0].unique().numel() > 5
+    plain = HfInfer(setup, HfConfig()).score(sequences(), entropy=True)
+    torch.testing.assert_close(padded.log_probs, plain.log_probs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(padded.entropy, plain.entropy, rtol=0, atol=2e-5)
     model = engines[1]._model
     exported = dict(ShardedWeights(model.module, model.names, torch.float32))
     stored = load_file(tmp_path / "model.safetensors")

@@ -10,8 +10,9 @@ from roll_gspo.config.base import Problem
 from roll_gspo.config.memory import Alternative, PassBytes, PassSize
 from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrategyArgs, StrategyArgs, TrainStrategyArgs
 from roll_gspo.models.size import model_type_of, size_of, supported_architecture_of
-from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, Fsdp2Config
+from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, PLAIN_HEADS, Fsdp2Config
 from roll_gspo.strategies.fsdp2.memory import gathered_bytes
+from roll_gspo.strategies.memory import head_bytes
 from roll_gspo.strategies.transformers_families import check_family
 from roll_gspo.strategies.transformers_memory import pass_bytes
 
@@ -90,12 +91,16 @@ class Fsdp2Args(StrategyArgs):
         architecture, parameters = supported_architecture_of(model), size_of(model)
         if architecture is None or parameters is None:
             return None
-        recompute = self.strategy_config.gradient_checkpointing
+        recompute, plain = self.strategy_config.gradient_checkpointing, model_type_of(model) in PLAIN_HEADS
+        whole_logits = not value_head and not plain
         found = pass_bytes(
-            architecture, size, itemsize, train=train, head=not value_head, recompute=recompute, autocast=False
+            architecture, size, itemsize, train=train, head=whole_logits, recompute=recompute, autocast=False
         )
+        logits = found.logits
+        if plain and not value_head:
+            logits = head_bytes(architecture, size.predicted, itemsize, shards=1, train=train)
         gathered = gathered_bytes(architecture, parameters.num_parameters, self.strategy_config, itemsize, train=train)
-        return [PassBytes(found.activations + gathered, found.logits)] * num_devices
+        return [PassBytes(found.activations + gathered, logits)] * num_devices
 
 
 class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):
@@ -107,8 +112,10 @@ class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):
 
     def value_problems(self) -> Iterator[Problem]:
         """Yield keys of the output head, which a critic replaces."""
-        if self.strategy_config.fp32_lm_head is not None:
-            yield Problem("strategy_config.fp32_lm_head", "is about logits, and a critic has none; remove it")
+        c = self.strategy_config
+        for key, is_set in (("fp32_lm_head", c.fp32_lm_head is not None), ("fused_head", c.fused_head != "auto")):
+            if is_set:
+                yield Problem(f"strategy_config.{key}", "is about logits, and a critic has none; remove it")
 
     def alternatives(self, model: str, num_devices: int) -> Iterator[Alternative]:
         """Yield recomputation of all layers, gathering parameters twice, and state in host memory."""

@@ -13,6 +13,9 @@ PACKED_FAMILIES = (
     *("cohere", "cohere2", "deepseek_v3", "gemma", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral"),
     *("mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
 )
+# Families whose logits are the product of hidden states and output layer, without a scale or a soft cap after it. Their
+# log-probs are computed block by block.
+PLAIN_HEADS = tuple(name for name in PACKED_FAMILIES if name not in ("cohere", "cohere2", "granite"))
 
 
 class Fsdp2Config(Schema):
@@ -35,6 +38,9 @@ class Fsdp2Config(Schema):
     """Reduce gradients in float32; false: in the dtype of the model. `fsdp2_train` only."""
     fp32_lm_head: bool | None = None
     """Compute logits in float32 from 16-bit hidden states and weights; null: on if `dtype` has 16 bits."""
+    fused_head: Literal["auto", "torch", "triton"] = "auto"
+    """Kernel of log-probs and entropies, in families whose logits are a plain product; auto: `triton` for 16 bits on a
+    GPU if it is installed, else `torch`."""
 
     def broken_rules(self) -> Iterator[Problem]:
         """Yield settings that are invalid for every model."""

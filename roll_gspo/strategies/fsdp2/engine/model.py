@@ -29,13 +29,14 @@ from roll_gspo.rendezvous import group_backend
 from roll_gspo.strategies.base import ModelSetup
 from roll_gspo.strategies.checkpoint_names import CheckpointNames
 from roll_gspo.strategies.device import local_device
-from roll_gspo.strategies.fsdp2.config import Fsdp2Config
+from roll_gspo.strategies.fsdp2.config import PLAIN_HEADS, Fsdp2Config
 from roll_gspo.strategies.fsdp2.engine.attention import use_packed_attention
 from roll_gspo.strategies.fsdp2.engine.model_input import ModelInput, model_input
 from roll_gspo.strategies.fsdp2.engine.weights import load_shards, stored_shapes
 from roll_gspo.strategies.gathering import gather_samples
 from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.lora import Adapter
+from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.micro_batches import cost_of_pass, costs_of, share_of_rank, split_samples
 from roll_gspo.strategies.transformers_model import compute_logits_in_float32, recompute_layers
 from roll_gspo.strategies.value_head import ValueHead
@@ -73,6 +74,7 @@ class ShardedModel:
         device: device of the computation.
         pass_cost: cost of a pass, which the ranks share evenly.
         adapter: the adapter that is trained; None if all parameters are, or none.
+        head: the output layer if the model returns its input in place of logits; None if it returns logits.
     """
 
     module: Any
@@ -82,6 +84,7 @@ class ShardedModel:
     device: torch.device
     pass_cost: PassCost
     adapter: Adapter | None = None
+    head: Module | None = None
 
     def share(self, parts: Sequence[Any], samples_of: Callable[[Any], tuple[Sequences, Tensor | None]]) -> list[Any]:
         """Select the micro-batches of this rank; None marks a dummy pass, as all ranks gather layers together.
@@ -98,7 +101,9 @@ class ShardedModel:
         return share_of_rank(parts, dist.get_rank(), ranks, costs=costs)
 
     def outputs(self, sequences: Sequences) -> tuple[Tensor, ModelInput]:
-        """Return the outputs [N, V] (or [N, 1]) that predict the response tokens, and where these lie; differentiable.
+        """Return the outputs that predict the response tokens, and where these lie; differentiable.
+
+        They are hidden states [N, H] if `head` is set, else logits [N, V] or values [N, 1].
 
         Args:
             sequences: the samples, on the CPU.
@@ -170,11 +175,14 @@ def build_sharded(setup: ModelSetup, config: Fsdp2Config, *, trained: bool, valu
     reader = CheckpointReader(setup.checkpoint)
     names = CheckpointNames(model, stored_shapes(reader))
     module: Module = model
-    fresh, adapter = {}, None
+    fresh: dict[str, Tensor] = {}
+    head, adapter = _head_of_rows(model, lora), None
     if value_head:
-        hidden_size = model.config.get_text_config().hidden_size
+        head, hidden_size = None, model.config.get_text_config().hidden_size
         module = ValueModel(model, hidden_size)
         fresh = {"head.weight": torch.zeros(1, hidden_size)}
+    elif head is not None:
+        head.forward = _return_input
     elif uses_float32(setup.dtype, config.fp32_lm_head):
         compute_logits_in_float32(model, setup.dtype)
     module.requires_grad_(trained)
@@ -186,7 +194,21 @@ def build_sharded(setup: ModelSetup, config: Fsdp2Config, *, trained: bool, valu
     cost = PassCost()
     with suppress(ConfigError):  # an architecture whose operations are not known: balance tokens
         cost = PassCost.of(Architecture.from_checkpoint(setup.checkpoint))
-    return ShardedModel(module, names, setup, config, device, cost, adapter)
+    return ShardedModel(module, names, setup, config, device, cost, adapter, head)
+
+
+def _head_of_rows(model: PreTrainedModel, lora: LoraSetup | None) -> Module | None:
+    """Return the output layer if logits are its plain product with hidden states; else None."""
+    head: Any = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None or model.config.model_type not in PLAIN_HEADS:
+        return None
+    name = next(name for name, module in model.named_modules() if module is head)
+    is_adapted = lora is not None and name.rpartition(".")[2] in lora.target_modules
+    return None if is_adapted else head
+
+
+def _return_input(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _mesh(device: torch.device) -> DeviceMesh:

@@ -65,10 +65,9 @@ class Fsdp2Train(TrainerCheckpoints[Fsdp2Trainer]):
     def update(self, micro_batches: Sequence[TrainBatch], loss: LossFunction, entropy: bool) -> UpdateResult:
         """Take one optimizer step over all micro-batches; skip it if loss or gradient norm are not finite."""
         self._state.need(Residency.FULL, "update")
-        temperature = self._model.setup.temperature
 
-        def share(logits: Tensor, given: ModelInput, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
-            return loss(scores_of(logits, given, temperature, entropy), batch)
+        def share(outputs: Tensor, given: ModelInput, batch: TrainBatch) -> tuple[Tensor, dict[str, Metric]]:
+            return loss(scores_of(self._model, outputs, given, entropy), batch)
 
         adapter = self._model.adapter
         with nullcontext() if adapter is None else adapter.dropout(self._trainer.applied_steps, dist.get_rank()):
