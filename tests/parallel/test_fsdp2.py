@@ -79,7 +79,7 @@ def test_micro_batches_change_nothing(
 def test_half_precision_stays_near(folders: dict[str, Path], expected: dict[str, dict[str, Any]], ranks: Ranks) -> None:
     want = expected["qwen3_tied"]
     for found in ranks.run(2, trained, folders["qwen3_tied"], PACKED, torch.bfloat16):
-        torch.testing.assert_close(found["scores"][0], want["scores"][0], rtol=0, atol=0.1)
+        torch.testing.assert_close(found["scores"][0], want["scores"][0], rtol=0, atol=0.2)
         assert found["updates"][0] == pytest.approx(want["updates"][0], rel=0.02)
         for name, weight in want["weights"].items():
             assert found["weights"][name].dtype == torch.bfloat16
