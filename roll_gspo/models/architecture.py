@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_gspo.errors import ConfigError
-from roll_gspo.models.config_files import read_object
+from roll_gspo.models.config_files import read_object, text_config
 from roll_gspo.models.families import FAMILIES, Family
 
 _SIZES = (
@@ -20,6 +20,7 @@ _SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok"),
     *("num_local_experts", "sliding_window"),
 )
+_NESTED = "language_model."  # of decoders whose config is the `text_config` of a model with images
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _FIX = "is not supported by the megatron strategies; use an hf strategy or another model"
 
@@ -68,6 +69,7 @@ class Architecture:
             if no layer has a window.
         attention_bias: value of `attention_bias`, for families that decide by it.
         query_size: the scores of attention are divided by the square root of this number, the head size by default.
+        prefix: start of the names of all weights, in a checkpoint that holds more than the decoder.
     """
 
     model_type: str
@@ -87,6 +89,7 @@ class Architecture:
     windows: tuple[int | None, ...] = ()
     attention_bias: bool = False
     query_size: float | None = None
+    prefix: str = ""
 
     @property
     def family(self) -> Family:
@@ -125,7 +128,7 @@ class Architecture:
         path = folder / "config.json"
         if not path.is_file():
             raise ConfigError(f"{folder}: no config.json; give a folder in Hugging Face layout")
-        return Architecture.from_config(read_object(path), str(path))
+        return Architecture.from_config(text_config(read_object(path)), str(path))
 
     @staticmethod
     def from_config(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -185,6 +188,7 @@ def _read(config: Mapping[str, Any], family: Family) -> Architecture:
         windows=_windows(config, family),
         attention_bias=bool(config.get("attention_bias", False)),
         query_size=config.get("query_pre_attn_scalar"),
+        prefix=_NESTED if isinstance(config.get("text_config"), dict) else "",
     )
 
 

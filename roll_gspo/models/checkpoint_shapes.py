@@ -12,14 +12,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 def checkpoint_shapes(model: Architecture) -> Shapes:
     """Return names and shapes of all tensors in a checkpoint of the model, without a tied output head."""
-    shapes: Shapes = {"model.embed_tokens.weight": (model.vocab_size, model.hidden_size)}
+    prefix = model.prefix
+    shapes: Shapes = {f"{prefix}model.embed_tokens.weight": (model.vocab_size, model.hidden_size)}
     of_layer = _layer_shapes(model)
     for layer in range(model.num_layers):
         for name, shape in of_layer.items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    shapes["model.norm.weight"] = (model.hidden_size,)
+            shapes[f"{prefix}model.layers.{layer}.{name}"] = shape
+    shapes[f"{prefix}model.norm.weight"] = (model.hidden_size,)
     if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, model.hidden_size)
+        shapes[f"{prefix}lm_head.weight"] = (model.vocab_size, model.hidden_size)
     return shapes
 
 

@@ -84,12 +84,13 @@ class CheckpointReader:
         tensor = self._opened(self._file_of[stored]).get_slice(stored)
         return tensor[piece] if place is None else place.select(tensor[place.expert])[piece]
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), prefix: str = "") -> None:
         """Check that the checkpoint holds exactly the tensors of a model; reads only headers.
 
         Args:
             shapes: checkpoint names and shapes of the model.
             ignored: name suffixes of further tensors to accept.
+            prefix: start of the names of the model; all others are accepted.
 
         Raises:
             CheckpointError: a tensor is missing, has a different shape, or is not part of the model.
@@ -101,7 +102,7 @@ class CheckpointReader:
                 )
         ends = tuple(ignored)
         unused = self.names - {self._find(name)[0] for name in shapes}
-        if unused := {name for name in unused if not name.endswith(ends)}:
+        if unused := {name for name in unused if name.startswith(prefix) and not name.endswith(ends)}:
             raise CheckpointError(
                 f"{self.folder}: {len(unused)} tensors are not part of the model, e.g. '{min(unused)}'; "
                 "the model would not compute what this checkpoint defines"

@@ -210,7 +210,7 @@ def recipe(megatron_name: str, model: Architecture) -> Recipe:
     """
     for row in table(model.model_type):
         if match := re.fullmatch(row.pattern, megatron_name):
-            names = tuple(name.format(*match.groups()) for name in row.hf_names)
+            names = tuple(model.prefix + name.format(*match.groups()) for name in row.hf_names)
             return Recipe(row.packing, row.split_axis, names, row.fused)
     raise ConfigError(
         f"weight mapping: no Hugging Face weight of {model.model_type} for the megatron parameter '{megatron_name}'; "

@@ -11,7 +11,7 @@ import torch
 from engine_cases import Checkpoints, model_setup, optimizer_setup, policy_loss, sequences, train_batch, weights_of
 from safetensors.torch import load_file
 from tiny_models import WIDER, WINDOW
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.size import size_of
@@ -74,6 +74,25 @@ def test_weights_come_back_bit_for_bit(checkpoint: Checkpoints, tmp_path: Path, 
     assert torch.equal(again.log_probs, engine.score(sequences()).log_probs)
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_decoder_of_a_model_with_images_is_trained_and_the_rest_is_kept(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    target.mkdir()
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 50, "boi_token_index": 51, "eoi_token_index": 52}
+    vision = small | {"image_size": 28, "patch_size": 14}
+    text = WIDER["gemma3"][1].to_dict()
+    config = Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(source)
+    want = HfInfer(model_setup(source), HfConfig()).score(sequences()).log_probs
+    engine = megatron.MegatronTrain(model_setup(source), optimizer_setup(), MegatronConfig())
+    torch.testing.assert_close(engine.score(sequences()).log_probs, want, rtol=0, atol=1e-4)
+    engine.save_hf(target)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, target))
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert any(name.startswith("vision_tower.") for name in after)
 
 
 @pytest.mark.parametrize("family", ["mistral_window", "gemma3", "phi3", "qwen3_window"])

@@ -97,7 +97,7 @@ class MegatronTrain(TrainerCheckpoints[MegatronTrainer]):
         """Return the live weights under checkpoint names."""
         self._state.need(Residency.WEIGHTS, "export weights")
         self._trainer.finish_gather()
-        return MegatronWeights(self._model.chunks, self._model.architecture)
+        return MegatronWeights(self._model.chunks, self._model.architecture, source=self._model.setup.checkpoint)
 
     def save_hf(self, folder: Path) -> None:
         """Write the model in Hugging Face layout; config and tokenizer come from the source checkpoint.

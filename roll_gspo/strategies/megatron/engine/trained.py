@@ -31,5 +31,5 @@ class MegatronTrained(MegatronInfer):
     def save_hf(self, folder: Path) -> None:
         """Write the model in Hugging Face layout into an existing folder; config and tokenizer come from the source."""
         setup = self._model.setup
-        weights = MegatronWeights(self._model.chunks, self._model.architecture)
+        weights = MegatronWeights(self._model.chunks, self._model.architecture, source=self._model.setup.checkpoint)
         write_checkpoint(folder, setup.checkpoint, weights, setup.dtype)

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def load_weights(chunks: Sequence[GPTModel], reader: CheckpointReader, architect
     """
     shapes = checkpoint_shapes(architecture)
     tied = architecture.tie_word_embeddings
-    reader.check(shapes, (*_NOT_WEIGHTS, _TIED_HEAD) if tied else _NOT_WEIGHTS)
+    reader.check(shapes, (*_NOT_WEIGHTS, _TIED_HEAD) if tied else _NOT_WEIGHTS, architecture.prefix)
     for name, parameter in global_parameters(chunks):
         if name == "output_layer.weight" and tied:
             name = "embedding.word_embeddings.weight"  # the last pipeline stage has a copy
@@ -97,9 +98,17 @@ class MegatronWeights:
         chunks: layers of this rank.
         architecture: architecture of the checkpoint.
         bucket_bytes: size of the parameters that are sent together.
+        source: the checkpoint, whose tensors outside the decoder (of images) are exported as they are stored.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel], architecture: Architecture, bucket_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        architecture: Architecture,
+        bucket_bytes: int = 64 << 20,
+        source: Path | None = None,
+    ) -> None:
+        self._rest = CheckpointReader(source) if source is not None and architecture.prefix else None
         self._chunks = chunks
         self._architecture = architecture
         self._bucket_bytes = bucket_bytes
@@ -125,6 +134,11 @@ class MegatronWeights:
             for entry, part in zip(bucket, parts, strict=True):
                 tensors = entry.made_of.unpack(part, self._architecture, laid_out if travels else Tensor.contiguous)
                 yield from zip(entry.made_of.hf_names, tensors, strict=True)
+        if self._rest is not None:
+            dtype = next(self._chunks[0].parameters()).dtype
+            for name in sorted(self._rest.names):
+                if not name.startswith(self._architecture.prefix):
+                    yield name, self._rest.read(name).to(local_device(), dtype)
 
     def _own(self, chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in global_parameters([chunk]):
