@@ -132,6 +132,12 @@ class CheckpointNames:
         if waiting:
             raise ConfigError(f"weights of '{min(waiting)}' are incomplete; export all parameters of the model")
 
+    def is_copied(self, name: str) -> bool:
+        """Return whether checkpoint tensors of a parameter are copies, so that writing into them does not change it."""
+        converter = self._reverse(name)[1]
+        operations = () if converter is None else converter.operations
+        return not all(isinstance(operation, _ViewChunk | _Unstack) for operation in operations)
+
     def _reverse(self, name: str) -> tuple[str, WeightConverter | None, str]:
         """Return the checkpoint name of a parameter (of its first tensor), and a fresh converter with its pattern."""
         renamed, pattern = rename_source_key(name, self._renamings, self._converters, reverse=True)

@@ -107,8 +107,7 @@ class HfWeights:
             ConfigError: a tensor is a copy.
         """
         tensors = dict(self)
-        own = {tensor.untyped_storage().data_ptr() for tensor in self._model.state_dict().values()}
-        copies = [name for name, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in own]
+        copies = [name for name in self._model.state_dict() if self._names.is_copied(name)]
         if copies:
             raise ConfigError(
                 f"hf_infer: model_type '{self._model.config.model_type}' keeps '{copies[0]}' in another layout, which "
