@@ -42,7 +42,10 @@ def export(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     return run
 
 
-@pytest.mark.parametrize("engine", ["hf", "fsdp2", pytest.param("megatron", marks=pytest.mark.megatron)])
+@pytest.mark.parametrize(
+    "engine",
+    ["hf", pytest.param("fsdp2", marks=pytest.mark.long), pytest.param("megatron", marks=pytest.mark.megatron)],
+)
 def test_exported_folder_equals_the_export_of_the_run(
     command: Command, small: tuple[str, ...], export: Export, engine: str
 ) -> None:

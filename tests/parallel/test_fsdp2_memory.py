@@ -22,9 +22,9 @@ WIDE_VOCABULARY = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2
 @pytest.mark.parametrize(
     ("shape", "dtype", "options"),
     [
-        (DEEP, torch.float32, {}),
+        pytest.param(DEEP, torch.float32, {}, marks=pytest.mark.long),
         (DEEP, torch.bfloat16, {}),
-        (DEEP, torch.float32, {"reshard_after_forward": False}),
+        pytest.param(DEEP, torch.float32, {"reshard_after_forward": False}, marks=pytest.mark.long),
         (WIDE_VOCABULARY, torch.bfloat16, {}),
     ],
     ids=["deep", "deep in 16 bits", "kept", "wide vocabulary"],

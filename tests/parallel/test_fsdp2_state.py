@@ -15,7 +15,7 @@ from tiny_models import write_model
 
 FSDP2: Layout = {"engine": "fsdp2"}
 KEPT: Layout = {**FSDP2, "reshard_after_forward": False}
-OTHER_SIZES = [1, 4, pytest.param(3, marks=pytest.mark.long)]
+OTHER_SIZES = [1, *(pytest.param(size, marks=pytest.mark.long) for size in (3, 4))]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,12 @@ def test_state_goes_on_with_another_number_of_ranks(
 def test_no_bit_changes_on_the_way_through_other_numbers_of_ranks(
     models: dict[str, Path], state_of_two: tuple[Path, dict[str, Any]], tmp_path: Path, ranks: Ranks
 ) -> None:
-    """Read and written again by 1, 4 and 3 ranks, each whole float32 tensor is the one that two wrote first."""
+    """Read and written again by 1 and 4 ranks, each whole float32 tensor is the one that two wrote first."""
     state = state_of_two[0]
-    for world_size in (1, 4, 3):
+    for world_size in (1, 4):
         ranks.run(world_size, converted, models["dense"], FSDP2, state, tmp_path / str(world_size))
         state = tmp_path / str(world_size)
-    assert len(list(state.glob("*.distcp"))) == 3
+    assert len(list(state.glob("*.distcp"))) == 4
     want, got = tensors_by_torch(state_of_two[0], tmp_path), tensors_by_torch(state, tmp_path)
     assert got.keys() == want.keys()
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
@@ -71,7 +71,7 @@ def test_no_bit_changes_on_the_way_through_other_numbers_of_ranks(
     ("kind", "layout", "dtype", "critic", "readers"),
     [
         ("dense", FSDP2, torch.float32, True, 1),
-        ("moe", FSDP2, torch.float32, False, 1),
+        pytest.param("moe", FSDP2, torch.float32, False, 1, marks=pytest.mark.long),
         pytest.param("dense", FSDP2, torch.bfloat16, False, 4, marks=pytest.mark.long),
         pytest.param("dense", {**FSDP2, "cpu_offload": True}, torch.float32, False, 1, marks=pytest.mark.long),
     ],

@@ -41,7 +41,7 @@ def test_every_rank_continues_as_without_a_move(ranks: Ranks, tmp_path: Path, na
         assert equal == [True] * 5
 
 
-@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("reshard", [pytest.param(True, marks=pytest.mark.long), False])
 def test_gathered_parameters_of_fsdp2_leave_too(ranks: Ranks, tmp_path: Path, reshard: bool) -> None:
     layout = {"engine": "fsdp2", "reshard_after_forward": reshard}
     for found in ranks.run(2, left, write_model(tmp_path, "qwen3_untied"), layout):
