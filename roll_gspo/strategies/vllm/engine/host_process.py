@@ -28,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine import core as engine_core
 
 from roll_gspo.rendezvous import group_backend
+from roll_gspo.strategies.vllm.engine.shared_classes import separate_from_trainers
 
 _open_engines: weakref.WeakSet[LLM] = weakref.WeakSet()
 _vllm_created_group = False
@@ -74,6 +75,7 @@ def open_engine(worker_environment: Mapping[str, str], **engine_args: object) ->
         with global_rng_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # raised by vLLM's use of torch; users cannot act on it
             llm = LLM(**engine_args)  # pyright: ignore[reportArgumentType]
+        separate_from_trainers(llm.model_config.hf_text_config)
     finally:
         torch.set_num_threads = set_num_threads
         for name, value in inherited.items():

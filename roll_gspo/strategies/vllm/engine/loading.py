@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import ModelConfig
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -65,7 +66,8 @@ class ModelLoader:
         finalize_layerwise_reload(self._model, self._config)
         if current_platform.is_cpu():
             _repack_output_heads(self._model)
-        untouched = {name for name, _ in self._model.named_parameters()} - self._loaded
+            _check_experts(self._model)
+        untouched = {name for name, _ in self._model.named_parameters()} - self._loaded - _derived(self._model)
         if untouched:
             raise WeightTransferError(
                 f"weight transfer: parameters of the engine received no tensor: {sorted(untouched)[:10]}"
@@ -88,6 +90,27 @@ def _repack_experts_on_load(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RoutedExperts) and isinstance(module.quant_method, UnquantizedFusedMoEMethod):
             module.quant_method.moe_kernel = None
+
+
+def _check_experts(model: torch.nn.Module) -> None:
+    """Check that new experts were packed: vLLM 0.32 does not notice that those of gpt-oss are loaded."""
+    for name, module in model.named_modules():
+        method = module.quant_method if isinstance(module, RoutedExperts) else None
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is None:
+            raise WeightTransferError(
+                f"weight transfer: vLLM cannot load new experts into '{name}' of {type(model).__name__}; generate with "
+                "strategy_name hf_infer"
+            )
+
+
+def _derived(model: torch.nn.Module) -> set[str]:
+    """Return parameters that vLLM computes at the end of a load: absorbed projections of latent attention."""
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, MLAAttention)
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
 
 
 def _repack_output_heads(model: torch.nn.Module) -> None:
