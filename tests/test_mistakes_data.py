@@ -115,6 +115,12 @@ FOLDERS: dict[str, tuple[tuple[str, ...], Damage, tuple[str, ...]]] = {
     "config not UTF-8": (HF, lambda f: (f / CONFIG).write_bytes(b'{"a": "\xff"}'), (f"{CONFIG}: is not valid JSON",)),
     "no model type": (HF, change(CONFIG, model_type=None), (f"{CONFIG}: model_type is missing",)),
     "unknown family": (HF, change(CONFIG, model_type="zebra7"), (f"{CONFIG}: model_type 'zebra7' is not known",)),
+    "family of vllm only": (HF, change(CONFIG, model_type="zebra7"), ("engines that know it: vllm",)),
+    "family of no engine": (
+        HF,
+        change(CONFIG, model_type="zebra7", architectures=["ZebraForCausalLM"]),
+        ("no engine knows it",),
+    ),
     "family without megatron": (
         MEGATRON,
         change(CONFIG, model_type="gpt2"),

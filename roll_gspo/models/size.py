@@ -76,6 +76,15 @@ def model_type_of(pretrain: str) -> str | None:
     return None if config is None else config.get("model_type")
 
 
+def config_value(pretrain: str, key: str) -> Any:
+    """Return a value of the `config.json` of a builtin model or local checkpoint; None if it is absent or unknown.
+
+    Raises:
+        ConfigError: `config.json` is damaged.
+    """
+    return (_hf_config(pretrain) or {}).get(key)
+
+
 def _hf_config(pretrain: str) -> Mapping[str, Any] | None:
     if pretrain.startswith(BUILTIN):
         spec = TINY_MODELS.get(pretrain.removeprefix(BUILTIN))

@@ -12,8 +12,8 @@ from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrate
 from roll_gspo.models.size import model_type_of, size_of, supported_architecture_of
 from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, PLAIN_HEADS, Fsdp2Config
 from roll_gspo.strategies.fsdp2.memory import gathered_bytes
+from roll_gspo.strategies.known_models import attention_problems, check_family
 from roll_gspo.strategies.memory import head_bytes
-from roll_gspo.strategies.transformers_families import check_family
 from roll_gspo.strategies.transformers_memory import pass_bytes
 
 if TYPE_CHECKING:
@@ -63,12 +63,13 @@ class Fsdp2Args(StrategyArgs):
         return f"sharded over {num_devices}"
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield why samples cannot be packed; any number of ranks fits.
+        """Yield why samples cannot be packed, or attention is wrong for the model; any number of ranks fits.
 
         Raises:
             ConfigError: the installed version of transformers does not know the model's architecture.
         """
         check_family(model)
+        yield from attention_problems(model, self.strategy_config.attn_implementation)
         model_type = model_type_of(model)
         if self.strategy_config.use_sequence_packing and model_type not in (None, *PACKED_FAMILIES):
             message = f"samples of model_type '{model_type}' cannot be packed (known: {', '.join(PACKED_FAMILIES)})"

@@ -16,8 +16,8 @@ from roll_gspo.config.strategy import (
 )
 from roll_gspo.models.size import supported_architecture_of
 from roll_gspo.strategies.hf.config import HfConfig
+from roll_gspo.strategies.known_models import attention_problems, check_family
 from roll_gspo.strategies.memory import kv_bytes_per_token
-from roll_gspo.strategies.transformers_families import check_family
 from roll_gspo.strategies.transformers_memory import pass_bytes
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class HfArgs(StrategyArgs):
         return None
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield nothing; any layout fits.
+        """Yield an implementation of attention that is wrong for the model; any layout fits.
 
         Raises:
             ConfigError: the installed version of transformers does not know the model's architecture.
         """
         check_family(model)
-        yield from ()
+        yield from attention_problems(model, self.strategy_config.attn_implementation)
 
     def pass_memory(
         self, model: str, num_devices: int, size: PassSize, itemsize: int, *, train: bool, value_head: bool

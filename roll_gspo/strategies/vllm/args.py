@@ -17,6 +17,7 @@ from roll_gspo.config.suggestions import set_key
 from roll_gspo.errors import ConfigError
 from roll_gspo.models.architecture import Architecture
 from roll_gspo.models.size import architecture_of, head_size_of, supported_architecture_of
+from roll_gspo.strategies.known_models import check_vllm
 from roll_gspo.strategies.vllm.config import VllmConfig
 from roll_gspo.strategies.vllm.memory import ADAPTER_RANKS, adapter_bytes, alternatives, generation_bytes, slot_rank
 
@@ -75,11 +76,12 @@ class VllmArgs(GenerateStrategyArgs):
             )
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield settings that do not fit the model or the machine. Unknown families are left to vLLM.
+        """Yield settings that do not fit the model or the machine.
 
         Raises:
-            ConfigError: vLLM cannot compute the model's attention on this machine.
+            ConfigError: vLLM does not know the architecture, or cannot compute its attention on this machine.
         """
+        check_vllm(model)
         head_size = head_size_of(model)
         if on_cuda is False and head_size is not None and head_size not in (sizes := cpu_head_sizes() or [head_size]):
             raise ConfigError(

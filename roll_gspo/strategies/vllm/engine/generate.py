@@ -24,6 +24,7 @@ from roll_gspo.strategies.base import (
     WeightSource,
 )
 from roll_gspo.strategies.head_products import uses_float32
+from roll_gspo.strategies.known_models import unknown_to_vllm
 from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.streaming import OutstandingRequests, PromptLimits
@@ -112,7 +113,9 @@ class VllmGenerate:
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(f"vllm: the engine does not accept the settings: {error}") from error
+            name = unknown_to_vllm(str(model.checkpoint))
+            hint = f"; vLLM has no class for {name}: generate with strategy_name hf_infer" if name else ""
+            raise ConfigError(f"vllm: the engine does not accept the settings: {error}{hint}") from error
         self._capacity = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         slots = None if lora is None else AdapterSlots(llm, adapter_versions)
         decoder = VllmDecoder(llm, expert_source(llm) if record_routed_experts else None, slots)
