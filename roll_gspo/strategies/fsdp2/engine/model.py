@@ -36,7 +36,6 @@ from roll_gspo.strategies.fsdp2.engine.weights import load_shards, stored_shapes
 from roll_gspo.strategies.gathering import gather_samples
 from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.lora import Adapter
-from roll_gspo.strategies.lora_setup import LoraSetup
 from roll_gspo.strategies.micro_batches import cost_of_pass, costs_of, share_of_rank, split_samples
 from roll_gspo.strategies.transformers_model import compute_logits_in_float32, recompute_layers
 from roll_gspo.strategies.value_head import ValueHead
@@ -176,7 +175,7 @@ def build_sharded(setup: ModelSetup, config: Fsdp2Config, *, trained: bool, valu
     names = CheckpointNames(model, stored_shapes(reader))
     module: Module = model
     fresh: dict[str, Tensor] = {}
-    head, adapter = _head_of_rows(model, lora), None
+    head, adapter = _head_of_rows(model), None
     if value_head:
         head, hidden_size = None, model.config.get_text_config().hidden_size
         module = ValueModel(model, hidden_size)
@@ -197,14 +196,11 @@ def build_sharded(setup: ModelSetup, config: Fsdp2Config, *, trained: bool, valu
     return ShardedModel(module, names, setup, config, device, cost, adapter, head)
 
 
-def _head_of_rows(model: PreTrainedModel, lora: LoraSetup | None) -> Module | None:
+def _head_of_rows(model: PreTrainedModel) -> Module | None:
     """Return the output layer if logits are its plain product with hidden states; else None."""
     head: Any = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None or model.config.model_type not in PLAIN_HEADS:
-        return None
-    name = next(name for name, module in model.named_modules() if module is head)
-    is_adapted = lora is not None and name.rpartition(".")[2] in lora.target_modules
-    return None if is_adapted else head
+    is_plain = type(head) is torch.nn.Linear and head.bias is None and model.config.model_type in PLAIN_HEADS
+    return head if is_plain else None
 
 
 def _return_input(hidden: Tensor) -> Tensor:
