@@ -20,6 +20,7 @@ ASYNC_STAGES = (("wait_rollouts", 1), ("update", 2), ("sync_weights", 2), ("vali
 ONE_STEP_OFF = ("async_generation_ratio=1", "max_steps=4")
 IN_FLIGHT = ("async_generation_ratio=2", "async_mode=in_flight", "max_steps=4")
 FSDP2 = ("strategy=fsdp2",)
+LORA = (*FSDP2, "actor_train.model_args.lora.rank=4", "kl=loss")
 ENDING = ("controller", "actor_train rank 1")  # a run ends if it loses one of these
 RUN = Path("out/example_gspo/run")
 
@@ -87,6 +88,12 @@ def whole_fsdp2(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
     return whole_run(tmp_path_factory.mktemp("fsdp2"), *arguments, *FSDP2)
 
 
+@pytest.fixture(scope="module")
+def whole_lora(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run that trains an adapter on two ranks and sends it to two engines."""
+    return whole_run(tmp_path_factory.mktemp("lora"), *arguments, *LORA)
+
+
 def killed_run(folder: Path, arguments: tuple[str, ...], stage: str, step: int, victim: str) -> str:
     """Train with a process killed, resume the run if that ended it, and return the output of the first process."""
     killing = [str(ROOT / "tests" / "killing_run.py"), stage, str(step), victim]
@@ -119,6 +126,18 @@ def test_killed_process_does_not_change_the_result_of_fsdp2(
     killed_run(tmp_path, (*arguments, *FSDP2), stage, 2, victim)
     assert computed(tmp_path / RUN) == computed(whole_fsdp2)
     assert rollouts_of(tmp_path / RUN) == rollouts_of(whole_fsdp2)
+
+
+@pytest.mark.parametrize(
+    ("victim", "stage"),
+    [("controller", "update"), ("actor_infer rank 1", "sync_weights"), ("actor_infer rank 1", "generate")],
+)
+def test_killed_process_does_not_change_the_result_of_an_adapter(
+    tmp_path: Path, arguments: tuple[str, ...], whole_lora: Path, victim: str, stage: str
+) -> None:
+    killed_run(tmp_path, (*arguments, *LORA), stage, 2, victim)
+    assert computed(tmp_path / RUN) == computed(whole_lora)
+    assert rollouts_of(tmp_path / RUN) == rollouts_of(whole_lora)
 
 
 def test_run_of_fsdp2_continues_with_another_number_of_ranks(
