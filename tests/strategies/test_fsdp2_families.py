@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import model_setup, sequences
+from engine_cases import model_setup, optimizer_setup, policy_loss, sequences, train_batch
 from safetensors.torch import load_file
-from tiny_models import VOCAB
+from tiny_models import VOCAB, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, Fsdp2Config
 from roll_gspo.strategies.fsdp2.engine.infer import Fsdp2Infer
+from roll_gspo.strategies.fsdp2.engine.train import Fsdp2Train
 from roll_gspo.strategies.fsdp2.engine.weights import ShardedWeights
 from roll_gspo.strategies.hf.config import HfConfig
 from roll_gspo.strategies.hf.infer import HfInfer
@@ -91,3 +92,14 @@ def test_scores_and_weights_are_those_of_transformers(model_type: str, tmp_path:
     stored = load_file(tmp_path / "model.safetensors")
     assert {name: tensor.shape for name, tensor in exported.items()} == {n: t.shape for n, t in stored.items()}
     assert all(torch.equal(exported[name], tensor) for name, tensor in stored.items())
+
+
+def test_padding_token_is_trained_where_it_is_text(tmp_path: Path) -> None:
+    optimizer = optimizer_setup(weight_decay=0.0, warmup_steps=0)
+    engine = Fsdp2Train(model_setup(write_model(tmp_path, "qwen3_untied")), optimizer, Fsdp2Config())
+    batch = train_batch()
+    batch.sequences.input_ids[0, 0] = 0  # the id of the padding token
+    before = dict(engine.weights())["model.embed_tokens.weight"].clone()
+    engine.update([batch], policy_loss, True)
+    changed = (dict(engine.weights())["model.embed_tokens.weight"] != before).any(-1)
+    assert changed[0] and not changed[2]

@@ -37,7 +37,11 @@ from roll_gspo.strategies.gathering import gather_samples
 from roll_gspo.strategies.head_products import uses_float32
 from roll_gspo.strategies.lora import Adapter
 from roll_gspo.strategies.micro_batches import cost_of_pass, costs_of, share_of_rank, split_samples
-from roll_gspo.strategies.transformers_model import compute_logits_in_float32, recompute_layers
+from roll_gspo.strategies.transformers_model import (
+    compute_logits_in_float32,
+    recompute_layers,
+    train_padding_token,
+)
 from roll_gspo.strategies.value_head import ValueHead
 
 
@@ -229,6 +233,7 @@ def _without_memory(setup: ModelSetup, config: Fsdp2Config, dtype: torch.dtype) 
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"{setup.checkpoint}: transformers cannot build it ({reason[:300]}); repair the folder"
         raise ConfigError(message) from error
+    train_padding_token(model)
     if config.use_sequence_packing:
         use_packed_attention(model)
     if config.gradient_checkpointing:
