@@ -212,7 +212,7 @@ NOT_SUPPORTED_YET: dict[str, Later] = {
     "*.model_args.moe_aux_loss_coef": Later("auxiliary losses of routers", (None, 0)),
     "*.model_args.ulysses_size": Later("sequence parallelism of FSDP", (None, 1)),
     **dict.fromkeys(
-        ("*.model_args.lora_target", "lora_target"), Later("this form (write actor_train.model_args.lora)", (None,))
+        ("*.model_args.lora_target", "lora_target"), Later("LoRA here (write actor_train.model_args.lora)", (None,))
     ),
     "*.model_args.adapter_name_or_path": Later("a start from another adapter", (None,)),
     "*.model_args.freeze_module_prefix": Later("frozen modules", (None,)),

@@ -95,12 +95,12 @@ def _families() -> tuple[str, ...]:
 
 def _architectures_of_vllm() -> set[str]:
     """Return the keys of all tables in vLLM's registry of models; empty if vLLM is not installed or has changed."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return set()
     try:
+        spec = importlib.util.find_spec("vllm")
+        if spec is None or spec.origin is None:
+            return set()
         module = ast.parse((Path(spec.origin).parent / _REGISTRY_OF_VLLM).read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
+    except (ImportError, OSError, SyntaxError, ValueError):  # import hooks may raise in place of None
         return set()
     tables = [node.value for node in module.body if isinstance(node, ast.Assign) and _is_table(node)]
     keys = (key for table in tables if isinstance(table, ast.Dict) for key in table.keys)
