@@ -61,7 +61,6 @@ ROLL_OPTIONS: dict[str, Mapping[str, str | tuple[str, Mapping[Any, Any] | None]]
         **_FSDP2_BOTH,
         "reduce_dtype": "a model that only scores has no gradients",
         "offload_policy": "a model that only scores stays on its device",
-        "reshard_after_forward": "a model that only scores frees every layer",
     },
 }
 

@@ -76,6 +76,18 @@ def model_type_of(pretrain: str) -> str | None:
     return None if config is None else config.get("model_type")
 
 
+def built_type_of(pretrain: str) -> str | None:
+    """Return the `model_type` of the class that transformers builds: not that of `text_config`. None if unknown.
+
+    Raises:
+        ConfigError: `config.json` is damaged.
+    """
+    config_file = Path(pretrain) / CONFIG
+    if not pretrain.startswith(BUILTIN) and config_file.is_file():
+        return read_object(config_file).get("model_type")
+    return model_type_of(pretrain)
+
+
 def config_value(pretrain: str, key: str) -> Any:
     """Return a value of the `config.json` of a builtin model or local checkpoint; None if it is absent or unknown.
 

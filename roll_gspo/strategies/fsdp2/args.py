@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from roll_gspo.config.base import Problem
 from roll_gspo.config.memory import Alternative, PassBytes, PassSize
 from roll_gspo.config.strategy import DeviceParameters, Requirement, ScoreStrategyArgs, StrategyArgs, TrainStrategyArgs
-from roll_gspo.models.size import model_type_of, size_of, supported_architecture_of
+from roll_gspo.models.size import built_type_of, size_of, supported_architecture_of
 from roll_gspo.strategies.fsdp2.config import PACKED_FAMILIES, PLAIN_HEADS, Fsdp2Config
 from roll_gspo.strategies.fsdp2.memory import gathered_bytes
 from roll_gspo.strategies.known_models import attention_problems, check_family
@@ -50,8 +51,9 @@ class Fsdp2Args(StrategyArgs):
         config = self.strategy_config
         if config.use_sequence_packing is not None:
             return self
-        can_pack = config.attn_implementation == "sdpa" and model_type_of(model) in PACKED_FAMILIES
-        packed = on_cuda and not padded and can_pack
+        packed = (
+            on_cuda and not padded and config.attn_implementation == "sdpa" and built_type_of(model) in PACKED_FAMILIES
+        )
         return self.model_copy(update={"strategy_config": config.model_copy(update={"use_sequence_packing": packed})})
 
     def offload_problem(self, on_cuda: bool | None) -> str | None:
@@ -63,25 +65,36 @@ class Fsdp2Args(StrategyArgs):
         return f"sharded over {num_devices}"
 
     def layout_problems(self, model: str, num_devices: int, on_cuda: bool | None) -> Iterator[Problem]:
-        """Yield why samples cannot be packed, or attention is wrong for the model; any number of ranks fits.
+        """Yield options that do not fit the model; any number of ranks does.
 
         Raises:
             ConfigError: the installed version of transformers does not know the model's architecture.
         """
         check_family(model)
         yield from attention_problems(model, self.strategy_config.attn_implementation)
-        model_type = model_type_of(model)
-        if self.strategy_config.use_sequence_packing and model_type not in (None, *PACKED_FAMILIES):
-            message = f"samples of model_type '{model_type}' cannot be packed (known: {', '.join(PACKED_FAMILIES)})"
+        family, config = built_type_of(model), self.strategy_config
+        if config.use_sequence_packing and family not in (None, *PACKED_FAMILIES):
+            message = f"samples of model_type '{family}' cannot be packed (known: {', '.join(PACKED_FAMILIES)})"
             yield Problem("strategy_config.use_sequence_packing", f"{message}; set it to false or null")
+        if config.fused_head != "auto" and family not in (None, *PLAIN_HEADS):
+            message = f"{config.fused_head} is not used: model_type '{family}' needs whole logits; remove it"
+            yield Problem("strategy_config.fused_head", message)
+
+    def missing_packages(self) -> Iterator[Problem]:
+        """Yield a kernel of log-probs whose package is not installed."""
+        if self.strategy_config.fused_head == "triton" and importlib.util.find_spec("triton") is None:
+            message = "triton is not installed; set auto, or run: pip install triton"
+            yield Problem("strategy_config.fused_head", message)
 
     def parameters_per_device(
         self, model: str, num_devices: int, *, value_head: bool
     ) -> Sequence[DeviceParameters] | None:
-        """Return even parts of the model."""
+        """Return even parts of the model; nothing with `cpu_offload`."""
         size = size_of(model)
         if size is None:
             return None
+        if self.strategy_config.cpu_offload:
+            return [DeviceParameters(0.0, 0.0)] * num_devices
         share = size.num_parameters / num_devices
         return [DeviceParameters(share, share)] * num_devices
 
@@ -92,7 +105,7 @@ class Fsdp2Args(StrategyArgs):
         architecture, parameters = supported_architecture_of(model), size_of(model)
         if architecture is None or parameters is None:
             return None
-        recompute, plain = self.strategy_config.gradient_checkpointing, model_type_of(model) in PLAIN_HEADS
+        recompute, plain = self.strategy_config.gradient_checkpointing, built_type_of(model) in PLAIN_HEADS
         whole_logits = not value_head and not plain
         found = pass_bytes(
             architecture, size, itemsize, train=train, head=whole_logits, recompute=recompute, autocast=False
@@ -125,6 +138,8 @@ class Fsdp2TrainArgs(Fsdp2Args, TrainStrategyArgs):
             yield Alternative(1, {"strategy_config.reshard_after_forward": True})
         if not config.gradient_checkpointing:
             yield Alternative(2, {"strategy_config.gradient_checkpointing": True})
+        if not config.cpu_offload:
+            yield Alternative(6, {"strategy_config.cpu_offload": True})
 
     def build_train(self, model: ModelSetup, optimizer: OptimizerSetup) -> TrainStrategy:
         """Build this rank of an `Fsdp2Train`."""
