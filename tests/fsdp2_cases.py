@@ -76,6 +76,19 @@ def trained_adapter(
     }
 
 
+def failed_export(folder: Path, out: Path) -> str:
+    """Return the error of an export into a folder that cannot exist."""
+    from roll_gspo.errors import CheckpointError
+
+    engine = train_engine(folder, {}, lora=LoraSetup(rank=4, alpha=8.0))
+    assert isinstance(engine, AdapterStrategy)
+    try:
+        engine.save_adapter(out)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def resumed_adapter(folder: Path, saved: Path | None, loaded: Path | None) -> dict[str, Any]:
     """Update and save into `saved`, or load from `loaded`; then update twice more."""
     engine = train_engine(folder, {}, lora=LoraSetup(rank=4, alpha=8.0, sync="adapter"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +58,23 @@ def write_by_first_rank(folder: Path, setup: ModelSetup, source: WeightSource) -
         CheckpointError: rank 0 could not write; raised on every rank.
     """
     weights = iter(source)
+    with fails_on_every_rank():
+        try:
+            if dist.get_rank() == 0:
+                write_checkpoint(folder, setup.checkpoint, weights, setup.dtype)
+        finally:
+            for _ in weights:  # other ranks wait for this rank's part even if writing has failed
+                pass
+
+
+@contextmanager
+def fails_on_every_rank() -> Iterator[None]:
+    """Raise a `CheckpointError` of rank 0 on every rank at the end of the context, which is a collective."""
     outcome: list[CheckpointError | None] = [None]
     try:
-        if dist.get_rank() == 0:
-            write_checkpoint(folder, setup.checkpoint, weights, setup.dtype)
+        yield
     except CheckpointError as error:
         outcome = [error]
-    finally:
-        for _ in weights:  # other ranks wait for this rank's part even if writing has failed
-            pass
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise outcome[0]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -182,15 +183,23 @@ class Adapter:
             dtype: dtype of the file.
             gather: makes a parameter whole; every rank takes part.
             write: write the files; False on all ranks but one.
+
+        Raises:
+            CheckpointError: the files cannot be written.
         """
         tensors = dict(AdapterWeights(self, dtype, gather))
         if not write:
             return
         config = self._config(self._leaves)
         config.base_model_name_or_path, config.inference_mode, config.init_lora_weights = str(base), True, True
-        config.save_pretrained(str(folder))
         whole = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        try:
+            config.save_pretrained(str(folder))
+            save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: the adapter cannot be written ({error}); free space or choose another folder"
+            ) from error
 
 
 class AdapterWeights:

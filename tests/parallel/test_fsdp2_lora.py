@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from fsdp2_cases import refused_adapter, resumed_adapter, trained_adapter
+from fsdp2_cases import failed_export, refused_adapter, resumed_adapter, trained_adapter
 from ranks import Ranks
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
@@ -90,3 +90,9 @@ def test_frozen_weights_in_bfloat16_and_dropout(
     assert first[0]["updates"] == second[0]["updates"]
     assert first[0]["base"].equal(first[0]["before"]) and not first[0]["after"].equal(first[0]["before"])
     assert all(tensor.equal(second[0]["adapter"][name]) for name, tensor in first[0]["adapter"].items())
+
+
+def test_a_failed_export_fails_on_every_rank(folders: dict[str, Path], ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = ranks.run(2, failed_export, folders["qwen3_tied"], tmp_path / "file" / "adapter")
+    assert all("the adapter cannot be written" in text for text in found)

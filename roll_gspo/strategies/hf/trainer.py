@@ -15,6 +15,7 @@ from roll_gspo.batch import TrainBatch
 from roll_gspo.checkpoint import BackgroundWrite
 from roll_gspo.errors import CheckpointError, ConfigError
 from roll_gspo.metrics import Metric, merge
+from roll_gspo.strategies.adamw import make_adamw, step_at
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
 from roll_gspo.strategies.lora import check_same_adapter, identity_of, other_layers
 from roll_gspo.strategies.lora_setup import LoraSetup
@@ -56,15 +57,7 @@ class HfTrainer:
         self._lora = lora
         parameters = list(self._trained().values())
         self._device = parameters[0].device
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": setup.weight_decay},
-                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-            ],
-            lr=setup.learning_rate,
-            betas=setup.betas,
-            eps=setup.epsilon,
-        )
+        self._optimizer = make_adamw(parameters, setup)
         self.applied_steps = 0
         self._saving: BackgroundWrite | None = None
 
@@ -118,9 +111,7 @@ class HfTrainer:
         rate = learning_rate(self._setup, self.applied_steps)
         applied = math.isfinite(grad_norm) and all(map(math.isfinite, losses))
         if applied:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
+            step_at(self._optimizer, rate)
             self.applied_steps += 1
         self._optimizer.zero_grad()
         return UpdateResult(sum(losses), grad_norm, rate, applied, merge(metrics for _, metrics in known))

@@ -26,7 +26,7 @@ from roll_gspo.strategies.fsdp2.engine.model_input import ModelInput
 from roll_gspo.strategies.fsdp2.engine.scores import score, scores_of
 from roll_gspo.strategies.fsdp2.engine.trainer import Fsdp2Trainer
 from roll_gspo.strategies.fsdp2.engine.weights import ShardedWeights, whole
-from roll_gspo.strategies.gathering import write_by_first_rank
+from roll_gspo.strategies.gathering import fails_on_every_rank, write_by_first_rank
 from roll_gspo.strategies.lora import ADAPTER_FOLDER, Adapter, AdapterWeights
 from roll_gspo.strategies.residency import Residency
 from roll_gspo.strategies.trainer_checkpoints import TrainerCheckpoints
@@ -104,7 +104,12 @@ class Fsdp2Train(TrainerCheckpoints[Fsdp2Trainer]):
             self.save_adapter(folder / ADAPTER_FOLDER)
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter in the layout of `peft`, in float32. Every rank takes part; rank 0 writes."""
+        """Write the adapter in the layout of `peft`, in float32. Every rank takes part; rank 0 writes.
+
+        Raises:
+            CheckpointError: rank 0 could not write; raised on every rank.
+        """
         self._state.need(Residency.WEIGHTS, "export the adapter")
         checkpoint, is_first = self._model.setup.checkpoint, dist.get_rank() == 0
-        self._trained_adapter().save(folder, checkpoint, torch.float32, whole, write=is_first)
+        with fails_on_every_rank():
+            self._trained_adapter().save(folder, checkpoint, torch.float32, whole, write=is_first)

@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from roll_gspo.batch import TrainBatch
 from roll_gspo.metrics import Metric, merge
+from roll_gspo.strategies.adamw import make_adamw, step_at
 from roll_gspo.strategies.base import OptimizerSetup, UpdateResult
 from roll_gspo.strategies.fsdp2.engine.model import ShardedModel
 from roll_gspo.strategies.fsdp2.engine.model_input import ModelInput
@@ -53,15 +54,7 @@ class Fsdp2Trainer:
         self._lora = None if model.adapter is None else model.adapter.setup
         self._named = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._parameters = list(self._named.values())
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self._parameters if p.dim() > 1], "weight_decay": setup.weight_decay},
-                {"params": [p for p in self._parameters if p.dim() <= 1], "weight_decay": 0.0},
-            ],
-            lr=setup.learning_rate,
-            betas=setup.betas,
-            eps=setup.epsilon,
-        )
+        self._optimizer = make_adamw(self._parameters, setup)
         self.applied_steps = 0
         self._pending_save = PendingSave()
         training = Part(lambda: outside(self._on_device(self._training_tensors()), self._weights()))
@@ -117,9 +110,7 @@ class Fsdp2Trainer:
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         applied = losses_finite and math.isfinite(grad_norm)
         if applied:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
+            step_at(self._optimizer, rate)
             self.applied_steps += 1
         self._optimizer.zero_grad()
         return grad_norm, applied
