@@ -156,14 +156,13 @@ class ShardedSave:
         (self._folder / MANIFEST).write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-class PendingSave:
-    """The save of a rank that is being written, if there is one."""
+class SavesShards:
+    """Base of a trainer that writes its part of a `ShardedSave`, one save at a time."""
 
-    def __init__(self) -> None:
-        self._pending: tuple[ShardedSave, BackgroundWrite] | None = None
+    _pending: tuple[ShardedSave, BackgroundWrite] | None = None
 
-    def start(self, save: ShardedSave, asynchronous: bool) -> None:
-        """Write a save, in a thread if `asynchronous`; a collective. `finish` must have returned True before.
+    def _start_save(self, save: ShardedSave, asynchronous: bool) -> None:
+        """Write a save, in a thread if `asynchronous`; a collective. `finish_save` must have returned True before.
 
         Raises:
             CheckpointError: a rank could not write; raised on every rank.
@@ -174,7 +173,7 @@ class PendingSave:
             save.write()
             save.finish()
 
-    def finish(self, wait: bool = True) -> bool:
+    def finish_save(self, wait: bool = True) -> bool:
         """Return whether the last save is complete (True if there was none), equal on all ranks; a collective.
 
         Args:

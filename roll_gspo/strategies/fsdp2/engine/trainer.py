@@ -26,14 +26,14 @@ from roll_gspo.strategies.gathering import gather_reports
 from roll_gspo.strategies.offload import EngineState, Part, outside
 from roll_gspo.strategies.reports import Report
 from roll_gspo.strategies.schedule import learning_rate
-from roll_gspo.strategies.sharded_state import PendingSave
+from roll_gspo.strategies.sharded_state import SavesShards
 
 # (outputs [N, V] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the loss,
 # metrics)
 Loss = Callable[[Tensor, ModelInput, TrainBatch], tuple[Tensor, dict[str, Metric]]]
 
 
-class Fsdp2Trainer:
+class Fsdp2Trainer(SavesShards):
     """AdamW with decoupled weight decay (none on biases and norms) and its schedule.
 
     Parameters, gradients and moments are float32 and sharded. With `dtype` bfloat16, layers are gathered and computed
@@ -56,7 +56,6 @@ class Fsdp2Trainer:
         self._parameters = list(self._named.values())
         self._optimizer = make_adamw(self._parameters, setup)
         self.applied_steps = 0
-        self._pending_save = PendingSave()
         training = Part(lambda: outside(self._on_device(self._training_tensors()), self._weights()))
         self.state = EngineState("fsdp2_train", Part(self._weights), [training])
 
@@ -128,18 +127,7 @@ class Fsdp2Trainer:
         self.finish_save()
         state = folder, self._named, self._optimizer, self.applied_steps
         save = begin_save(*state, staged=asynchronous, lora=self._lora)
-        self._pending_save.start(save, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete (True if there was none), equal on all ranks; a collective.
-
-        Args:
-            wait: wait until it is complete.
-
-        Raises:
-            CheckpointError: a rank could not write; raised on every rank.
-        """
-        return self._pending_save.finish(wait)
+        self._start_save(save, asynchronous)
 
     def load(self, folder: Path) -> None:
         """Load a state that `save` wrote with any number of ranks; a collective.

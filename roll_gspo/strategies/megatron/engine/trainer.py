@@ -24,14 +24,14 @@ from roll_gspo.strategies.megatron.engine.packed_layout import PackedLayout
 from roll_gspo.strategies.megatron.engine.state import begin_save, load_state
 from roll_gspo.strategies.reports import Report
 from roll_gspo.strategies.schedule import learning_rate
-from roll_gspo.strategies.sharded_state import PendingSave
+from roll_gspo.strategies.sharded_state import SavesShards
 
 # (hidden states [N, H] that predict response tokens, how the micro-batch lies, the micro-batch) -> (its share of the
 # loss, metrics)
 Loss = Callable[[Tensor, PackedLayout, TrainBatch], tuple[Tensor, dict[str, Metric]]]
 
 
-class MegatronTrainer:
+class MegatronTrainer(SavesShards):
     """AdamW with decoupled weight decay (none on biases and norms) and its schedule.
 
     The learning rate comes from `strategies.schedule` and is set on the parameter groups before each step, so that all
@@ -70,7 +70,6 @@ class MegatronTrainer:
         self.state = trainer_state(model.chunks, self._ddp, self._optimizer, self.finish_gather)
         self._applied_steps = 0
         self._gathering = False
-        self._pending_save = PendingSave()
 
     def update(
         self,
@@ -149,18 +148,7 @@ class MegatronTrainer:
         self.finish_save()
         self.finish_gather()
         save = begin_save(folder, self._model, self._optimizer, self._applied_steps, staged=asynchronous)
-        self._pending_save.start(save, asynchronous)
-
-    def finish_save(self, wait: bool = True) -> bool:
-        """Return whether the last `save` is complete (True if there was none), equal on all ranks; a collective.
-
-        Args:
-            wait: wait until it is complete.
-
-        Raises:
-            CheckpointError: a rank could not write; raised on every rank.
-        """
-        return self._pending_save.finish(wait)
+        self._start_save(save, asynchronous)
 
     def load(self, folder: Path) -> None:
         """Load a state that `save` wrote with this or another layout; a collective.
